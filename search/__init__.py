@@ -1,0 +1,1 @@
+"""Which trial next, and what was found."""

@@ -1,0 +1,1 @@
+"""What can be asked, and what it should cost. Pure: no torch, no Ray."""

@@ -1,0 +1,143 @@
+"""A trial config: a recipe (what is learned) times a layout (how fast and where)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+Adapter = Literal["none", "lora"]
+Precision = Literal["fp32", "bf16"]
+Strategy = Literal["ddp", "fsdp"]
+
+# `micro_batch_size: auto` keeps one forward pass to at most this many padded tokens per rank.
+AUTO_MICRO_BATCH_TOKENS = 16_384
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """The part of a trial config that changes what is learned."""
+
+    learning_rate: float
+    """Peak learning rate of AdamW."""
+    global_batch_size: int
+    """Rows per optimizer step, over all ranks and accumulation steps."""
+    dataset_fraction: float
+    """Share of the training rows in (0, 1]; smaller fractions are subsets of larger ones."""
+    epochs: float
+    """Passes over the chosen rows."""
+    warmup_fraction: float
+    """Share of the optimizer steps in which the learning rate rises linearly; it then falls linearly to zero."""
+    weight_decay: float
+    """AdamW's decoupled weight decay, on matrices only."""
+    precision: Precision
+    """`bf16` is autocast; weights and optimizer state stay fp32."""
+    seed: int
+    """Seeds the data order and every newly initialised weight."""
+    adapter: Adapter
+    adapter_rank: int | None = None
+    adapter_alpha: float | None = None
+    adapter_target_modules: tuple[str, ...] | None = None
+    """Module name suffixes that LoRA wraps; `("all-linear",)` for every linear layer but the head."""
+
+    def key(self) -> str:
+        """Return a short, stable fingerprint of the recipe: 12 hexadecimal digits."""
+        return _fingerprint(asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """The part of a trial config that changes only how fast and where."""
+
+    world_size: int
+    strategy: Strategy
+    micro_batch_size: int
+    """Rows per rank and forward pass."""
+
+    def num_grad_accum_steps(self, global_batch_size: int) -> int:
+        """Return the forward passes per rank and optimizer step, rounded up."""
+        return -(-global_batch_size // (self.world_size * self.micro_batch_size))
+
+    def key(self) -> str:
+        """Return a short, stable fingerprint of the layout: 12 hexadecimal digits."""
+        return _fingerprint(asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialConfig:
+    """A recipe and the layout that trains it."""
+
+    recipe: Recipe
+    layout: Layout
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any], *, max_length: int) -> TrialConfig:
+        """Translate the flat params of the user's space; the only place that does.
+
+        Args:
+            params: one value for every name of `spaces.space.SpaceSpec`; LoRA's may be absent without LoRA.
+            max_length: tokens per row, which sets what `micro_batch_size: auto` means.
+
+        Raises:
+            KeyError: a param is missing.
+        """
+        lora = params["adapter"] == "lora"
+        targets = params.get("lora_target_modules", "all-linear")
+        recipe = Recipe(
+            learning_rate=float(params["learning_rate"]),
+            global_batch_size=int(params["global_batch_size"]),
+            dataset_fraction=float(params["dataset_fraction"]),
+            epochs=float(params["epochs"]),
+            warmup_fraction=float(params["warmup_fraction"]),
+            weight_decay=float(params["weight_decay"]),
+            precision=params["precision"],
+            seed=int(params["seed"]),
+            adapter=params["adapter"],
+            adapter_rank=int(params["lora_rank"]) if lora else None,
+            adapter_alpha=float(params["lora_alpha"]) if lora else None,
+            adapter_target_modules=tuple(t.strip() for t in targets.split(",")) if lora else None,
+        )
+        micro = params["micro_batch_size"]
+        world_size = int(params["world_size"])
+        if micro == "auto":
+            micro = auto_micro_batch_size(recipe.global_batch_size, world_size, max_length)
+        layout = Layout(world_size=world_size, strategy=params["strategy"], micro_batch_size=int(micro))
+        return cls(recipe=recipe, layout=layout)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrialConfig:
+        """Read back what `to_dict` wrote."""
+        recipe = dict(data["recipe"])
+        if recipe.get("adapter_target_modules") is not None:
+            recipe["adapter_target_modules"] = tuple(recipe["adapter_target_modules"])
+        return cls(recipe=Recipe(**recipe), layout=Layout(**data["layout"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested plain values, ready for JSON."""
+        return asdict(self)
+
+    def flat(self) -> dict[str, Any]:
+        """Return `{knob: value}` over recipe and layout, without the absent ones; for tables and MLflow."""
+        pairs = [(f.name, getattr(part, f.name)) for part in (self.recipe, self.layout) for f in fields(part)]
+        return {k: ",".join(v) if isinstance(v, tuple) else v for k, v in pairs if v is not None}
+
+    @property
+    def num_grad_accum_steps(self) -> int:
+        return self.layout.num_grad_accum_steps(self.recipe.global_batch_size)
+
+    def key(self) -> str:
+        """Return a short, stable fingerprint of recipe and layout: 12 hexadecimal digits."""
+        return _fingerprint(self.to_dict())
+
+
+def auto_micro_batch_size(global_batch_size: int, world_size: int, max_length: int) -> int:
+    """Return the largest divisor of the rows per rank whose padded tokens fit `AUTO_MICRO_BATCH_TOKENS`."""
+    per_rank = max(1, global_batch_size // world_size)
+    limit = max(1, AUTO_MICRO_BATCH_TOKENS // max_length)
+    return max(d for d in range(1, per_rank + 1) if per_rank % d == 0 and d <= limit)
+
+
+def _fingerprint(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,76 @@
+"""The metrics that a trial reports: name, unit, better direction, and the section that MLflow shows it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Direction = Literal["minimize", "maximize"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """One reported number."""
+
+    name: str
+    section: Literal["eval", "train", "perf", "cost", "test"]
+    unit: str
+    direction: Direction
+    description: str
+
+    @property
+    def tracked_name(self) -> str:
+        """The name in MLflow, whose UI groups charts by what stands before the slash."""
+        return f"{self.section}/{self.name}"
+
+
+EVAL_LOSS = "eval_loss"
+ACCURACY = "accuracy"
+MACRO_F1 = "macro_f1"
+EXACT_MATCH = "exact_match"
+TRAIN_LOSS = "train_loss"
+TRAIN_SECONDS = "train_seconds"
+DEVICE_SECONDS = "device_seconds"
+TOTAL_SECONDS = "total_seconds"
+TOKENS_PER_SECOND = "tokens_per_second"
+SAMPLES_PER_SECOND = "samples_per_second"
+STEP_SECONDS = "step_seconds"
+MFU = "mfu"
+PEAK_MEMORY_BYTES = "peak_memory_bytes"
+PADDING_FRACTION = "padding_fraction"
+FLOPS_PER_STEP = "flops_per_step"
+
+_TABLE = (
+    Metric(name=EVAL_LOSS, section="eval", unit="nats", direction="minimize",
+           description="mean cross entropy on the evaluation set, per row or per target token"),
+    Metric(name=ACCURACY, section="eval", unit="", direction="maximize",
+           description="share of evaluation rows (classification) or target tokens (causal-lm) predicted right"),
+    Metric(name=MACRO_F1, section="eval", unit="", direction="maximize",
+           description="unweighted mean of the classes' F1 on the evaluation set"),
+    Metric(name=EXACT_MATCH, section="eval", unit="", direction="maximize",
+           description="share of evaluation rows whose greedy completion gives the expected answer"),
+    Metric(name=TRAIN_LOSS, section="train", unit="nats", direction="minimize",
+           description="mean training loss since the last report"),
+    Metric(name=TRAIN_SECONDS, section="perf", unit="s", direction="minimize",
+           description="steps times the steady step time: what the training costs alone on its resources"),
+    Metric(name=DEVICE_SECONDS, section="cost", unit="s", direction="minimize",
+           description="train_seconds times the world size"),
+    Metric(name=TOTAL_SECONDS, section="cost", unit="s", direction="minimize",
+           description="wall time of the trial with set-up, evaluation and checkpoints"),
+    Metric(name=TOKENS_PER_SECOND, section="perf", unit="1/s", direction="maximize",
+           description="real tokens per second in the steady state, all ranks together; padding earns nothing"),
+    Metric(name=SAMPLES_PER_SECOND, section="perf", unit="1/s", direction="maximize",
+           description="rows per second in the steady state, all ranks together"),
+    Metric(name=STEP_SECONDS, section="perf", unit="s", direction="minimize",
+           description="median seconds of an optimizer step in the steady state"),
+    Metric(name=MFU, section="perf", unit="", direction="maximize",
+           description="model FLOPs of the real tokens over step time over the devices' peak"),
+    Metric(name=PEAK_MEMORY_BYTES, section="perf", unit="B", direction="minimize",
+           description="largest peak over the ranks: allocator on a GPU, resident set on a CPU"),
+    Metric(name=PADDING_FRACTION, section="perf", unit="", direction="minimize",
+           description="share of the trained positions that are padding"),
+    Metric(name=FLOPS_PER_STEP, section="perf", unit="FLOP", direction="minimize",
+           description="model FLOPs of the real tokens of a mean optimizer step"),
+)
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}

@@ -1,0 +1,51 @@
+"""What a trial says about itself: plain values, importable without torch and without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialReport:
+    """One report of one trial, at an evaluation point or at its end."""
+
+    step: int
+    """Optimizer steps done."""
+    num_steps: int
+    """Optimizer steps of the whole trial."""
+    fidelity: float
+    """Share of its own token budget that the trial has trained, in [0, 1]."""
+    metrics: Mapping[str, float]
+    """Values by the names of `spaces.metrics`; a metric that cannot be measured is absent, never guessed."""
+    final: bool = False
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Only in the final report: process map, peak memory by rank, MFU convention, peak and its source, versions."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrialReport:
+        """Read back what `to_dict` wrote."""
+        return cls(**data)
+
+
+class TrialError(Exception):
+    """A trial cannot give a result. `kind` says why, and decides whether it is tried again."""
+
+    kind = "error"
+
+
+class Diverged(TrialError):
+    """The loss or the gradient norm is not finite; the same recipe would diverge again."""
+
+    kind = "diverged"
+
+
+class OutOfMemory(TrialError):
+    """The device has not enough memory for this layout; told to the sampler as a violated constraint."""
+
+    kind = "out_of_memory"
