@@ -1,0 +1,227 @@
+"""The command `paretune`. Heavy imports are inside the verbs: `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="paretune",
+    help="Find the accuracy-versus-training-time Pareto front of fine-tuning.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# Exit codes, as documented in docs/cli.md.
+FAILURE, USAGE, NOTHING_FITS, NO_RESULT, INTERRUPTED = 1, 2, 3, 4, 130
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The search as a YAML file.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a search, or the path of its directory.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value of the file: model.name=...")
+]
+Directory = Annotated[Path, typer.Option("--directory", help="Where the searches are.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
+TrackingUri = Annotated[
+    str | None, typer.Option("--tracking-uri", help="Read the search from this MLflow server instead of its directory.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing while the search runs.")]
+RUNS = Path("paretune-runs")
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Turn every error that the user can mend into its lines on standard error and an exit code."""
+    from search.ledger import LedgerError
+    from search.session import NoResult, NothingFits
+    from search.store import StoreError
+    from search.tracking import TrackingError
+    from spaces.loading import SpecError
+    from trainables.data import DataError
+    from trainables.hub import ModelError
+
+    try:
+        yield
+    except SpecError as error:
+        _fail(USAGE, *error.lines)
+    except (DataError, ModelError, StoreError, TrackingError, LedgerError, NothingFits) as error:
+        _fail(USAGE, str(error))
+    except NoResult as error:
+        _fail(NO_RESULT, str(error))
+    except KeyboardInterrupt:
+        _fail(INTERRUPTED, "interrupted; `paretune resume NAME` goes on")
+
+
+def _fail(code: int, *lines: str) -> None:
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, sort_keys=True))
+
+
+@app.command()
+def validate(spec: SpecPath, set_: Set = None) -> None:
+    """Check a file, and say every error in it at once."""
+    from spaces.loading import load_spec
+
+    with _clear_errors():
+        load_spec(spec, set_ or ())
+        print(f"{spec}: valid")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the file, for editors."""
+    from spaces.loading import json_schema
+
+    _print_json(json_schema())
+
+
+@app.command()
+def plan(spec: SpecPath, set_: Set = None, json_: Json = False) -> None:
+    """Show the resolved file, and which layouts this machine can run; nothing is started."""
+    from search.plan import make_plan, render_plan
+    from spaces.loading import load_spec
+
+    with _clear_errors():
+        planned = make_plan(load_spec(spec, set_ or ()))
+        if json_:
+            _print_json(planned)
+        else:
+            print(render_plan(planned))
+        if planned["num_feasible_layouts"] == 0:
+            raise typer.Exit(NOTHING_FITS)
+
+
+@app.command()
+def search(spec: SpecPath, set_: Set = None, quiet: Quiet = False, json_: Json = False) -> None:
+    """Search: train the trials, and record them and their front in MLflow."""
+    from search.console import SearchView
+    from search.session import start
+    from spaces.loading import load_spec
+
+    with _clear_errors():
+        loaded = load_spec(spec, set_ or ())
+        with SearchView(loaded.spec, quiet=quiet) as view:
+            store = start(loaded, view)
+        _show_front(store.name, Path(loaded.spec.directory), json_)
+
+
+@app.command()
+def resume(name: Name, directory: Directory = RUNS, quiet: Quiet = False, json_: Json = False) -> None:
+    """Go on with a search that was interrupted or killed."""
+    from search.console import SearchView
+    from search.session import resume as resume_search
+    from search.store import Store
+
+    with _clear_errors():
+        store = Store.open(name, directory)
+        with SearchView(store.load_spec().spec, quiet=quiet) as view:
+            resume_search(store, view)
+        _show_front(str(store.root), directory, json_)
+
+
+@app.command()
+def front(name: Name, directory: Directory = RUNS, tracking_uri: TrackingUri = None, json_: Json = False) -> None:
+    """Print the Pareto front of a search."""
+    with _clear_errors():
+        _show_front(name, directory, json_, tracking_uri)
+
+
+def _show_front(name: str, directory: Path, json_: bool, tracking_uri: str | None = None) -> None:
+    from search.results import front_as_json, load_results, render_front
+
+    results = load_results(name, directory, tracking_uri)
+    if json_:
+        _print_json(front_as_json(results))
+    else:
+        print(render_front(results))
+
+
+@app.command()
+def pick(
+    name: Name,
+    max_time: Annotated[float | None, typer.Option(help="Largest train_seconds.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="Smallest accuracy.")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Largest eval_loss.")] = None,
+    max_memory: Annotated[float | None, typer.Option(help="Largest peak memory of a rank, in GiB.")] = None,
+    knee: Annotated[bool, typer.Option("--knee", help="Take the point after which more time pays least.")] = False,
+    directory: Directory = RUNS,
+    tracking_uri: TrackingUri = None,
+    json_: Json = False,
+) -> None:
+    """Choose one member of the front, and print its configuration and the command that reproduces it."""
+    from search.results import load_results, pick_as_json, pick_one, render_pick
+
+    limits = {
+        "train_seconds": ("<=", max_time),
+        "accuracy": (">=", min_accuracy),
+        "eval_loss": ("<=", max_loss),
+        "peak_memory_bytes": ("<=", None if max_memory is None else max_memory * 2**30),
+    }
+    with _clear_errors():
+        results = load_results(name, directory, tracking_uri)
+        record = pick_one(results, {k: (op, v) for k, (op, v) in limits.items() if v is not None}, at_knee=knee)
+        if json_:
+            _print_json(pick_as_json(results, record))
+        else:
+            print(render_pick(results, record))
+
+
+@app.command()
+def report(name: Name, directory: Directory = RUNS, tracking_uri: TrackingUri = None) -> None:
+    """Write the report again: one HTML file that works offline, with tables and a picture beside it."""
+    from search.results import load_results, write_results
+
+    with _clear_errors():
+        for path in write_results(load_results(name, directory, tracking_uri)):
+            print(path)
+
+
+@app.command()
+def ui(
+    directory: Directory = RUNS,
+    port: Annotated[int, typer.Option(help="Port on the loopback interface.")] = 5000,
+) -> None:
+    """Open MLflow's user interface on the searches of a directory, on this machine only."""
+    import subprocess
+
+    database = directory.absolute() / "mlflow.db"
+    if not database.exists():
+        _fail(USAGE, f"{database}: there is no tracking database; a search with the default tracking writes it")
+    command = ["-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{database}", "--workers", "1"]
+    raise typer.Exit(subprocess.call([sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)]))
+
+
+@app.command()
+def doctor(directory: Directory = RUNS, json_: Json = False) -> None:
+    """Check this machine: versions, devices, packages, disk, Ray's address and token, the tracking store."""
+    from search.doctor import examine, render
+
+    findings = examine(directory)
+    if json_:
+        _print_json(findings)
+    else:
+        print(render(findings))
+    if any(finding["status"] == "error" for finding in findings):
+        raise typer.Exit(FAILURE)
+
+
+def main(run: Callable[[], Any] = app) -> None:
+    """Run the command line; the entry point of the installed command."""
+    run()
+
+
+if __name__ == "__main__":
+    main()

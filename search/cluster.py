@@ -1,0 +1,82 @@
+"""The Ray cluster: join the one this process was submitted to, or start one on this machine, and say what it holds."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+
+from spaces.spec import ResourcesSpec
+
+# Trials exchange small messages and one tokenised data set; Ray's own default would take 30 % of the memory.
+LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
+
+GROUP_ENVIRONMENT = {
+    # Ray Train's controller drains its workers once per poll; the default of 2 s delays the end of a group by as much.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Preemption notices are not read (a lost node is a lost worker), and the watcher is one more process a group.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Relative paths of the user's file mean the working directory of the job, in workers too.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def is_submitted() -> bool:
+    """Return whether a cluster is given: `ray job submit` sets RAY_ADDRESS for what it starts."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def local_capacity(resources: ResourcesSpec) -> int:
+    """Return how many workers this machine holds at once, without starting Ray."""
+    if resources.gpus_per_worker:
+        held = len(glob.glob("/dev/nvidia[0-9]*")) // resources.gpus_per_worker
+    else:
+        held = (psutil.cpu_count() or 1) // resources.cpus_per_worker
+    return min(held, resources.workers) if resources.workers else held
+
+
+@contextmanager
+def connected(resources: ResourcesSpec) -> Iterator[int]:
+    """Connect to Ray for the time of the block and yield how many workers the cluster holds at once.
+
+    A local cluster is private to this process and gone afterwards; one that was there before is left as it was.
+    """
+    import ray
+
+    if is_submitted():
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+    else:
+        # Usage statistics would be sent to the internet; a tuning tool has no business doing that by default.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            address="local",
+            num_cpus=max(1, local_capacity(resources) * resources.cpus_per_worker),
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    try:
+        yield _capacity(resources, ray.cluster_resources())
+    finally:
+        ray.shutdown()
+
+
+def _capacity(resources: ResourcesSpec, cluster: dict[str, float]) -> int:
+    held = int(cluster.get("CPU", 0) // resources.cpus_per_worker) if resources.cpus_per_worker else 10**6
+    if resources.gpus_per_worker:
+        held = min(held, int(cluster.get("GPU", 0) // resources.gpus_per_worker))
+    return min(held, resources.workers) if resources.workers else held
+
+
+def group_environment() -> dict[str, str]:
+    """Return the environment of the dispatcher and of all that it starts."""
+    import ray
+
+    # With a second Ray instance on the machine, Train's clean-up would not know which one to ask.
+    return {**GROUP_ENVIRONMENT, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}

@@ -1,0 +1,140 @@
+"""What a running search shows: a live table on a terminal, one line per state change elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from search.engine import objectives_of
+from search.formatting import number_text, short_text
+from search.ledger import SearchState, replay
+from search.pareto import front
+from search.record import TrialRecord, TrialState
+from spaces.spec import SearchSpec
+
+# Outside a terminal, a search without news still says that it is alive.
+HEARTBEAT_SECONDS = 30.0
+MAX_ROWS = 20
+
+
+class SearchView:
+    """Follows the ledger's events; enter it for the time of the search."""
+
+    def __init__(self, spec: SearchSpec, *, quiet: bool = False) -> None:
+        self._spec = spec
+        self._quiet = quiet
+        self._console = Console(stderr=True, highlight=False)
+        self._state: SearchState = replay([])
+        self._knobs = spec.space.names_searched()
+        self._stack = ExitStack()
+        self._live: Live | None = None
+        self._said_at = time.monotonic()
+        self._ended_at: list[float] = []
+
+    def __enter__(self) -> SearchView:
+        if self._console.is_terminal and not self._quiet:
+            self._live = self._stack.enter_context(Live(self._table(), console=self._console, refresh_per_second=2))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Take one event of the ledger."""
+        self._state.apply(dict(event))
+        if event["event"] == "trial_finished":
+            self._ended_at.append(event["time"])
+        if self._live is not None:
+            self._live.update(self._table())
+        elif not self._quiet:
+            line = self._line(event)
+            if line is not None:
+                print(line, file=sys.stderr, flush=True)
+
+    def _line(self, event: Mapping[str, Any]) -> str | None:
+        number = event.get("number")
+        record = self._state.records.get(number) if number is not None else None
+        match event["event"]:
+            case "search_started":
+                data = event["data"]
+                return f"search {event['name']}: {event['machine']}; {event['num_workers']} workers; data: {_brief(data)}"
+            case "reference":
+                return f"untrained model: {self._metrics(event['metrics'])}"
+            case "trial_started" if record:
+                return f"trial {number:04d} RUNNING   {self._knob_text(record)}"
+            case "trial_reported" if record and not event["report"]["final"]:
+                report = event["report"]
+                return f"trial {number:04d} {report['fidelity']:8.0%}   {self._metrics(report['metrics'])}"
+            case "trial_finished" if record:
+                why = f" {record.error['kind']}: {record.error['message']}" if record.error else ""
+                return f"trial {number:04d} {record.state.value:9} {self._metrics(record.values)}{why} | {self._summary()}"
+            case "trial_infeasible" if record:
+                broken = ", ".join(f"{k} = {v:g}" for k, v in record.constraints.items() if v > 0)
+                return f"trial {number:04d} INFEASIBLE {self._knob_text(record)}: {broken}"
+            case "test_scored":
+                return f"trial {number:04d} on the test file: {self._metrics(event['metrics'])}"
+            case "resumed":
+                return f"resumed; trials in flight go on first: {event['in_flight'] or 'none'}"
+            case "search_finished":
+                return f"search ended ({event['reason']}): {self._summary()}"
+        return None
+
+    def _summary(self) -> str:
+        records = self._state.records.values()
+        counts = {state: sum(r.state is state and r.feasible_before_launch for r in records) for state in TrialState}
+        members = front(list(records), objectives_of(self._spec, self._state))
+        text = f"{counts[TrialState.COMPLETE]} complete"
+        text += "".join(f", {counts[s]} {s.value.lower()}" for s in (TrialState.PRUNED, TrialState.FAIL) if counts[s])
+        text += f", {self._spec.budget.trials} planned; front of {len(members)}"
+        eta = self._eta_seconds()
+        return text + (f"; about {eta / 60:.0f} min left" if eta is not None else "")
+
+    def _eta_seconds(self) -> float | None:
+        """Extrapolate from the pace of the trials that ended in this session."""
+        if len(self._ended_at) < 2 or self._state.started is None:
+            return None
+        records = self._state.records.values()
+        left = self._spec.budget.trials - sum(r.state is not TrialState.RUNNING and r.feasible for r in records)
+        pace = (self._ended_at[-1] - self._ended_at[0]) / (len(self._ended_at) - 1)
+        return max(0.0, left * pace)
+
+    def _table(self) -> Table:
+        table = Table(title=f"{self._spec.name or 'search'}: {self._summary()}", expand=True)
+        for column in ("trial", "state", *self._knobs, "done", *self._columns()):
+            table.add_column(column, no_wrap=True, overflow="ellipsis")
+        members = {r.number for r in front(list(self._state.records.values()), objectives_of(self._spec, self._state))}
+        shown = [r for r in self._state.records.values() if r.feasible_before_launch][-MAX_ROWS:]
+        for record in shown:
+            values = record.values or (record.reports[-1]["metrics"] if record.reports else {})
+            done = record.reports[-1]["fidelity"] if record.reports else 0.0
+            state = "running" if record.state is TrialState.RUNNING else record.state.value.lower()
+            table.add_row(
+                f"{record.number}",
+                f"[bold green]{state} *[/]" if record.number in members else state,
+                *(short_text(record.params.get(k)) for k in self._knobs),
+                f"{done:.0%}",
+                *(number_text(m, values.get(m)) for m in self._columns()),
+            )
+        return table
+
+    def _columns(self) -> list[str]:
+        objectives = [o.metric for o in self._spec.resolved_objectives()]
+        return objectives + [m for m in ("tokens_per_second", "mfu") if m not in objectives]
+
+    def _metrics(self, metrics: Mapping[str, float]) -> str:
+        wanted = list(dict.fromkeys([*self._columns(), "eval_loss"]))
+        return " ".join(f"{m}={number_text(m, metrics[m])}" for m in wanted if m in metrics)
+
+    def _knob_text(self, record: TrialRecord) -> str:
+        return " ".join(f"{k}={short_text(record.params[k])}" for k in self._knobs if k in record.params)
+
+
+def _brief(data: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in data.items() if isinstance(v, int | str) and "\n" not in str(v))[:200]

@@ -1,0 +1,316 @@
+"""The dispatcher: one actor that owns the worker groups, their queue and what they report.
+
+A Tune trial submits a job and polls for its events; the ranks of a group take jobs from here and report to here. `placement`
+decides which groups exist. Nothing here knows what a job trains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from search.placement import Assign, Group, GroupState, Start, Stop, Waiting, decide
+from trainables.job import Job, Task
+
+logger = logging.getLogger(__name__)
+
+# A job whose group died this often is given up: three deaths in one job are the job's fault, not the machine's.
+MAX_ATTEMPTS = 3
+# Groups that end before their workers ask for work: a broken environment, which further starts do not mend.
+MAX_FAILED_STARTS = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupResources:
+    """What the groups run on."""
+
+    capacity: int
+    """Workers that the cluster holds at once."""
+    cpus_per_worker: int
+    gpus_per_worker: int
+    storage: str
+    """Directory for Ray Train's own files; every node must see it."""
+
+
+@dataclass(slots=True)
+class _JobState:
+    job: Job
+    since: float
+    attempts: int = 0
+    stop_requested: bool = False
+    ended: bool = False
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _GroupState:
+    world_size: int
+    state: GroupState = GroupState.STARTING
+    generation: int = 0
+    joined: set[int] = field(default_factory=set)
+    sequence: int = 0
+    job_id: str | None = None
+    leaving: bool = False
+    ever_joined: bool = False
+
+
+class Dispatcher:
+    """Runs as a Ray actor; every method is a coroutine on one event loop, so state needs no locks."""
+
+    def __init__(self, task: Task, resources: GroupResources) -> None:
+        self._task = task
+        self._resources = resources
+        self._jobs: dict[str, _JobState] = {}
+        self._groups: dict[str, _GroupState] = {}
+        self._changed = asyncio.Condition()
+        self._names = itertools.count(1)
+        self._threads = ThreadPoolExecutor(max_workers=max(1, resources.capacity))
+        self._running: set[asyncio.Task[None]] = set()
+        self._failed_starts = 0
+        self._handle: Any = None
+        self._ticker: asyncio.Task[None] | None = None
+
+    # -- the driver's and the Tune trials' side ------------------------------------------------------------------------
+
+    async def ready(self, handle: Any) -> None:
+        """Take the actor's own handle, which the groups need, and start to watch for jobs that wait too long."""
+        self._handle = handle
+        self._ticker = asyncio.create_task(self._tick())
+
+    async def submit(self, job: Job) -> None:
+        """Queue a job; submitting one again that is still known changes nothing, so a restarted Tune trial picks it up."""
+        known = self._jobs.get(job.job_id)
+        if known is None or (known.ended and not known.events):
+            self._jobs[job.job_id] = _JobState(job=job, since=time.monotonic())
+            await self._place()
+
+    async def poll(self, job_id: str) -> list[dict[str, Any]]:
+        """Wait for news of a job and take them: `{"event": "started" | "report" | "ended", ...}`, oldest first."""
+        state = self._jobs[job_id]
+        async with self._changed:
+            await self._changed.wait_for(lambda: state.events or state.ended)
+            events, state.events = state.events, []
+        if state.ended:
+            self._jobs.pop(job_id, None)
+        return events
+
+    async def stop(self, job_id: str) -> None:
+        """Ask a job to leave at its next step, or take it out of the queue; unknown and ended jobs are left alone."""
+        state = self._jobs.get(job_id)
+        if state is None or state.ended:
+            return
+        state.stop_requested = True
+        if not any(group.job_id == job_id for group in self._groups.values()):
+            self._end(state, {"state": "stopped"})
+        await self._notify()
+
+    async def shutdown(self) -> None:
+        """Let every group go and wait until all are gone."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        for state in self._jobs.values():
+            state.stop_requested = True
+        for group in self._groups.values():
+            self._release(group)
+        await self._notify()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def groups(self) -> list[dict[str, Any]]:
+        """Return `{"group_id", "world_size", "state", "job_id"}` of every group, for the live table and for tests."""
+        return [
+            {"group_id": name, "world_size": g.world_size, "state": g.state.value, "job_id": g.job_id}
+            for name, g in self._groups.items()
+        ]
+
+    # -- the workers' side -------------------------------------------------------------------------------------------------
+
+    async def task(self) -> Task:
+        """Return what all jobs share."""
+        return self._task
+
+    async def join(self, group_id: str, rank: int) -> int:
+        """Wait until all ranks of the group are here; return its generation, which fences off the ranks before a restart."""
+        group = self._groups[group_id]
+        if rank in group.joined:
+            group.joined.clear()
+        if not group.joined:
+            group.generation += 1
+        generation = group.generation
+        group.joined.add(rank)
+        if len(group.joined) == group.world_size:
+            await self._assembled(group_id, group)
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: group.generation != generation or len(group.joined) == group.world_size
+            )
+        return group.generation
+
+    async def next(self, group_id: str, generation: int, sequence: int) -> tuple[int, Job] | None:
+        """Wait for a job later than `sequence`; None when the group is to end, or was restarted without this rank."""
+        group = self._groups[group_id]
+
+        def answerable() -> bool:
+            stale = group.generation != generation
+            return stale or group.leaving or (group.job_id is not None and group.sequence > sequence)
+
+        async with self._changed:
+            await self._changed.wait_for(answerable)
+        if group.generation != generation or group.job_id is None or group.sequence <= sequence:
+            return None
+        return group.sequence, self._jobs[group.job_id].job
+
+    async def stopped(self, group_id: str, generation: int, sequence: int) -> bool:
+        """Wait until the job is asked to stop (True) or is over (False)."""
+        group = self._groups[group_id]
+
+        def over() -> bool:
+            return group.generation != generation or group.sequence != sequence or group.job_id is None
+
+        async with self._changed:
+            await self._changed.wait_for(lambda: over() or self._jobs[str(group.job_id)].stop_requested)
+            return not over()
+
+    async def report(self, group_id: str, generation: int, sequence: int, report: dict[str, Any]) -> None:
+        """Take a report of the running job; one from before a restart is dropped, since the step is trained again."""
+        state = self._current(group_id, generation, sequence)
+        if state is not None:
+            state.events.append({"event": "report", "report": report})
+            await self._notify()
+
+    async def finish(self, group_id: str, generation: int, sequence: int, outcome: dict[str, Any]) -> None:
+        """Take the end of the running job, from the first rank that tells it, and free the group."""
+        state = self._current(group_id, generation, sequence)
+        if state is None:
+            return
+        group = self._groups[group_id]
+        group.job_id = None
+        # A rank that failed alone leaves the others in a collective: Ray Train is about to restart the group.
+        free = GroupState.STARTING if outcome.get("group_restarts") else GroupState.IDLE
+        group.state = GroupState.STOPPING if group.leaving else free
+        self._end(state, outcome)
+        await self._place()
+
+    # -- inside ------------------------------------------------------------------------------------------------------------
+
+    def _current(self, group_id: str, generation: int, sequence: int) -> _JobState | None:
+        group = self._groups.get(group_id)
+        if group is None or group.job_id is None or (group.generation, group.sequence) != (generation, sequence):
+            return None
+        return self._jobs.get(group.job_id)
+
+    def _end(self, state: _JobState, outcome: dict[str, Any]) -> None:
+        state.ended = True
+        state.events.append({"event": "ended", "attempts": state.attempts, **outcome})
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _tick(self) -> None:
+        """Look again from time to time: patience runs out without any other event."""
+        while True:
+            await asyncio.sleep(5)
+            await self._place()
+
+    async def _assembled(self, group_id: str, group: _GroupState) -> None:
+        """All ranks are here: take work, or go on with the job that was in flight when a worker died."""
+        self._failed_starts = 0
+        group.ever_joined = True
+        if group.leaving:
+            pass
+        elif group.job_id is None:
+            group.state = GroupState.IDLE
+        else:
+            self._deliver(group_id, group, self._jobs[group.job_id])
+        await self._place()
+
+    def _deliver(self, group_id: str, group: _GroupState, state: _JobState) -> None:
+        """Hand the job to the group, unless it has killed its workers too often or was stopped meanwhile."""
+        state.attempts += 1
+        if state.stop_requested or state.attempts > MAX_ATTEMPTS:
+            state.attempts -= 1
+            group.job_id = None
+            group.state = GroupState.IDLE
+            message = f"its workers died in {state.attempts} attempts"
+            lost = {"state": "failed", "kind": "worker_lost", "message": message}
+            self._end(state, {"state": "stopped"} if state.stop_requested else lost)
+            return
+        group.sequence += 1
+        group.job_id = state.job.job_id
+        group.state = GroupState.BUSY
+        state.events.append({"event": "started", "group_id": group_id, "attempt": state.attempts})
+
+    def _release(self, group: _GroupState) -> None:
+        group.leaving = True
+        if group.state is not GroupState.BUSY:
+            group.state = GroupState.STOPPING
+
+    async def _place(self) -> None:
+        """Let `placement` decide and carry it out."""
+        held = {group.job_id for group in self._groups.values()}
+        waiting = [
+            Waiting(job_id=name, world_size=state.job.world_size, since=state.since)
+            for name, state in self._jobs.items()
+            if not state.ended and name not in held
+        ]
+        groups = [Group(group_id=n, world_size=g.world_size, state=g.state) for n, g in self._groups.items()]
+        for action in decide(
+            capacity=self._resources.capacity, groups=groups, waiting=waiting, now=time.monotonic()
+        ):
+            match action:
+                case Assign(job_id=job_id, group_id=group_id):
+                    self._deliver(group_id, self._groups[group_id], self._jobs[job_id])
+                case Stop(group_id=group_id):
+                    self._release(self._groups[group_id])
+                case Start(world_size=world_size):
+                    self._start(world_size)
+        await self._notify()
+
+    def _start(self, world_size: int) -> None:
+        group_id = f"group-{next(self._names):04d}-ws{world_size}"
+        self._groups[group_id] = _GroupState(world_size=world_size)
+        task = asyncio.create_task(self._run(group_id, world_size))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _run(self, group_id: str, world_size: int) -> None:
+        """Hold one Ray Train run from its start to its end, then give its workers and its job back."""
+        error: Exception | None = None
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._run_group, group_id, world_size)
+        except Exception as failure:
+            error = failure
+            logger.warning("worker group %s ended: %s", group_id, failure)
+        group = self._groups.pop(group_id)
+        if not group.ever_joined and not group.leaving:
+            self._failed_starts += 1
+        if group.job_id is not None:
+            # Ray Train gave the group up (2.60 does so after the memory monitor kills a worker): another group goes on.
+            state = self._jobs[group.job_id]
+            if state.attempts >= MAX_ATTEMPTS:
+                self._end(state, {"state": "failed", "kind": "worker_lost", "message": str(error)})
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            message = f"no worker group could be started: {error}"
+            for state in self._jobs.values():
+                if not state.ended:
+                    self._end(state, {"state": "failed", "kind": "no_workers", "message": message})
+        await self._place()
+
+    def _run_group(self, group_id: str, world_size: int) -> None:
+        # Here, in the thread: the import takes seconds, and the event loop must go on answering.
+        from trainables.worker_group import run_worker_group
+
+        run_worker_group(
+            dispatcher=self._handle,
+            group_id=group_id,
+            world_size=world_size,
+            cpus_per_worker=self._resources.cpus_per_worker,
+            gpus_per_worker=self._resources.gpus_per_worker,
+            storage=Path(self._resources.storage),
+        )

@@ -1,0 +1,28 @@
+"""Values as people read them, the same in the live table, the front and the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spaces.metrics import METRICS
+
+
+def number_text(metric: str, value: float | None) -> str:
+    """Return a metric's value for people: percent for MFU, GiB for bytes, separators for rates."""
+    if value is None:
+        return "-"
+    if metric == "mfu":
+        return f"{value:.1%}"
+    match METRICS[metric].unit:
+        case "B":
+            return f"{value / 2**30:.2f} GiB"
+        case "1/s":
+            return f"{value:,.0f}/s"
+        case "s":
+            return f"{value:.4g} s"
+    return f"{value:.4g}"
+
+
+def short_text(value: Any) -> str:
+    """Return a knob's value for people."""
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,76 @@
+"""`paretune plan`: what a search would do on this machine, without starting anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from search.cluster import is_submitted, local_capacity
+from spaces.config import TrialConfig
+from spaces.constraints import Limits, is_feasible, violations
+from spaces.loading import LoadedSpec, dump_spec
+from spaces.space import SpaceSpec
+
+
+def make_plan(loaded: LoadedSpec) -> dict[str, Any]:
+    """Return the resolved spec, where each non-default comes from, and every layout with the constraints that it violates.
+
+    The cluster is this machine, or `resources.workers` where the spec names it; an address in RAY_ADDRESS is not contacted.
+    """
+    spec = loaded.spec
+    capacity = spec.resources.workers if is_submitted() and spec.resources.workers else local_capacity(spec.resources)
+    rows = layout_rows(spec.space, spec.model.max_length, Limits(num_workers=capacity, hidden_size=None))
+    return {
+        "spec": dump_spec(spec),
+        "origins": dict(loaded.origins),
+        "num_workers": capacity,
+        "cluster": os.environ.get("RAY_ADDRESS", "this machine"),
+        "searched": spec.space.names_searched(),
+        "objectives": [f"{o.direction} {o.metric}" for o in spec.resolved_objectives()],
+        "trials": spec.budget.trials,
+        "layouts": rows,
+        "num_feasible_layouts": sum(row["feasible"] for row in rows),
+    }
+
+
+def layout_rows(space: SpaceSpec, max_length: int, limits: Limits) -> list[dict[str, Any]]:
+    """Return one row per world size, strategy and global batch size of the space: feasible or not, and by which constraint."""
+    rows = []
+    for params in space.corners():
+        config = TrialConfig.from_params(params, max_length=max_length)
+        values = violations(config, limits)
+        rows.append(
+            {
+                "world_size": config.layout.world_size,
+                "strategy": config.layout.strategy,
+                "global_batch_size": config.recipe.global_batch_size,
+                "micro_batch_size": config.layout.micro_batch_size,
+                "num_grad_accum_steps": config.num_grad_accum_steps,
+                "feasible": is_feasible(values),
+                "violated": {name: value for name, value in values.items() if value > 0},
+            }
+        )
+    return rows
+
+
+def render_plan(plan: Mapping[str, Any]) -> str:
+    """Return the plan as text."""
+    lines = ["# the resolved file", plan["spec"].rstrip(), "", "# where each value that is no default comes from"]
+    lines += [f"{path}: {origin}" for path, origin in sorted(plan["origins"].items())]
+    lines += [
+        "",
+        f"searched: {', '.join(plan['searched']) or 'nothing: every knob is fixed'}",
+        f"objectives: {', '.join(plan['objectives'])}",
+        f"{plan['trials']} trials on {plan['cluster']}, which holds {plan['num_workers']} workers at once",
+        "",
+        f"{'world size':>10}  {'strategy':8}  {'global batch':>12}  {'micro batch':>11}  {'accumulation':>12}  runs here",
+    ]
+    for row in plan["layouts"]:
+        broken = ", ".join(f"{name} = {value:g}" for name, value in row["violated"].items())
+        lines.append(
+            f"{row['world_size']:>10}  {row['strategy']:8}  {row['global_batch_size']:>12}  {row['micro_batch_size']:>11}  "
+            f"{row['num_grad_accum_steps']:>12}  {'yes' if row['feasible'] else f'no: {broken}'}"
+        )
+    lines += ["", f"{plan['num_feasible_layouts']} of {len(plan['layouts'])} can run"]
+    return "\n".join(lines)

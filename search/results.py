@@ -1,0 +1,173 @@
+"""What a finished or running search found, read from its directory or from MLflow alone, as text and as JSON."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search.engine import objectives_of
+from search.formatting import number_text, short_text
+from search.ledger import Ledger, SearchState, replay
+from search.pareto import front, hypervolume_of, knee, pick
+from search.record import TrialRecord, TrialState
+from search.report import recommendation, write_report
+from search.store import Store, StoreError
+from spaces.loading import parse_spec
+from spaces.spec import Objective, SearchSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Results:
+    """A search as a reader sees it."""
+
+    name: str
+    spec: SearchSpec
+    spec_path: str
+    """What the reproducing command names: the spec that the search wrote for itself."""
+    state: SearchState
+    objectives: tuple[Objective, ...]
+
+    @property
+    def members(self) -> list[TrialRecord]:
+        return front(list(self.state.records.values()), self.objectives)
+
+
+def load_results(name: str, directory: Path, tracking_uri: str | None = None) -> Results:
+    """Read a search from its directory, or from MLflow if a tracking URI is given.
+
+    Raises:
+        StoreError: there is no such search.
+        search.tracking.TrackingError: MLflow does not answer, or does not know it.
+    """
+    if tracking_uri is None:
+        store = Store.open(name, directory)
+        spec = store.load_spec().spec
+        state = replay(Ledger(store.ledger_path).events())
+        return Results(
+            name=store.name,
+            spec=spec,
+            spec_path=str(store.spec_path),
+            state=state,
+            objectives=objectives_of(spec, state),
+        )
+    from search.tracking import load_search
+
+    found = load_search(tracking_uri, name)
+    spec = parse_spec(found.spec_yaml, f"{tracking_uri}: {name}/spec.yaml")
+    state = SearchState(records={r.number: r for r in found.records}, reference=found.reference)
+    return Results(
+        name=name, spec=spec, spec_path=f"{name}.yaml", state=state, objectives=objectives_of(spec, state)
+    )
+
+
+def reproduce_command(results: Results, record: TrialRecord) -> str:
+    """Return the command that trains this one trial again."""
+    pins = [*results.spec.space.fixed_to(record.params), "budget.trials=1", f"name={results.name}-again-{record.number}"]
+    return shlex.join(["paretune", "search", results.spec_path, *(part for pin in pins for part in ("--set", pin))])
+
+
+def pick_one(results: Results, limits: Mapping[str, tuple[str, float]], *, at_knee: bool) -> TrialRecord:
+    """Return the member of the front that a user with these limits wants.
+
+    Raises:
+        StoreError: no member satisfies the limits.
+    """
+    members = pick(results.members, limits)
+    if not members:
+        wanted = ", ".join(f"{metric} {op} {value:g}" for metric, (op, value) in limits.items())
+        raise StoreError(f"no member of the front of {results.name} has {wanted or 'a result'}; `paretune front` shows them")
+    if at_knee:
+        return _knee(members, results.objectives)
+    return _best(members, results.objectives)
+
+
+def _knee(members: list[TrialRecord], objectives: Sequence[Objective]) -> TrialRecord:
+    chosen = knee(members, objectives)
+    assert chosen is not None  # members is not empty
+    return chosen
+
+
+def _best(members: list[TrialRecord], objectives: Sequence[Objective]) -> TrialRecord:
+    """The best in the first objective: within the limits on the others, that is what the user is after."""
+    first = objectives[0]
+    sign = -1.0 if first.direction == "maximize" else 1.0
+    return min(members, key=lambda r: sign * r.values[first.metric])
+
+
+def front_as_json(results: Results) -> dict[str, Any]:
+    """Return the front with its commands, ready for JSON."""
+    records = list(results.state.records.values())
+    return {
+        "search": results.name,
+        "objectives": [{"metric": o.metric, "direction": o.direction, "reference": o.reference} for o in results.objectives],
+        "hypervolume": hypervolume_of(records, results.objectives),
+        "reference": results.state.reference,
+        "trials": {s.value: sum(r.state is s for r in records) for s in TrialState},
+        "front": [pick_as_json(results, record) for record in results.members],
+    }
+
+
+def pick_as_json(results: Results, record: TrialRecord) -> dict[str, Any]:
+    """Return one trial with its configuration, results and command, ready for JSON."""
+    return {
+        "number": record.number,
+        "params": record.params,
+        "config": record.config,
+        "metrics": record.values,
+        "test": record.test,
+        "command": reproduce_command(results, record),
+    }
+
+
+def render_front(results: Results) -> str:
+    """Return the front as a table, with the recommendation and the way to MLflow."""
+    from rich.console import Console
+    from rich.table import Table
+
+    members = results.members
+    knobs = results.spec.space.names_searched()
+    columns = [o.metric for o in results.objectives]
+    columns += [m for m in ("tokens_per_second", "mfu", "peak_memory_bytes") if m not in columns]
+    tested = [m for m in columns if any(m in r.test for r in members)]
+    table = Table(box=None, pad_edge=False)
+    for heading in ("trial", *columns, *(f"test {m}" for m in tested), *knobs):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for record in members:
+        table.add_row(
+            str(record.number),
+            *(number_text(m, record.values.get(m)) for m in columns),
+            *(number_text(m, record.test.get(m)) for m in tested),
+            *(short_text(record.params.get(k)) for k in knobs),
+        )
+    console = Console(width=220, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    volume = hypervolume_of(list(results.state.records.values()), results.objectives)
+    lines += ["", f"front of {len(members)}; hypervolume {volume:.6g}" if volume is not None else f"front of {len(members)}"]
+    if results.state.reference:
+        shown = {m: results.state.reference[m] for m in columns if m in results.state.reference}
+        lines.append("untrained model: " + ", ".join(f"{m} {number_text(m, v)}" for m, v in shown.items()))
+    lines.append(recommendation(members, results.objectives, results.name))
+    link = (results.state.started or {}).get("mlflow_url")
+    if link:
+        lines += [f"MLflow: {link}", f"        (after `paretune ui --directory {Path(results.spec.directory)}`)"]
+    return "\n".join(lines)
+
+
+def render_pick(results: Results, record: TrialRecord) -> str:
+    """Return one trial as text: its results, its configuration, its command."""
+    lines = [f"trial {record.number} of {results.name}"]
+    lines += [f"  {m}: {number_text(m, v)}" for m, v in sorted(record.values.items())]
+    lines += [f"  test {m}: {number_text(m, v)}" for m, v in sorted(record.test.items())]
+    lines += [f"  {knob} = {short_text(value)}" for knob, value in record.params.items()]
+    return "\n".join([*lines, "", reproduce_command(results, record)])
+
+
+def write_results(results: Results) -> list[Path]:
+    """Write the report of the search into its directory; return the files."""
+    root = Path(results.spec.directory) / results.name / "report"
+    return list(write_report(results.state, results.spec, results.objectives, root).values())

@@ -1,0 +1,64 @@
+"""Ray Tune's side of the search: trials come from the engine, and what they report goes back to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from search.engine import Assignment, Engine
+
+# A Tune result is flattened on its way here, so reports travel as one JSON string under this key.
+MESSAGE = "message"
+
+
+class EngineSearcher(Searcher):
+    """Hands out the engine's trials and records every result and every end, whoever caused it.
+
+    Tune's own snapshots hold nothing of it: the ledger is what a resume reads.
+    """
+
+    def __init__(self, engine: Engine, *, max_concurrent: int, stop_job: Callable[[str], None]) -> None:
+        super().__init__()
+        self._engine = engine
+        self._max_concurrent = max_concurrent
+        self._stop_job = stop_job
+        self._assignments: dict[str, Assignment] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the next trial's job, None while enough trials are live, or FINISHED when the budget is handed out."""
+        if self._engine.num_live >= self._max_concurrent:
+            return None
+        assignment = self._engine.next()
+        if assignment is None:
+            return Searcher.FINISHED
+        self._assignments[trial_id] = assignment
+        return {"job": self._engine.job(assignment)}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Record a report, or the end that the worker group told."""
+        message = json.loads(result[MESSAGE])
+        number = self._assignments[trial_id].number
+        match message["event"]:
+            case "report":
+                self._engine.reported(number, message["report"])
+            case "ended":
+                self._engine.ended(number, message)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Record a trial that Tune ended before its worker group did: stopped, or lost with the process that relayed it."""
+        assignment = self._assignments.pop(trial_id)
+        lost = {"state": "failed", "kind": "driver_lost", "message": "the process that relayed the trial's reports died"}
+        self._engine.ended(assignment.number, lost if error else {"state": "stopped"})
+        self._stop_job(self._engine.job(assignment).job_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Do nothing: see the class."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Do nothing: see the class."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Do nothing: see the class."""

@@ -1,0 +1,365 @@
+"""A search from its first check to its last artifact: `start` a new one, or `resume` one that was cut off."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from search import cluster
+from search.dispatch import Dispatcher, GroupResources
+from search.engine import Engine, SearchExhausted, elapsed_seconds, objectives_of
+from search.ledger import Ledger, replay
+from search.record import TrialState
+from search.report import recommendation, write_report
+from search.store import Store
+from search.study import Study
+from search.tracking import Tracker
+from spaces.architecture import ModelShape
+from spaces.config import TrialConfig
+from spaces.constraints import Limits
+from spaces.loading import LoadedSpec
+from spaces.spec import SearchSpec
+from trainables.job import Job, Task
+
+if TYPE_CHECKING:
+    from trainables.data import TaskData
+
+Emit = Callable[[dict[str, Any]], None]
+
+# One waiting trial for each that runs: placement may then serve the trial whose group stands, instead of rebuilding groups.
+WAITING_PER_RUNNING = 2
+# What is left for the tracking server to catch up with when the search is over.
+TRACKING_FLUSH_SECONDS = 60.0
+
+
+class NothingFits(Exception):
+    """No trial of the space can run on this cluster; the message is one line for the user."""
+
+
+class NoResult(Exception):
+    """The search ended and no trial succeeded; the message is one line for the user."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """What is known before anything is started: the data, the model's shape, and the tracking server that answered."""
+
+    spec: SearchSpec
+    data: TaskData
+    shape: ModelShape
+    tracker: Tracker
+
+
+def prepare(spec: SearchSpec) -> Prepared:
+    """Check everything that can be checked without a worker: model, data, tracking server.
+
+    Raises:
+        trainables.hub.ModelError, trainables.data.DataError, search.tracking.TrackingError: with one line for the user.
+    """
+    from trainables import data as task_data
+    from trainables.hub import model_config
+
+    shape = ModelShape.from_config(model_config(spec.model.name, spec.model.revision))
+    tracker = Tracker(tracking_uri(spec), spec.tracking.experiment, artifact_root=artifact_root(spec))
+    tracker.connect(timeout_seconds=10)
+    return Prepared(spec=spec, data=task_data.prepare(spec.model, spec.data), shape=shape, tracker=tracker)
+
+
+def tracking_uri(spec: SearchSpec) -> str:
+    """Return the MLflow tracking URI: the spec's, the environment's, or one SQLite file beside the searches."""
+    default = f"sqlite:///{Path(spec.directory).absolute() / 'mlflow.db'}"
+    return spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+
+
+def artifact_root(spec: SearchSpec) -> Path:
+    """Return where a SQLite tracking store keeps its artifacts."""
+    return Path(spec.directory).absolute() / "artifacts"
+
+
+def start(loaded: LoadedSpec, emit: Emit) -> Store:
+    """Run a new search to its end and return where it is.
+
+    Raises:
+        NothingFits: no layout of the space can run here.
+        NoResult: no trial succeeded.
+    """
+    prepared = prepare(loaded.spec)
+    # A local cluster's size is known before it is started, so a space that cannot run starts nothing.
+    if not cluster.is_submitted():
+        _check_fit(prepared, cluster.local_capacity(loaded.spec.resources))
+    store = Store.create(loaded)
+    return _drive(store, prepared, emit, origins=loaded.origins)
+
+
+def resume(store: Store, emit: Emit) -> Store:
+    """Go on with a search that was cut off: the same study, the same MLflow run, and the trials in flight first."""
+    spec = store.load_spec().spec
+    # The searches' directory may have been moved since; the one the user points at counts.
+    spec = spec.model_copy(update={"directory": str(store.root.parent)})
+    return _drive(store, prepare(spec), emit, origins={})
+
+
+def _drive(store: Store, prepared: Prepared, emit: Emit, *, origins: Mapping[str, str]) -> Store:
+    spec = prepared.spec
+    with store.lock(), cluster.connected(spec.resources) as capacity:
+        limits = _check_fit(prepared, capacity)
+        ledger = Ledger(store.ledger_path)
+        _open_record(ledger, store, prepared, limits, origins)
+
+        def on_event(event: dict[str, Any]) -> None:
+            prepared.tracker.submit(event)
+            emit(event)
+
+        engine = Engine(
+            store=store,
+            spec=spec,
+            ledger=ledger,
+            study=Study(
+                path=store.study_path,
+                name=store.name,
+                space=spec.space,
+                objectives=objectives_of(spec, replay(ledger.events())),
+                sampler=spec.sampler.method,
+                seed=spec.sampler.seed,
+                startup_trials=spec.sampler.startup_trials,
+            ),
+            limits=limits,
+            on_event=on_event,
+        )
+        for event in ledger.events():
+            on_event(event)
+        with _dispatcher(store, prepared, capacity) as dispatcher:
+            reason = _search(engine, dispatcher, store, spec, capacity)
+            if engine.front():
+                _score_on_test(engine, dispatcher, store, prepared)
+        engine.finished(reason)
+        _publish(engine, store, prepared)
+    if not engine.front():
+        raise NoResult(_why_nothing(engine))
+    return store
+
+
+def _check_fit(prepared: Prepared, capacity: int) -> Limits:
+    """Return the limits that proposals are held against, if anything at all is feasible within them."""
+    limits = Limits(num_workers=capacity, hidden_size=prepared.shape.hidden_size)
+    sizes = sorted({world_size for world_size, _ in prepared.spec.space.layouts()})
+    if min(sizes) > capacity:
+        raise NothingFits(
+            f"space.world_size: every allowed value ({', '.join(map(str, sizes))}) needs more workers than the cluster "
+            f"holds ({capacity}); allowed: 1 to {capacity}, or change `resources`"
+        )
+    return limits
+
+
+def _open_record(
+    ledger: Ledger, store: Store, prepared: Prepared, limits: Limits, origins: Mapping[str, str]
+) -> None:
+    """Write the search's first line, or that it was resumed, and open its run in MLflow."""
+    state = replay(ledger.events())
+    if state.started is None:
+        run_id = prepared.tracker.start_search(
+            store.name, params=_search_params(prepared.spec), tags={"paretune.directory": str(store.root)}
+        )
+        ledger.append(
+            "search_started",
+            name=store.name,
+            mlflow_run_id=run_id,
+            command=shlex.join(["paretune", *sys.argv[1:]]),
+            overrides=sorted(path for path, origin in origins.items() if origin == "--set"),
+            data=prepared.data.summary,
+            data_fingerprint=prepared.data.fingerprint,
+            num_workers=limits.num_workers,
+            machine=machine(),
+            versions=versions(),
+            git_commit=git_commit(),
+        )
+        return
+    if state.started["data_fingerprint"] != prepared.data.fingerprint:
+        raise NothingFits(
+            f"{store.spec_path}: data.train: the data changed since the search began (fingerprint "
+            f"{prepared.data.fingerprint[:12]}, then {state.started['data_fingerprint'][:12]}): its trials would not compare"
+        )
+    prepared.tracker.start_search(
+        store.name, params=_search_params(prepared.spec), tags={}, parent_run_id=state.started["mlflow_run_id"]
+    )
+    ledger.append("resumed", in_flight=sorted(state.in_flight))
+
+
+class _dispatcher:
+    """The dispatcher actor for the time of a block; its groups are gone before the block ends."""
+
+    def __init__(self, store: Store, prepared: Prepared, capacity: int) -> None:
+        self._store, self._prepared, self._capacity = store, prepared, capacity
+
+    def __enter__(self) -> Any:
+        import ray
+
+        spec = self._prepared.spec
+        task = Task(
+            model_name=spec.model.name,
+            model_revision=spec.model.revision,
+            task=spec.model.task,
+            exact_match_rows=spec.data.exact_match_rows,
+            data=[ray.put(self._prepared.data)],
+        )
+        resources = GroupResources(
+            capacity=self._capacity,
+            cpus_per_worker=spec.resources.cpus_per_worker,
+            gpus_per_worker=spec.resources.gpus_per_worker,
+            storage=str(self._store.groups_path),
+        )
+        self._actor = (
+            ray.remote(Dispatcher)
+            .options(num_cpus=0, max_concurrency=100_000, runtime_env={"env_vars": cluster.group_environment()})
+            .remote(task, resources)
+        )
+        ray.get(self._actor.ready.remote(self._actor))
+        return self._actor
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        ray.get(self._actor.shutdown.remote())
+        ray.kill(self._actor)
+
+
+def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, capacity: int) -> str:
+    """Run the trials of the budget; return why the search ended."""
+    from search import tuner
+
+    if engine.state.reference is None:
+        engine.referenced(_run_job(dispatcher, _reference_job(store, spec))["metrics"])
+    smallest = min(world_size for world_size, _ in spec.space.layouts())
+    seconds_left = None
+    if spec.budget.minutes is not None:
+        seconds_left = max(1.0, spec.budget.minutes * 60 - elapsed_seconds(engine.state))
+    try:
+        tuner.run(
+            engine,
+            dispatcher,
+            max_concurrent=WAITING_PER_RUNNING * max(1, capacity // smallest),
+            storage=store.root,
+            seconds_left=seconds_left,
+        )
+    except SearchExhausted as exhausted:
+        return str(exhausted)
+    return "trials" if engine.num_left == 0 else "minutes"
+
+
+def _reference_job(store: Store, spec: SearchSpec) -> Job:
+    """Return the job that scores the untrained model, with the smallest layout and the first value of every knob."""
+    params = spec.space.first()
+    params["world_size"] = min(world_size for world_size, _ in spec.space.layouts())
+    config = TrialConfig.from_params(params, max_length=spec.model.max_length)
+    return Job(job_id=f"{store.name}/reference", kind="reference", config=config.to_dict(), directory=str(store.root))
+
+
+def _score_on_test(engine: Engine, dispatcher: Any, store: Store, prepared: Prepared) -> None:
+    """Score the members of the front on the test file, which the search never saw."""
+    if prepared.data.test is None:
+        return
+    for record in engine.front():
+        if record.test:
+            continue
+        job = Job(
+            job_id=f"{store.name}/test-{record.number:04d}",
+            kind="test",
+            config=dict(record.config or {}),
+            directory=str(store.trial_path(record.number)),
+        )
+        outcome = _run_job(dispatcher, job)
+        engine.test_scored(record.number, outcome["metrics"])
+
+
+def _run_job(dispatcher: Any, job: Job) -> dict[str, Any]:
+    """Run one job that is no trial.
+
+    Raises:
+        NoResult: it failed.
+    """
+    import ray
+
+    ray.get(dispatcher.submit.remote(job))
+    while True:
+        for event in ray.get(dispatcher.poll.remote(job.job_id)):
+            if event["event"] == "ended":
+                if event["state"] != "complete":
+                    raise NoResult(f"{job.kind} of {job.job_id} failed: {event.get('message', event['state'])}")
+                return dict(event)
+
+
+def _publish(engine: Engine, store: Store, prepared: Prepared) -> None:
+    """Write the report and send the front to MLflow; what the server does not take now, a resume delivers."""
+    paths = write_report(engine.state, prepared.spec, engine.objectives, store.report_path)
+    undelivered = prepared.tracker.flush(TRACKING_FLUSH_SECONDS)
+    if undelivered:
+        print(
+            f"the tracking server did not take {undelivered} events; they are in {store.ledger_path}: "
+            f"`paretune resume {store.name}` delivers them",
+            file=sys.stderr,
+        )
+        return
+    members = engine.front()
+    prepared.tracker.write_front(
+        members,
+        list(engine.state.records.values()),
+        engine.objectives,
+        list(paths.values()),
+        note=recommendation(members, engine.objectives, store.name),
+    )
+    prepared.tracker.finish()
+
+
+def _why_nothing(engine: Engine) -> str:
+    failures: dict[str, int] = {}
+    for record in engine.state.records.values():
+        if record.state is TrialState.FAIL and record.error:
+            key = f"{record.error['kind']}: {record.error['message']}"
+            failures[key] = failures.get(key, 0) + 1
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in sorted(failures.items(), key=lambda kv: -kv[1])[:3])
+    return f"no trial succeeded: {reasons or 'none was completed'}"
+
+
+def _search_params(spec: SearchSpec) -> dict[str, Any]:
+    """Return the spec as flat `{dotted path: value}` for MLflow's parent run."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        elif value is not None:
+            flat[prefix] = value if isinstance(value, str | int | float) else json.dumps(value)
+
+    walk("", spec.model_dump(mode="json", exclude_none=True))
+    return flat
+
+
+def machine() -> str:
+    """Return the machine in words, without its name."""
+    memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {memory} GiB memory"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    names = ("paretune", "torch", "transformers", "peft", "ray", "optuna", "mlflow-skinny", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def git_commit() -> str | None:
+    """Return the commit of the user's working directory, if it is a git checkout."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

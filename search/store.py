@@ -1,0 +1,145 @@
+"""The directory of one search: what is where, who holds it, and what a resume needs to know."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from spaces.loading import LoadedSpec, dump_spec, load_spec
+
+
+class StoreError(Exception):
+    """The directory of a search cannot be used; the message is one line for the user."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Store:
+    """Paths below `<directory>/<name>`."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return self.root.name
+
+    @property
+    def spec_path(self) -> Path:
+        return self.root / "spec.yaml"
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.root / "ledger.jsonl"
+
+    @property
+    def study_path(self) -> Path:
+        return self.root / "study.db"
+
+    @property
+    def report_path(self) -> Path:
+        return self.root / "report"
+
+    @property
+    def groups_path(self) -> Path:
+        return self.root / "groups"
+
+    def trial_path(self, number: int) -> Path:
+        """Return where the checkpoints and the final weights of a trial are."""
+        return self.root / "trials" / f"{number:04d}"
+
+    @classmethod
+    def create(cls, loaded: LoadedSpec) -> Store:
+        """Make the directory of a new search and write the resolved spec into it.
+
+        Raises:
+            StoreError: a search of this name exists already.
+        """
+        parent = Path(loaded.spec.directory).absolute()
+        if loaded.spec.name is not None:
+            root = parent / loaded.spec.name
+            if (root / "ledger.jsonl").exists():
+                raise StoreError(
+                    f"a search named '{root.name}' is in {parent} already: go on with `paretune resume {root.name}`, "
+                    "or give this one another name with --set name=..."
+                )
+            root.mkdir(parents=True, exist_ok=True)
+        else:
+            root = _new_directory(parent, loaded.path.stem)
+        store = cls(root=root)
+        spec = loaded.spec.model_copy(update={"name": store.name})
+        store.spec_path.write_text(dump_spec(spec))
+        return store
+
+    @classmethod
+    def open(cls, name: str, directory: Path) -> Store:
+        """Find a search by its name below `directory`, or by the path of its own directory.
+
+        Raises:
+            StoreError: there is none.
+        """
+        for root in (directory / name, Path(name)):
+            if (root / "ledger.jsonl").exists():
+                return cls(root=root.absolute())
+        there = sorted(p.parent.name for p in directory.glob("*/ledger.jsonl")) if directory.is_dir() else []
+        raise StoreError(f"no search named '{name}' in {directory.absolute()}; there are: {', '.join(there) or 'none'}")
+
+    def load_spec(self) -> LoadedSpec:
+        """Return the spec that the search was started with."""
+        return load_spec(self.spec_path)
+
+    def lock(self) -> Lock:
+        """Return the lock that keeps two drivers off the same search."""
+        return Lock(self.root / "driver.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Lock:
+    """A file that names the driver's process; a dead driver's lock is taken over."""
+
+    path: Path
+
+    def __enter__(self) -> Lock:
+        me = psutil.Process()
+        try:
+            held = json.loads(self.path.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            held = None
+        if held is not None and _is_alive(held):
+            raise StoreError(f"process {held['pid']} on this machine runs this search; wait for it or stop it first")
+        self.path.write_text(json.dumps({"pid": me.pid, "started": me.create_time()}))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def _is_alive(held: Mapping[str, Any]) -> bool:
+    """The process id alone may have been given to another process since."""
+    if held["pid"] == os.getpid():
+        return False
+    try:
+        return bool(psutil.Process(held["pid"]).create_time() == held["started"])
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _new_directory(parent: Path, stem: str) -> Path:
+    """Make `<stem>-<date>-<number>`, the first that is free."""
+    stem = re.sub(r"[^A-Za-z0-9._-]", "-", stem)[:40]
+    stamp = datetime.now().strftime("%Y%m%d")
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 10_000):
+        root = parent / f"{stem}-{stamp}-{number}"
+        try:
+            root.mkdir()
+        except FileExistsError:
+            continue
+        return root
+    raise StoreError(f"too many searches of {stem} today in {parent}; give this one a name with --set name=...")

@@ -1,0 +1,188 @@
+"""The dispatcher against fake worker groups on its own event loop: no Ray, so every interleaving can be forced."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from search.dispatch import MAX_ATTEMPTS, Dispatcher, GroupResources
+from trainables.job import Job, Task
+
+TASK = Task(model_name="m", model_revision=None, task="causal-lm", exact_match_rows=0, data=[])
+
+
+def job(name: str, world_size: int = 1) -> Job:
+    return Job(job_id=name, kind="train", config={"layout": {"world_size": world_size}}, directory="d")
+
+
+class Groups(Dispatcher):
+    """A dispatcher whose groups live until their thread's event is set; the test plays the ranks."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(
+            TASK, GroupResources(capacity=capacity, cpus_per_worker=1, gpus_per_worker=0, storage="s")
+        )
+        self.ends: dict[str, threading.Event] = {}
+        self.errors: dict[str, Exception] = {}
+
+    def _run_group(self, group_id: str, world_size: int) -> None:
+        self.ends[group_id] = threading.Event()
+        assert self.ends[group_id].wait(20)
+        if group_id in self.errors:
+            raise self.errors[group_id]
+
+
+def scenario(capacity: int) -> Callable[[Callable[[Groups], Awaitable[None]]], Callable[[], None]]:
+    def wrap(play: Callable[[Groups], Awaitable[None]]) -> Callable[[], None]:
+        def test() -> None:
+            async def main() -> None:
+                dispatcher = Groups(capacity)
+                try:
+                    await asyncio.wait_for(play(dispatcher), 10)
+                finally:
+                    for end in dispatcher.ends.values():
+                        end.set()
+
+            asyncio.run(main())
+
+        return test
+
+    return wrap
+
+
+async def ranks_join(dispatcher: Groups, group_id: str, world_size: int) -> int:
+    generations = await asyncio.gather(*(dispatcher.join(group_id, rank) for rank in range(world_size)))
+    assert len(set(generations)) == 1
+    return generations[0]
+
+
+def kinds(events: list[dict[str, Any]]) -> list[str]:
+    return [e["event"] for e in events]
+
+
+@scenario(2)
+async def test_every_rank_gets_the_same_job_and_its_reports_reach_the_poller(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("a", 2))
+    (group,) = await dispatcher.groups()
+    generation = await ranks_join(dispatcher, group["group_id"], 2)
+    answers = await asyncio.gather(*(dispatcher.next(group["group_id"], generation, 0) for _ in range(2)))
+    assert [a and a[1].job_id for a in answers] == ["a", "a"]
+    await dispatcher.report(group["group_id"], generation, 1, {"step": 3})
+    await dispatcher.finish(group["group_id"], generation, 1, {"state": "complete"})
+    events = await dispatcher.poll("a")
+    assert kinds(events) == ["started", "report", "ended"]
+    assert events[-1]["state"] == "complete"
+
+
+@scenario(1)
+async def test_a_stop_reaches_the_running_job_and_takes_a_waiting_one_out_of_the_queue(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("a"))
+    await dispatcher.submit(job("b"))
+    (group,) = await dispatcher.groups()
+    generation = await ranks_join(dispatcher, group["group_id"], 1)
+    signal = asyncio.create_task(dispatcher.stopped(group["group_id"], generation, 1))
+    await asyncio.sleep(0)
+    assert not signal.done()
+    await dispatcher.stop("b")
+    assert kinds(await dispatcher.poll("b")) == ["ended"]
+    await dispatcher.stop("a")
+    assert await signal is True
+
+
+@scenario(1)
+async def test_a_job_goes_on_after_its_worker_died_and_reports_from_before_are_dropped(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("a"))
+    (group,) = await dispatcher.groups()
+    old = await ranks_join(dispatcher, group["group_id"], 1)
+    assert await dispatcher.next(group["group_id"], old, 0)
+    new = await ranks_join(dispatcher, group["group_id"], 1)  # Ray Train restarted the group
+    assert new != old
+    await dispatcher.report(group["group_id"], old, 1, {"step": 1})
+    answer = await dispatcher.next(group["group_id"], new, 0)
+    assert answer is not None
+    assert answer[1].job_id == "a"
+    assert await dispatcher.next(group["group_id"], old, 1) is None  # the ranks from before must go
+    await dispatcher.finish(group["group_id"], new, answer[0], {"state": "complete"})
+    events = await dispatcher.poll("a")
+    assert kinds(events) == ["started", "started", "ended"]
+    assert events[-1]["attempts"] == 2
+
+
+@scenario(1)
+async def test_a_job_that_kills_its_workers_every_time_fails_and_the_group_serves_the_next(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("killer"))
+    await dispatcher.submit(job("innocent"))
+    (group,) = await dispatcher.groups()
+    for _ in range(MAX_ATTEMPTS + 1):
+        generation = await ranks_join(dispatcher, group["group_id"], 1)
+    events = await dispatcher.poll("killer")
+    assert events[-1]["kind"] == "worker_lost"
+    answer = await dispatcher.next(group["group_id"], generation, 0)
+    assert answer is not None
+    assert answer[1].job_id == "innocent"
+
+
+@scenario(1)
+async def test_a_job_moves_to_another_group_when_ray_train_gives_its_group_up(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("a"))
+    (group,) = await dispatcher.groups()
+    await ranks_join(dispatcher, group["group_id"], 1)
+    dispatcher.errors[group["group_id"]] = RuntimeError("controller died")
+    dispatcher.ends[group["group_id"]].set()
+    while [g["group_id"] for g in await dispatcher.groups()] in ([group["group_id"]], []):
+        await asyncio.sleep(0.01)
+    (other,) = await dispatcher.groups()
+    generation = await ranks_join(dispatcher, other["group_id"], 1)
+    answer = await dispatcher.next(other["group_id"], generation, 0)
+    assert answer is not None
+    assert answer[1].job_id == "a"
+
+
+@scenario(1)
+async def test_groups_that_never_start_fail_every_job_instead_of_waiting_for_ever(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("a"))
+    poll = asyncio.create_task(dispatcher.poll("a"))
+    while not poll.done():
+        for name, end in dispatcher.ends.items():
+            dispatcher.errors[name] = RuntimeError("No module named torch")
+            end.set()
+        await asyncio.sleep(0.01)
+    assert poll.result()[-1]["kind"] == "no_workers"
+
+
+@scenario(2)
+async def test_shutdown_lets_idle_groups_go_and_waits_for_them(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("a"))
+    (group,) = await dispatcher.groups()
+    generation = await ranks_join(dispatcher, group["group_id"], 1)
+    await dispatcher.finish(group["group_id"], generation, 1, {"state": "complete"})
+    ending = asyncio.create_task(dispatcher.shutdown())
+    assert await dispatcher.next(group["group_id"], generation, 1) is None
+    assert not ending.done()
+    dispatcher.ends[group["group_id"]].set()
+    await ending
+    assert await dispatcher.groups() == []
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+def test_after_a_failure_of_one_rank_the_group_takes_no_job_before_it_restarted(restarts: bool) -> None:
+    @scenario(2)
+    async def play(dispatcher: Groups) -> None:
+        await dispatcher.submit(job("a", 2))
+        await dispatcher.submit(job("b", 2))
+        (group,) = await dispatcher.groups()
+        generation = await ranks_join(dispatcher, group["group_id"], 2)
+        failure = {"state": "failed", "kind": "error", "message": "x", "group_restarts": restarts}
+        await dispatcher.finish(group["group_id"], generation, 1, failure)
+        (state,) = await dispatcher.groups()
+        assert state["job_id"] == (None if restarts else "b")
+        if restarts:
+            await ranks_join(dispatcher, group["group_id"], 2)
+            (state,) = await dispatcher.groups()
+            assert state["job_id"] == "b"
+
+    play()

@@ -1,0 +1,35 @@
+"""What the driver asks of a worker group: plain values, importable without torch and without Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What all jobs of one search share; the dispatcher hands it to every worker once."""
+
+    model_name: str
+    model_revision: str | None
+    task: str
+    exact_match_rows: int
+    data: list[Any]
+    """A list of one: the object reference of the `TaskData`, which Ray would resolve too early if it stood bare."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One unit of work for a group."""
+
+    job_id: str
+    kind: str
+    """`train`, `reference` (score the untrained model) or `test` (score saved weights on the test file)."""
+    config: dict[str, Any]
+    """`TrialConfig.to_dict()`."""
+    directory: str
+    """Where the trial's checkpoints and weights are."""
+
+    @property
+    def world_size(self) -> int:
+        return int(self.config["layout"]["world_size"])

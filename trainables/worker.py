@@ -1,0 +1,163 @@
+"""What every Ray Train worker of a group does: take the next job, train it, report, take the next."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+
+from spaces.config import TrialConfig
+from trainables.checkpoint import CheckpointStore
+from trainables.data import TaskData
+from trainables.hub import resolve_model
+from trainables.job import Job, Task
+from trainables.loop import Command, evaluate_saved, evaluate_untrained, train
+from trainables.mesh import World
+from trainables.model import BaseModel
+from trainables.report import OutOfMemory, TrialError, TrialReport
+
+logger = logging.getLogger(__name__)
+
+# Work that a killed worker may lose, beside the evaluation points, which are checkpoints too.
+CHECKPOINT_SECONDS = 60.0
+
+
+class Inbox:
+    """A worker's side of the dispatcher: which job is next, and whether it shall stop."""
+
+    def __init__(self, dispatcher: Any, group_id: str, rank: int) -> None:
+        self._dispatcher = dispatcher
+        self._group_id = group_id
+        self._generation = ray.get(dispatcher.join.remote(group_id, rank))
+        self._sequence = 0
+
+    def next(self) -> Job | None:
+        """Wait for the next job; every rank of the group gets the same one. None: the group is no longer needed."""
+        answer = ray.get(self._dispatcher.next.remote(self._group_id, self._generation, self._sequence))
+        if answer is None:
+            return None
+        self._sequence, job = answer
+        return job
+
+    def stop_signal(self) -> Callable[[], bool]:
+        """Return a function that says at once whether somebody asked to stop the job that was taken last."""
+        signal = self._dispatcher.stopped.remote(self._group_id, self._generation, self._sequence)
+        return lambda: bool(ray.wait([signal], timeout=0)[0]) and bool(ray.get(signal))
+
+    def report(self, report: TrialReport) -> None:
+        ray.get(self._dispatcher.report.remote(self._group_id, self._generation, self._sequence, report.to_dict()))
+
+    def finish(self, outcome: dict[str, Any]) -> None:
+        ray.get(self._dispatcher.finish.remote(self._group_id, self._generation, self._sequence, outcome))
+
+
+def work(config: dict[str, Any]) -> None:
+    """Train jobs until the dispatcher has no more for this group; Ray Train calls it once on every rank."""
+    context = ray.train.get_context()
+    torch.set_num_threads(config["threads"])
+    device = ray.train.torch.get_device()
+    world_size = context.get_world_size()
+    world = World(
+        rank=context.get_world_rank(),
+        world_size=world_size,
+        local_rank=context.get_local_rank(),
+        device=device,
+        control_group=dist.new_group(backend="gloo") if world_size > 1 else None,
+    )
+    inbox = Inbox(config["dispatcher"], config["group_id"], world.rank)
+    task: Task = ray.get(config["dispatcher"].task.remote())
+    data: TaskData = ray.get(task.data[0])
+    name = resolve_model(task.model_name, task.model_revision)
+    base = BaseModel.load(name, task.model_revision, task.task, data.label_names)
+    while (job := inbox.next()) is not None:
+        _run_job(job, task=task, data=data, base=base, world=world, inbox=inbox)
+
+
+def _run_job(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: World, inbox: Inbox) -> None:
+    """Run one job and tell how it ended; a failure that may have left other ranks behind restarts the group."""
+    started = time.perf_counter()
+    try:
+        outcome = _execute(job, task=task, data=data, base=base, world=world, inbox=inbox)
+    except Exception as error:
+        # A trial's own error is raised on all ranks at the same step, unless memory ran out on this rank alone. Whatever
+        # else fails may have left the other ranks in a collective: only a restart of the group brings them back.
+        together = isinstance(error, TrialError) and not isinstance(error, OutOfMemory)
+        restarts = world.world_size > 1 and not together
+        inbox.finish(_failure(error, restarts))
+        if restarts:
+            raise
+        return
+    finally:
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if world.rank == 0:
+        inbox.finish({**outcome, "job_seconds": time.perf_counter() - started})
+
+
+def _execute(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: World, inbox: Inbox) -> dict[str, Any]:
+    config = TrialConfig.from_dict(job.config)
+    directory = Path(job.directory)
+    if job.kind == "reference":
+        return {"state": "complete", "metrics": evaluate_untrained(config, data, base, world)}
+    if job.kind == "test":
+        return {"state": "complete", "metrics": evaluate_saved(config, data, base, world, directory / "final")}
+    control = _Control(inbox.stop_signal() if world.rank == 0 else None, world)
+    reports = train(
+        config,
+        data,
+        base,
+        world,
+        control=control,
+        checkpoints=CheckpointStore(directory),
+        exact_match_rows=task.exact_match_rows,
+    )
+    finished = False
+    for report in reports:
+        finished = report.final
+        if world.rank == 0:
+            inbox.report(report)
+    return {"state": "complete" if finished else "stopped"}
+
+
+class _Control:
+    """Rank 0 decides after every step whether to go on, stop or save; all ranks get the same answer."""
+
+    def __init__(self, stop_requested: Callable[[], bool] | None, world: World) -> None:
+        self._stop_requested = stop_requested
+        self._world = world
+        self._saved_at = time.monotonic()
+
+    def __call__(self) -> Command:
+        command = Command.CONTINUE
+        if self._stop_requested is not None:
+            if self._stop_requested():
+                command = Command.STOP
+            elif time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
+                command = Command.SAVE
+                self._saved_at = time.monotonic()
+        if self._world.world_size == 1:
+            return command
+        message = torch.tensor([command.value])
+        dist.broadcast(message, src=0, group=self._world.control_group)
+        return Command(int(message.item()))
+
+
+def _failure(error: Exception, restarts: bool) -> dict[str, Any]:
+    known = isinstance(error, TrialError)
+    kind = error.kind if isinstance(error, TrialError) else "error"
+    logger.warning("job failed: %s: %s", kind, error, exc_info=not known)
+    return {
+        "state": "failed",
+        "kind": kind,
+        "message": str(error) if known else f"{type(error).__name__}: {error}",
+        "traceback": "" if known else traceback.format_exc(limit=-8),
+        "group_restarts": restarts,
+    }

@@ -1,0 +1,52 @@
+"""A worker group: one long-lived Ray Train run whose workers train job after job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from trainables.worker import work
+
+# A collective that a dead or stopped rank never joins ends after this long, and the group restarts.
+COLLECTIVE_TIMEOUT_SECONDS = 600
+
+
+def run_worker_group(
+    *,
+    dispatcher: Any,
+    group_id: str,
+    world_size: int,
+    cpus_per_worker: int,
+    gpus_per_worker: int,
+    storage: Path,
+) -> None:
+    """Start the group and block until the dispatcher lets it go.
+
+    Ray Train forms the group (placement, rendezvous) and restarts it when a worker dies; the dispatcher then hands the job in
+    flight out again, so restarts are unlimited here and counted per job there.
+
+    Raises:
+        ray.train.TrainingFailedError: the group could not be started or restarted.
+    """
+    resources: dict[str, float] = {"CPU": cpus_per_worker}
+    if gpus_per_worker:
+        resources["GPU"] = gpus_per_worker
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"dispatcher": dispatcher, "group_id": group_id, "threads": cpus_per_worker},
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=world_size, use_gpu=bool(gpus_per_worker), resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=group_id,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),
+        ),
+    )
+    trainer.fit()
