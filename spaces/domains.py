@@ -1,0 +1,345 @@
+"""What one knob may be: a fixed value, a choice, an integer range, or a uniform or log-uniform range.
+
+In the user's file a bare scalar is a fixed value; everything else is a mapping with one key:
+`{choice: [4, 8]}`, `{int: [1, 3]}`, `{uniform: [0.1, 1.0]}`, `{log_uniform: [1e-5, 1e-3]}`, and for the learning rate
+`{by_adapter: {none: ..., lora: ...}}`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    RootModel,
+    Tag,
+    field_validator,
+    model_serializer,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+T = TypeVar("T")
+
+# Marks the union tags in pydantic's error locations, so that they can be left out of what the user reads.
+TAG_PREFIX = "kind:"
+
+
+class Suggester(Protocol):
+    """What proposes values; an Optuna trial is one."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+
+    def suggest_int(self, name: str, low: int, high: int) -> int: ...
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+
+
+class Domain(Protocol):
+    """What every domain answers."""
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether there is more than one value."""
+
+    def suggest(self, name: str, suggester: Suggester) -> Any:
+        """Return a value; a domain with one value asks the suggester nothing."""
+
+    def encode(self, name: str, value: Any) -> dict[str, Any]:
+        """Return the suggester's params that make `suggest` return this value.
+
+        Raises:
+            ValueError: the value is not in the domain.
+        """
+
+    def ends(self) -> list[Any]:
+        """Return all values of a choice, or the two ends of a range; the first is the one to take when any will do."""
+
+
+@dataclass(frozen=True)
+class Within:
+    """Annotates a number with the range that it must lie in; the error names the whole range, not only the bound missed."""
+
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        bounds: dict[str, Any] = {k: v for k, v in vars(self).items() if v is not None}
+        if source is int:
+            schema: CoreSchema = core_schema.int_schema(strict=True, **bounds)
+        else:
+            schema = core_schema.float_schema(strict=True, allow_inf_nan=False, **bounds)
+        return core_schema.no_info_before_validator_function(lambda value: self._check(value, source is int), schema)
+
+    def _check(self, value: Any, whole: bool) -> Any:
+        context = {"allowed": self.text(whole)}
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise PydanticCustomError("not_a_number", "not an integer" if whole else "not a number", context)
+        if not math.isfinite(value):
+            raise PydanticCustomError("not_finite", "not finite", context)
+        low = (self.gt is None or value > self.gt) and (self.ge is None or value >= self.ge)
+        high = (self.lt is None or value < self.lt) and (self.le is None or value <= self.le)
+        if not (low and high):
+            raise PydanticCustomError("out_of_range", "out of range", context)
+        return value
+
+    def text(self, whole: bool) -> str:
+        """Return the range in words: `a number above 0 and at most 1`."""
+        bounds = {"above": self.gt, "at least": self.ge, "below": self.lt, "at most": self.le}
+        words = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+        return f"{'an integer' if whole else 'a number'} {words}".rstrip()
+
+
+class Fixed(RootModel[T], Generic[T]):
+    """One value, written as itself."""
+
+    model_config = ConfigDict(frozen=True)
+    kind: ClassVar[str] = "fixed"
+
+    @property
+    def is_searched(self) -> bool:
+        return False
+
+    def suggest(self, name: str, suggester: Suggester) -> T:
+        """Return the value."""
+        return self.root
+
+    def encode(self, name: str, value: T) -> dict[str, Any]:
+        """Return nothing: nothing is asked."""
+        if value != self.root:
+            raise ValueError(f"{name} is fixed to {self.root!r}, got {value!r}")
+        return {}
+
+    def ends(self) -> list[T]:
+        """Return the value."""
+        return [self.root]
+
+
+class _OneKey(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Choice(_OneKey, Generic[T]):
+    """One of several values. Numbers keep their order for the sampler: it is asked for an index into the ascending values."""
+
+    kind: ClassVar[str] = "choice"
+    choice: tuple[T, ...] = Field(min_length=1)
+    """The values."""
+
+    @field_validator("choice", mode="before")
+    @classmethod
+    def _is_list(cls, values: Any) -> Any:
+        if not isinstance(values, list | tuple) or not values:
+            raise PydanticCustomError("not_a_list", "not a list of values", {"allowed": "a list with at least one value"})
+        return values
+
+    @field_validator("choice")
+    @classmethod
+    def _distinct(cls, values: tuple[T, ...]) -> tuple[T, ...]:
+        if len(set(values)) < len(values):
+            raise PydanticCustomError("repeated", "a value stands twice", {"allowed": "each value once"})
+        return values
+
+    @property
+    def is_searched(self) -> bool:
+        return len(self.choice) > 1
+
+    def suggest(self, name: str, suggester: Suggester) -> T:
+        """Return one of the values."""
+        if not self.is_searched:
+            return self.choice[0]
+        ordered = self._ascending()
+        if ordered is None:
+            chosen: T = suggester.suggest_categorical(name, self.choice)
+            return chosen
+        return ordered[suggester.suggest_int(f"{name}_index", 0, len(ordered) - 1)]
+
+    def encode(self, name: str, value: T) -> dict[str, Any]:
+        """Return the index of a number, or the value itself."""
+        if value not in self.choice:
+            raise ValueError(f"{name} is one of {list(self.choice)}, got {value!r}")
+        if not self.is_searched:
+            return {}
+        ordered = self._ascending()
+        return {name: value} if ordered is None else {f"{name}_index": ordered.index(value)}
+
+    def ends(self) -> list[T]:
+        """Return all values, in the user's order."""
+        return list(self.choice)
+
+    def _ascending(self) -> list[T] | None:
+        """The values by size, or None where they have none."""
+        if any(isinstance(value, str) for value in self.choice):
+            return None
+        return sorted(self.choice)  # type: ignore[type-var]
+
+
+class _Range(_OneKey, Generic[T]):
+    """A low and a high end, both included."""
+
+    kind: ClassVar[str]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_pair(cls, bounds: Any) -> Any:
+        if not isinstance(bounds, list | tuple) or len(bounds) != 2:
+            raise PydanticCustomError("not_a_pair", "not a range", {"allowed": "[low, high]"})
+        return bounds
+
+    @field_validator("*")
+    @classmethod
+    def _is_ascending(cls, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
+        low, high = bounds
+        context = {"allowed": "[low, high] with low < high"}
+        if low > high:
+            context["nearest"] = f"[{high:g}, {low:g}]"
+            raise PydanticCustomError("reversed", "the range is reversed", context)
+        if low == high:
+            context["nearest"] = f"{low:g}"
+            raise PydanticCustomError("empty_range", "the range holds one value", context)
+        return bounds
+
+    @property
+    def is_searched(self) -> bool:
+        return True
+
+    @property
+    def bounds(self) -> tuple[Any, Any]:
+        """Low and high end."""
+        low, high = getattr(self, self.kind)
+        return low, high
+
+    def encode(self, name: str, value: Any) -> dict[str, Any]:
+        """Return the value itself."""
+        low, high = self.bounds
+        if not low <= value <= high:
+            raise ValueError(f"{name} lies in [{low:g}, {high:g}], got {value!r}")
+        return {name: value}
+
+    def ends(self) -> list[Any]:
+        """Return the low and the high end."""
+        return list(self.bounds)
+
+
+class IntRange(_Range[T], Generic[T]):
+    """An integer in `[low, high]`."""
+
+    kind: ClassVar[str] = "int"
+    int: tuple[T, T]
+    """Low and high end, both included."""
+
+    def suggest(self, name: str, suggester: Suggester) -> Any:
+        """Return an integer."""
+        low, high = self.bounds
+        return suggester.suggest_int(name, low, high)
+
+
+class Uniform(_Range[T], Generic[T]):
+    """A number in `[low, high]`, every part of the range as likely."""
+
+    kind: ClassVar[str] = "uniform"
+    uniform: tuple[T, T]
+    """Low and high end."""
+
+    def suggest(self, name: str, suggester: Suggester) -> float:
+        """Return a number."""
+        low, high = self.bounds
+        return suggester.suggest_float(name, low, high)
+
+
+class LogUniform(_Range[T], Generic[T]):
+    """A number in `[low, high]`, every order of magnitude as likely."""
+
+    kind: ClassVar[str] = "log_uniform"
+    log_uniform: tuple[T, T]
+    """Low and high end, both above 0."""
+
+    @field_validator("log_uniform")
+    @classmethod
+    def _is_positive(cls, bounds: tuple[T, T]) -> tuple[T, T]:
+        if bounds[0] == 0:
+            raise PydanticCustomError("log_of_zero", "a logarithm has no zero", {"allowed": "[low, high] with 0 < low < high"})
+        return bounds
+
+    def suggest(self, name: str, suggester: Suggester) -> float:
+        """Return a number."""
+        low, high = self.bounds
+        return suggester.suggest_float(name, low, high, log=True)
+
+
+def kind_of(value: Any) -> str:
+    """Return the union tag of a domain as the user wrote it; a tag that no union knows where the form itself is wrong."""
+    if isinstance(value, Mapping):
+        return TAG_PREFIX + (str(next(iter(value))) if len(value) == 1 else "several")
+    if isinstance(value, list | tuple):
+        return f"{TAG_PREFIX}list"
+    return TAG_PREFIX + str(getattr(value, "kind", "fixed"))
+
+
+_F = Annotated[Fixed[T], Tag("kind:fixed")]
+_C = Annotated[Choice[T], Tag("kind:choice")]
+_I = Annotated[IntRange[T], Tag("kind:int")]
+_U = Annotated[Uniform[T], Tag("kind:uniform")]
+_L = Annotated[LogUniform[T], Tag("kind:log_uniform")]
+
+NameDomain = Annotated[_F[T] | _C[T], Discriminator(kind_of)]
+"""Unordered values."""
+IntDomain = Annotated[_F[T] | _C[T] | _I[T], Discriminator(kind_of)]
+"""Whole numbers."""
+FloatDomain = Annotated[_F[T] | _C[T] | _U[T] | _L[T], Discriminator(kind_of)]
+"""Real numbers."""
+NumberDomain = Annotated[_F[T] | _C[T] | _I[T] | _U[T] | _L[T], Discriminator(kind_of)]
+"""Real numbers of which whole ones make a sensible range too."""
+
+LearningRate = Annotated[float, Within(gt=0, le=10)]
+
+
+class PerAdapter(_OneKey):
+    """A domain for each adapter that the space holds."""
+
+    none: FloatDomain[LearningRate] | None = None
+    """Full fine-tuning."""
+    lora: FloatDomain[LearningRate] | None = None
+    """LoRA, whose best learning rate is about ten times that of full fine-tuning."""
+
+    @model_serializer
+    def _without_absent(self) -> dict[str, Any]:
+        domains = {"none": self.none, "lora": self.lora}
+        return {name: domain.model_dump() for name, domain in domains.items() if domain is not None}
+
+
+class ByAdapter(_OneKey):
+    """A domain that depends on the adapter."""
+
+    kind: ClassVar[str] = "by_adapter"
+    by_adapter: PerAdapter
+    """The domain for each adapter."""
+
+    def of(self, adapter: str) -> Domain:
+        """Return the domain for an adapter.
+
+        Raises:
+            KeyError: there is none.
+        """
+        domain: Domain | None = getattr(self.by_adapter, adapter)
+        if domain is None:
+            raise KeyError(adapter)
+        return domain
+
+
+LearningRateDomain = Annotated[
+    _F[LearningRate]
+    | _C[LearningRate]
+    | _U[LearningRate]
+    | _L[LearningRate]
+    | Annotated[ByAdapter, Tag("kind:by_adapter")],
+    Discriminator(kind_of),
+]

@@ -1,0 +1,181 @@
+"""The space that is searched: every knob with its domain, its default, and the condition that it stands under."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from spaces.config import Adapter, Precision, Strategy
+from spaces.domains import (
+    ByAdapter,
+    Choice,
+    Domain,
+    Fixed,
+    FloatDomain,
+    IntDomain,
+    IntRange,
+    LearningRateDomain,
+    LogUniform,
+    NameDomain,
+    NumberDomain,
+    PerAdapter,
+    Suggester,
+    Uniform,
+    Within,
+)
+
+Count = Annotated[int, Within(ge=1, le=1_000_000)]
+WorldSize = Annotated[int, Within(ge=1, le=4096)]
+Rank = Annotated[int, Within(ge=1, le=16_384)]
+Seed = Annotated[int, Within(ge=0, le=2**32 - 1)]
+Fraction = Annotated[float, Within(gt=0, le=1)]
+WarmupFraction = Annotated[float, Within(ge=0, lt=1)]
+Epochs = Annotated[float, Within(gt=0, le=1000)]
+Alpha = Annotated[float, Within(gt=0, le=100_000)]
+WeightDecay = Annotated[float, Within(ge=0, le=100)]
+ModuleNames = Annotated[str, StringConstraints(strict=True, pattern=r"^[A-Za-z0-9_.-]+( *, *[A-Za-z0-9_.-]+)*$")]
+
+
+def _auto_or_count(value: Any) -> Any:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1_000_000):
+        allowed = {"allowed": "auto, or an integer at least 1", "names": ["auto"]}
+        raise PydanticCustomError("micro_batch_size", "not a micro batch size", allowed)
+    return value
+
+
+MicroBatch = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_count)]
+
+
+class SpaceSpec(BaseModel):
+    """The knobs of a trial. Each is a fixed value, `{choice: [...]}`, or a range where the knob is a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    adapter: NameDomain[Adapter] = Fixed[Adapter]("lora")
+    """`none` trains every weight, `lora` trains low-rank adapters and the head."""
+    learning_rate: LearningRateDomain = ByAdapter(
+        by_adapter=PerAdapter(
+            none=LogUniform[Annotated[float, Within(gt=0, le=10)]](log_uniform=(1e-5, 1e-3)),
+            lora=LogUniform[Annotated[float, Within(gt=0, le=10)]](log_uniform=(1e-4, 1e-2)),
+        )
+    )
+    """Peak learning rate of AdamW; `{by_adapter: {none: ..., lora: ...}}` where it depends on the adapter."""
+    global_batch_size: IntDomain[Count] = Choice[Count](choice=(16, 32, 64))
+    """Rows per optimizer step, over all ranks."""
+    dataset_fraction: FloatDomain[Fraction] = Uniform[Fraction](uniform=(0.1, 1.0))
+    """Share of the training rows; smaller fractions are subsets of larger ones."""
+    epochs: NumberDomain[Epochs] = Fixed[Epochs](1.0)
+    """Passes over the chosen rows."""
+    lora_rank: IntDomain[Rank] = Choice[Rank](choice=(4, 8, 16, 32))
+    """Width of the LoRA matrices; only with `adapter: lora`."""
+    lora_alpha: NumberDomain[Alpha] = Fixed[Alpha](32.0)
+    """LoRA's scale is alpha / rank; only with `adapter: lora`."""
+    lora_target_modules: NameDomain[ModuleNames] = Fixed[ModuleNames]("all-linear")
+    """Module name suffixes that LoRA wraps, with commas between; only with `adapter: lora`."""
+    warmup_fraction: FloatDomain[WarmupFraction] = Fixed[WarmupFraction](0.1)
+    """Share of the optimizer steps in which the learning rate rises."""
+    weight_decay: FloatDomain[WeightDecay] = Fixed[WeightDecay](0.0)
+    """AdamW's decoupled weight decay."""
+    precision: NameDomain[Precision] = Fixed[Precision]("fp32")
+    """`bf16` is autocast; weights stay fp32."""
+    seed: IntDomain[Seed] = Fixed[Seed](0)
+    """Seeds the data order and new weights."""
+    world_size: IntDomain[WorldSize] = Fixed[WorldSize](1)
+    """Ranks that train one trial together."""
+    strategy: NameDomain[Strategy] = Fixed[Strategy]("ddp")
+    """`ddp` replicates the weights, `fsdp` shards them."""
+    micro_batch_size: NameDomain[MicroBatch] = Fixed[MicroBatch]("auto")
+    """Rows per rank and forward pass; `auto` takes what fits a fixed number of tokens."""
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _covers_adapters(cls, domain: Any, info: ValidationInfo) -> Any:
+        # `adapter` is absent from the data when it is itself wrong, and then has its own error.
+        if isinstance(domain, ByAdapter) and "adapter" in info.data:
+            missing = [a for a in info.data["adapter"].ends() if getattr(domain.by_adapter, a) is None]
+            if missing:
+                raise PydanticCustomError(
+                    "adapter_without_range",
+                    "by_adapter has nothing for {missing}",
+                    {"missing": ", ".join(missing), "allowed": "an entry for each adapter of the space"},
+                )
+        return domain
+
+    def suggest(self, suggester: Suggester) -> dict[str, Any]:
+        """Ask for every knob, conditions before what they decide; return flat params for `TrialConfig.from_params`."""
+        params: dict[str, Any] = {}
+        for knob, name, domain in self._active(params):
+            params[knob] = domain.suggest(name, suggester)
+        return params
+
+    def encode(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the suggester's params that make `suggest` return these params; for enqueueing and warm starts.
+
+        Raises:
+            ValueError: a value is not in its domain.
+            KeyError: a knob is missing.
+        """
+        encoded: dict[str, Any] = {}
+        for knob, name, domain in self._active(params):
+            encoded |= domain.encode(name, params[knob])
+        return encoded
+
+    def first(self) -> dict[str, Any]:
+        """Return params with the first value of every knob: the first of a choice, the low end of a range."""
+        params: dict[str, Any] = {}
+        for knob, _, domain in self._active(params):
+            params[knob] = domain.ends()[0]
+        return params
+
+    def corners(self) -> Iterator[dict[str, Any]]:
+        """Yield params for every layout, global batch and micro batch; both ends of a range, and the first value elsewhere."""
+        sizes = itertools.product(self.layouts(), self.global_batch_size.ends(), self.micro_batch_size.ends())
+        for (world_size, strategy), global_batch_size, micro_batch_size in sizes:
+            yield self.first() | {
+                "world_size": world_size,
+                "strategy": strategy,
+                "global_batch_size": global_batch_size,
+                "micro_batch_size": micro_batch_size,
+            }
+
+    def layouts(self) -> list[tuple[int, str]]:
+        """Return every combination of world size and strategy."""
+        ends = self.world_size.ends()
+        sizes = range(ends[0], ends[1] + 1) if isinstance(self.world_size, IntRange) else sorted(ends)
+        return list(itertools.product(sizes, self.strategy.ends()))
+
+    def names_searched(self) -> list[str]:
+        """Return the knobs that have more than one value."""
+        return [knob for knob in type(self).model_fields if self._is_searched(knob)]
+
+    def fixed_to(self, params: Mapping[str, Any]) -> list[str]:
+        """Return the overrides that pin every knob of these params: `space.learning_rate=0.002`."""
+        return [f"space.{knob}={params[knob]}" for knob in type(self).model_fields if knob in params]
+
+    def _is_searched(self, knob: str) -> bool:
+        if knob.startswith("lora_") and "lora" not in self.adapter.ends():
+            return False
+        domain = getattr(self, knob)
+        if isinstance(domain, ByAdapter):
+            domains = [domain.of(adapter) for adapter in self.adapter.ends()]
+            return any(d.is_searched or d != domains[0] for d in domains)
+        return bool(domain.is_searched)
+
+    def _active(self, params: Mapping[str, Any]) -> Iterator[tuple[str, str, Domain]]:
+        """Yield knob, name for the suggester, and domain, of every knob whose condition holds.
+
+        `params` may be filled while iterating: the adapter comes first, and all conditions are on it.
+        """
+        for knob in type(self).model_fields:
+            if knob.startswith("lora_") and params["adapter"] != "lora":
+                continue
+            domain = getattr(self, knob)
+            if isinstance(domain, ByAdapter):
+                # One name per adapter: under one name the sampler would take two ranges for one.
+                yield knob, f"{knob}_{params['adapter']}", domain.of(params["adapter"])
+            else:
+                yield knob, knob, domain

@@ -1,0 +1,269 @@
+"""The user's file as a model: what to fine-tune, on which data, over which space, for which objectives."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    StrictStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from spaces.domains import Within
+from spaces.metrics import ACCURACY, EVAL_LOSS, EXACT_MATCH, MACRO_F1, METRICS, TRAIN_SECONDS, Direction
+from spaces.space import SpaceSpec
+
+Task = Literal["sequence-classification", "causal-lm"]
+
+EMBEDDED = "embedded:"
+EMBEDDED_MODELS = ("embedded:all-MiniLM-L6-v2",)
+EMBEDDED_DATA = ("embedded:stdlib-docstrings",)
+
+# train/ and test/ metrics are no objectives: the first does not generalise, the second must not be searched on.
+OBJECTIVE_METRICS = tuple(m.name for m in METRICS.values() if m.section in ("eval", "perf", "cost"))
+# Metrics that one of the two tasks never reports.
+_TASK_OF_METRIC: dict[str, Task] = {MACRO_F1: "sequence-classification", EXACT_MATCH: "causal-lm"}
+# Without a time budget, an hour is the time beyond which a trial adds nothing to the hypervolume.
+DEFAULT_REFERENCE_SECONDS = 3600.0
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_HUB_DATA = re.compile(r"hf:[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?")
+
+
+def _not_empty(value: str) -> str:
+    if not value.strip():
+        raise PydanticCustomError("empty", "empty", {"allowed": "a text that is not empty"})
+    return value
+
+
+def _safe_name(value: str) -> str:
+    # `.` and `..` are directories that exist already.
+    if not _SAFE_NAME.fullmatch(value) or not value.strip("."):
+        allowed = {"allowed": "1 to 64 letters, digits, '.', '_' and '-'"}
+        raise PydanticCustomError("unsafe_name", "not a safe name for a directory", allowed)
+    return value
+
+
+def _known_embedded_model(value: str) -> str:
+    return _known_embedded(value, EMBEDDED_MODELS)
+
+
+def _known_data(value: str) -> str:
+    if value.startswith("hf:") and not _HUB_DATA.fullmatch(value):
+        allowed = {"allowed": "hf:org/name, hf:org/name:config, hf:org/name@revision"}
+        raise PydanticCustomError("hub_data", "not the name of a hub data set", allowed)
+    return _known_embedded(value, EMBEDDED_DATA)
+
+
+def _known_embedded(value: str, known: tuple[str, ...]) -> str:
+    if value.startswith(EMBEDDED) and value not in known:
+        allowed = {"allowed": ", ".join(known), "names": list(known)}
+        raise PydanticCustomError("embedded", "not an embedded one", allowed)
+    return value
+
+
+def _known_metric(value: Any) -> Any:
+    if value not in OBJECTIVE_METRICS:
+        names = list(OBJECTIVE_METRICS)
+        raise PydanticCustomError("metric", "not a metric", {"allowed": ", ".join(names), "names": names})
+    return value
+
+
+Text = Annotated[StrictStr, AfterValidator(_not_empty)]
+SafeName = Annotated[StrictStr, AfterValidator(_safe_name)]
+ModelName = Annotated[Text, AfterValidator(_known_embedded_model)]
+DataName = Annotated[Text, AfterValidator(_known_data)]
+MetricName = Annotated[str, BeforeValidator(_known_metric)]
+AtLeastOne = Annotated[int, Within(ge=1, le=1_000_000)]
+AtLeastZero = Annotated[int, Within(ge=0, le=1_000_000)]
+Finite = Annotated[float, Within()]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """One objective, with all defaults filled in."""
+
+    metric: str
+    direction: Direction
+    reference: float | None
+    """Coordinate of the hypervolume's reference point; None: the untrained model's score, known once it is measured."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSpec(_Section):
+    """The model that is fine-tuned."""
+
+    name: ModelName
+    """A hub name, a local directory, or `embedded:all-MiniLM-L6-v2`."""
+    task: Task
+    """What the model learns: labels of rows, or the next token."""
+    revision: Text | None = None
+    """Branch, tag or commit on the hub."""
+    max_length: Annotated[int, Within(ge=8, le=131_072)] = 128
+    """Tokens per row; longer rows are cut."""
+
+
+class DataSpec(_Section):
+    """The rows to train and to evaluate on. Columns are found by their names unless they are given."""
+
+    train: DataName
+    """A csv, tsv, jsonl, json, parquet or txt file, `hf:org/name[:config][@revision]`, or `embedded:stdlib-docstrings`."""
+    evaluation: DataName | None = None
+    """Rows that every trial is evaluated on; without it, a part of the training rows is held out."""
+    test: DataName | None = None
+    """Rows that the search never sees; members of the front are scored on them at the end."""
+    holdout: Annotated[float, Within(gt=0, le=0.5)] = 0.1
+    """Share of the training rows that is held out when there is no evaluation file."""
+    text: Text | None = None
+    """Column of the text."""
+    label: Text | None = None
+    """Column of the label (classification)."""
+    prompt: Text | None = None
+    """Column of the prompt (causal-lm)."""
+    completion: Text | None = None
+    """Column of the completion, the only part that the loss counts (causal-lm)."""
+    messages: Text | None = None
+    """Column of the chat messages (causal-lm)."""
+    answer_pattern: Text | None = None
+    """Regular expression whose last group is the answer in a completion; exact_match compares it."""
+    exact_match_rows: AtLeastZero = 64
+    """Evaluation rows that are completed greedily for exact_match; 0 turns it off."""
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            message = f"not a regular expression ({error})".replace("{", "{{").replace("}", "}}")
+            raise PydanticCustomError("pattern", message, {"allowed": "a regular expression"}) from error  # type: ignore[arg-type]
+        return pattern
+
+
+class ObjectiveSpec(_Section):
+    """One thing to make better."""
+
+    metric: MetricName
+    """Name of a reported metric."""
+    direction: Direction | None = None
+    """`minimize` or `maximize`; by default what is better for the metric."""
+    reference: Finite | None = None
+    """The worst value that is still worth anything; the hypervolume is measured from there."""
+
+
+class BudgetSpec(_Section):
+    """When the search ends, by whichever comes first."""
+
+    trials: AtLeastOne = 20
+    """Trials that are trained."""
+    minutes: Annotated[float, Within(gt=0, le=1_000_000)] | None = None
+    """Wall time after which no trial is started."""
+
+
+class ResourcesSpec(_Section):
+    """What one worker, that is one rank, takes."""
+
+    workers: AtLeastOne | None = None
+    """Workers at once; by default what the cluster holds."""
+    cpus_per_worker: AtLeastOne = 1
+    """CPU cores of a worker."""
+    gpus_per_worker: AtLeastZero = 0
+    """GPUs of a worker."""
+
+
+class SamplerSpec(_Section):
+    """What proposes trials."""
+
+    method: Literal["tpe", "random"] = "tpe"
+    """Tree-structured Parzen estimator, or random points."""
+    seed: AtLeastZero = 0
+    """Seeds the proposals."""
+    startup_trials: AtLeastZero = 8
+    """Random trials before the estimator is trusted."""
+
+
+class TrackingSpec(_Section):
+    """Where MLflow is."""
+
+    uri: Text | None = None
+    """Tracking URI; by default MLFLOW_TRACKING_URI, or a SQLite file beside the searches."""
+    experiment: Text = "paretune"
+    """MLflow experiment."""
+
+
+class SearchSpec(_Section):
+    """A search."""
+
+    name: SafeName | None = None
+    """Name of the search and of its directory; by default the file's name with a date."""
+    model: ModelSpec
+    """The model that is fine-tuned."""
+    data: DataSpec
+    """The rows to train and to evaluate on."""
+    space: SpaceSpec = SpaceSpec()
+    """The knobs of a trial."""
+    objectives: tuple[ObjectiveSpec, ...] = ()
+    """Two or three; by default accuracy (eval_loss for causal-lm) and train_seconds."""
+    budget: BudgetSpec = BudgetSpec()
+    """When the search ends."""
+    resources: ResourcesSpec = ResourcesSpec()
+    """What one worker takes."""
+    sampler: SamplerSpec = SamplerSpec()
+    """What proposes trials."""
+    tracking: TrackingSpec = TrackingSpec()
+    """Where MLflow is."""
+    directory: Text = "paretune-runs"
+    """Where searches are kept, each in a directory of its own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sections_may_be_empty(cls, data: Any) -> Any:
+        """A heading with nothing below it is null in YAML, and means the defaults."""
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+    @field_validator("objectives")
+    @classmethod
+    def _two_or_three(cls, objectives: tuple[ObjectiveSpec, ...], info: ValidationInfo) -> tuple[ObjectiveSpec, ...]:
+        metrics = [o.metric for o in objectives]
+        if len(metrics) not in (2, 3):
+            raise PydanticCustomError("objectives", f"{len(metrics)} objectives", {"allowed": "2 or 3 objectives"})  # type: ignore[arg-type]
+        if len(set(metrics)) < len(metrics):
+            raise PydanticCustomError("objectives", "a metric stands twice", {"allowed": "each metric once"})
+        model, data = info.data.get("model"), info.data.get("data")
+        for metric in metrics:
+            task = _TASK_OF_METRIC.get(metric)
+            if model is not None and task is not None and model.task != task:
+                context = {"metric": metric, "task": model.task, "allowed": f"{metric} only with {task}"}
+                raise PydanticCustomError("metric_of_task", "{metric} is not reported for {task}", context)
+        if EXACT_MATCH in metrics and data is not None and data.exact_match_rows == 0:
+            context = {"allowed": "data.exact_match_rows at least 1"}
+            raise PydanticCustomError("metric_off", "exact_match is turned off by data.exact_match_rows", context)
+        return objectives
+
+    def resolved_objectives(self) -> tuple[Objective, ...]:
+        """Return the objectives with every default filled in."""
+        quality = ACCURACY if self.model.task == "sequence-classification" else EVAL_LOSS
+        given = self.objectives or (ObjectiveSpec(metric=quality), ObjectiveSpec(metric=TRAIN_SECONDS))
+        return tuple(self._resolve(objective) for objective in given)
+
+    def _resolve(self, objective: ObjectiveSpec) -> Objective:
+        metric = METRICS[objective.metric]
+        direction = objective.direction or metric.direction
+        reference = objective.reference
+        if reference is None and direction == "maximize":
+            reference = 0.0
+        elif reference is None and metric.unit == "s":
+            reference = DEFAULT_REFERENCE_SECONDS if self.budget.minutes is None else self.budget.minutes * 60
+        return Objective(metric=metric.name, direction=direction, reference=reference)

@@ -1,0 +1,145 @@
+"""`ray job submit` against a real cluster of two nodes, and the cluster file against Ray's own schema."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from tiny import make_spec
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def test_cluster_yaml_is_valid_by_rays_own_schema() -> None:
+    import ray.autoscaler
+
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    jsonschema.validate(config, schema)
+    spot = config["available_node_types"]["gpu_spot"]
+    assert spot["min_workers"] < spot["max_workers"]
+    assert spot["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**config, "max_workers": "many"}, schema)
+
+
+@dataclass
+class TwoNodes:
+    job_server: str
+    env: dict[str, str]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path) -> Iterator[TwoNodes]:
+    """A head without CPUs that trials may use, a worker with one CPU each, token authentication, own ports and directories."""
+    token = tmp_path / "token"
+    token.write_text("a" * 64)
+    token.chmod(0o600)
+    # Ray's sockets live below the temporary directory, and their paths are limited to 107 characters.
+    temp = Path("/tmp") / f"pt{os.getpid()}"
+    port, dashboard = free_port(), free_port()
+    env = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    common = ["--block", "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
+    head = [f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}/head", "--dashboard-host=127.0.0.1"]
+    commands = [["--head", *head], [f"--address=127.0.0.1:{port}"]]
+    nodes: list[subprocess.Popen[bytes]] = []
+    log = (tmp_path / "nodes.log").open("ab")
+    try:
+        for command in commands:
+            nodes.append(
+                subprocess.Popen([BIN / "ray", "start", *command, *common], env=env, stdout=log, stderr=log, cwd=tmp_path)
+            )
+            _wait_for_nodes(f"127.0.0.1:{port}", len(nodes), env, tmp_path)
+        yield TwoNodes(job_server=f"http://127.0.0.1:{dashboard}", env=env)
+    finally:
+        for node in reversed(nodes):
+            node.send_signal(signal.SIGTERM)
+        for node in reversed(nodes):
+            try:
+                node.wait(30)
+            except subprocess.TimeoutExpired:
+                node.kill()
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _wait_for_nodes(address: str, count: int, env: dict[str, str], cwd: Path) -> None:
+    code = f"import ray; ray.init('{address}', logging_level='ERROR'); print('alive', sum(n['Alive'] for n in ray.nodes()))"
+    end = time.monotonic() + 90
+    while time.monotonic() < end:
+        done = subprocess.run([sys.executable, "-c", code], env=env, cwd=cwd, capture_output=True, text=True, check=False)
+        if f"alive {count}" in done.stdout:
+            return
+    raise AssertionError(f"no {count} nodes: {done.stdout} {done.stderr} {(cwd / 'nodes.log').read_text()[-2000:]}")
+
+
+@pytest.mark.slow
+def test_a_submitted_search_trains_one_trial_over_two_nodes(two_nodes: TwoNodes, tmp_path: Path) -> None:
+    working_dir = tmp_path / "project"
+    make_spec(
+        working_dir,
+        space={
+            "learning_rate": {"log_uniform": [1.0e-3, 1.0e-2]},
+            "global_batch_size": 8,
+            "dataset_fraction": 0.5,
+            "lora_rank": 2,
+            "world_size": 2,
+            "strategy": {"choice": ["ddp", "fsdp"]},
+        },
+        budget={"trials": 2},
+    )
+    submit = ["job", "submit", "--address", two_nodes.job_server, "--working-dir", str(working_dir), "--"]
+    entrypoint = ["python", "-m", "search.cli", "search", "spec.yaml"]
+    done = subprocess.run(
+        [BIN / "ray", *submit, *entrypoint],
+        env=two_nodes.env,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    lines = (working_dir / "runs/tiny/ledger.jsonl").read_text().splitlines()
+    trials = [e for e in map(json.loads, lines) if e["event"] == "trial_finished"]
+    assert [t["state"] for t in trials] == ["COMPLETE", "COMPLETE"]
+    for trial in trials:
+        nodes = {entry["node_id"] for entry in trial["details"]["process_map"]}
+        assert len(nodes) == 2, f"both ranks sat on one node: {trial['details']['process_map']}"
+    assert re.search(r"trial \d{4} COMPLETE", done.stdout + done.stderr)
+
+
+@pytest.mark.slow
+def test_without_the_token_the_job_server_answers_401(two_nodes: TwoNodes) -> None:
+    import urllib.error
+    import urllib.request
+
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{two_nodes.job_server}/api/jobs/", timeout=10)
+    assert refused.value.code == 401

@@ -1,0 +1,116 @@
+"""Killed drivers and workers: nothing acknowledged is lost, nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny import make_rows, make_spec
+
+pytestmark = pytest.mark.slow
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def start(*args: str, cwd: Path) -> subprocess.Popen[bytes]:
+    log = (cwd / "driver.log").open("ab")
+    return subprocess.Popen([sys.executable, "-m", "search.cli", *args], cwd=cwd, env=ENVIRONMENT, stdout=log, stderr=log)
+
+
+def events(ledger: Path) -> list[dict]:
+    if not ledger.exists():
+        return []
+    lines = ledger.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"the driver ended with {process.returncode}"
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.05)
+
+
+def long_spec(directory: Path, **space: object) -> Path:
+    """Trials of some seconds, so that a kill lands inside one."""
+    base = {
+        "learning_rate": {"log_uniform": [1.0e-3, 1.0e-2]},
+        "global_batch_size": 4,
+        "dataset_fraction": 1.0,
+        "epochs": 4,
+        "lora_rank": 2,
+        "world_size": 1,
+    }
+    path = make_spec(directory, space={**base, **space}, budget={"trials": 3}, resources={"workers": 2})
+    make_rows(directory / "train.csv", num_rows=1500)
+    return path
+
+
+def test_resume_after_kill_9_of_the_driver_loses_and_repeats_no_trial(tmp_path: Path) -> None:
+    spec = long_spec(tmp_path)
+    ledger = tmp_path / "runs/tiny/ledger.jsonl"
+    driver = start("search", str(spec), cwd=tmp_path)
+    wait_for(lambda: sum(e["event"] == "trial_finished" for e in events(ledger)) >= 1, driver)
+    wait_for(lambda: events(ledger)[-1]["event"] == "trial_reported", driver)
+    children = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    psutil.wait_procs(children, timeout=60)
+    before = events(ledger)
+
+    resumed = start("resume", "tiny", "--directory", "runs", cwd=tmp_path)
+    assert resumed.wait(400) == 0, (tmp_path / "driver.log").read_text()[-3000:]
+    after = events(ledger)
+    assert after[: len(before)] == before
+    finished = [e["number"] for e in after if e["event"] == "trial_finished"]
+    assert len(finished) == len(set(finished)) == 3
+    started = [e["number"] for e in after if e["event"] == "trial_started"]
+    assert sorted(started) == sorted(finished), "a trial was lost or proposed twice"
+
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("paretune")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    trials = [r for r in runs if r.data.tags.get("kind") == "trial"]
+    assert [p.info.status for p in parents] == ["FINISHED"]
+    assert sorted(t.info.status for t in trials) == ["FINISHED"] * 3
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_killed_worker_costs_only_steps_and_the_weights_are_those_of_an_undisturbed_run(
+    tmp_path: Path, strategy: str
+) -> None:
+    weights = {}
+    for name in ("undisturbed", "killed"):
+        directory = tmp_path / name
+        spec = long_spec(directory, learning_rate=3.0e-3, world_size=2, strategy=strategy)
+        ledger = directory / "runs/tiny/ledger.jsonl"
+        driver = start("search", str(spec), "--set", "budget.trials=1", cwd=directory)
+        if name == "killed":
+            wait_for(lambda ledger=ledger: any(e["event"] == "trial_reported" for e in events(ledger)), driver)
+            victim = _workers(driver.pid)[-1]
+            victim.send_signal(signal.SIGKILL)
+        assert driver.wait(400) == 0, (directory / "driver.log").read_text()[-3000:]
+        (finish,) = [e for e in events(ledger) if e["event"] == "trial_finished"]
+        assert finish["state"] == "COMPLETE"
+        assert finish["attempts"] == (2 if name == "killed" else 1)
+        (file,) = (directory / "runs/tiny/trials").glob("*/final/*.safetensors")
+        weights[name] = file.read_bytes()
+    assert weights["killed"] == weights["undisturbed"]
+
+
+def _workers(driver: int) -> list[psutil.Process]:
+    """The Train workers below a driver, by the title that Ray gives their processes."""
+    children = psutil.Process(driver).children(recursive=True)
+    return [c for c in children if any("RayTrainWorker" in part for part in c.cmdline())]

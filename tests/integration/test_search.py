@@ -1,0 +1,107 @@
+"""The whole of it on a tiny model: `paretune search` as a user runs it, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny import make_spec
+
+ENVIRONMENT = {**os.environ, "RAY_TMPDIR": "/tmp"}
+
+
+def paretune(*args: str, cwd: Path, check: int = 0, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "search.cli", *args]
+    env = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def ray_processes() -> set[int]:
+    """Every process of any Ray on this machine."""
+    names = ("raylet", "gcs_server", "ray::", "dashboard")
+    found = set()
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if any(name in line for name in names) and "pytest" not in line:
+            found.add(process.info["pid"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search of four trials over both world sizes and both strategies, run to its end."""
+    directory = tmp_path_factory.mktemp("search")
+    before = ray_processes()
+    done = paretune("search", str(make_spec(directory)), "--json", cwd=directory)
+    (directory / "front.json").write_text(done.stdout)
+    (directory / "stderr.txt").write_text(done.stderr)
+    left = {pid for pid in ray_processes() - before if psutil.pid_exists(pid)}
+    assert not left, f"processes left behind: {left}"
+    return directory
+
+
+def test_the_search_finds_a_front_and_says_how_to_reproduce_it(finished: Path) -> None:
+    front = json.loads((finished / "front.json").read_text())
+    assert front["trials"]["COMPLETE"] == 4
+    assert front["front"]
+    assert front["hypervolume"] > 0
+    for member in front["front"]:
+        assert 0 <= member["metrics"]["accuracy"] <= 1
+        assert member["metrics"]["train_seconds"] > 0
+        assert 0 < member["metrics"]["mfu"] < 1
+        assert "accuracy" in member["test"]
+        assert member["command"].startswith("paretune search ")
+
+
+def test_every_trial_says_what_it_measured_and_where_it_ran(finished: Path) -> None:
+    from search.ledger import Ledger, replay
+
+    state = replay(Ledger(finished / "runs/tiny/ledger.jsonl").events())
+    assert state.finished
+    assert state.reference
+    assert 0 <= state.reference["accuracy"] <= 1
+    for record in state.records.values():
+        assert record.config is not None
+        assert [r["fidelity"] for r in record.reports] == sorted(r["fidelity"] for r in record.reports)
+        assert record.reports[-1]["final"]
+        assert len(record.details["process_map"]) == record.config["layout"]["world_size"]
+        assert {"peak_source", "mfu_convention"} <= set(record.details)
+
+
+def test_the_same_front_comes_from_the_ledger_and_from_mlflow_alone(finished: Path) -> None:
+    here = json.loads(paretune("front", "tiny", "--directory", "runs", "--json", cwd=finished).stdout)
+    uri = f"sqlite:///{finished}/runs/mlflow.db"
+    there = json.loads(paretune("front", "tiny", "--tracking-uri", uri, "--json", cwd=finished).stdout)
+    assert [m["number"] for m in here["front"]] == [m["number"] for m in there["front"]]
+    assert here["hypervolume"] == pytest.approx(there["hypervolume"])
+
+
+def test_pick_obeys_its_limits_and_says_so_when_nothing_does(finished: Path) -> None:
+    members = json.loads((finished / "front.json").read_text())["front"]
+    fastest = min(m["metrics"]["train_seconds"] for m in members)
+    picked = paretune("pick", "tiny", "--directory", "runs", "--max-time", str(fastest), "--json", cwd=finished)
+    assert json.loads(picked.stdout)["metrics"]["train_seconds"] == fastest
+    paretune("pick", "tiny", "--directory", "runs", "--knee", cwd=finished)
+    nothing = paretune("pick", "tiny", "--directory", "runs", "--min-accuracy", "1.1", cwd=finished, check=2)
+    assert "accuracy >= 1.1" in nothing.stderr
+
+
+def test_the_report_is_one_file_that_works_offline(finished: Path) -> None:
+    paretune("report", "tiny", "--directory", "runs", cwd=finished)
+    html = next((finished / "runs/tiny/report").glob("*.html")).read_text()
+    assert "<table" in html
+    assert 'src="http' not in html
+
+
+def test_a_search_of_the_same_name_is_refused_and_loses_nothing(finished: Path) -> None:
+    before = (finished / "runs/tiny/ledger.jsonl").read_bytes()
+    refused = paretune("search", str(finished / "spec.yaml"), cwd=finished, check=2)
+    assert "paretune resume tiny" in refused.stderr
+    assert (finished / "runs/tiny/ledger.jsonl").read_bytes() == before
