@@ -7,10 +7,12 @@ In the user's file a bare scalar is a fixed value; everything else is a mapping 
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -239,7 +241,7 @@ class IntRange(_Range[T], Generic[T]):
     def suggest(self, name: str, suggester: Suggester) -> Any:
         """Return an integer."""
         low, high = self.bounds
-        return suggester.suggest_int(name, low, high)
+        return suggester.suggest_int(name, int(low), int(high))
 
 
 class Uniform(_Range[T], Generic[T]):
@@ -284,20 +286,48 @@ def kind_of(value: Any) -> str:
     return TAG_PREFIX + str(getattr(value, "kind", "fixed"))
 
 
-_F = Annotated[Fixed[T], Tag("kind:fixed")]
-_C = Annotated[Choice[T], Tag("kind:choice")]
-_I = Annotated[IntRange[T], Tag("kind:int")]
-_U = Annotated[Uniform[T], Tag("kind:uniform")]
-_L = Annotated[LogUniform[T], Tag("kind:log_uniform")]
+def _union(*domains: Any) -> Any:
+    """Return the union of the domains, told apart by the key that the user wrote."""
+    members = [Annotated[domain, Tag(f"{TAG_PREFIX}{_kind_of_class(domain)}")] for domain in domains]
+    return Annotated[functools.reduce(operator.or_, members), Discriminator(kind_of)]
 
-NameDomain = Annotated[_F[T] | _C[T], Discriminator(kind_of)]
-"""Unordered values."""
-IntDomain = Annotated[_F[T] | _C[T] | _I[T], Discriminator(kind_of)]
-"""Whole numbers."""
-FloatDomain = Annotated[_F[T] | _C[T] | _U[T] | _L[T], Discriminator(kind_of)]
-"""Real numbers."""
-NumberDomain = Annotated[_F[T] | _C[T] | _I[T] | _U[T] | _L[T], Discriminator(kind_of)]
-"""Real numbers of which whole ones make a sensible range too."""
+
+def _kind_of_class(domain: Any) -> str:
+    kind: str = domain.kind
+    return kind
+
+
+if TYPE_CHECKING:
+    NameDomain = Fixed[T] | Choice[T]
+    IntDomain = Fixed[T] | Choice[T] | IntRange[T]
+    FloatDomain = Fixed[T] | Choice[T] | Uniform[T] | LogUniform[T]
+    NumberDomain = Fixed[T] | Choice[T] | IntRange[T] | Uniform[T] | LogUniform[T]
+else:
+    # Pydantic resolves a parametrised model at once, so an alias over a type variable cannot stand for it at run time.
+    class NameDomain:
+        """Unordered values."""
+
+        def __class_getitem__(cls, value: Any) -> Any:
+            return _union(Fixed[value], Choice[value])
+
+    class IntDomain:
+        """Whole numbers."""
+
+        def __class_getitem__(cls, value: Any) -> Any:
+            return _union(Fixed[value], Choice[value], IntRange[value])
+
+    class FloatDomain:
+        """Real numbers."""
+
+        def __class_getitem__(cls, value: Any) -> Any:
+            return _union(Fixed[value], Choice[value], Uniform[value], LogUniform[value])
+
+    class NumberDomain:
+        """Real numbers of which whole ones make a sensible range too."""
+
+        def __class_getitem__(cls, value: Any) -> Any:
+            return _union(Fixed[value], Choice[value], IntRange[value], Uniform[value], LogUniform[value])
+
 
 LearningRate = Annotated[float, Within(gt=0, le=10)]
 
@@ -335,11 +365,9 @@ class ByAdapter(_OneKey):
         return domain
 
 
-LearningRateDomain = Annotated[
-    _F[LearningRate]
-    | _C[LearningRate]
-    | _U[LearningRate]
-    | _L[LearningRate]
-    | Annotated[ByAdapter, Tag("kind:by_adapter")],
-    Discriminator(kind_of),
-]
+if TYPE_CHECKING:
+    LearningRateDomain = FloatDomain[LearningRate] | ByAdapter
+else:
+    LearningRateDomain = _union(
+        Fixed[LearningRate], Choice[LearningRate], Uniform[LearningRate], LogUniform[LearningRate], ByAdapter
+    )

@@ -15,13 +15,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from spaces.domains import TAG_PREFIX
 from spaces.spec import SearchSpec
 
 MAX_BYTES = 1_000_000
-# Names that pydantic puts into an error's location for the member of a union; users wrote none of them.
-_UNION_TAGS = {"fixed", "unknown", "float", "int", "str", "constrained-str", "tuple", "list"}
-_DOMAIN_TAGS = {"choice", "uniform", "log_uniform", "int", "by_adapter"}
-
 Path_ = tuple[str | int, ...]
 
 
@@ -214,34 +211,41 @@ def _error_line(
     else:
         line = next((lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines), 1)
         where = f"{source}:{line}"
-    given = error.get("input")
-    shown = f", got {json.dumps(given, default=str)}" if not isinstance(given, dict | BaseModel) else ""
+    given, context = error.get("input"), error.get("ctx", {})
+    shown = "" if isinstance(given, dict | BaseModel) or error["type"] == "missing" else f", got {_shown(given)}"
+    message, names, allowed = error["msg"][0].lower() + error["msg"][1:], context.get("names"), context.get("allowed")
     match error["type"]:
         case "extra_forbidden":
-            allowed = _keys_at(path[:-1])
-            close = difflib.get_close_matches(str(path[-1]), allowed, n=1, cutoff=0.5)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            return f"{where}: {dotted}: unknown key{hint} (allowed: {', '.join(allowed)})"
+            message, shown, names = "unknown key", "", _keys_at(path[:-1])
+            given, allowed = path[-1], ", ".join(names)
         case "missing":
-            return f"{where}: {dotted}: missing; it is required"
-        case "value_error":
-            message = str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
-            words = re.findall(r"'([\w-]+)' is no metric; allowed: (.*)$", message)
-            if words:
-                close = difflib.get_close_matches(words[0][0], words[0][1].split(", "), n=1, cutoff=0.5)
-                message += f"; did you mean '{close[0]}'?" if close else ""
-            return f"{where}: {dotted}: {message}"
+            message = "missing; it is required"
         case "literal_error":
-            expected = error["ctx"]["expected"].replace("'", "")
-            close = difflib.get_close_matches(str(given), re.split(r", | or ", expected), n=1, cutoff=0.4)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            return f"{where}: {dotted}: not allowed{shown}; allowed: {expected}{hint}"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{where}: {dotted}: {message}{shown}"
+            allowed = context["expected"].replace("'", "")
+            message, names = "not allowed", re.split(r", | or ", allowed)
+        case "union_tag_invalid":
+            names = re.findall(rf"'{TAG_PREFIX}(\w+)'", context["expected_tags"])
+            names.remove("fixed")
+            message, shown = "not a domain", f", got {_shown(given)}"
+            allowed = "a bare value, or one of " + ", ".join(f"{{{name}: ...}}" for name in names)
+            given = next(iter(given), "") if isinstance(given, dict) and len(given) == 1 else given
+    close = context.get("nearest") or _nearest(given, names)
+    hint = f"; did you mean '{close}'?" if close else ""
+    return f"{where}: {dotted}: {message}{shown}" + (f"; allowed: {allowed}" if allowed else "") + hint
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _nearest(given: Any, names: Sequence[str] | None) -> str | None:
+    close = difflib.get_close_matches(str(given), names or (), n=1, cutoff=0.5)
+    return close[0] if close else None
 
 
 def _user_path(loc: tuple[str | int, ...], data: Any) -> Path_:
-    """Drop what pydantic adds for unions: keep the steps that exist in the data, and the last one if it is what is wrong."""
+    """Leave out what pydantic adds for unions: keep the steps that exist in the data, and the last one if it is what is wrong."""
     path: list[str | int] = []
     for position, step in enumerate(loc):
         inside = (isinstance(data, dict) and step in data) or (
@@ -250,9 +254,7 @@ def _user_path(loc: tuple[str | int, ...], data: Any) -> Path_:
         if inside:
             path.append(step)
             data = data[step]
-        elif step in _UNION_TAGS or step in _DOMAIN_TAGS or "[" in str(step):
-            continue
-        elif position == len(loc) - 1:
+        elif position == len(loc) - 1 and isinstance(data, dict) and not str(step).startswith(TAG_PREFIX):
             path.append(step)
     return tuple(path)
 
@@ -266,7 +268,7 @@ def _keys_at(path: Path_) -> list[str]:
         field = model.model_fields.get(step) if isinstance(model, type) and issubclass(model, BaseModel) else None
         model = _model_of(field.annotation) if field is not None else None
         if model is None:
-            return ["choice", "int", "uniform", "log_uniform"]
+            return ["choice", "int", "uniform", "log_uniform"]  # a domain: a union of many models
     return list(model.model_fields)
 
 
