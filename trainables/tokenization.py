@@ -1,0 +1,163 @@
+"""Text to tokens, and which of them the loss counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainables.formats import Columns, DataError, Row, field
+from trainables.hub import ModelError, resolve_model
+
+IGNORE = -100
+
+# ShareGPT's names for the speakers, which chat templates do not know.
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """One row of tokens; `targets` is absent for classification."""
+
+    input_ids: Sequence[int]
+    targets: Sequence[int] | None
+
+
+def load_tokenizer(name: str, revision: str | None) -> Any:
+    """Load a model's tokenizer.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model(name, revision), revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.name: no tokenizer for {name}: {str(error).splitlines()[0]}") from error
+
+
+def encode_classification(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[list[Encoded], int]:
+    """Return the rows, cut at the right end, and how many were cut."""
+    whole = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+    short = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    cut = sum(len(a) > len(b) for a, b in zip(whole, short, strict=True))
+    return [Encoded(input_ids=ids, targets=None) for ids in short], cut
+
+
+def encode_text(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[Encoded]:
+    """Tokenise plain text and cut it into windows of `max_length`; the loss counts every token.
+
+    Documents are joined with the end-of-text token. A last window of less than two tokens teaches nothing and is left out.
+    """
+    ids: list[int] = []
+    for document in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]:
+        ids += document
+        if len(texts) > 1 and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+    windows = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
+    return [Encoded(input_ids=w, targets=w) for w in windows if len(w) > 1]
+
+
+def encode_rows(
+    tokenizer: Any, rows: Sequence[Row], columns: Columns, source: str, max_length: int
+) -> tuple[list[Encoded], int, int]:
+    """Tokenise prompts with completions, or chats; the loss counts completions and assistant turns alone.
+
+    Returns:
+        The rows, how many were cut, and how many were left out because no target was left.
+
+    Raises:
+        DataError: a row has not the form that its format demands.
+    """
+    encoded, num_cut, num_lost = [], 0, 0
+    for number, row in enumerate(rows, start=1):
+        if columns.kind == "messages":
+            ids, targets = _chat(tokenizer, row[columns.messages or ""], f"{source}: row {number}")
+        else:
+            ids, targets = _prompt_completion(tokenizer, row, columns, source, number)
+        if len(ids) > max_length:
+            num_cut += 1
+            ids, targets = _shorten(ids, targets, max_length)
+        if all(target == IGNORE for target in targets[1:]):
+            num_lost += 1
+            continue
+        encoded.append(Encoded(input_ids=ids, targets=targets))
+    return encoded, num_cut, num_lost
+
+
+def _prompt_completion(
+    tokenizer: Any, row: Row, columns: Columns, source: str, number: int
+) -> tuple[list[int], list[int]]:
+    prompt = field(row, columns.prompt or "", source, number)
+    if columns.prompt_input and str(row.get(columns.prompt_input) or "").strip():
+        prompt = f"{prompt}\n{row[columns.prompt_input]}"
+    completion = field(row, columns.completion or "", source, number)
+    # The two are tokenised apart, as they are when the model answers: no token may span the seam.
+    head = tokenizer(f"{prompt}\n", add_special_tokens=False, verbose=False)["input_ids"]
+    tail = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+    if tokenizer.bos_token_id is not None:
+        head = [tokenizer.bos_token_id, *head]
+    if tokenizer.eos_token_id is not None:
+        tail = [*tail, tokenizer.eos_token_id]
+    return head + tail, [IGNORE] * len(head) + tail
+
+
+def _chat(tokenizer: Any, messages: Any, where: str) -> tuple[list[int], list[int]]:
+    """Render with the tokenizer's template; an assistant's turn is what its message adds to the rendered chat before it."""
+    if tokenizer.chat_template is None:
+        raise DataError(f"{where}: chat messages need a tokenizer with a chat template, and this model's has none")
+    turns = _turns(messages, where)
+    ids: list[int] = []
+    targets: list[int] = []
+    for end, turn in enumerate(turns, start=1):
+        is_target = turn["role"] == "assistant"
+        if is_target:
+            # What the template puts before an answer (the assistant's header) is given to the model, not learned.
+            before = _render(tokenizer, turns[: end - 1], add_generation_prompt=True)
+            ids, targets = _extend(ids, targets, before, False, where)
+        ids, targets = _extend(ids, targets, _render(tokenizer, turns[:end], add_generation_prompt=False), is_target, where)
+    return ids, targets
+
+
+def _render(tokenizer: Any, turns: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
+    text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=add_generation_prompt)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _extend(
+    ids: list[int], targets: list[int], longer: list[int], is_target: bool, where: str
+) -> tuple[list[int], list[int]]:
+    if longer[: len(ids)] != ids:
+        raise DataError(
+            f"{where}: the chat template changes earlier turns when a turn is added, so it cannot be told which tokens are "
+            "the assistant's; give prompt and completion columns instead"
+        )
+    added = longer[len(ids) :]
+    return longer, targets + (added if is_target else [IGNORE] * len(added))
+
+
+def _turns(messages: Any, where: str) -> list[dict[str, str]]:
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: the messages are not valid JSON: {error.msg}") from error
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: expected a list of messages, got {type(messages).__name__}")
+    turns = []
+    for message in messages:
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if role is None or content is None:
+            raise DataError(f"{where}: a message needs role and content, got {', '.join(message) or 'nothing'}")
+        turns.append({"role": ROLES.get(role, role), "content": content})
+    return turns
+
+
+def _shorten(ids: list[int], targets: list[int], max_length: int) -> tuple[list[int], list[int]]:
+    """Cut the prompt from the left, so that the completion stays; a completion that is too long is cut at the right."""
+    first_target = next((i for i, t in enumerate(targets) if t != IGNORE), len(ids))
+    # One token of prompt stays, from which the first target is predicted.
+    start = min(len(ids) - max_length, max(0, first_target - 1))
+    return ids[start : start + max_length], targets[start : start + max_length]
