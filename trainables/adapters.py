@@ -1,0 +1,43 @@
+"""LoRA through PEFT."""
+
+from __future__ import annotations
+
+import difflib
+
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
+
+from spaces.config import Recipe
+from trainables.report import TrialError
+
+TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
+
+
+def add_lora(module: nn.Module, recipe: Recipe, task: str) -> nn.Module:
+    """Freeze the model and add trainable low-rank adapters; a classification head stays trainable.
+
+    Raises:
+        TrialError: a target module does not exist in the model.
+    """
+    targets = recipe.adapter_target_modules or ()
+    _check_targets(module, targets)
+    config = LoraConfig(
+        task_type=TASK_TYPES[task],
+        r=recipe.adapter_rank or 0,
+        lora_alpha=recipe.adapter_alpha or 0.0,  # type: ignore[arg-type]  PEFT takes a float
+        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        # Dropout would make the loss curve depend on the layout.
+        lora_dropout=0.0,
+    )
+    return get_peft_model(module, config)  # type: ignore[arg-type]
+
+
+def _check_targets(module: nn.Module, targets: tuple[str, ...]) -> None:
+    if targets == ("all-linear",):
+        return
+    known = sorted({name.rsplit(".", 1)[-1] for name, part in module.named_modules() if isinstance(part, nn.Linear)})
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name, _ in module.named_modules()):
+            close = difflib.get_close_matches(target, known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise TrialError(f"space.lora_target_modules: no module '{target}'; there are: {', '.join(known)}{hint}")

@@ -1,0 +1,156 @@
+"""Which rows are trained together: a function of the recipe alone, so that every layout learns from the same batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spaces.config import TrialConfig
+from trainables.data import TaskData, TokenTable
+from trainables.tokenization import IGNORE
+
+# Rows are sorted by length within this many global batches: long enough to save most padding, short enough to stay random.
+BUCKET_BATCHES = 16
+# Evaluation needs no gradients, so a batch may be larger than the trial's own.
+EVALUATION_TOKENS = 8_192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Rows padded to the longest."""
+
+    input_ids: torch.Tensor
+    """int64 (rows, length)"""
+    attention_mask: torch.Tensor
+    """int64 (rows, length), 1 for real tokens"""
+    targets: torch.Tensor
+    """causal-lm: int64 (rows, length), -100 where the loss does not count; classification: int64 (rows,)"""
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        move = {name: getattr(self, name).to(device, non_blocking=True) for name in self.__slots__}
+        return Batch(**move)
+
+
+def collate(table: TokenTable, rows: np.ndarray, pad_token_id: int) -> Batch:
+    """Pad rows at the right to the longest of them.
+
+    No rows at all become one row whose targets do not count: a rank without work must still take part in the collectives.
+    """
+    is_dummy = len(rows) == 0
+    indices = np.zeros(1, dtype=np.int64) if is_dummy else rows
+    lengths = table.lengths[indices]
+    width = int(lengths.max())
+    input_ids = np.full((len(indices), width), pad_token_id, dtype=np.int64)
+    mask = np.zeros((len(indices), width), dtype=np.int64)
+    targets = np.full((len(indices), width), IGNORE, dtype=np.int64)
+    for i, index in enumerate(indices):
+        ids, row_targets = table.row(int(index))
+        input_ids[i, : len(ids)] = ids
+        mask[i, : len(ids)] = 1
+        if row_targets is not None and not is_dummy:
+            targets[i, : len(ids)] = row_targets
+    if table.labels is not None:
+        targets = np.full(1, IGNORE, dtype=np.int64) if is_dummy else table.labels[indices]
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(mask),
+        targets=torch.from_numpy(targets),
+    )
+
+
+class BatchPlan:
+    """All global batches of a trial, and how each is dealt to ranks and accumulation steps."""
+
+    def __init__(self, config: TrialConfig, data: TaskData) -> None:
+        self._table = data.train
+        self._pad = data.pad_token_id
+        self._layout = config.layout
+        self._num_accum = config.num_grad_accum_steps
+        self._batches = _global_batches(config, data)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole trial."""
+        return len(self._batches)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward passes per rank and step."""
+        return self._num_accum
+
+    def num_targets(self, step: int) -> int:
+        """Return what the step's loss is divided by: target tokens or rows of the whole global batch."""
+        return int(self._table.num_targets[self._batches[step]].sum())
+
+    def micro_batches(self, step: int, rank: int) -> list[Batch]:
+        """Return a rank's micro batches of a step, as many on every rank."""
+        return [collate(self._table, part[rank], self._pad) for part in self._dealt(step)]
+
+    def sizes(self) -> StepSizes:
+        """Return what every step works on, over all ranks."""
+        lengths = self._table.lengths
+        rows = np.array([len(batch) for batch in self._batches])
+        tokens = np.array([lengths[batch].sum() for batch in self._batches])
+        squares = np.array([(lengths[batch].astype(np.float64) ** 2).sum() for batch in self._batches])
+        padded = np.array(
+            [
+                sum(len(part) * int(lengths[part].max()) for parts in self._dealt(step) for part in parts if len(part))
+                for step in range(self.num_steps)
+            ]
+        )
+        return StepSizes(rows=rows, tokens=tokens, padded_tokens=padded, squared_lengths=squares)
+
+    def _dealt(self, step: int) -> list[list[np.ndarray]]:
+        """Return rows by accumulation step and rank.
+
+        Sorted by length and cut into neighbours: the ranks then work on rows of nearly the same length at the same time.
+        """
+        batch = self._batches[step]
+        by_length = batch[np.argsort(self._table.lengths[batch], kind="stable")]
+        size, world = self._layout.micro_batch_size, self._layout.world_size
+        parts = [by_length[i * size : (i + 1) * size] for i in range(self._num_accum * world)]
+        return [parts[i * world : (i + 1) * world] for i in range(self._num_accum)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepSizes:
+    """What each optimizer step works on, over all ranks; float64 or int64 (num_steps,)."""
+
+    rows: np.ndarray
+    tokens: np.ndarray
+    padded_tokens: np.ndarray
+    squared_lengths: np.ndarray
+
+
+def evaluation_batches(table: TokenTable, rank: int, world_size: int) -> list[np.ndarray]:
+    """Return the rows of each of a rank's evaluation batches: every row on one rank only, as many batches on every rank."""
+    order = np.argsort(-table.lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        rows = max(1, EVALUATION_TOKENS // int(table.lengths[order[start]]))
+        batches.append(order[start : start + rows])
+        start += rows
+    mine = batches[rank::world_size]
+    missing = -(-len(batches) // world_size) - len(mine)
+    return mine + [np.zeros(0, dtype=np.int64)] * missing
+
+
+def _global_batches(config: TrialConfig, data: TaskData) -> list[np.ndarray]:
+    """Return the rows of every global batch: seeded epochs laid end to end, bucketed by length, cut, and shuffled again."""
+    recipe = config.recipe
+    rng = np.random.default_rng(recipe.seed)
+    rows = data.subset(recipe.dataset_fraction)
+    total = max(1, round(recipe.epochs * len(rows)))
+    order = np.concatenate([rng.permutation(rows) for _ in range(-(-total // len(rows)))])[:total]
+    bucket = BUCKET_BATCHES * recipe.global_batch_size
+    batches: list[np.ndarray] = []
+    for start in range(0, total, bucket):
+        part = order[start : start + bucket]
+        part = part[np.argsort(data.train.lengths[part], kind="stable")]
+        cut = [part[i : i + recipe.global_batch_size] for i in range(0, len(part), recipe.global_batch_size)]
+        # Without this, long rows would always be trained last in their bucket.
+        batches += [cut[i] for i in rng.permutation(len(cut))]
+    return batches

@@ -1,0 +1,121 @@
+"""Scores of a model on a table of rows: every row counts exactly once, at any world size."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from spaces import metrics
+from spaces.config import TrialConfig
+from trainables.batching import Batch, collate, evaluation_batches
+from trainables.data import TaskData, TokenTable
+from trainables.mesh import World
+from trainables.model import unwrapped
+from trainables.parallelize import autocast
+from trainables.tokenization import IGNORE
+
+GENERATION_ROWS = 32
+
+
+def summed_loss(module: nn.Module, batch: Batch, task: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the summed cross entropy of a batch (a scalar, in fp32), its logits and its targets, where targets count.
+
+    Returns:
+        loss (), logits (n, classes or vocabulary), targets (n,)
+    """
+    logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    targets = batch.targets
+    if task == "causal-lm":
+        # The token at i is predicted from the tokens before it. Positions that do not count are left out before the
+        # cross entropy, which over a large vocabulary is the most expensive thing after the model itself.
+        logits, targets = logits[:, :-1], targets[:, 1:]
+    counted = targets != IGNORE
+    if not bool(counted.any()):
+        # A dummy batch: zero, but connected to every parameter, so that the collectives of the backward pass run.
+        return logits.float().sum() * 0.0, logits.flatten(0, -2)[:0], targets.flatten()[:0]
+    logits, targets = logits[counted].float(), targets[counted]
+    return functional.cross_entropy(logits, targets, reduction="sum"), logits, targets
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module, config: TrialConfig, data: TaskData, table: TokenTable, world: World) -> dict[str, float]:
+    """Return eval_loss and accuracy, and macro_f1 for classification; every rank must call it."""
+    module.eval()
+    num_classes = len(data.label_names)
+    totals = torch.zeros(3, dtype=torch.float64)  # loss, right, counted
+    confusion = torch.zeros(num_classes * num_classes, dtype=torch.float64)
+    for rows in evaluation_batches(table, world.rank, world.world_size):
+        batch = collate(table, rows, data.pad_token_id).to(world.device)
+        with autocast(config, world):
+            loss, logits, targets = summed_loss(module, batch, data.task)
+        predicted = logits.argmax(-1)
+        right = (predicted == targets).sum()
+        totals += torch.stack([loss.double(), right.double(), torch.tensor(float(len(targets))).to(loss)]).cpu()
+        if num_classes:
+            confusion += torch.bincount((targets * num_classes + predicted).cpu(), minlength=num_classes**2)
+    module.train()
+    summed = world.sum(torch.cat([totals, confusion])).cpu()
+    loss_sum, num_right, num_counted = summed[:3].tolist()
+    result = {metrics.EVAL_LOSS: loss_sum / num_counted, metrics.ACCURACY: num_right / num_counted}
+    if num_classes:
+        result[metrics.MACRO_F1] = _macro_f1(summed[3:].reshape(num_classes, num_classes))
+    return result
+
+
+def _macro_f1(confusion: torch.Tensor) -> float:
+    """Mean F1 over the classes that occur among targets or predictions; confusion is (target, predicted)."""
+    hits = confusion.diagonal()
+    total = confusion.sum(0) + confusion.sum(1)
+    there = total > 0
+    return float((2 * hits[there] / total[there]).mean())
+
+
+@torch.no_grad()
+def exact_match(module: nn.Module, config: TrialConfig, data: TaskData, world: World, tokenizer, num_rows: int) -> float:  # type: ignore[no-untyped-def]
+    """Return the share of the first evaluation rows whose greedy completion gives the expected answer.
+
+    Every rank generates its own rows and must call this; with FSDP2 all ranks keep stepping until the last is done.
+    """
+    assert data.answers is not None  # the caller asks only for data with answers
+    assert data.answer_pattern is not None
+    model = unwrapped(module)
+    model.eval()
+    num_rows = min(num_rows, data.evaluation.num_rows)
+    limit = int(np.percentile(data.evaluation.num_targets[:num_rows], 95))
+    mine = np.arange(num_rows)[world.rank :: world.world_size]
+    per_rank = -(-num_rows // world.world_size)
+    right = 0
+    for start in range(0, per_rank, GENERATION_ROWS):
+        rows = mine[start : start + GENERATION_ROWS]
+        prompts = [_prompt(data.evaluation, int(i)) for i in rows] or [_prompt(data.evaluation, 0)]
+        width = max(map(len, prompts))
+        # Padding at the left: the completion must follow its prompt.
+        ids = torch.tensor([[data.pad_token_id] * (width - len(p)) + p for p in prompts], device=world.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=world.device)
+        with autocast(config, world):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=limit,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=data.pad_token_id,
+                eos_token_id=data.eos_token_id,
+                synced_gpus=world.world_size > 1,
+            )
+        for i, completion in zip(rows, out[:, width:], strict=False):
+            found = re.search(data.answer_pattern, tokenizer.decode(completion, skip_special_tokens=True))
+            right += found is not None and found.group(1).strip() == data.answers[int(i)]
+    model.train()
+    return float(world.sum(torch.tensor([float(right)]))[0]) / num_rows
+
+
+def _prompt(table: TokenTable, index: int) -> list[int]:
+    ids, targets = table.row(index)
+    assert targets is not None  # only causal-lm generates
+    first = int(np.flatnonzero(targets != IGNORE)[0])
+    return [int(i) for i in ids[:first]]

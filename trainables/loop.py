@@ -1,0 +1,256 @@
+"""The training of one trial, from its config to its last report. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from spaces import metrics
+from spaces.config import TrialConfig
+from trainables.batching import BatchPlan
+from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from trainables.data import TaskData
+from trainables.evaluation import evaluate, exact_match, summed_loss
+from trainables.mesh import World
+from trainables.meter import StepTimer, counting, details, reset_peak_memory, speed
+from trainables.model import BaseModel, build, trainable, unwrapped
+from trainables.optim import MAX_GRAD_NORM, learning_rate, make_optimizer
+from trainables.parallelize import autocast, gradient_sync
+from trainables.report import Diverged, OutOfMemory, TrialReport
+from trainables.tokenization import load_tokenizer
+
+# A trial reports at these shares of its own steps: rungs a factor of three apart, as successive halving has them.
+RUNGS = (1 / 9, 1 / 3, 1.0)
+# Whether the loss is still finite is looked at this often: every look makes a GPU wait.
+CHECK_STEPS = 16
+
+
+class Command(Enum):
+    """What a trial is told after every step; all ranks are told the same."""
+
+    CONTINUE = 0
+    STOP = 1
+    SAVE = 2
+
+
+def train(
+    config: TrialConfig,
+    data: TaskData,
+    base: BaseModel,
+    world: World,
+    *,
+    control: Callable[[], Command],
+    checkpoints: CheckpointStore | None,
+    exact_match_rows: int = 0,
+) -> Iterator[TrialReport]:
+    """Train a trial and yield its reports; it goes on from the newest good checkpoint if there is one.
+
+    Every rank of the world runs it with the same arguments. A stop ends the iteration without a final report.
+
+    Raises:
+        Diverged: the loss is not finite any more; on all ranks at the same step.
+        OutOfMemory: on the rank that ran out.
+    """
+    try:
+        trainer = Trainer(config, data, base, world, checkpoints)
+        while trainer.step < trainer.num_steps:
+            trainer.train_step()
+            is_rung = trainer.step in trainer.rungs
+            command = control()
+            if command is Command.STOP:
+                return
+            if is_rung or command is Command.SAVE:
+                trainer.save()
+            if is_rung and trainer.step < trainer.num_steps:
+                yield trainer.report()
+        yield trainer.final_report(exact_match_rows)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(str(error).splitlines()[0]) from error
+
+
+class Trainer:
+    """One trial in training: the model, its optimizer, and how far it is."""
+
+    def __init__(
+        self, config: TrialConfig, data: TaskData, base: BaseModel, world: World, checkpoints: CheckpointStore | None
+    ) -> None:
+        self.config, self.data, self.base, self.world, self.checkpoints = config, data, base, world, checkpoints
+        self._started = time.perf_counter()
+        reset_peak_memory(world.device)
+        self.module = build(config, base, world)
+        self.module.train()
+        self._parameters = trainable(self.module)
+        self._optimizer = make_optimizer(self._parameters, config.recipe)
+        self._plan = BatchPlan(config, data)
+        self._sizes = self._plan.sizes()
+        self.num_steps = self._plan.num_steps
+        self.rungs = {max(1, round(share * self.num_steps)) for share in RUNGS}
+        self.step = 0
+        self._losses = torch.zeros(self.num_steps, device=world.device)
+        self._global_losses: list[float] = []
+        self._linears: list = []
+        saved = checkpoints.latest_valid() if checkpoints else None
+        self._timer = StepTimer(world.device, saved.state["step_seconds"] if saved else [])
+        if saved is not None:
+            self._restore(saved)
+
+    def train_step(self) -> None:
+        """Train one global batch: this rank's micro batches, one exchange of gradients, one update."""
+        recipe = self.config.recipe
+        with self._timer.step():
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate(recipe, self.step, self.num_steps)
+            # DDP and FSDP2 average gradients over the ranks; the loss is a mean over the whole global batch.
+            scale = self.world.world_size / self._plan.num_targets(self.step)
+            micro_batches = self._plan.micro_batches(self.step, self.world.rank)
+            for i, batch in enumerate(micro_batches, start=1):
+                with gradient_sync(self.module, i == len(micro_batches)):
+                    self._losses[self.step] += self._backward(batch.to(self.world.device), scale)
+            torch.nn.utils.clip_grad_norm_(self._parameters.values(), MAX_GRAD_NORM)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        self.step += 1
+        if self.step % CHECK_STEPS == 0 or self.step in self.rungs:
+            self._collect_losses()
+
+    def report(self) -> TrialReport:
+        """Evaluate and report."""
+        return self._report(evaluate(self.module, self.config, self.data, self.data.evaluation, self.world))
+
+    def final_report(self, exact_match_rows: int) -> TrialReport:
+        """Evaluate all that is asked for, save the weights, and report what the trial cost."""
+        scores = evaluate(self.module, self.config, self.data, self.data.evaluation, self.world)
+        if self.data.answers is not None and exact_match_rows:
+            tokenizer = load_tokenizer(self.base.name, self.base.revision)
+            scores[metrics.EXACT_MATCH] = exact_match(
+                self.module, self.config, self.data, self.world, tokenizer, exact_match_rows
+            )
+        if self.checkpoints is not None:
+            weights = {name: _whole(p) for name, p in self._parameters.items()}
+            if self.world.rank == 0:
+                state = {"config": self.config.to_dict(), "step": self.step}
+                self.checkpoints.save_final(Checkpoint(weights=weights, optimizer={}, state=state))
+        facts = details(self.world, self.config.recipe.precision)
+        scores[metrics.PEAK_MEMORY_BYTES] = float(max(facts["peak_memory_bytes_by_rank"]))
+        return self._report(scores, facts)
+
+    def save(self) -> None:
+        """Write a checkpoint; every rank must call it, because shards are gathered."""
+        self._collect_losses()
+        if self.checkpoints is None:
+            return
+        weights, optimizer = {}, {}
+        for name, parameter in self._parameters.items():
+            weights[name] = _whole(parameter)
+            for key, value in self._optimizer.state[parameter].items():
+                optimizer[f"{name}/{key}"] = _whole(value)
+        state = {"step": self.step, "losses": self._global_losses, "step_seconds": self._timer.seconds()}
+        if self.world.rank == 0:
+            self.checkpoints.save(self.step, Checkpoint(weights=weights, optimizer=optimizer, state=state))
+
+    def _backward(self, batch, scale: float) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        """Run one micro batch forward and backward; return its part of the step's loss."""
+        with autocast(self.config, self.world):
+            if self._linears:
+                loss, _, _ = summed_loss(self.module, batch, self.data.task)
+            else:
+                with counting(unwrapped(self.module), batch, self._linears):
+                    loss, _, _ = summed_loss(self.module, batch, self.data.task)
+        loss = loss * scale
+        loss.backward()
+        return loss.detach() / self.world.world_size
+
+    def _collect_losses(self) -> None:
+        """Sum the ranks' parts of the losses since the last time, and stop a trial that has none any more."""
+        start = len(self._global_losses)
+        if start == self.step:
+            return
+        recent = self.world.sum(self._losses[start : self.step].clone()).tolist()
+        for offset, loss in enumerate(recent):
+            if not math.isfinite(loss):
+                raise Diverged(f"the training loss is {loss} at step {start + offset + 1} of {self.num_steps}")
+        self._global_losses += recent
+
+    def _report(self, scores: dict[str, float], facts: dict[str, object] | None = None) -> TrialReport:
+        if not math.isfinite(scores[metrics.EVAL_LOSS]):
+            raise Diverged(f"the evaluation loss is {scores[metrics.EVAL_LOSS]} at step {self.step} of {self.num_steps}")
+        self._collect_losses()
+        earlier = max((rung for rung in self.rungs if rung < self.step), default=0)
+        seconds = self._timer.seconds()
+        cost = speed(
+            seconds, self._sizes, self.world, self._linears, self.base.shape, self.config.recipe.precision
+        )
+        recent = self._global_losses[earlier : self.step]
+        tokens = self._sizes.tokens
+        return TrialReport(
+            step=self.step,
+            num_steps=self.num_steps,
+            fidelity=float(tokens[: self.step].sum() / tokens.sum()),
+            metrics={
+                **scores,
+                **cost,
+                metrics.TRAIN_LOSS: sum(recent) / len(recent),
+                metrics.TOTAL_SECONDS: time.perf_counter() - self._started,
+            },
+            final=facts is not None,
+            details={} if facts is None else {**facts, "train_losses": self._global_losses},
+        )
+
+    def _restore(self, saved: Checkpoint) -> None:
+        self.step = saved.state["step"]
+        self._global_losses = list(saved.state["losses"])
+        load_weights(self._parameters, saved.weights)
+        for name, parameter in self._parameters.items():
+            prefix = f"{name}/"
+            values = {k.removeprefix(prefix): v for k, v in saved.optimizer.items() if k.startswith(prefix)}
+            self._optimizer.state[parameter] = {
+                # AdamW's step count is a scalar on the CPU, whatever the parameter is.
+                key: value.clone() if value.dim() == 0 and parameter.dim() else _like(value, parameter)
+                for key, value in values.items()
+            }
+
+
+def evaluate_untrained(config: TrialConfig, data: TaskData, base: BaseModel, world: World) -> dict[str, float]:
+    """Return the scores of the model before any training, with the config's seed for the new weights."""
+    return evaluate(build(config, base, world), config, data, data.evaluation, world)
+
+
+def evaluate_saved(
+    config: TrialConfig, data: TaskData, base: BaseModel, world: World, weights: Path
+) -> dict[str, float]:
+    """Return the scores on the test rows of a finished trial's saved weights."""
+    assert data.test is not None  # the caller asks only for data with a test file
+    module = build(config, base, world)
+    load_weights(trainable(module), read_checkpoint(weights).weights)
+    return evaluate(module, config, data, data.test, world)
+
+
+@torch.no_grad()
+def load_weights(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:
+    """Put whole tensors into parameters, sharded or not.
+
+    Raises:
+        KeyError: a parameter is not among the weights.
+    """
+    for name, parameter in parameters.items():
+        parameter.copy_(_like(weights[name], parameter))
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather a sharded tensor on every rank; on the CPU, apart from the original."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu().clone().contiguous()
+
+
+def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Put a whole tensor where a parameter is, sharded as it is."""
+    whole = whole.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+    return whole

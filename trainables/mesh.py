@@ -1,0 +1,60 @@
+"""A worker's place among the workers that train a trial together."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """The ranks of one trial, and which of them this is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control_group: Any
+    """A gloo process group for small messages, which then never wait for the GPU; None at world size 1."""
+    node_id: str = platform.node()
+
+    @classmethod
+    def alone(cls) -> World:
+        """Return the world of a single process on the CPU."""
+        return cls(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), control_group=None)
+
+    def mesh(self) -> DeviceMesh:
+        """Return the one-dimensional device mesh over which FSDP2 shards."""
+        return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("dp_shard",))
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over the ranks, on all of them."""
+        if self.world_size > 1:
+            tensor = tensor.to(self.device)
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in the order of ranks."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control_group)
+        return values
+
+    def place(self) -> dict[str, Any]:
+        """Return where this rank runs, for the process map."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        return {
+            "rank": self.rank,
+            "node_id": self.node_id,
+            "device": str(self.device),
+            "device_name": name,
+            "pid": os.getpid(),
+        }

@@ -1,0 +1,188 @@
+"""What a trial costs: step times, tokens per second, MFU and memory, of its own steady state."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from spaces import metrics
+from spaces.architecture import ModelShape
+from spaces.flops import CONVENTION, AttentionShape, LinearUse, training_flops
+from spaces.hardware import peak_flops_per_second
+from trainables.batching import Batch, StepSizes
+from trainables.mesh import World
+
+# Steps until caches, allocator and clocks have settled: a tenth of the trial, at least three where there are enough.
+WARMUP_SHARE, WARMUP_STEPS = 0.1, 3
+
+
+class StepTimer:
+    """Seconds of every optimizer step; on a GPU by events, so that timing never waits for the device."""
+
+    def __init__(self, device: torch.device, seconds: list[float]) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds = list(seconds)
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Time one step."""
+        if self._cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+            return
+        started = time.perf_counter()
+        yield
+        self._seconds.append(time.perf_counter() - started)
+
+    def seconds(self) -> list[float]:
+        """Return the seconds of all steps so far."""
+        if self._events:
+            torch.cuda.synchronize()
+            self._seconds += [begin.elapsed_time(end) / 1000 for begin, end in self._events]
+            self._events.clear()
+        return list(self._seconds)
+
+
+def train_seconds(seconds: list[float], sizes: StepSizes) -> float:
+    """Return the time of all steps of the trial at its steady pace.
+
+    The median over the steady steps of seconds per padded token, times all padded tokens: where batches have unequal lengths
+    this is the robust form of steps times median step time, and equal to it where they are alike.
+    """
+    done = len(seconds)
+    skipped = min(max(WARMUP_STEPS, round(WARMUP_SHARE * done)), done // 2)
+    pace = np.asarray(seconds)[skipped:] / sizes.padded_tokens[skipped:done]
+    return float(np.median(pace) * sizes.padded_tokens.sum())
+
+
+def speed(
+    seconds: list[float], sizes: StepSizes, world: World, linears: list[LinearUse], shape: ModelShape, precision: str
+) -> dict[str, float]:
+    """Return the metrics that follow from step times and shapes; no `mfu` where the device's peak is unknown."""
+    total = train_seconds(seconds, sizes)
+    flops = training_flops(
+        linears,
+        AttentionShape(
+            num_layers=shape.num_layers, num_heads=shape.num_heads, head_dim=shape.head_dim, causal=shape.causal
+        ),
+        num_tokens=float(sizes.tokens.sum()),
+        num_rows=float(sizes.rows.sum()),
+        sum_of_squared_lengths=float(sizes.squared_lengths.sum()),
+    )
+    num_steps = len(sizes.rows)
+    result = {
+        metrics.TRAIN_SECONDS: total,
+        metrics.DEVICE_SECONDS: total * world.world_size,
+        metrics.STEP_SECONDS: total / num_steps,
+        metrics.TOKENS_PER_SECOND: float(sizes.tokens.sum()) / total,
+        metrics.SAMPLES_PER_SECOND: float(sizes.rows.sum()) / total,
+        metrics.PADDING_FRACTION: 1 - float(sizes.tokens.sum() / sizes.padded_tokens.sum()),
+        metrics.FLOPS_PER_STEP: flops / num_steps,
+    }
+    peak, _ = device_peak(world.device, precision)
+    if peak is not None:
+        result[metrics.MFU] = flops / total / (peak * world.world_size)
+    return result
+
+
+def device_peak(device: torch.device, precision: str) -> tuple[float | None, str]:
+    """Return a device's peak FLOP/s at a precision and where the number is from."""
+    if device.type == "cuda":
+        peak = peak_flops_per_second(torch.cuda.get_device_name(device), precision)
+        return peak, "data_sheet" if peak else f"unknown device {torch.cuda.get_device_name(device)}"
+    return _measured_gemm(precision, torch.get_num_threads()), "measured_gemm"
+
+
+@cache
+def _measured_gemm(precision: str, threads: int) -> float:
+    """Return the best FLOP/s of eight products of 1024 x 1024 matrices; a CPU's data sheet says nothing that holds."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = 1024
+    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(9):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+@contextmanager
+def counting(module: nn.Module, batch: Batch, uses: list[LinearUse]) -> Iterator[None]:
+    """Note every matrix product of one forward pass: its weights, how often it is applied, and which gradients it needs."""
+    num_rows, length = batch.input_ids.shape
+
+    def note(part: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
+        weight, x = part.weight, inputs[0]
+        positions = x.numel() // x.shape[-1]
+        assert isinstance(weight, torch.Tensor)
+        uses.append(
+            LinearUse(
+                num_weights=weight.numel(),
+                # With one token per row the two are the same number, and the same FLOPs.
+                per="row" if positions == num_rows and length > 1 else "token",
+                input_needs_grad=x.requires_grad,
+                weight_needs_grad=weight.requires_grad,
+            )
+        )
+
+    handles = [m.register_forward_hook(note) for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start to measure the peak anew: the worker has trained other trials before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (control := Path("/proc/self/clear_refs")).exists():
+        control.write_text("5")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak since the reset: of the allocator on a GPU, of the resident set on a CPU.
+
+    Without Linux's high-water mark, the resident set of now.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)
+
+
+def details(world: World, precision: str) -> dict[str, Any]:
+    """Return what a reader needs to trust the numbers; every rank calls it, and all get the same."""
+    peak, source = device_peak(world.device, precision)
+    ranks = world.gather({**world.place(), "peak_memory_bytes": peak_memory_bytes(world.device)})
+    return {
+        "process_map": [{k: v for k, v in rank.items() if k != "peak_memory_bytes"} for rank in ranks],
+        "peak_memory_bytes_by_rank": [rank["peak_memory_bytes"] for rank in ranks],
+        "mfu_convention": CONVENTION,
+        "peak_flops_per_second": peak,
+        "peak_source": source,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")} | {"python": platform.python_version()},
+    }

@@ -1,0 +1,103 @@
+"""The pretrained model: loaded once per process, copied for every trial."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from spaces.architecture import ModelShape
+from spaces.config import TrialConfig
+from trainables.adapters import add_lora
+from trainables.mesh import World
+from trainables.parallelize import parallelize
+
+CLASSES = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseModel:
+    """A pretrained model on the CPU, in fp32."""
+
+    name: str
+    revision: str | None
+    task: str
+    module: nn.Module
+    new_parameters: tuple[str, ...]
+    """Names of the parameters that the pretrained weights lack, such as a classification head's."""
+    shape: ModelShape
+
+    @staticmethod
+    @cache
+    def load(name: str, revision: str | None, task: str, label_names: tuple[str, ...]) -> BaseModel:
+        """Load from a local directory or the hub, once per process."""
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        # A recipe's loss curve must not depend on the layout, and every layout draws other dropout masks.
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)
+        config.use_cache = False
+        if task == "sequence-classification":
+            config.num_labels = len(label_names)
+            config.id2label = dict(enumerate(label_names))
+            config.label2id = {label: i for i, label in enumerate(label_names)}
+            if getattr(config, "pad_token_id", None) is None:
+                config.pad_token_id = getattr(config, "eos_token_id", None)
+        module, info = CLASSES[task].from_pretrained(
+            name,
+            revision=revision,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        new = {*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))}
+        return BaseModel(
+            name=name,
+            revision=revision,
+            task=task,
+            module=module,
+            new_parameters=tuple(sorted(new & dict(module.named_parameters()).keys())),
+            shape=ModelShape.from_config({**config.to_dict(), "architectures": [type(module).__name__]}),
+        )
+
+
+def build(config: TrialConfig, base: BaseModel, world: World) -> nn.Module:
+    """Return the model that a trial trains: a copy of the base with the trial's adapter, parallelised over its ranks.
+
+    Raises:
+        TrialError: the adapter does not fit the model.
+    """
+    module = copy.deepcopy(base.module)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.recipe.seed)
+        _initialise(module, base.new_parameters)
+        if config.recipe.adapter == "lora":
+            module = add_lora(module, config.recipe, base.task)
+    return parallelize(module.to(world.device), config, world)
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """Return the model inside DDP; FSDP2 shards in place."""
+    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that train, by their names without wrappers."""
+    return {name: p for name, p in unwrapped(module).named_parameters() if p.requires_grad}
+
+
+def _initialise(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Draw new parameters: from_pretrained drew them once per process, but they belong to the trial's seed."""
+    std = getattr(module.config, "initializer_range", 0.02)
+    parameters = dict(module.named_parameters())
+    for name in names:
+        if parameters[name].dim() > 1:
+            nn.init.normal_(parameters[name], std=std)
+        else:
+            nn.init.constant_(parameters[name], 0.0 if name.endswith("bias") else 1.0)

@@ -1,0 +1,30 @@
+"""The optimizer and its schedule."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW
+
+from spaces.config import Recipe
+
+MAX_GRAD_NORM = 1.0
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], recipe: Recipe) -> AdamW:
+    """Return AdamW; only matrices decay, since a decayed bias or norm weight pulls towards nothing sensible."""
+    values = list(parameters.values())
+    groups = [
+        {"params": [p for p in values if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in values if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    sharded = any(isinstance(p, DTensor) for p in values)
+    return AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, fused=None if sharded else True)
+
+
+def learning_rate(recipe: Recipe, step: int, num_steps: int) -> float:
+    """Return the rate of a step, counted from 0: a linear rise over the warm-up, then a linear fall to zero."""
+    warmup = round(recipe.warmup_fraction * num_steps)
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / warmup
+    return recipe.learning_rate * (num_steps - step) / max(1, num_steps - warmup)

@@ -1,0 +1,56 @@
+"""How a model is spread over the ranks: one function, because the order matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from spaces.config import TrialConfig
+from trainables.mesh import World
+
+
+def parallelize(module: nn.Module, config: TrialConfig, world: World) -> nn.Module:
+    """Wrap in DDP, or shard with FSDP2: every transformer block by itself, then what is left.
+
+    The blocks come first: what the root then shards is only what no block holds (embeddings, head), so that no more than
+    one block is gathered at a time. One process has nothing to share and is left as it is.
+    """
+    if world.world_size == 1:
+        return module
+    if config.layout.strategy == "ddp":
+        return DistributedDataParallel(module)
+    mesh = world.mesh()
+    policy = MixedPrecisionPolicy()
+    if config.recipe.precision == "bf16":
+        # Gradients are summed in fp32: a sum over many ranks in bf16 loses the small ones.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in module.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def autocast(config: TrialConfig, world: World) -> AbstractContextManager[object]:
+    """Return bf16 autocast where the recipe asks for it and FSDP2 does not already cast."""
+    if config.recipe.precision != "bf16" or (config.layout.strategy == "fsdp" and world.world_size > 1):
+        return nullcontext()
+    return torch.autocast(world.device.type, dtype=torch.bfloat16)
+
+
+@contextmanager
+def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
+    """Exchange gradients in this backward pass, or only accumulate them on this rank."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(enabled)
+        yield
+    elif isinstance(module, DistributedDataParallel) and not enabled:
+        with module.no_sync():
+            yield
+    else:
+        yield
