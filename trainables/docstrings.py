@@ -12,8 +12,8 @@ from collections import defaultdict
 from pathlib import Path
 
 NUM_MODULES = 24
-# One row in five is for evaluation, chosen by the text's own hash: the same on every machine that has the text.
-EVALUATION_SHARE = 0.2
+# One row in ten is for evaluation, chosen by the text's own hash: the same on every machine that has the text.
+EVALUATION_SHARE = 0.1
 MIN_WORDS = 4
 
 

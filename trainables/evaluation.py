@@ -48,7 +48,7 @@ def evaluate(module: nn.Module, config: TrialConfig, data: TaskData, table: Toke
     num_classes = len(data.label_names)
     totals = torch.zeros(3, dtype=torch.float64)  # loss, right, counted
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.float64)
-    for rows in evaluation_batches(table, world.rank, world.world_size):
+    for rows in evaluation_batches(table, world):
         batch = collate(table, rows, data.pad_token_id).to(world.device)
         with autocast(config, world):
             loss, logits, targets = summed_loss(module, batch, data.task)
