@@ -44,15 +44,16 @@ def _clear_errors() -> Iterator[None]:
     from search.session import NoResult, NothingFits
     from search.store import StoreError
     from search.tracking import TrackingError
+    from spaces.architecture import ShapeError
     from spaces.loading import SpecError
-    from trainables.data import DataError
+    from trainables.formats import DataError
     from trainables.hub import ModelError
 
     try:
         yield
     except SpecError as error:
         _fail(USAGE, *error.lines)
-    except (DataError, ModelError, StoreError, TrackingError, LedgerError, NothingFits) as error:
+    except (DataError, ModelError, ShapeError, StoreError, TrackingError, LedgerError, NothingFits) as error:
         _fail(USAGE, str(error))
     except NoResult as error:
         _fail(NO_RESULT, str(error))

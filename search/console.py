@@ -88,7 +88,7 @@ class SearchView:
 
     def _summary(self) -> str:
         records = self._state.records.values()
-        counts = {state: sum(r.state is state and r.launched for r in records) for state in TrialState}
+        counts = {state: sum(r.state is state and r.feasible_before_launch for r in records) for state in TrialState}
         members = front(list(records), objectives_of(self._spec, self._state))
         text = f"{counts[TrialState.COMPLETE]} complete"
         text += "".join(f", {counts[s]} {s.value.lower()}" for s in (TrialState.PRUNED, TrialState.FAIL) if counts[s])
@@ -110,7 +110,7 @@ class SearchView:
         for column in ("trial", "state", *self._knobs, "done", *self._columns()):
             table.add_column(column, no_wrap=True, overflow="ellipsis")
         members = {r.number for r in front(list(self._state.records.values()), objectives_of(self._spec, self._state))}
-        shown = [r for r in self._state.records.values() if r.launched][-MAX_ROWS:]
+        shown = [r for r in self._state.records.values() if r.feasible_before_launch][-MAX_ROWS:]
         for record in shown:
             values = record.values or (record.reports[-1]["metrics"] if record.reports else {})
             done = record.reports[-1]["fidelity"] if record.reports else 0.0

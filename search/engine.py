@@ -81,7 +81,7 @@ class Engine:
     @property
     def num_left(self) -> int:
         """Trials of the budget that have not been handed out yet."""
-        ended = sum(r.state is not TrialState.RUNNING and r.launched for r in self._state.records.values())
+        ended = sum(r.state is not TrialState.RUNNING and r.feasible_before_launch for r in self._state.records.values())
         return max(0, self._spec.budget.trials - ended - len(self._live))
 
     def next(self) -> Assignment | None:

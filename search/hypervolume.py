@@ -1,42 +1,61 @@
-"""Exact hypervolume of two or three objectives, all minimised."""
+"""Exact hypervolume of two or three minimised objectives: what a set of points dominates, up to a reference point."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Points = NDArray[np.float64]
 
 
-def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
-    """Return the volume that is dominated by the points and dominates the reference point.
+def hypervolume(points: ArrayLike, reference: Sequence[float]) -> float:
+    """Return the volume between the points and the reference that at least one point dominates.
 
     Args:
-        points: float (n, d), d of 2 or 3, smaller is better; points that are not better than the reference everywhere add
-            nothing.
-        reference: float (d,)
+        points: (num_points, num_objectives), to be minimised; dominated and repeated points change nothing, and points
+            that are not better than the reference in every objective contribute nothing.
+        reference: (num_objectives,).
 
     Raises:
-        ValueError: d is neither 2 nor 3.
-
-    The three-dimensional one slices along the last objective and adds up areas: O(n² log n).
+        ValueError: the number of objectives is not 2 or 3, the shapes differ, or a value is not finite.
     """
-    dims = len(reference)
-    if dims not in (2, 3):
-        raise ValueError(f"hypervolume is computed for 2 or 3 objectives, got {dims}")
-    points = points.reshape(-1, dims)
-    points = points[(points < reference).all(axis=1)]
-    return _area(points, reference) if dims == 2 else _volume(points, reference)
+    corner = np.asarray(reference, dtype=np.float64)
+    if corner.shape not in ((2,), (3,)):
+        raise ValueError(f"the reference has shape {corner.shape}; allowed: (2,) or (3,)")
+    rows = (
+        np.asarray(points, dtype=np.float64).reshape(-1, corner.size)
+        if np.size(points) == 0
+        else np.asarray(points, float)
+    )
+    if rows.ndim != 2 or rows.shape[1] != corner.size:
+        raise ValueError(f"the points have shape {rows.shape}; allowed: (any, {corner.size})")
+    if not (np.isfinite(rows).all() and np.isfinite(corner).all()):
+        raise ValueError("points and reference must be finite")
+    inside = rows[(rows < corner).all(axis=1)]
+    return _area(inside, corner) if corner.size == 2 else _volume(inside, corner)
 
 
-def _area(points: np.ndarray, reference: np.ndarray) -> float:
-    area, height = 0.0, reference[1]
+def _area(points: Points, corner: Points) -> float:
+    """Sweep by ascending x: each point that lowers y adds the rectangle between its y and the lowest y so far."""
+    area, lowest = 0.0, float(corner[1])
     for x, y in points[np.lexsort((points[:, 1], points[:, 0]))]:
-        if y < height:
-            area += (reference[0] - x) * (height - y)
-            height = y
-    return float(area)
+        if y < lowest:
+            area += (float(corner[0]) - float(x)) * (lowest - float(y))
+            lowest = float(y)
+    return area
 
 
-def _volume(points: np.ndarray, reference: np.ndarray) -> float:
-    points = points[np.argsort(points[:, 2])]
-    tops = np.append(points[1:, 2], reference[2])
-    slices = zip(points[:, 2], tops, strict=True) if len(points) else ()
-    return sum(_area(points[:i, :2], reference[:2]) * (top - low) for i, (low, top) in enumerate(slices, start=1))
+def _volume(points: Points, corner: Points) -> float:
+    """Sweep by ascending z: between two points' z, the cross-section is the area that the points below it dominate.
+
+    O(n^2 log n), which is milliseconds for the hundreds of trials of a search.
+    """
+    ordered = points[np.argsort(points[:, 2], kind="stable")]
+    tops = np.append(ordered[:, 2], corner[2])[1:]
+    volume = 0.0
+    for count, (bottom, top) in enumerate(zip(ordered[:, 2], tops, strict=True), start=1):
+        if top > bottom:
+            volume += _area(ordered[:count, :2], corner[:2]) * float(top - bottom)
+    return volume

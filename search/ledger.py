@@ -1,4 +1,9 @@
-"""The append-only record of a search: one JSON line per fact, on disk before anything else happens."""
+"""The append-only record of a search that nothing may lose: one JSON event a line, on the disk before all else.
+
+Every line has `event` and `time` (Unix seconds). The events are `search_started`, `resumed`, `reference`,
+`search_finished`, and with the `number` of a trial `trial_started`, `trial_infeasible`, `trial_reported`,
+`trial_finished`, `test_scored`.
+"""
 
 from __future__ import annotations
 
@@ -15,141 +20,195 @@ from search.record import TrialRecord, TrialState
 
 logger = logging.getLogger(__name__)
 
-Event = dict[str, Any]
-
 
 class LedgerError(Exception):
-    """The ledger cannot be read; the message is one line for the user."""
+    """The ledger cannot be read or written; the message is one line for the user."""
 
 
 class Ledger:
-    """A file of events. A line that a crash tore off is trimmed when the file is opened."""
+    """One file of JSON lines, written by one driver; others may read it meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._events = _read(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._is_whole = False
 
-    def append(self, event: str, **fields: Any) -> Event:
-        """Write a fact, wait until it is on disk, and return it."""
-        line: Event = {"event": event, "time": time.time(), **fields}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._events.append(line)
-        return line
+    def append(self, event: str, **fields: Any) -> dict[str, Any]:
+        """Write one event and return it as a reader will see it; when this returns, the event is on the disk.
 
-    def events(self) -> list[Event]:
-        """Return all facts, oldest first."""
-        return list(self._events)
+        Raises:
+            LedgerError: the disk is full or gone; the ledger is then as it was before.
+            TypeError: a field is no plain value; nothing was written.
+        """
+        line = json.dumps({"event": event, "time": time.time(), **fields}, separators=(",", ":"))
+        try:
+            if not self._is_whole:
+                self._make_whole()
+            self._write(line.encode() + b"\n")
+        except OSError as error:
+            raise LedgerError(f"{self._path}: cannot write the ledger: {error.strerror}") from error
+        return dict(json.loads(line))
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def events(self) -> list[dict[str, Any]]:
+        """Return all events, oldest first; a line that a crash left half written at the end is left out.
+
+        Raises:
+            LedgerError: a line that is not the last one is damaged.
+        """
+        try:
+            data = self._path.read_bytes()
+        except FileNotFoundError:
+            return []
+        events, end = self._parse(data)
+        if end < len(data):
+            logger.warning("%s: left out a half-written last line of %d bytes", self._path, len(data) - end)
+        return events
+
+    def _make_whole(self) -> None:
+        """Trim the torn line that a crash left: it was never acknowledged, and the next line must stand alone.
+
+        Only the writer trims: to a reader of a running search, a line that is being written looks torn too.
+        """
+        if self._path.exists():
+            data = self._path.read_bytes()
+            _, end = self._parse(data)
+            if end < len(data):
+                logger.warning("%s: trimmed a half-written last line of %d bytes", self._path, len(data) - end)
+                os.truncate(self._path, end)
+        else:
+            self._path.touch()
+            _sync(self._path.parent)
+        self._is_whole = True
+
+    def _write(self, data: bytes) -> None:
+        """Write all of it or nothing."""
+        with self._path.open("ab", buffering=0) as file:
+            start = file.tell()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(start)
+                raise
+
+    def _parse(self, data: bytes) -> tuple[list[dict[str, Any]], int]:
+        """Return the events and the number of bytes that hold them."""
+        events: list[dict[str, Any]] = []
+        end = 0
+        lines = data.split(b"\n")
+        # What stands behind the last line break is a line that was never finished, even if it parses.
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                event = json.loads(line)
+                if not isinstance(event, dict) or not isinstance(event.get("event"), str) or "time" not in event:
+                    raise ValueError("no event with a time")
+            except ValueError as error:
+                if number == len(lines) - 1 and not lines[-1]:
+                    break
+                raise LedgerError(
+                    f"{self._path}:{number}: damaged line ({error}); restore the file from a copy"
+                ) from error
+            events.append(event)
+            end += len(line) + 1
+        return events, end
 
 
-@dataclass(slots=True)
+@dataclass(kw_only=True, slots=True)
 class SearchState:
-    """What the facts so far add up to."""
+    """Everything that the events say, up to the last one that was applied."""
 
     records: dict[int, TrialRecord] = field(default_factory=dict)
+    """By trial number, in the order of the proposals."""
     reference: dict[str, float] | None = None
-    """Scores of the untrained model."""
-    started: Event | None = None
-    """The first event: machine, versions, data, MLflow run."""
+    """The untrained model's metrics."""
+    started: dict[str, Any] | None = None
+    """The `search_started` event."""
     finished: bool = False
-    finished_at: float | None = None
 
     @property
-    def in_flight(self) -> list[int]:
+    def in_flight(self) -> set[int]:
         """Numbers of the trials that were started and have not ended."""
-        return [n for n, r in self.records.items() if r.state is TrialState.RUNNING]
+        return {n for n, record in self.records.items() if record.state is TrialState.RUNNING}
 
     def apply(self, event: Mapping[str, Any]) -> None:
-        """Take one fact into account; facts of a kind that is not known are left alone."""
+        """Take one event; one that repeats what is known already changes nothing.
+
+        Raises:
+            LedgerError: the event is about a trial that was never proposed.
+        """
         match event["event"]:
             case "search_started":
                 self.started = dict(event)
-            case "reference":
-                self.reference = dict(event["metrics"])
-            case "search_finished":
-                self.finished, self.finished_at = True, event["time"]
             case "resumed":
                 self.finished = False
+            case "search_finished":
+                self.finished = True
+            case "reference":
+                self.reference = dict(event["metrics"])
             case "trial_started" | "trial_infeasible":
-                self.records[event["number"]] = _new_record(event)
+                self.records.setdefault(event["number"], _proposed(event))
             case "trial_reported" | "trial_finished" | "test_scored":
-                number = event["number"]
-                self.records[number] = _updated(self.records[number], event)
+                self._update(event)
+
+    def _update(self, event: Mapping[str, Any]) -> None:
+        number = event["number"]
+        record = self.records.get(number)
+        if record is None:
+            raise LedgerError(f"{event['event']} of trial {number}, which was never started")
+        if event["event"] == "test_scored":
+            self.records[number] = replace(record, test=dict(event["metrics"]))
+        elif record.state is not TrialState.RUNNING:
+            return  # The first end counts; whatever a resumed driver hears later is about work done twice.
+        elif event["event"] == "trial_reported":
+            # After lost workers steps are trained again from the last checkpoint, and reported again.
+            earlier = [r for r in record.reports if r["step"] < event["report"]["step"]]
+            self.records[number] = replace(record, reports=(*earlier, dict(event["report"])))
+        else:
+            self.records[number] = _finished(record, event)
 
 
 def replay(events: Iterable[Mapping[str, Any]]) -> SearchState:
-    """Return what a ledger's events add up to."""
+    """Return the state after all events.
+
+    Raises:
+        LedgerError: an event is about a trial that was never proposed.
+    """
     state = SearchState()
     for event in events:
         state.apply(event)
     return state
 
 
-def _new_record(event: Mapping[str, Any]) -> TrialRecord:
+def _sync(directory: Path) -> None:
+    """Make a new file's name survive a power cut, which syncing the file alone does not."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _proposed(event: Mapping[str, Any]) -> TrialRecord:
     launched = event["event"] == "trial_started"
     return TrialRecord(
         number=event["number"],
         state=TrialState.RUNNING if launched else TrialState.PRUNED,
-        params=event["params"],
-        config=event["config"],
-        constraints=event.get("constraints", {}),
-        started_at=event["time"],
+        params=dict(event["params"]),
+        config=event.get("config"),
+        constraints=dict(event.get("constraints", {})),
+        started_at=event["time"] if launched else None,
         finished_at=None if launched else event["time"],
-        launched=launched,
     )
 
 
-def _updated(record: TrialRecord, event: Mapping[str, Any]) -> TrialRecord:
-    match event["event"]:
-        case "trial_reported":
-            report = {k: v for k, v in event["report"].items() if k != "details"}
-            # A trial that goes on from a checkpoint trains some steps again and reports them again.
-            kept = tuple(r for r in record.reports if r["step"] < report["step"])
-            return replace(record, reports=(*kept, report), details=event["report"].get("details") or record.details)
-        case "test_scored":
-            return replace(record, test=event["metrics"])
-    if record.state is not TrialState.RUNNING:
-        return record  # the first end is the one that was acted on
+def _finished(record: TrialRecord, event: Mapping[str, Any]) -> TrialRecord:
     return replace(
         record,
         state=TrialState(event["state"]),
-        values=event["values"],
-        error=event["error"],
-        constraints={**record.constraints, **event["constraints"]},
-        attempts=event["attempts"],
+        values=dict(event.get("values", {})),
+        error=event.get("error"),
+        constraints={**record.constraints, **event.get("constraints", {})},
+        attempts=event.get("attempts", 0),
+        details=dict(event.get("details", {})),
         finished_at=event["time"],
     )
-
-
-def _read(path: Path) -> list[Event]:
-    if not path.exists():
-        return []
-    raw = path.read_bytes()
-    whole, newline, torn = raw.rpartition(b"\n")
-    events: list[Event] = []
-    end = 0
-    lines = whole.split(b"\n") if newline else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-            if not isinstance(event, dict) or "event" not in event:
-                raise ValueError("no event")
-        except ValueError as error:
-            if number < len(lines):
-                raise LedgerError(f"{path}:{number}: not a line that this program wrote; restore the file from a copy") from error
-            torn = line
-            break
-        events.append(event)
-        end += len(line) + 1
-    if torn or end < len(raw):
-        logger.warning("%s: the last line was torn off by a crash and is trimmed", path)
-        with path.open("r+b") as file:
-            file.truncate(end)
-            os.fsync(file.fileno())
-    return events

@@ -1,93 +1,108 @@
-"""The front: which trials no other trial beats in every objective, and which of them to take."""
+"""The front: which trials no other trial beats, and which of them a user wants.
+
+Objectives are turned to "minimise" once, in `costs`; everything below it only minimises.
+"""
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from search.hypervolume import hypervolume
+from search.hypervolume import Points, hypervolume
 from search.record import TrialRecord, TrialState
-from spaces.spec import Objective
+from spaces.metrics import METRICS
 
-Limits = Mapping[str, tuple[str, float]]
-"""`{metric: ("<=" | ">=", value)}`"""
+if TYPE_CHECKING:
+    from spaces.spec import Objective
 
-
-def dominates(a: np.ndarray, b: np.ndarray) -> bool:
-    """Return whether a is as good as b everywhere and better somewhere; both minimised, float (d,)."""
-    return bool((a <= b).all() and (a < b).any())
+COMPARISONS = {"<=": operator.le, ">=": operator.ge}
 
 
-def costs(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> np.ndarray:
-    """Return the objectives, turned so that less is better: float (num_records, num_objectives)."""
-    signs = [-1.0 if o.direction == "maximize" else 1.0 for o in objectives]
-    rows = [[s * r.values[o.metric] for s, o in zip(signs, objectives, strict=True)] for r in records]
-    return np.array(rows, dtype=float).reshape(len(records), len(objectives))
+def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Return whether `a` is nowhere worse than `b` and somewhere better; both are minimised."""
+    return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
 
 
 def eligible(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
-    """Return the trials that may enter a front: complete, feasible, with a finite value for every objective."""
+    """Return the trials that may stand on a front: complete, feasible, with a finite value for every objective."""
     return [
-        r
-        for r in records
-        if r.state is TrialState.COMPLETE
-        and r.feasible
-        and all(math.isfinite(r.values.get(o.metric, math.nan)) for o in objectives)
+        record
+        for record in records
+        if record.state is TrialState.COMPLETE
+        and record.feasible
+        and all(math.isfinite(record.values.get(o.metric, math.nan)) for o in objectives)
     ]
 
 
+def costs(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> Points:
+    """Return the objectives' values, all turned to minimise: (num_records, num_objectives)."""
+    rows = [[_sign(o) * record.values[o.metric] for o in objectives] for record in records]
+    return np.asarray(rows, dtype=np.float64).reshape(len(records), len(objectives))
+
+
 def front(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
-    """Return the non-dominated eligible trials, sorted by the last objective; equal ones all stay."""
+    """Return the non-dominated trials, cheapest first; trials with equal values all stay."""
     candidates = eligible(records, objectives)
-    values = costs(candidates, objectives)
-    members = [r for i, r in enumerate(candidates) if not any(dominates(other, values[i]) for other in values)]
-    last = objectives[-1]
-    return sorted(members, key=lambda r: (r.values[last.metric], r.number))
+    rows = costs(candidates, objectives)
+    members = [
+        record
+        for record, row in zip(candidates, rows, strict=True)
+        if not ((rows <= row).all(axis=1) & (rows < row).any(axis=1)).any()
+    ]
+    order = [cost_objective(objectives), *objectives]
+    return sorted(members, key=lambda r: ([_sign(o) * r.values[o.metric] for o in order], r.number))
+
+
+def cost_objective(objectives: Sequence[Objective]) -> Objective:
+    """Return the first objective that is a price (time, memory), or the first of all if there is none."""
+    for objective in objectives:
+        if METRICS[objective.metric].section in ("perf", "cost"):
+            return objective
+    return objectives[0]
 
 
 def knee(members: Sequence[TrialRecord], objectives: Sequence[Objective]) -> TrialRecord | None:
-    """Return the member farthest below the line between the ends of the front, where each pays most for the other.
+    """Return the member furthest on the good side of the chord between the front's ends; None of none.
 
-    Every objective is scaled to [0, 1] over the front. Of more than two objectives the plane through the best of each takes
-    the place of the line. With one or two members it is the best in the first objective; None without members.
+    Every objective is scaled to [0, 1] over the front. The chord becomes, for any number of objectives, the plane on
+    which the scaled objectives sum to a constant, so the knee has the smallest sum. Of up to two members, or of equals,
+    it is the first.
     """
-    if not members:
-        return None
-    values = costs(members, objectives)
-    span = values.max(axis=0) - values.min(axis=0)
-    scaled = (values - values.min(axis=0)) / np.where(span > 0, span, 1.0)
-    # The ends lie on sum(x) = 1 after scaling with two objectives, so the distance below the line orders like the sum.
-    sums = scaled.sum(axis=1)
-    if len(members) <= 2 or sums.max() - sums.min() < 1e-12:
-        return members[int(np.argmin(values[:, 0]))]
-    return members[int(np.argmin(sums))]
+    if len(members) <= 2:
+        return members[0] if members else None
+    rows = costs(members, objectives)
+    lowest = rows.min(axis=0)
+    span = rows.max(axis=0) - lowest
+    scaled = (rows - lowest) / np.where(span > 0, span, 1.0)
+    return members[int(scaled.sum(axis=1).argmin())]
 
 
-def reference_point(objectives: Sequence[Objective]) -> np.ndarray | None:
-    """Return the references, turned so that less is better, or None while one is unknown: float (num_objectives,)."""
-    if any(o.reference is None for o in objectives):
-        return None
-    return np.array([-(o.reference or 0.0) if o.direction == "maximize" else o.reference for o in objectives], dtype=float)
+def pick(members: Sequence[TrialRecord], limits: Mapping[str, tuple[str, float]]) -> list[TrialRecord]:
+    """Return the members within all limits, such as `{"train_seconds": ("<=", 60)}`; a missing metric is not within.
+
+    Raises:
+        KeyError: the comparison is neither `<=` nor `>=`.
+    """
+    wanted = [(metric, COMPARISONS[op], bound) for metric, (op, bound) in limits.items()]
+    return [
+        record
+        for record in members
+        if all(metric in record.values and holds(record.values[metric], bound) for metric, holds, bound in wanted)
+    ]
 
 
 def hypervolume_of(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> float | None:
-    """Return the hypervolume of the eligible trials, or None while a reference is unknown."""
-    reference = reference_point(objectives)
-    if reference is None:
+    """Return the hypervolume of the trials' front; None while a reference is not known."""
+    references = [o.reference for o in objectives]
+    if any(reference is None for reference in references):
         return None
-    return hypervolume(costs(eligible(records, objectives), objectives), reference)
+    corner = [_sign(o) * o.reference for o in objectives if o.reference is not None]
+    return hypervolume(costs(eligible(records, objectives), objectives), corner)
 
 
-def pick(members: Sequence[TrialRecord], limits: Limits) -> list[TrialRecord]:
-    """Return the members that satisfy every limit; a member without the metric does not."""
-
-    def within(record: TrialRecord) -> bool:
-        for metric, (op, bound) in limits.items():
-            value = record.values.get(metric)
-            if value is None or not (value <= bound if op == "<=" else value >= bound):
-                return False
-        return True
-
-    return [record for record in members if within(record)]
+def _sign(objective: Objective) -> float:
+    return -1.0 if objective.direction == "maximize" else 1.0

@@ -1,20 +1,19 @@
-"""What is known of one trial, as plain values."""
+"""What is known of one trial, from its proposal to its score, in plain values that all of `search` shares."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
 
 class TrialState(StrEnum):
-    """Optuna's states, and their meaning."""
+    """Where a trial stands; Optuna's words."""
 
     RUNNING = "RUNNING"
     COMPLETE = "COMPLETE"
     PRUNED = "PRUNED"
-    """Stopped early, or infeasible before it was launched."""
     FAIL = "FAIL"
 
 
@@ -23,39 +22,51 @@ class TrialRecord:
     """One trial of a search."""
 
     number: int
+    """Optuna's trial number; unique within the search."""
     state: TrialState
-    params: Mapping[str, Any]
-    """The user's knobs, flat."""
-    config: Mapping[str, Any] | None = None
-    """`TrialConfig.to_dict()`"""
-    values: Mapping[str, float] = field(default_factory=dict)
-    """Final metrics, by the names of `spaces.metrics`."""
-    reports: tuple[Mapping[str, Any], ...] = ()
-    """`TrialReport.to_dict()` without details, oldest first."""
-    constraints: Mapping[str, float] = field(default_factory=dict)
-    """Feasible when all are <= 0."""
-    error: Mapping[str, str] | None = None
-    """`{"kind", "message"}` of a trial that failed."""
+    params: dict[str, Any]
+    """The user's knobs, flat, as proposed."""
+    config: dict[str, Any] | None = None
+    """`TrialConfig.to_dict()`."""
+    values: dict[str, float] = field(default_factory=dict)
+    """Final metrics by the names of `spaces.metrics`; empty unless the trial reached its end."""
+    reports: tuple[dict[str, Any], ...] = ()
+    """`TrialReport.to_dict()` of every evaluation point, by ascending step."""
+    constraints: dict[str, float] = field(default_factory=dict)
+    """Named constraints, each feasible when <= 0."""
+    error: dict[str, str] | None = None
+    """`{"kind": ..., "message": ...}` of a trial that failed."""
     attempts: int = 0
+    """How often training was begun; more than one after lost workers."""
     started_at: float | None = None
-    """Unix seconds."""
+    """Unix seconds; None for a trial that was never launched."""
     finished_at: float | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)
-    """Process map, memory by rank, MFU convention, versions."""
-    test: Mapping[str, float] = field(default_factory=dict)
-    """Metrics on the test file; members of the front only."""
-    launched: bool = True
-    """False for a proposal that was infeasible before launch and cost nothing."""
+    """Unix seconds; None while it runs."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Process map, memory by rank, MFU convention and the like, from the final report."""
+    test: dict[str, float] = field(default_factory=dict)
+    """Metrics on the test file; only members of the front are scored."""
 
     @property
     def feasible(self) -> bool:
+        """Whether no constraint is violated."""
         return all(value <= 0 for value in self.constraints.values())
+
+    @property
+    def feasible_before_launch(self) -> bool:
+        """Whether the trial was launched: one that ran out of memory was, one that the cluster cannot hold was not."""
+        return self.feasible or self.started_at is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
-        return asdict(self)
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**data, "state": self.state.value, "reports": list(self.reports)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialRecord:
-        """Read back what `to_dict` wrote."""
-        return cls(**{**data, "state": TrialState(data["state"]), "reports": tuple(data["reports"])})
+        """Read back what `to_dict` wrote.
+
+        Raises:
+            TypeError, KeyError, ValueError: the data are not those of a record.
+        """
+        return cls(**{**data, "state": TrialState(data["state"]), "reports": tuple(data.get("reports", ()))})

@@ -63,10 +63,11 @@ def load_results(name: str, directory: Path, tracking_uri: str | None = None) ->
     )
 
 
-def reproduce_command(results: Results, record: TrialRecord) -> str:
+def reproduce_command(spec: SearchSpec, spec_path: str, record: TrialRecord) -> str:
     """Return the command that trains this one trial again."""
-    pins = [*results.spec.space.fixed_to(record.params), "budget.trials=1", f"name={results.name}-again-{record.number}"]
-    return shlex.join(["paretune", "search", results.spec_path, *(part for pin in pins for part in ("--set", pin))])
+    searched = {knob: record.params[knob] for knob in spec.space.names_searched() if knob in record.params}
+    pins = [*spec.space.fixed_to(searched), "budget.trials=1", f"name={spec.name}-again-{record.number}"]
+    return shlex.join(["paretune", "search", spec_path, *(part for pin in pins for part in ("--set", pin))])
 
 
 def pick_one(results: Results, limits: Mapping[str, tuple[str, float]], *, at_knee: bool) -> TrialRecord:
@@ -118,7 +119,7 @@ def pick_as_json(results: Results, record: TrialRecord) -> dict[str, Any]:
         "config": record.config,
         "metrics": record.values,
         "test": record.test,
-        "command": reproduce_command(results, record),
+        "command": reproduce_command(results.spec, results.spec_path, record),
     }
 
 
@@ -164,7 +165,7 @@ def render_pick(results: Results, record: TrialRecord) -> str:
     lines += [f"  {m}: {number_text(m, v)}" for m, v in sorted(record.values.items())]
     lines += [f"  test {m}: {number_text(m, v)}" for m, v in sorted(record.test.items())]
     lines += [f"  {knob} = {short_text(value)}" for knob, value in record.params.items()]
-    return "\n".join([*lines, "", reproduce_command(results, record)])
+    return "\n".join([*lines, "", reproduce_command(results.spec, results.spec_path, record)])
 
 
 def write_results(results: Results) -> list[Path]:

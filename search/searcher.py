@@ -54,6 +54,9 @@ class EngineSearcher(Searcher):
         self._engine.ended(assignment.number, lost if error else {"state": "stopped"})
         self._stop_job(self._engine.job(assignment).job_id)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: see the class."""
 

@@ -19,6 +19,8 @@ from search.dispatch import Dispatcher, GroupResources
 from search.engine import Engine, SearchExhausted, elapsed_seconds, objectives_of
 from search.ledger import Ledger, replay
 from search.record import TrialState
+from search.pareto import hypervolume_of, knee
+from search.results import reproduce_command
 from search.report import recommendation, write_report
 from search.store import Store
 from search.study import Study
@@ -37,6 +39,8 @@ Emit = Callable[[dict[str, Any]], None]
 
 # One waiting trial for each that runs: placement may then serve the trial whose group stands, instead of rebuilding groups.
 WAITING_PER_RUNNING = 2
+# Knobs that a trial config, and so MLflow, names otherwise than the user's file: there, rank is a process.
+TRACKED_KNOBS = {"lora_rank": "adapter_rank", "lora_alpha": "adapter_alpha", "lora_target_modules": "adapter_target_modules"}
 # What is left for the tracking server to catch up with when the search is over.
 TRACKING_FLUSH_SECONDS = 60.0
 
@@ -173,6 +177,7 @@ def _open_record(
             "search_started",
             name=store.name,
             mlflow_run_id=run_id,
+            mlflow_url=prepared.tracker.url(_ui_base(prepared.tracker.uri)),
             command=shlex.join(["paretune", *sys.argv[1:]]),
             overrides=sorted(path for path, origin in origins.items() if origin == "--set"),
             data=prepared.data.summary,
@@ -299,7 +304,10 @@ def _run_job(dispatcher: Any, job: Job) -> dict[str, Any]:
 
 def _publish(engine: Engine, store: Store, prepared: Prepared) -> None:
     """Write the report and send the front to MLflow; what the server does not take now, a resume delivers."""
-    paths = write_report(engine.state, prepared.spec, engine.objectives, store.report_path)
+    members, objectives, spec = engine.front(), engine.objectives, store.load_spec().spec
+    chosen = knee(members, objectives)
+    command = reproduce_command(spec, str(store.spec_path), chosen) if chosen else ""
+    paths = write_report(engine.state, spec, objectives, store.report_path, command=command)
     undelivered = prepared.tracker.flush(TRACKING_FLUSH_SECONDS)
     if undelivered:
         print(
@@ -308,15 +316,22 @@ def _publish(engine: Engine, store: Store, prepared: Prepared) -> None:
             file=sys.stderr,
         )
         return
-    members = engine.front()
+    volume = hypervolume_of(list(engine.state.records.values()), objectives)
     prepared.tracker.write_front(
         members,
-        list(engine.state.records.values()),
-        engine.objectives,
+        [o.metric for o in objectives],
+        [TRACKED_KNOBS.get(knob, knob) for knob in spec.space.names_searched()],
         list(paths.values()),
-        note=recommendation(members, engine.objectives, store.name),
+        note=f"{recommendation(members, objectives, store.name)}\n\n```bash\n{command}\n```",
+        metrics={} if volume is None else {"front/hypervolume": volume, "front/size": len(members)},
+        spec_path=store.spec_path,
     )
     prepared.tracker.finish()
+
+
+def _ui_base(uri: str) -> str:
+    """Return where the tracking server's pages are; for a database, where `paretune ui` will put them."""
+    return uri if uri.startswith("http") else "http://127.0.0.1:5000"
 
 
 def _why_nothing(engine: Engine) -> str:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 
+class ShapeError(ValueError):
+    """A `config.json` lacks a size; the message is one line for the user."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
     """The sizes that FLOPs and limits follow from."""
@@ -15,34 +19,51 @@ class ModelShape:
     num_layers: int
     num_heads: int
     num_kv_heads: int
+    """Heads of keys and values; fewer than `num_heads` where queries share them."""
     head_dim: int
     vocab_size: int
+    intermediate_size: int
+    """Width of the feed-forward layers."""
     causal: bool
     """Whether a token sees only the tokens before it: attention then costs half."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """Read the usual names (BERT, Llama, Qwen, Mistral) and GPT-2's.
+        """Read the usual names (BERT, Llama, Qwen, Mistral), and those of GPT-2, DistilBERT and T5.
+
+        The text part counts where a model also sees or hears.
 
         Raises:
-            KeyError: a size is under none of the known names.
+            ShapeError: a size is under none of the known names, or is no positive integer.
         """
-
-        def size(*names: str) -> int:
-            for name in names:
-                if config.get(name) is not None:
-                    return int(config[name])
-            raise KeyError(f"config.json has none of {', '.join(names)}")
-
-        hidden, heads = size("hidden_size", "n_embd", "d_model", "dim"), size("num_attention_heads", "n_head", "n_heads")
-        kv_heads, head_dim = config.get("num_key_value_heads"), config.get("head_dim")
+        text = config.get("text_config")
+        sizes: Mapping[str, Any] = text if isinstance(text, Mapping) else config
+        hidden_size = _size(sizes, "hidden_size", "n_embd", "d_model", "dim")
+        num_heads = _size(sizes, "num_attention_heads", "n_head", "n_heads", "num_heads")
         architectures = config.get("architectures") or []
         return cls(
-            hidden_size=hidden,
-            num_layers=size("num_hidden_layers", "n_layer", "n_layers"),
-            num_heads=heads,
-            num_kv_heads=int(kv_heads) if kv_heads is not None else heads,
-            head_dim=int(head_dim) if head_dim is not None else hidden // heads,
-            vocab_size=size("vocab_size"),
-            causal=config.get("model_type") in {"gpt2"} or any("CausalLM" in a or "LMHead" in a for a in architectures),
+            hidden_size=hidden_size,
+            num_layers=_size(sizes, "num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+            num_heads=num_heads,
+            num_kv_heads=_size(sizes, "num_key_value_heads", default=num_heads),
+            head_dim=_size(sizes, "head_dim", "d_kv", default=hidden_size // num_heads),
+            vocab_size=_size(sizes, "vocab_size"),
+            # GPT-2 leaves its `n_inner` null for four times the width.
+            intermediate_size=_size(
+                sizes, "intermediate_size", "n_inner", "hidden_dim", "d_ff", "ffn_dim", default=4 * hidden_size
+            ),
+            causal=config.get("model_type") == "gpt2" or any("CausalLM" in a or "LMHead" in a for a in architectures),
         )
+
+
+def _size(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:
+    for name in names:
+        value = config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ShapeError(f"config.json: {name}: not a size, got {value!r}; allowed: an integer at least 1")
+        return value
+    if default is None:
+        raise ShapeError(f"config.json: none of the keys {', '.join(names)} is there; got: {', '.join(sorted(config))}")
+    return default

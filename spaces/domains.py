@@ -7,12 +7,10 @@ In the user's file a bare scalar is a fixed value; everything else is a mapping 
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -26,8 +24,11 @@ from pydantic import (
     model_serializer,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from typing_extensions import TypeAliasType
 
 T = TypeVar("T")
+V = TypeVar("V")
+N = TypeVar("N")
 
 # Marks the union tags in pydantic's error locations, so that they can be left out of what the user reads.
 TAG_PREFIX = "kind:"
@@ -66,7 +67,7 @@ class Domain(Protocol):
 
 @dataclass(frozen=True)
 class Within:
-    """Annotates a number with the range that it must lie in; the error names the whole range, not only the bound missed."""
+    """Annotates a number with the range that it must lie in; the error names the whole range, not the missed bound."""
 
     gt: float | None = None
     ge: float | None = None
@@ -96,14 +97,19 @@ class Within:
     def text(self, whole: bool) -> str:
         """Return the range in words: `a number above 0 and at most 1`."""
         bounds = {"above": self.gt, "at least": self.ge, "below": self.lt, "at most": self.le}
-        words = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+        words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
         return f"{'an integer' if whole else 'a number'} {words}".rstrip()
+
+
+def _title(model: type) -> str:
+    """`Choice` rather than `Choice[Annotated[float, Within(...)]]`, for editors that show the JSON schema's titles."""
+    return model.__name__.partition("[")[0]
 
 
 class Fixed(RootModel[T], Generic[T]):
     """One value, written as itself."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, model_title_generator=_title)
     kind: ClassVar[str] = "fixed"
 
     @property
@@ -126,11 +132,11 @@ class Fixed(RootModel[T], Generic[T]):
 
 
 class _OneKey(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, model_title_generator=_title)
 
 
 class Choice(_OneKey, Generic[T]):
-    """One of several values. Numbers keep their order for the sampler: it is asked for an index into the ascending values."""
+    """One of several values. Numbers stay ordered: the sampler is asked for an index into the ascending values."""
 
     kind: ClassVar[str] = "choice"
     choice: tuple[T, ...] = Field(min_length=1)
@@ -140,7 +146,9 @@ class Choice(_OneKey, Generic[T]):
     @classmethod
     def _is_list(cls, values: Any) -> Any:
         if not isinstance(values, list | tuple) or not values:
-            raise PydanticCustomError("not_a_list", "not a list of values", {"allowed": "a list with at least one value"})
+            raise PydanticCustomError(
+                "not_a_list", "not a list of values", {"allowed": "a list with at least one value"}
+            )
         return values
 
     @field_validator("choice")
@@ -241,7 +249,7 @@ class IntRange(_Range[T], Generic[T]):
     def suggest(self, name: str, suggester: Suggester) -> Any:
         """Return an integer."""
         low, high = self.bounds
-        return suggester.suggest_int(name, int(low), int(high))
+        return suggester.suggest_int(name, low, high)
 
 
 class Uniform(_Range[T], Generic[T]):
@@ -268,7 +276,9 @@ class LogUniform(_Range[T], Generic[T]):
     @classmethod
     def _is_positive(cls, bounds: tuple[T, T]) -> tuple[T, T]:
         if bounds[0] == 0:
-            raise PydanticCustomError("log_of_zero", "a logarithm has no zero", {"allowed": "[low, high] with 0 < low < high"})
+            raise PydanticCustomError(
+                "log_of_zero", "a logarithm has no zero", {"allowed": "[low, high] with 0 < low < high"}
+            )
         return bounds
 
     def suggest(self, name: str, suggester: Suggester) -> float:
@@ -278,7 +288,7 @@ class LogUniform(_Range[T], Generic[T]):
 
 
 def kind_of(value: Any) -> str:
-    """Return the union tag of a domain as the user wrote it; a tag that no union knows where the form itself is wrong."""
+    """Return the union tag of a domain as the user wrote it; one that no union knows where the form itself is wrong."""
     if isinstance(value, Mapping):
         return TAG_PREFIX + (str(next(iter(value))) if len(value) == 1 else "several")
     if isinstance(value, list | tuple):
@@ -286,48 +296,51 @@ def kind_of(value: Any) -> str:
     return TAG_PREFIX + str(getattr(value, "kind", "fixed"))
 
 
-def _union(*domains: Any) -> Any:
-    """Return the union of the domains, told apart by the key that the user wrote."""
-    members = [Annotated[domain, Tag(f"{TAG_PREFIX}{_kind_of_class(domain)}")] for domain in domains]
-    return Annotated[functools.reduce(operator.or_, members), Discriminator(kind_of)]
-
-
-def _kind_of_class(domain: Any) -> str:
-    kind: str = domain.kind
-    return kind
-
-
-if TYPE_CHECKING:
-    NameDomain = Fixed[T] | Choice[T]
-    IntDomain = Fixed[T] | Choice[T] | IntRange[T]
-    FloatDomain = Fixed[T] | Choice[T] | Uniform[T] | LogUniform[T]
-    NumberDomain = Fixed[T] | Choice[T] | IntRange[T] | Uniform[T] | LogUniform[T]
-else:
-    # Pydantic resolves a parametrised model at once, so an alias over a type variable cannot stand for it at run time.
-    class NameDomain:
-        """Unordered values."""
-
-        def __class_getitem__(cls, value: Any) -> Any:
-            return _union(Fixed[value], Choice[value])
-
-    class IntDomain:
-        """Whole numbers."""
-
-        def __class_getitem__(cls, value: Any) -> Any:
-            return _union(Fixed[value], Choice[value], IntRange[value])
-
-    class FloatDomain:
-        """Real numbers."""
-
-        def __class_getitem__(cls, value: Any) -> Any:
-            return _union(Fixed[value], Choice[value], Uniform[value], LogUniform[value])
-
-    class NumberDomain:
-        """Real numbers of which whole ones make a sensible range too."""
-
-        def __class_getitem__(cls, value: Any) -> Any:
-            return _union(Fixed[value], Choice[value], IntRange[value], Uniform[value], LogUniform[value])
-
+# `TypeAliasType`, since typing puts no type argument into a pydantic class inside `Annotated`.
+NameDomain = TypeAliasType(
+    "NameDomain",
+    Annotated[
+        Annotated[Fixed[V], Tag("kind:fixed")] | Annotated[Choice[V], Tag("kind:choice")], Discriminator(kind_of)
+    ],
+    type_params=(V,),
+)
+"""Unordered values."""
+IntDomain = TypeAliasType(
+    "IntDomain",
+    Annotated[
+        Annotated[Fixed[V], Tag("kind:fixed")]
+        | Annotated[Choice[V], Tag("kind:choice")]
+        | Annotated[IntRange[V], Tag("kind:int")],
+        Discriminator(kind_of),
+    ],
+    type_params=(V,),
+)
+"""Whole numbers."""
+FloatDomain = TypeAliasType(
+    "FloatDomain",
+    Annotated[
+        Annotated[Fixed[V], Tag("kind:fixed")]
+        | Annotated[Choice[V], Tag("kind:choice")]
+        | Annotated[Uniform[V], Tag("kind:uniform")]
+        | Annotated[LogUniform[V], Tag("kind:log_uniform")],
+        Discriminator(kind_of),
+    ],
+    type_params=(V,),
+)
+"""Real numbers."""
+NumberDomain = TypeAliasType(
+    "NumberDomain",
+    Annotated[
+        Annotated[Fixed[V], Tag("kind:fixed")]
+        | Annotated[Choice[V], Tag("kind:choice")]
+        | Annotated[IntRange[N], Tag("kind:int")]
+        | Annotated[Uniform[V], Tag("kind:uniform")]
+        | Annotated[LogUniform[V], Tag("kind:log_uniform")],
+        Discriminator(kind_of),
+    ],
+    type_params=(V, N),
+)
+"""Real numbers `V` of which whole ones `N` make a sensible range too."""
 
 LearningRate = Annotated[float, Within(gt=0, le=10)]
 
@@ -365,9 +378,12 @@ class ByAdapter(_OneKey):
         return domain
 
 
-if TYPE_CHECKING:
-    LearningRateDomain = FloatDomain[LearningRate] | ByAdapter
-else:
-    LearningRateDomain = _union(
-        Fixed[LearningRate], Choice[LearningRate], Uniform[LearningRate], LogUniform[LearningRate], ByAdapter
-    )
+LearningRateDomain = Annotated[
+    Annotated[Fixed[LearningRate], Tag("kind:fixed")]
+    | Annotated[Choice[LearningRate], Tag("kind:choice")]
+    | Annotated[Uniform[LearningRate], Tag("kind:uniform")]
+    | Annotated[LogUniform[LearningRate], Tag("kind:log_uniform")]
+    | Annotated[ByAdapter, Tag("kind:by_adapter")],
+    Discriminator(kind_of),
+]
+"""The learning rate, which may depend on the adapter."""

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictStr,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from spaces.config import Adapter, Precision, Strategy
@@ -18,6 +28,7 @@ from spaces.domains import (
     FloatDomain,
     IntDomain,
     IntRange,
+    LearningRate,
     LearningRateDomain,
     LogUniform,
     NameDomain,
@@ -35,9 +46,19 @@ Seed = Annotated[int, Within(ge=0, le=2**32 - 1)]
 Fraction = Annotated[float, Within(gt=0, le=1)]
 WarmupFraction = Annotated[float, Within(ge=0, lt=1)]
 Epochs = Annotated[float, Within(gt=0, le=1000)]
+WholeEpochs = Annotated[int, Within(ge=1, le=1000)]
 Alpha = Annotated[float, Within(gt=0, le=100_000)]
 WeightDecay = Annotated[float, Within(ge=0, le=100)]
-ModuleNames = Annotated[str, StringConstraints(strict=True, pattern=r"^[A-Za-z0-9_.-]+( *, *[A-Za-z0-9_.-]+)*$")]
+
+
+_MODULE_NAMES = re.compile(r"[A-Za-z0-9_.-]+( *, *[A-Za-z0-9_.-]+)*")
+
+
+def _module_names(value: str) -> str:
+    if not _MODULE_NAMES.fullmatch(value):
+        allowed = {"allowed": "all-linear, or module names with commas between: q_proj,v_proj", "names": ["all-linear"]}
+        raise PydanticCustomError("module_names", "not names of modules", allowed)
+    return value
 
 
 def _auto_or_count(value: Any) -> Any:
@@ -47,7 +68,8 @@ def _auto_or_count(value: Any) -> Any:
     return value
 
 
-MicroBatch = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_count)]
+ModuleNames = Annotated[StrictStr, AfterValidator(_module_names)]
+MicroBatch = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(_auto_or_count)]
 
 
 class SpaceSpec(BaseModel):
@@ -59,8 +81,8 @@ class SpaceSpec(BaseModel):
     """`none` trains every weight, `lora` trains low-rank adapters and the head."""
     learning_rate: LearningRateDomain = ByAdapter(
         by_adapter=PerAdapter(
-            none=LogUniform[Annotated[float, Within(gt=0, le=10)]](log_uniform=(1e-5, 1e-3)),
-            lora=LogUniform[Annotated[float, Within(gt=0, le=10)]](log_uniform=(1e-4, 1e-2)),
+            none=LogUniform[LearningRate](log_uniform=(1e-5, 1e-3)),
+            lora=LogUniform[LearningRate](log_uniform=(1e-4, 1e-2)),
         )
     )
     """Peak learning rate of AdamW; `{by_adapter: {none: ..., lora: ...}}` where it depends on the adapter."""
@@ -68,11 +90,11 @@ class SpaceSpec(BaseModel):
     """Rows per optimizer step, over all ranks."""
     dataset_fraction: FloatDomain[Fraction] = Uniform[Fraction](uniform=(0.1, 1.0))
     """Share of the training rows; smaller fractions are subsets of larger ones."""
-    epochs: NumberDomain[Epochs] = Fixed[Epochs](1.0)
+    epochs: NumberDomain[Epochs, WholeEpochs] = Fixed[Epochs](1.0)
     """Passes over the chosen rows."""
     lora_rank: IntDomain[Rank] = Choice[Rank](choice=(4, 8, 16, 32))
     """Width of the LoRA matrices; only with `adapter: lora`."""
-    lora_alpha: NumberDomain[Alpha] = Fixed[Alpha](32.0)
+    lora_alpha: FloatDomain[Alpha] = Fixed[Alpha](32.0)
     """LoRA's scale is alpha / rank; only with `adapter: lora`."""
     lora_target_modules: NameDomain[ModuleNames] = Fixed[ModuleNames]("all-linear")
     """Module name suffixes that LoRA wraps, with commas between; only with `adapter: lora`."""
@@ -132,7 +154,7 @@ class SpaceSpec(BaseModel):
         return params
 
     def corners(self) -> Iterator[dict[str, Any]]:
-        """Yield params for every layout, global batch and micro batch; both ends of a range, and the first value elsewhere."""
+        """Yield params for every layout, global and micro batch: a range's ends, and the first value elsewhere."""
         sizes = itertools.product(self.layouts(), self.global_batch_size.ends(), self.micro_batch_size.ends())
         for (world_size, strategy), global_batch_size, micro_batch_size in sizes:
             yield self.first() | {

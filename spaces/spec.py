@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     StrictStr,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -82,7 +83,7 @@ Text = Annotated[StrictStr, AfterValidator(_not_empty)]
 SafeName = Annotated[StrictStr, AfterValidator(_safe_name)]
 ModelName = Annotated[Text, AfterValidator(_known_embedded_model)]
 DataName = Annotated[Text, AfterValidator(_known_data)]
-MetricName = Annotated[str, BeforeValidator(_known_metric)]
+MetricName = Annotated[str, BeforeValidator(_known_metric), WithJsonSchema({"enum": list(OBJECTIVE_METRICS)})]
 AtLeastOne = Annotated[int, Within(ge=1, le=1_000_000)]
 AtLeastZero = Annotated[int, Within(ge=0, le=1_000_000)]
 Finite = Annotated[float, Within()]
@@ -119,7 +120,7 @@ class DataSpec(_Section):
     """The rows to train and to evaluate on. Columns are found by their names unless they are given."""
 
     train: DataName
-    """A csv, tsv, jsonl, json, parquet or txt file, `hf:org/name[:config][@revision]`, or `embedded:stdlib-docstrings`."""
+    """A csv, tsv, jsonl, json, parquet or txt file, `hf:org/name[:config][@revision]`, `embedded:stdlib-docstrings`."""
     evaluation: DataName | None = None
     """Rows that every trial is evaluated on; without it, a part of the training rows is held out."""
     test: DataName | None = None
@@ -137,7 +138,7 @@ class DataSpec(_Section):
     messages: Text | None = None
     """Column of the chat messages (causal-lm)."""
     answer_pattern: Text | None = None
-    """Regular expression whose last group is the answer in a completion; exact_match compares it."""
+    """Regular expression whose first group is the answer in a completion; exact_match compares it."""
     exact_match_rows: AtLeastZero = 64
     """Evaluation rows that are completed greedily for exact_match; 0 turns it off."""
 
@@ -147,8 +148,8 @@ class DataSpec(_Section):
         try:
             re.compile(pattern or "")
         except re.error as error:
-            message = f"not a regular expression ({error})".replace("{", "{{").replace("}", "}}")
-            raise PydanticCustomError("pattern", message, {"allowed": "a regular expression"}) from error  # type: ignore[arg-type]
+            context = {"error": str(error), "allowed": "a regular expression of Python"}
+            raise PydanticCustomError("pattern", "not a regular expression ({error})", context) from error
         return pattern
 
 
@@ -214,7 +215,7 @@ class SearchSpec(_Section):
     """The rows to train and to evaluate on."""
     space: SpaceSpec = SpaceSpec()
     """The knobs of a trial."""
-    objectives: tuple[ObjectiveSpec, ...] = ()
+    objectives: tuple[ObjectiveSpec, ...] | None = None
     """Two or three; by default accuracy (eval_loss for causal-lm) and train_seconds."""
     budget: BudgetSpec = BudgetSpec()
     """When the search ends."""
@@ -235,10 +236,15 @@ class SearchSpec(_Section):
 
     @field_validator("objectives")
     @classmethod
-    def _two_or_three(cls, objectives: tuple[ObjectiveSpec, ...], info: ValidationInfo) -> tuple[ObjectiveSpec, ...]:
+    def _two_or_three(
+        cls, objectives: tuple[ObjectiveSpec, ...] | None, info: ValidationInfo
+    ) -> tuple[ObjectiveSpec, ...] | None:
+        if objectives is None:
+            return None
         metrics = [o.metric for o in objectives]
         if len(metrics) not in (2, 3):
-            raise PydanticCustomError("objectives", f"{len(metrics)} objectives", {"allowed": "2 or 3 objectives"})  # type: ignore[arg-type]
+            context = {"number": len(metrics), "allowed": "2 or 3 objectives"}
+            raise PydanticCustomError("objectives", "{number} objectives", context)
         if len(set(metrics)) < len(metrics):
             raise PydanticCustomError("objectives", "a metric stands twice", {"allowed": "each metric once"})
         model, data = info.data.get("model"), info.data.get("data")

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from spaces.architecture import ModelShape, ShapeError
+
+MINILM = {
+    "architectures": ["BertModel"],
+    "model_type": "bert",
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 6,
+    "vocab_size": 30522,
+}
+QWEN3 = {  # its heads are wider than hidden_size / num_attention_heads
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_hidden_layers": 28,
+    "vocab_size": 151936,
+}
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_inner": None,
+    "vocab_size": 50257,
+}
+DISTILBERT = {
+    "model_type": "distilbert",
+    "dim": 768,
+    "hidden_dim": 3072,
+    "n_heads": 12,
+    "n_layers": 6,
+    "vocab_size": 30522,
+}
+
+
+def shape(config):
+    s = ModelShape.from_config(config)
+    return (
+        s.hidden_size,
+        s.num_layers,
+        s.num_heads,
+        s.num_kv_heads,
+        s.head_dim,
+        s.vocab_size,
+        s.intermediate_size,
+        s.causal,
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (MINILM, (384, 6, 12, 12, 32, 30522, 1536, False)),
+        (QWEN3, (1024, 28, 16, 8, 128, 151936, 3072, True)),
+        (GPT2, (768, 12, 12, 12, 64, 50257, 3072, True)),
+        (DISTILBERT, (768, 6, 12, 12, 64, 30522, 3072, False)),
+        ({"architectures": ["GemmaForCausalLM"], "text_config": QWEN3}, (1024, 28, 16, 8, 128, 151936, 3072, True)),
+        (QWEN3 | {"head_dim": None}, (1024, 28, 16, 8, 64, 151936, 3072, True)),
+    ],
+)
+def test_names_of_the_families(config, expected):
+    assert shape(config) == expected
+
+
+def test_stories260k(shared):
+    config = json.loads((shared / "models/stories260k/hf/config.json").read_text())
+    assert shape(config) == (64, 5, 8, 4, 8, 512, 172, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "none of the keys hidden_size, n_embd"),
+        ({"vocab_size": "many"}, "vocab_size: not a size, got 'many'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: not a size, got 0"),
+    ],
+)
+def test_a_config_without_sizes_is_refused_in_one_line(change, message):
+    with pytest.raises(ShapeError, match=message) as caught:
+        ModelShape.from_config(MINILM | change)
+    assert "\n" not in str(caught.value)

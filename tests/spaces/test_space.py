@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+import pytest
+from pydantic import ValidationError
+
+from spaces.config import TrialConfig
+from spaces.loading import load_spec
+from spaces.space import SpaceSpec
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+BOTH = {
+    "adapter": {"choice": ["none", "lora"]},
+    "learning_rate": {"by_adapter": {"none": {"log_uniform": [1e-5, 1e-4]}, "lora": {"log_uniform": [1e-3, 1e-2]}}},
+    "epochs": {"int": [1, 3]},
+    "world_size": {"choice": [4, 1, 2]},
+    "strategy": {"choice": ["ddp", "fsdp"]},
+    "micro_batch_size": {"choice": ["auto", 4]},
+}
+
+
+def space(**knobs: Any) -> SpaceSpec:
+    return SpaceSpec.model_validate(knobs)
+
+
+def proposals(of: SpaceSpec, number: int = 60) -> list[dict[str, Any]]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [of.suggest(study.ask()) for _ in range(number)]
+
+
+def test_every_proposal_is_a_trial_config():
+    for params in proposals(space(**BOTH)):
+        config = TrialConfig.from_params(params, max_length=128)
+        assert config.recipe.adapter == params["adapter"]
+        assert config.layout.world_size in (1, 2, 4)
+
+
+def test_lora_knobs_are_asked_for_only_with_lora():
+    for params in proposals(space(**BOTH)):
+        assert ("lora_rank" in params) == (params["adapter"] == "lora")
+        assert ("lora_alpha" in params) == (params["adapter"] == "lora")
+        assert ("lora_target_modules" in params) == (params["adapter"] == "lora")
+
+
+def test_the_learning_rate_follows_the_adapter():
+    seen = {p["adapter"]: [] for p in proposals(space(**BOTH))}
+    for params in proposals(space(**BOTH)):
+        seen[params["adapter"]].append(params["learning_rate"])
+    assert 1e-5 <= min(seen["none"]) <= max(seen["none"]) <= 1e-4
+    assert 1e-3 <= min(seen["lora"]) <= max(seen["lora"]) <= 1e-2
+
+
+def test_each_adapter_has_a_learning_rate_of_its_own_for_the_sampler():
+    """Under one name TPE would mix the densities of two ranges."""
+    searched = space(**BOTH)
+    names = {
+        p["adapter"]: {n for n in searched.encode(p) if n.startswith("learning_rate")} for p in proposals(searched)
+    }
+    assert names == {"none": {"learning_rate_none"}, "lora": {"learning_rate_lora"}}
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_a_learning_rate_for_one_adapter_is_enough_where_there_is_one(adapter):
+    rates = {"by_adapter": {adapter: {"choice": [1e-3, 1e-4]}}}
+    assert space(adapter=adapter, learning_rate=rates).suggest(_Lowest())["learning_rate"] == 1e-4
+    with pytest.raises(ValidationError, match="by_adapter has nothing for"):
+        space(adapter={"choice": ["none", "lora"]}, learning_rate=rates)
+
+
+class _Lowest:
+    def suggest_float(self, name, low, high, *, log=False):
+        return low
+
+    def suggest_int(self, name, low, high):
+        return low
+
+    def suggest_categorical(self, name, choices):
+        return choices[0]
+
+
+def test_encoded_params_are_proposed_again_when_enqueued():
+    searched = space(**BOTH)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    for params in proposals(searched, 20):
+        study.enqueue_trial(searched.encode(params))
+        trial = study.ask()
+        assert searched.suggest(trial) == params
+        assert set(trial.params) == set(searched.encode(params))
+
+
+def test_encode_refuses_what_the_space_does_not_hold():
+    params = space(**BOTH).first()
+    with pytest.raises(ValueError, match="dataset_fraction"):
+        space(**BOTH).encode(params | {"dataset_fraction": 0.01})
+    with pytest.raises(ValueError, match="weight_decay is fixed"):
+        space(**BOTH).encode(params | {"weight_decay": 0.5})
+
+
+def test_pinning_overrides_give_the_same_params_and_search_nothing(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("model: {name: m, task: causal-lm}\ndata: {train: t.txt}\nspace: " + str(BOTH).replace("'", '"'))
+    loaded = load_spec(path)
+    for params in proposals(loaded.spec.space, 20):
+        pinned = load_spec(path, loaded.spec.space.fixed_to(params)).spec.space
+        assert pinned.names_searched() == []
+        assert TrialConfig.from_params(pinned.first(), max_length=64) == TrialConfig.from_params(params, max_length=64)
+
+
+def test_names_searched():
+    assert space().names_searched() == ["learning_rate", "global_batch_size", "dataset_fraction", "lora_rank"]
+    assert "lora_rank" not in space(adapter="none", learning_rate=1e-4).names_searched()
+    assert space(adapter={"choice": ["lora"]}, world_size={"choice": [2]}, lora_rank=8).names_searched() == [
+        "learning_rate",
+        "global_batch_size",
+        "dataset_fraction",
+    ]
+    two_rates = {"by_adapter": {"none": 1e-4, "lora": 1e-3}}
+    assert "learning_rate" in space(adapter={"choice": ["none", "lora"]}, learning_rate=two_rates).names_searched()
+    assert "learning_rate" not in space(adapter="lora", learning_rate=two_rates).names_searched()
+
+
+def test_layouts_are_every_combination():
+    assert space(**BOTH).layouts() == [(w, s) for w in (1, 2, 4) for s in ("ddp", "fsdp")]
+    assert space(world_size={"int": [2, 4]}).layouts() == [(2, "ddp"), (3, "ddp"), (4, "ddp")]
+    assert space().layouts() == [(1, "ddp")]
+
+
+def test_corners_are_trial_configs_at_the_ends():
+    corners = list(space(**BOTH, global_batch_size={"int": [8, 64]}).corners())
+    assert len(corners) == 6 * 2 * 2
+    assert {c["global_batch_size"] for c in corners} == {8, 64}
+    assert {c["micro_batch_size"] for c in corners} == {"auto", 4}
+    for params in corners:
+        TrialConfig.from_params(params, max_length=128)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"dataset_fraction": 0},
+        {"dataset_fraction": 1.5},
+        {"dataset_fraction": {"uniform": [0.0, 1.0]}},
+        {"learning_rate": -1e-3},
+        {"learning_rate": {"log_uniform": [1e-2, 1e-4]}},
+        {"world_size": 0},
+        {"world_size": {"choice": [1, 0]}},
+        {"global_batch_size": 0},
+        {"epochs": 0},
+        {"epochs": {"int": [0, 3]}},
+        {"lora_rank": 0},
+        {"lora_alpha": 0},
+        {"warmup_fraction": 1.0},
+        {"warmup_fraction": -0.1},
+        {"weight_decay": -0.1},
+        {"precision": "fp16"},
+        {"strategy": "fsdp2"},
+        {"adapter": "None"},
+        {"seed": -1},
+        {"micro_batch_size": 0},
+        {"micro_batch_size": True},
+        {"micro_batch_size": {"choice": ["auto", "big"]}},
+        {"lora_target_modules": "q_proj; v_proj"},
+        {"lora_target_modules": ""},
+        {"rank": 8},
+    ],
+)
+def test_out_of_range_is_refused(knobs):
+    with pytest.raises(ValidationError):
+        space(**knobs)
+
+
+def test_the_edges_of_the_ranges_are_inside():
+    space(dataset_fraction=1, warmup_fraction=0, weight_decay=0, world_size=1, epochs=0.5, micro_batch_size=1)
