@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -235,6 +236,8 @@ class _dispatcher:
 
         ray.get(self._actor.shutdown.remote())
         ray.kill(self._actor)
+        # Ray Train's own bookkeeping of the groups; nothing of it outlives them.
+        shutil.rmtree(self._store.groups_path, ignore_errors=True)
 
 
 def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, capacity: int) -> str:

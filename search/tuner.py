@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,9 @@ def run(engine: Engine, dispatcher: Any, *, max_concurrent: int, storage: Path, 
     """
     # Results live in the ledger; Tune's loggers would write every one of them three times more.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    # The search has a view of its own; Tune's would print a second one, and warn that the results are not in its files.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # Tune's snapshots are not read, so they need not be written every ten seconds.
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"
     searcher = EngineSearcher(engine, max_concurrent=max_concurrent, stop_job=dispatcher.stop.remote)
@@ -57,3 +62,4 @@ def run(engine: Engine, dispatcher: Any, *, max_concurrent: int, storage: Path, 
         ),
     )
     tuner.fit()
+    shutil.rmtree(storage / "tune", ignore_errors=True)
