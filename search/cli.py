@@ -25,9 +25,7 @@ FAILURE, USAGE, NOTHING_FITS, NO_RESULT, INTERRUPTED = 1, 2, 3, 4, 130
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The search as a YAML file.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a search, or the path of its directory.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value of the file: model.name=...")
-]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value of the file: model.name=...")]
 Directory = Annotated[Path, typer.Option("--directory", help="Where the searches are.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 TrackingUri = Annotated[

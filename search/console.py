@@ -137,4 +137,4 @@ class SearchView:
 
 
 def _brief(data: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k} {v}" for k, v in data.items() if isinstance(v, int | str) and "\n" not in str(v))[:200]
+    return ", ".join([str(data["format"]), *(f"{v} {k.replace('_', ' ')}" for k, v in data.items() if isinstance(v, int))])

@@ -146,9 +146,7 @@ class Dispatcher:
         if len(group.joined) == group.world_size:
             await self._assembled(group_id, group)
         async with self._changed:
-            await self._changed.wait_for(
-                lambda: group.generation != generation or len(group.joined) == group.world_size
-            )
+            await self._changed.wait_for(lambda: group.generation != generation or len(group.joined) == group.world_size)
         return group.generation
 
     async def next(self, group_id: str, generation: int, sequence: int) -> tuple[int, Job] | None:
@@ -260,9 +258,7 @@ class Dispatcher:
             if not state.ended and name not in held
         ]
         groups = [Group(group_id=n, world_size=g.world_size, state=g.state) for n, g in self._groups.items()]
-        for action in decide(
-            capacity=self._resources.capacity, groups=groups, waiting=waiting, now=time.monotonic()
-        ):
+        for action in decide(capacity=self._resources.capacity, groups=groups, waiting=waiting, now=time.monotonic()):
             match action:
                 case Assign(job_id=job_id, group_id=group_id):
                     self._deliver(group_id, self._groups[group_id], self._jobs[job_id])

@@ -56,7 +56,10 @@ def _own_packages(_: Path) -> tuple[str, str]:
     here = Path(__file__).resolve().parent.parent
     there = Path(spaces.__file__ or "").resolve().parent.parent
     if there != here:
-        return "error", f"another distribution's `spaces` is imported, from {there}; remedy: a fresh virtual environment"
+        return (
+            "error",
+            f"another distribution's `spaces` is imported, from {there}; remedy: a fresh virtual environment",
+        )
     return "ok", "search, trainables and spaces are paretune's own"
 
 
@@ -85,7 +88,10 @@ def _disk(directory: Path) -> tuple[str, str]:
 
 def _ray(_: Path) -> tuple[str, str]:
     if find_spec("aiohttp_cors") is None:
-        return "error", "Ray has no dashboard, so stopped trials leak their resources; remedy: pip install 'ray[default]'"
+        return (
+            "error",
+            "Ray has no dashboard, so stopped trials leak their resources; remedy: pip install 'ray[default]'",
+        )
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         return "ok", "no RAY_ADDRESS: a search starts Ray on this machine"

@@ -93,9 +93,7 @@ class Engine:
         if self._pending:
             number = self._pending.pop(0)
             record = self._state.records[number]
-            assignment = Assignment(
-                number=number, params=record.params, config=TrialConfig.from_dict(record.config or {})
-            )
+            assignment = Assignment(number=number, params=record.params, config=TrialConfig.from_dict(record.config or {}))
         elif self.num_left == 0:
             return None
         else:

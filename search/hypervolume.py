@@ -24,11 +24,7 @@ def hypervolume(points: ArrayLike, reference: Sequence[float]) -> float:
     corner = np.asarray(reference, dtype=np.float64)
     if corner.shape not in ((2,), (3,)):
         raise ValueError(f"the reference has shape {corner.shape}; allowed: (2,) or (3,)")
-    rows = (
-        np.asarray(points, dtype=np.float64).reshape(-1, corner.size)
-        if np.size(points) == 0
-        else np.asarray(points, float)
-    )
+    rows = np.asarray(points, dtype=np.float64).reshape(-1, corner.size) if np.size(points) == 0 else np.asarray(points, float)
     if rows.ndim != 2 or rows.shape[1] != corner.size:
         raise ValueError(f"the points have shape {rows.shape}; allowed: (any, {corner.size})")
     if not (np.isfinite(rows).all() and np.isfinite(corner).all()):

@@ -105,9 +105,7 @@ class Ledger:
             except ValueError as error:
                 if number == len(lines) - 1 and not lines[-1]:
                     break
-                raise LedgerError(
-                    f"{self._path}:{number}: damaged line ({error}); restore the file from a copy"
-                ) from error
+                raise LedgerError(f"{self._path}:{number}: damaged line ({error}); restore the file from a copy") from error
             events.append(event)
             end += len(line) + 1
         return events, end

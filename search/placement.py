@@ -69,7 +69,12 @@ Action = Assign | Start | Stop
 
 
 def decide(
-    *, capacity: int, groups: Sequence[Group], waiting: Sequence[Waiting], now: float, patience: float = PATIENCE_SECONDS
+    *,
+    capacity: int,
+    groups: Sequence[Group],
+    waiting: Sequence[Waiting],
+    now: float,
+    patience: float = PATIENCE_SECONDS,
 ) -> list[Action]:
     """Return what to do now; call it again whenever a group or a job changes.
 

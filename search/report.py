@@ -179,9 +179,7 @@ def _draw_png(figure: FrontFigure, path: Path, *, title: str) -> None:
     drawing.savefig(path, dpi=130)
 
 
-def _page(
-    state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], figure: FrontFigure, command: str
-) -> str:
+def _page(state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], figure: FrontFigure, command: str) -> str:
     import plotly.io
 
     records = list(state.records.values())
@@ -190,8 +188,7 @@ def _page(
     drawings += [_hypervolume_plot(state, objectives), _curves_plot(records, objectives), _memory_plot(members)]
     # The library is embedded once, in the first figure: 4.8 MB, and the file needs no network.
     bodies = [
-        plotly.io.to_html(d, full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False})
-        for i, d in enumerate(drawings)
+        plotly.io.to_html(d, full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False}) for i, d in enumerate(drawings)
     ]
     counts = {s.value: sum(r.state is s for r in records) for s in TrialState}
     facts = [f"{n} {s.lower()}" for s, n in counts.items() if n]
@@ -244,7 +241,11 @@ def _front_plot(figure: FrontFigure) -> Any:
             textposition="bottom right",
             hovertext=[p.hover for p in points],
             hoverinfo="text",
-            marker={"color": colour, "size": 9, "line": {"width": [3 * (p.number == figure.knee_number) for p in points]}},
+            marker={
+                "color": colour,
+                "size": 9,
+                "line": {"width": [3 * (p.number == figure.knee_number) for p in points]},
+            },
             name=name,
         )
     if figure.steps:
@@ -259,9 +260,7 @@ def _front_plot(figure: FrontFigure) -> Any:
     return drawing
 
 
-def _parallel_plot(
-    records: Sequence[TrialRecord], on_front: set[int], spec: SearchSpec, objectives: Sequence[Objective]
-) -> Any:
+def _parallel_plot(records: Sequence[TrialRecord], on_front: set[int], spec: SearchSpec, objectives: Sequence[Objective]) -> Any:
     from plotly import graph_objects as go
 
     shown = [r for r in records if r.state is TrialState.COMPLETE]

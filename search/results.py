@@ -58,9 +58,7 @@ def load_results(name: str, directory: Path, tracking_uri: str | None = None) ->
     found = load_search(tracking_uri, name)
     spec = parse_spec(found.spec_yaml, f"{tracking_uri}: {name}/spec.yaml")
     state = SearchState(records={r.number: r for r in found.records}, reference=found.reference)
-    return Results(
-        name=name, spec=spec, spec_path=f"{name}.yaml", state=state, objectives=objectives_of(spec, state)
-    )
+    return Results(name=name, spec=spec, spec_path=f"{name}.yaml", state=state, objectives=objectives_of(spec, state))
 
 
 def reproduce_command(spec: SearchSpec, spec_path: str, record: TrialRecord) -> str:
@@ -148,7 +146,10 @@ def render_front(results: Results) -> str:
         console.print(table)
     lines = [line.rstrip() for line in capture.get().splitlines()]
     volume = hypervolume_of(list(results.state.records.values()), results.objectives)
-    lines += ["", f"front of {len(members)}; hypervolume {volume:.6g}" if volume is not None else f"front of {len(members)}"]
+    lines += [
+        "",
+        f"front of {len(members)}; hypervolume {volume:.6g}" if volume is not None else f"front of {len(members)}",
+    ]
     if results.state.reference:
         shown = {m: results.state.reference[m] for m in columns if m in results.state.reference}
         lines.append("untrained model: " + ", ".join(f"{m} {number_text(m, v)}" for m, v in shown.items()))

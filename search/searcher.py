@@ -27,7 +27,8 @@ class EngineSearcher(Searcher):
         self._stop_job = stop_job
         self._assignments: dict[str, Assignment] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    # Ray's own annotation forgets FINISHED.
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """Return the next trial's job, None while enough trials are live, or FINISHED when the budget is handed out."""
         if self._engine.num_live >= self._max_concurrent:
             return None
@@ -50,7 +51,11 @@ class EngineSearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Record a trial that Tune ended before its worker group did: stopped, or lost with the process that relayed it."""
         assignment = self._assignments.pop(trial_id)
-        lost = {"state": "failed", "kind": "driver_lost", "message": "the process that relayed the trial's reports died"}
+        lost = {
+            "state": "failed",
+            "kind": "driver_lost",
+            "message": "the process that relayed the trial's reports died",
+        }
         self._engine.ended(assignment.number, lost if error else {"state": "stopped"})
         self._stop_job(self._engine.job(assignment).job_id)
 

@@ -13,16 +13,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from search import cluster
 from search.dispatch import Dispatcher, GroupResources
 from search.engine import Engine, SearchExhausted, elapsed_seconds, objectives_of
 from search.ledger import Ledger, replay
-from search.record import TrialState
 from search.pareto import hypervolume_of, knee
-from search.results import reproduce_command
+from search.record import TrialState
 from search.report import recommendation, write_report
+from search.results import reproduce_command
 from search.store import Store
 from search.study import Study
 from search.tracking import Tracker
@@ -41,7 +41,11 @@ Emit = Callable[[dict[str, Any]], None]
 # One waiting trial for each that runs: placement may then serve the trial whose group stands, instead of rebuilding groups.
 WAITING_PER_RUNNING = 2
 # Knobs that a trial config, and so MLflow, names otherwise than the user's file: there, rank is a process.
-TRACKED_KNOBS = {"lora_rank": "adapter_rank", "lora_alpha": "adapter_alpha", "lora_target_modules": "adapter_target_modules"}
+TRACKED_KNOBS = {
+    "lora_rank": "adapter_rank",
+    "lora_alpha": "adapter_alpha",
+    "lora_target_modules": "adapter_target_modules",
+}
 # What is left for the tracking server to catch up with when the search is over.
 TRACKING_FLUSH_SECONDS = 60.0
 
@@ -165,9 +169,7 @@ def _check_fit(prepared: Prepared, capacity: int) -> Limits:
     return limits
 
 
-def _open_record(
-    ledger: Ledger, store: Store, prepared: Prepared, limits: Limits, origins: Mapping[str, str]
-) -> None:
+def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limits, origins: Mapping[str, str]) -> None:
     """Write the search's first line, or that it was resumed, and open its run in MLflow."""
     state = replay(ledger.events())
     if state.started is None:
@@ -224,7 +226,7 @@ class _dispatcher:
             storage=str(self._store.groups_path),
         )
         self._actor = (
-            ray.remote(Dispatcher)
+            ray.remote(cast(Any, Dispatcher))
             .options(num_cpus=0, max_concurrency=100_000, runtime_env={"env_vars": cluster.group_environment()})
             .remote(task, resources)
         )

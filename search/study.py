@@ -52,16 +52,13 @@ class Study:
             directions=[o.direction for o in self._objectives],
             load_if_exists=True,
         )
-        self._study.set_metric_names([o.metric for o in self._objectives])
         # A resumed study must not propose its first points again, so the seed moves on with the trials.
         seed += len(self._study.trials)
         if sampler == "random":
             self._study.sampler = optuna.samplers.RandomSampler(seed=seed)
         else:
             # constant_liar: trials that still run count as bad, so that concurrent proposals spread out.
-            self._study.sampler = optuna.samplers.TPESampler(
-                seed=seed, n_startup_trials=startup_trials, constant_liar=True
-            )
+            self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup_trials, constant_liar=True)
 
     def ask(self) -> Proposal:
         """Propose a trial; it is RUNNING until it is told."""

@@ -80,16 +80,12 @@ class Tracker:
             else:
                 self._experiment_id = found.experiment_id
 
-    def start_search(
-        self, name: str, params: Mapping[str, Any], tags: Mapping[str, str], parent_run_id: str | None = None
-    ) -> str:
+    def start_search(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str], parent_run_id: str | None = None) -> str:
         """Open the search's run, or the one that a resumed search had, and start to follow events; return the run's id."""
         self._name = name
         client = self._client()
         if parent_run_id is None:
-            run = client.create_run(
-                self._experiment_id, run_name=name, tags={"kind": "search", "paretune.search": name, **tags}
-            )
+            run = client.create_run(self._experiment_id, run_name=name, tags={"kind": "search", "paretune.search": name, **tags})
             self._parent = run.info.run_id
             self._log_params(self._parent, params)
         else:

@@ -49,9 +49,7 @@ class ModelShape:
             head_dim=_size(sizes, "head_dim", "d_kv", default=hidden_size // num_heads),
             vocab_size=_size(sizes, "vocab_size"),
             # GPT-2 leaves its `n_inner` null for four times the width.
-            intermediate_size=_size(
-                sizes, "intermediate_size", "n_inner", "hidden_dim", "d_ff", "ffn_dim", default=4 * hidden_size
-            ),
+            intermediate_size=_size(sizes, "intermediate_size", "n_inner", "hidden_dim", "d_ff", "ffn_dim", default=4 * hidden_size),
             causal=config.get("model_type") == "gpt2" or any("CausalLM" in a or "LMHead" in a for a in architectures),
         )
 

@@ -146,9 +146,7 @@ class Choice(_OneKey, Generic[T]):
     @classmethod
     def _is_list(cls, values: Any) -> Any:
         if not isinstance(values, list | tuple) or not values:
-            raise PydanticCustomError(
-                "not_a_list", "not a list of values", {"allowed": "a list with at least one value"}
-            )
+            raise PydanticCustomError("not_a_list", "not a list of values", {"allowed": "a list with at least one value"})
         return values
 
     @field_validator("choice")
@@ -276,9 +274,7 @@ class LogUniform(_Range[T], Generic[T]):
     @classmethod
     def _is_positive(cls, bounds: tuple[T, T]) -> tuple[T, T]:
         if bounds[0] == 0:
-            raise PydanticCustomError(
-                "log_of_zero", "a logarithm has no zero", {"allowed": "[low, high] with 0 < low < high"}
-            )
+            raise PydanticCustomError("log_of_zero", "a logarithm has no zero", {"allowed": "[low, high] with 0 < low < high"})
         return bounds
 
     def suggest(self, name: str, suggester: Suggester) -> float:
@@ -299,18 +295,14 @@ def kind_of(value: Any) -> str:
 # `TypeAliasType`, since typing puts no type argument into a pydantic class inside `Annotated`.
 NameDomain = TypeAliasType(
     "NameDomain",
-    Annotated[
-        Annotated[Fixed[V], Tag("kind:fixed")] | Annotated[Choice[V], Tag("kind:choice")], Discriminator(kind_of)
-    ],
+    Annotated[Annotated[Fixed[V], Tag("kind:fixed")] | Annotated[Choice[V], Tag("kind:choice")], Discriminator(kind_of)],
     type_params=(V,),
 )
 """Unordered values."""
 IntDomain = TypeAliasType(
     "IntDomain",
     Annotated[
-        Annotated[Fixed[V], Tag("kind:fixed")]
-        | Annotated[Choice[V], Tag("kind:choice")]
-        | Annotated[IntRange[V], Tag("kind:int")],
+        Annotated[Fixed[V], Tag("kind:fixed")] | Annotated[Choice[V], Tag("kind:choice")] | Annotated[IntRange[V], Tag("kind:int")],
         Discriminator(kind_of),
     ],
     type_params=(V,),

@@ -28,9 +28,7 @@ _FORMS = {
 
 def explain(error: ValidationError) -> list[tuple[Path, str]]:
     """Return path and words of every error."""
-    return list(
-        dict.fromkeys(_explain_one(e["loc"], e["type"], e["msg"], e["input"], e.get("ctx", {})) for e in error.errors())
-    )
+    return list(dict.fromkeys(_explain_one(e["loc"], e["type"], e["msg"], e["input"], e.get("ctx", {})) for e in error.errors()))
 
 
 def dotted(path: Iterable[str | int]) -> str:

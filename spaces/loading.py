@@ -89,9 +89,7 @@ def _read(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise SpecError(
-            [f"{path}:{line}: not valid UTF-8, got byte 0x{raw[error.start]:02x}; save the file as UTF-8"]
-        ) from error
+        raise SpecError([f"{path}:{line}: not valid UTF-8, got byte 0x{raw[error.start]:02x}; save the file as UTF-8"]) from error
 
 
 def _parse(text: str, source: str) -> tuple[dict[str, Any], _Origins, list[_Error]]:
@@ -102,9 +100,7 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], _Origins, list[_Erro
         raise SpecError([f"{source}:{error.line}: {error}"]) from error
     data = {} if document.data is None else document.data
     if not isinstance(data, dict):
-        raise SpecError(
-            [f"{source}:1: the file must hold keys and values; allowed: {', '.join(SearchSpec.model_fields)}"]
-        )
+        raise SpecError([f"{source}:1: the file must hold keys and values; allowed: {', '.join(SearchSpec.model_fields)}"])
     return data, dict(document.lines), list(document.errors)
 
 
@@ -152,9 +148,7 @@ def _reach(data: dict[str, Any], steps: Sequence[str]) -> tuple[yaml_text.Path, 
     return path, target
 
 
-def _validate(
-    data: dict[str, Any], source: str, origins: _Origins, errors: list[_Error], unusable: list[str]
-) -> SearchSpec:
+def _validate(data: dict[str, Any], source: str, origins: _Origins, errors: list[_Error], unusable: list[str]) -> SearchSpec:
     """Return the spec, or raise with YAML's errors, the model's, in the order of the file, and unusable overrides."""
     try:
         spec = SearchSpec.model_validate(data)
@@ -165,8 +159,7 @@ def _validate(
             return spec
     errors.sort(key=lambda e: (e[0] is None, e[0] or 0))
     lines = [
-        f"{'--set' if line is None else f'{source}:{line}'}: {dotted(path) or 'the file'}: {words}"
-        for line, path, words in errors
+        f"{'--set' if line is None else f'{source}:{line}'}: {dotted(path) or 'the file'}: {words}" for line, path, words in errors
     ]
     raise SpecError([*lines, *unusable])
 

@@ -236,9 +236,7 @@ class SearchSpec(_Section):
 
     @field_validator("objectives")
     @classmethod
-    def _two_or_three(
-        cls, objectives: tuple[ObjectiveSpec, ...] | None, info: ValidationInfo
-    ) -> tuple[ObjectiveSpec, ...] | None:
+    def _two_or_three(cls, objectives: tuple[ObjectiveSpec, ...] | None, info: ValidationInfo) -> tuple[ObjectiveSpec, ...] | None:
         if objectives is None:
             return None
         metrics = [o.metric for o in objectives]

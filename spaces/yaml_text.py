@@ -64,9 +64,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(
-                problem="aliases (*name) are not allowed; write the value again", problem_mark=mark
-            )
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed; write the value again", problem_mark=mark)
         return super().compose_node(parent, index)
 
 

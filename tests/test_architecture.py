@@ -56,12 +56,8 @@ def broken_rules(name: str, source: str) -> list[str]:
     """Return what a module breaks of the rules about imports."""
     package = name.partition("/")[0]
     names = set(imported(ast.parse(source)))
-    broken = [
-        f"{name} imports {n}" for n in names for p in PACKAGES if is_within(n, p) and p not in ALLOWED_PACKAGES[package]
-    ]
-    broken += [
-        f"{name} imports {n}" for n in names for lib, at in BOUNDARIES.items() if is_within(n, lib) and name not in at
-    ]
+    broken = [f"{name} imports {n}" for n in names for p in PACKAGES if is_within(n, p) and p not in ALLOWED_PACKAGES[package]]
+    broken += [f"{name} imports {n}" for n in names for lib, at in BOUNDARIES.items() if is_within(n, lib) and name not in at]
     if package == "spaces":
         tops = {n.partition(".")[0] for n in names}
         broken += [f"{name} imports {t}" for t in tops - ALLOWED_IN_SPACES - sys.stdlib_module_names]

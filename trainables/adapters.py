@@ -24,12 +24,12 @@ def add_lora(module: nn.Module, recipe: Recipe, task: str) -> nn.Module:
     config = LoraConfig(
         task_type=TASK_TYPES[task],
         r=recipe.adapter_rank or 0,
-        lora_alpha=recipe.adapter_alpha or 0.0,  # type: ignore[arg-type]  PEFT takes a float
+        lora_alpha=recipe.adapter_alpha or 0.0,  # type: ignore[arg-type]  # PEFT takes a float too
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         # Dropout would make the loss curve depend on the layout.
         lora_dropout=0.0,
     )
-    return get_peft_model(module, config)  # type: ignore[arg-type]
+    return get_peft_model(module, config)
 
 
 def _check_targets(module: nn.Module, targets: tuple[str, ...]) -> None:

@@ -47,7 +47,7 @@ def collate(table: TokenTable, rows: np.ndarray, pad_token_id: int) -> Batch:
     width = int(lengths.max())
     input_ids = np.full((len(indices), width), pad_token_id, dtype=np.int64)
     mask = np.zeros((len(indices), width), dtype=np.int64)
-    targets = np.full((len(indices), width), IGNORE, dtype=np.int64)
+    targets: np.ndarray = np.full((len(indices), width), IGNORE, dtype=np.int64)
     for i, index in enumerate(indices):
         ids, row_targets = table.row(int(index))
         input_ids[i, : len(ids)] = ids
@@ -55,7 +55,7 @@ def collate(table: TokenTable, rows: np.ndarray, pad_token_id: int) -> Batch:
         if row_targets is not None and not is_dummy:
             targets[i, : len(ids)] = row_targets
     if table.labels is not None:
-        targets = np.full(1, IGNORE, dtype=np.int64) if is_dummy else table.labels[indices]
+        targets = np.full(1, IGNORE) if is_dummy else table.labels[indices]
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(mask),

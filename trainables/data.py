@@ -198,13 +198,17 @@ def _prepare_causal(
     evaluation: _Split | None,
     test: _Split | None,
 ) -> TaskData:
-    splits = {"train": train.rows, "evaluation": evaluation.rows if evaluation else [], "test": test.rows if test else []}
+    splits = {
+        "train": train.rows,
+        "evaluation": evaluation.rows if evaluation else [],
+        "test": test.rows if test else [],
+    }
     sources = {"train": train.source, "evaluation": (evaluation or train).source, "test": (test or train).source}
     if evaluation is None and columns.kind == "text" and len(train.rows) == 1:
         # Plain text is held out in one piece, its last: random windows would leak their neighbours.
         whole = field(train.rows[0], columns.text or "", train.source, 1)
         cut = round(len(whole) * (1 - data.holdout))
-        splits |= {"train": [{columns.text: whole[:cut]}], "evaluation": [{columns.text: whole[cut:]}]}
+        splits |= {"train": [{columns.text or "": whole[:cut]}], "evaluation": [{columns.text or "": whole[cut:]}]}
     elif evaluation is None:
         held = _held_out([""] * len(train.rows), data.holdout)
         splits["train"] = [row for row, out in zip(train.rows, held, strict=True) if not out]
@@ -245,14 +249,12 @@ def _prepare_causal(
     )
 
 
-def _answers(
-    data: DataSpec, columns: Columns, rows: Sequence[Row], table: TokenTable
-) -> tuple[str | None, tuple[str, ...] | None]:
+def _answers(data: DataSpec, columns: Columns, rows: Sequence[Row], table: TokenTable) -> tuple[str | None, tuple[str, ...] | None]:
     """Return the pattern and the expected answers, if the completions have answers that can be extracted."""
     if columns.kind != "prompt_completion" or data.exact_match_rows == 0 or table.num_rows != len(rows):
         return None, None
     pattern = data.answer_pattern or DEFAULT_ANSWER_PATTERN
-    found = [re.search(pattern, str(row[columns.completion])) for row in rows]
+    found = [re.search(pattern, str(row[columns.completion or ""])) for row in rows]
     if sum(match is not None for match in found) < SHARE_WITH_ANSWER * len(rows):
         return None, None
     return pattern, tuple(match.group(1).strip() if match else "" for match in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def _macro_f1(confusion: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def exact_match(module: nn.Module, config: TrialConfig, data: TaskData, world: World, tokenizer, num_rows: int) -> float:  # type: ignore[no-untyped-def]
+def exact_match(module: nn.Module, config: TrialConfig, data: TaskData, world: World, tokenizer: Any, num_rows: int) -> float:
     """Return the share of the first evaluation rows whose greedy completion gives the expected answer.
 
     Every rank generates its own rows and must call this; with FSDP2 all ranks keep stepping until the last is done.

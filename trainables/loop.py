@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spaces import metrics
 from spaces.config import TrialConfig
-from trainables.batching import BatchPlan
+from spaces.flops import LinearUse
+from trainables.batching import Batch, BatchPlan
 from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from trainables.data import TaskData
 from trainables.evaluation import evaluate, exact_match, summed_loss
@@ -94,7 +95,7 @@ class Trainer:
         self.step = 0
         self._losses = torch.zeros(self.num_steps, device=world.device)
         self._global_losses: list[float] = []
-        self._linears: list = []
+        self._linears: list[LinearUse] = []
         saved = checkpoints.latest_valid() if checkpoints else None
         self._timer = StepTimer(world.device, saved.state["step_seconds"] if saved else [])
         if saved is not None:
@@ -128,9 +129,7 @@ class Trainer:
         scores = evaluate(self.module, self.config, self.data, self.data.evaluation, self.world)
         if self.data.answers is not None and exact_match_rows:
             tokenizer = load_tokenizer(self.base.name, self.base.revision)
-            scores[metrics.EXACT_MATCH] = exact_match(
-                self.module, self.config, self.data, self.world, tokenizer, exact_match_rows
-            )
+            scores[metrics.EXACT_MATCH] = exact_match(self.module, self.config, self.data, self.world, tokenizer, exact_match_rows)
         if self.checkpoints is not None:
             weights = {name: _whole(p) for name, p in self._parameters.items()}
             if self.world.rank == 0:
@@ -154,7 +153,7 @@ class Trainer:
         if self.world.rank == 0:
             self.checkpoints.save(self.step, Checkpoint(weights=weights, optimizer=optimizer, state=state))
 
-    def _backward(self, batch, scale: float) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def _backward(self, batch: Batch, scale: float) -> torch.Tensor:
         """Run one micro batch forward and backward; return its part of the step's loss."""
         with autocast(self.config, self.world):
             if self._linears:
@@ -183,9 +182,7 @@ class Trainer:
         self._collect_losses()
         earlier = max((rung for rung in self.rungs if rung < self.step), default=0)
         seconds = self._timer.seconds()
-        cost = speed(
-            seconds, self._sizes, self.world, self._linears, self.base.shape, self.config.recipe.precision
-        )
+        cost = speed(seconds, self._sizes, self.world, self._linears, self.base.shape, self.config.recipe.precision)
         recent = self._global_losses[earlier : self.step]
         tokens = self._sizes.tokens
         return TrialReport(
@@ -221,9 +218,7 @@ def evaluate_untrained(config: TrialConfig, data: TaskData, base: BaseModel, wor
     return evaluate(build(config, base, world), config, data, data.evaluation, world)
 
 
-def evaluate_saved(
-    config: TrialConfig, data: TaskData, base: BaseModel, world: World, weights: Path
-) -> dict[str, float]:
+def evaluate_saved(config: TrialConfig, data: TaskData, base: BaseModel, world: World, weights: Path) -> dict[str, float]:
     """Return the scores on the test rows of a finished trial's saved weights."""
     assert data.test is not None  # the caller asks only for data with a test file
     module = build(config, base, world)

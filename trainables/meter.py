@@ -78,9 +78,7 @@ def speed(
     total = train_seconds(seconds, sizes)
     flops = training_flops(
         linears,
-        AttentionShape(
-            num_layers=shape.num_layers, num_heads=shape.num_heads, head_dim=shape.head_dim, causal=shape.causal
-        ),
+        AttentionShape(num_layers=shape.num_layers, num_heads=shape.num_heads, head_dim=shape.head_dim, causal=shape.causal),
         num_tokens=float(sizes.tokens.sum()),
         num_rows=float(sizes.rows.sum()),
         sum_of_squared_lengths=float(sizes.squared_lengths.sum()),

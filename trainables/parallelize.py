@@ -33,7 +33,8 @@ def parallelize(module: nn.Module, config: TrialConfig, world: World) -> nn.Modu
     for block in module.modules():
         if isinstance(block, GradientCheckpointingLayer):
             fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+    return module
 
 
 def autocast(config: TrialConfig, world: World) -> AbstractContextManager[object]:

@@ -87,9 +87,7 @@ def encode_rows(
     return encoded, num_cut, num_lost
 
 
-def _prompt_completion(
-    tokenizer: Any, row: Row, columns: Columns, source: str, number: int
-) -> tuple[list[int], list[int]]:
+def _prompt_completion(tokenizer: Any, row: Row, columns: Columns, source: str, number: int) -> tuple[list[int], list[int]]:
     prompt = field(row, columns.prompt or "", source, number)
     if columns.prompt_input and str(row.get(columns.prompt_input) or "").strip():
         prompt = f"{prompt}\n{row[columns.prompt_input]}"
@@ -126,9 +124,7 @@ def _render(tokenizer: Any, turns: Sequence[dict[str, str]], *, add_generation_p
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _extend(
-    ids: list[int], targets: list[int], longer: list[int], is_target: bool, where: str
-) -> tuple[list[int], list[int]]:
+def _extend(ids: list[int], targets: list[int], longer: list[int], is_target: bool, where: str) -> tuple[list[int], list[int]]:
     if longer[: len(ids)] != ids:
         raise DataError(
             f"{where}: the chat template changes earlier turns when a turn is added, so it cannot be told which tokens are "

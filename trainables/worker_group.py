@@ -37,16 +37,13 @@ def run_worker_group(
     trainer = TorchTrainer(
         work,
         train_loop_config={"dispatcher": dispatcher, "group_id": group_id, "threads": cpus_per_worker},
-        torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=world_size, use_gpu=bool(gpus_per_worker), resources_per_worker=resources
-        ),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
+        scaling_config=ScalingConfig(num_workers=world_size, use_gpu=bool(gpus_per_worker), resources_per_worker=resources),
         run_config=RunConfig(
             name=group_id,
             storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),
+            # The annotations are those of Train V1, which knows no limit for failed starts.
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),  # type: ignore[call-arg]
         ),
     )
     trainer.fit()

@@ -73,9 +73,7 @@ def two_nodes(tmp_path: Path) -> Iterator[TwoNodes]:
     log = (tmp_path / "nodes.log").open("ab")
     try:
         for command in commands:
-            nodes.append(
-                subprocess.Popen([BIN / "ray", "start", *command, *common], env=env, stdout=log, stderr=log, cwd=tmp_path)
-            )
+            nodes.append(subprocess.Popen([BIN / "ray", "start", *command, *common], env=env, stdout=log, stderr=log, cwd=tmp_path))
             _wait_for_nodes(f"127.0.0.1:{port}", len(nodes), env, tmp_path)
         yield TwoNodes(job_server=f"http://127.0.0.1:{dashboard}", env=env)
     finally:

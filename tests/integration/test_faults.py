@@ -88,9 +88,7 @@ def test_resume_after_kill_9_of_the_driver_loses_and_repeats_no_trial(tmp_path: 
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_killed_worker_costs_only_steps_and_the_weights_are_those_of_an_undisturbed_run(
-    tmp_path: Path, strategy: str
-) -> None:
+def test_a_killed_worker_costs_only_steps_and_the_weights_are_those_of_an_undisturbed_run(tmp_path: Path, strategy: str) -> None:
     weights = {}
     for name in ("undisturbed", "killed"):
         directory = tmp_path / name

@@ -23,9 +23,7 @@ class Groups(Dispatcher):
     """A dispatcher whose groups live until their thread's event is set; the test plays the ranks."""
 
     def __init__(self, capacity: int) -> None:
-        super().__init__(
-            TASK, GroupResources(capacity=capacity, cpus_per_worker=1, gpus_per_worker=0, storage="s")
-        )
+        super().__init__(TASK, GroupResources(capacity=capacity, cpus_per_worker=1, gpus_per_worker=0, storage="s"))
         self.ends: dict[str, threading.Event] = {}
         self.errors: dict[str, Exception] = {}
 

@@ -97,12 +97,8 @@ def test_a_kill_at_every_byte_loses_only_the_line_that_was_being_written(tmp_pat
         assert ledger.events() == [*events[:num_whole_lines], added]
 
 
-@pytest.mark.parametrize(
-    "tail", [b"\0\0\0\0", b"\0\0\n", b'{"event": "x"', b"[1]\n", b'{"event":"x"}\n', b"\xff\xfe\n"]
-)
-def test_garbage_at_the_end_is_trimmed_with_a_warning(
-    tmp_path: Path, tail: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("tail", [b"\0\0\0\0", b"\0\0\n", b'{"event": "x"', b"[1]\n", b'{"event":"x"}\n', b"\xff\xfe\n"])
+def test_garbage_at_the_end_is_trimmed_with_a_warning(tmp_path: Path, tail: bytes, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "ledger.jsonl"
     events = write_a_search(Ledger(path))
     whole = path.read_bytes()
@@ -164,9 +160,7 @@ def test_an_event_is_on_the_disk_when_append_returns(tmp_path: Path) -> None:
         "    ledger.append('resumed', in_flight=[n]); print(n, flush=True); n += 1\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, path], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    process = subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     for line in process.stdout:
         if int(line) == 20:

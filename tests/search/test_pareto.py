@@ -31,9 +31,7 @@ VALUES = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6), st.integers(1,
 
 
 @given(values=VALUES, objectives=st.sampled_from([TWO, THREE]))
-def test_the_front_is_what_brute_force_finds(
-    values: list[tuple[int, int, int]], objectives: Sequence[Objective]
-) -> None:
+def test_the_front_is_what_brute_force_finds(values: list[tuple[int, int, int]], objectives: Sequence[Objective]) -> None:
     trials = [trial(n, v) for n, v in enumerate(values)]
     turned = {n: (-a, s, m)[: len(objectives)] for n, (a, s, m) in enumerate(values)}
     expected = {n for n, v in turned.items() if not any(dominates(w, v) for w in turned.values())}
@@ -104,9 +102,7 @@ def test_the_knee_is_furthest_from_the_chord() -> None:
     assert found.number == int(np.argmax(distances)) == 1
 
 
-@pytest.mark.parametrize(
-    ("values", "number"), [([(0.5, 1.0)], 0), ([(0.5, 1.0), (0.9, 2.0)], 0), ([(0.5, 1.0)] * 4, 0)]
-)
+@pytest.mark.parametrize(("values", "number"), [([(0.5, 1.0)], 0), ([(0.5, 1.0), (0.9, 2.0)], 0), ([(0.5, 1.0)] * 4, 0)])
 def test_the_knee_of_a_front_without_one_is_its_first(values: list[tuple[float, float]], number: int) -> None:
     found = knee([trial(n, v) for n, v in enumerate(values)], TWO)
     assert found is not None

@@ -50,14 +50,10 @@ class Simulation:
             self._set(group_id, GroupState.IDLE)
 
     def _set(self, group_id: str, state: GroupState) -> None:
-        self.groups[group_id] = Group(
-            group_id=group_id, world_size=self.groups[group_id].world_size, state=state
-        )
+        self.groups[group_id] = Group(group_id=group_id, world_size=self.groups[group_id].world_size, state=state)
 
     def _act(self) -> None:
-        actions = decide(
-            capacity=self.capacity, groups=list(self.groups.values()), waiting=list(self.waiting.values()), now=self.now
-        )
+        actions = decide(capacity=self.capacity, groups=list(self.groups.values()), waiting=list(self.waiting.values()), now=self.now)
         for action in actions:
             match action:
                 case Assign(job_id=job_id, group_id=group_id):

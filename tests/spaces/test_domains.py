@@ -119,9 +119,7 @@ def test_names_are_suggested_as_they_are():
 
 DOMAINS = st.one_of(
     st.integers(1, 1000).map(INTS.validate_python),
-    st.lists(st.integers(1, 1000), min_size=1, max_size=6, unique=True).map(
-        lambda v: INTS.validate_python({"choice": v})
-    ),
+    st.lists(st.integers(1, 1000), min_size=1, max_size=6, unique=True).map(lambda v: INTS.validate_python({"choice": v})),
     st.tuples(st.integers(1, 500), st.integers(501, 1000)).map(lambda v: INTS.validate_python({"int": v})),
     st.tuples(st.floats(0.01, 1), st.floats(1.5, 10)).map(lambda v: FLOATS.validate_python({"uniform": v})),
     st.tuples(st.floats(0.01, 1), st.floats(1.5, 10)).map(lambda v: FLOATS.validate_python({"log_uniform": v})),

@@ -375,8 +375,7 @@ KNOBS = st.fixed_dictionaries(
     {},
     optional={
         "adapter": st.sampled_from(["lora", "none", {"choice": ["none", "lora"]}]),
-        "learning_rate": st.floats(1e-7, 10)
-        | st.just({"by_adapter": {"none": 1e-5, "lora": {"uniform": [1e-5, 0.1]}}}),
+        "learning_rate": st.floats(1e-7, 10) | st.just({"by_adapter": {"none": 1e-5, "lora": {"uniform": [1e-5, 0.1]}}}),
         "epochs": st.floats(0.01, 100) | st.just({"int": [1, 9]}),
         "micro_batch_size": st.sampled_from(["auto", 4, {"choice": ["auto", 1]}]),
         "lora_target_modules": st.sampled_from(["q_proj,v_proj", {"choice": ["all-linear", "q_proj"]}]),

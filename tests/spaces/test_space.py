@@ -56,9 +56,7 @@ def test_the_learning_rate_follows_the_adapter():
 def test_each_adapter_has_a_learning_rate_of_its_own_for_the_sampler():
     """Under one name TPE would mix the densities of two ranges."""
     searched = space(**BOTH)
-    names = {
-        p["adapter"]: {n for n in searched.encode(p) if n.startswith("learning_rate")} for p in proposals(searched)
-    }
+    names = {p["adapter"]: {n for n in searched.encode(p) if n.startswith("learning_rate")} for p in proposals(searched)}
     assert names == {"none": {"learning_rate_none"}, "lora": {"learning_rate_lora"}}
 
 

@@ -22,9 +22,7 @@ def test_a_model_and_data_are_enough():
         Objective(metric="accuracy", direction="maximize", reference=0.0),
         Objective(metric="train_seconds", direction="minimize", reference=3600.0),
     )
-    assert spec("causal-lm").resolved_objectives()[0] == Objective(
-        metric="eval_loss", direction="minimize", reference=None
-    )
+    assert spec("causal-lm").resolved_objectives()[0] == Objective(metric="eval_loss", direction="minimize", reference=None)
 
 
 def test_the_reference_of_a_time_is_the_budget():
@@ -38,9 +36,7 @@ def test_what_the_user_says_about_an_objective_wins():
     assert (mfu.direction, mfu.reference) == ("maximize", 0.0)
     assert (loss.direction, loss.reference) == ("minimize", None)
     flipped = spec(objectives=[{"metric": "tokens_per_second", "direction": "minimize"}, {"metric": "mfu"}])
-    assert flipped.resolved_objectives()[0] == Objective(
-        metric="tokens_per_second", direction="minimize", reference=None
-    )
+    assert flipped.resolved_objectives()[0] == Objective(metric="tokens_per_second", direction="minimize", reference=None)
 
 
 @pytest.mark.parametrize(

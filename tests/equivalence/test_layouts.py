@@ -1,0 +1,248 @@
+"""The invariant: the same recipe has the same loss curve under every layout, up to rounding.
+
+Tolerance: fp32 sums of a few hundred terms in another order differ by some 1e-6 of their size, and AdamW's division by the root of
+the second moment passes that on to the weights once a step; over twelve steps 2e-4 relative holds with room, while a wrong
+normalisation (by rank or micro batch instead of by the global batch) shows as 1e-2 and more on these unequal rows.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import distributed
+import numpy as np
+import pytest
+import torch
+
+from spaces.config import Layout, Recipe, TrialConfig
+from trainables.checkpoint import CheckpointStore, read_checkpoint
+from trainables.data import TaskData, TokenTable
+from trainables.evaluation import evaluate
+from trainables.loop import Command, Trainer, evaluate_untrained, train
+from trainables.mesh import World
+from trainables.model import BaseModel
+from trainables.tokenization import IGNORE, Encoded
+
+RELATIVE, STEPS = 2e-4, 12
+TASKS = ("causal-lm", "sequence-classification")
+
+
+def make_base(directory: Path, task: str) -> str:
+    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, set_seed
+
+    set_seed(0)
+    shape = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
+    if task == "causal-lm":
+        config = LlamaConfig(**shape, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)
+        LlamaForCausalLM(config).save_pretrained(directory)
+    else:
+        BertForSequenceClassification(BertConfig(**shape, max_position_embeddings=64)).save_pretrained(directory)
+    return str(directory)
+
+
+def make_data(task: str, num_rows: int = 90) -> TaskData:
+    """Rows of very unequal length, some with few targets: what a wrong normalisation would weigh wrongly."""
+    rng = np.random.default_rng(0)
+
+    def table(rows: int) -> TokenTable:
+        encoded = []
+        for _ in range(rows):
+            ids = rng.integers(1, 61, size=rng.integers(4, 30)).tolist()
+            masked = int(rng.integers(1, len(ids) - 1))
+            targets = [IGNORE] * masked + ids[masked:] if task == "causal-lm" else None
+            encoded.append(Encoded(input_ids=ids, targets=targets))
+        return TokenTable.build(encoded, None if task == "causal-lm" else rng.integers(0, 3, size=rows).tolist())
+
+    return TaskData(
+        task=task,
+        train=table(num_rows),
+        evaluation=table(23),  # a prime: no world size and no batch divides it
+        test=None,
+        fraction_key=np.arange(num_rows) / num_rows,
+        label_names=() if task == "causal-lm" else ("a", "b", "c"),
+        answers=None,
+        answer_pattern=None,
+        pad_token_id=0,
+        eos_token_id=None,
+        fingerprint="",
+        summary={},
+    )
+
+
+def config(adapter: str, world_size: int = 1, strategy: str = "ddp", micro: int = 8) -> TrialConfig:
+    lora: dict[str, Any] = {}
+    if adapter == "lora":
+        lora = {"adapter_rank": 4, "adapter_alpha": 8.0, "adapter_target_modules": ("all-linear",)}
+    recipe = Recipe(
+        learning_rate=5e-3,
+        global_batch_size=8,
+        dataset_fraction=1.0,
+        epochs=STEPS * 8 / 90,
+        warmup_fraction=0.2,
+        weight_decay=0.01,
+        precision="fp32",
+        seed=3,
+        adapter=adapter,
+        **lora,
+    )
+    return TrialConfig(recipe=recipe, layout=Layout(world_size=world_size, strategy=strategy, micro_batch_size=micro))
+
+
+def go_on() -> Command:
+    return Command.CONTINUE
+
+
+def losses(world: World, name: str, task: str, trial: TrialConfig) -> tuple[list[float], dict[str, float]]:
+    """Train a trial; return the loss of every step and the scores at its end."""
+    data = make_data(task)
+    base = BaseModel.load(name, None, task, data.label_names)
+    reports = list(train(trial, data, base, world, control=go_on, checkpoints=None))
+    return reports[-1].details["train_losses"], dict(reports[-1].metrics)
+
+
+def all_layouts(world: World, names: dict[str, str]) -> dict[tuple[str, ...], Any]:
+    """Every layout of this world size for both tasks and both adapters, in one spawn: starting processes costs seconds."""
+    layouts = [("ddp", 4), ("fsdp", 4), ("ddp", 2), ("fsdp", 1)]
+    return {
+        (task, adapter, strategy, str(micro)): losses(world, names[task], task, config(adapter, world.world_size, strategy, micro))
+        for task in TASKS
+        for adapter in ("none", "lora")
+        for strategy, micro in layouts
+    }
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    torch.set_num_threads(1)
+    return {task: make_base(tmp_path_factory.mktemp("base") / task, task) for task in TASKS}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(names: dict[str, str]) -> list[dict[tuple[str, ...], Any]]:
+    return distributed.run(2, all_layouts, names)
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_layout_has_the_loss_curve_of_one_process(
+    names: dict[str, str], two_ranks: list[dict[tuple[str, ...], Any]], task: str, adapter: str
+) -> None:
+    reference, scores = losses(World.alone(), names[task], task, config(adapter))
+    assert len(reference) == STEPS
+    assert reference[-1] != pytest.approx(reference[0], rel=1e-3), "nothing was learned: the comparison would be empty"
+    accumulated, _ = losses(World.alone(), names[task], task, config(adapter, micro=2))
+    assert accumulated == pytest.approx(reference, rel=RELATIVE)
+    for ranks in two_ranks:
+        for (t, a, *layout), (curve, metrics) in ranks.items():
+            if (t, a) == (task, adapter):
+                assert curve == pytest.approx(reference, rel=RELATIVE), layout
+                assert metrics["eval_loss"] == pytest.approx(scores["eval_loss"], rel=RELATIVE), layout
+
+
+def test_a_slightly_different_recipe_is_told_apart(names: dict[str, str]) -> None:
+    """Guards the tolerance: two percent of the learning rate must show."""
+    reference, _ = losses(World.alone(), names["causal-lm"], "causal-lm", config("none"))
+    trial = config("none")
+    other = replace(trial, recipe=replace(trial.recipe, learning_rate=trial.recipe.learning_rate * 1.02))
+    changed, _ = losses(World.alone(), names["causal-lm"], "causal-lm", other)
+    assert changed != pytest.approx(reference, rel=RELATIVE)
+
+
+def test_one_step_is_that_of_plain_transformers(names: dict[str, str]) -> None:
+    """The reference itself against the simplest code there is: one padded batch and the model's own mean loss."""
+    from transformers import LlamaForCausalLM
+
+    trainer = Trainer(
+        config("none"),
+        make_data("causal-lm"),
+        BaseModel.load(names["causal-lm"], None, "causal-lm", ()),
+        World.alone(),
+        None,
+    )
+    (batch,) = trainer._plan.micro_batches(0, 0)
+    plain = LlamaForCausalLM.from_pretrained(names["causal-lm"], dtype=torch.float32)
+    expected = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.targets).loss
+    trainer.train_step()
+    assert float(trainer._losses[0]) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def untrained_scores(world: World, names: dict[str, str]) -> list[dict[str, float]]:
+    scores = []
+    for task, name in names.items():
+        data = make_data(task)
+        base = BaseModel.load(name, None, task, data.label_names)
+        for strategy in ("ddp", "fsdp"):
+            scores.append(evaluate_untrained(config("none", world.world_size, strategy), data, base, world))
+    return scores
+
+
+def test_evaluation_counts_every_row_once_at_any_world_size(names: dict[str, str]) -> None:
+    alone = untrained_scores(World.alone(), names)
+    for ranks in distributed.run(3, untrained_scores, names):
+        for scores, expected in zip(ranks, alone, strict=True):
+            assert scores == pytest.approx(expected, rel=1e-6)
+
+
+def test_evaluation_is_the_mean_over_tokens_one_by_one(names: dict[str, str]) -> None:
+    data = make_data("causal-lm")
+    base = BaseModel.load(names["causal-lm"], None, "causal-lm", ())
+    scores = evaluate(base.module, config("none"), data, data.evaluation, World.alone())
+    total, right, count = 0.0, 0, 0
+    for i in range(data.evaluation.num_rows):
+        ids, targets = (torch.from_numpy(a).long() for a in data.evaluation.row(i) if a is not None)
+        with torch.no_grad():
+            logits = base.module(input_ids=ids[None]).logits[0, :-1]
+        for logit, target in zip(logits, targets[1:], strict=True):
+            if target != IGNORE:
+                total -= float(logit.log_softmax(-1)[target])
+                right += int(logit.argmax() == target)
+                count += 1
+    assert scores["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert scores["accuracy"] == pytest.approx(right / count)
+
+
+def interrupted(world: World, name: str, directory: str) -> dict[str, tuple[list[float], list[float]]]:
+    """Stop after a checkpoint in the middle and go on; return the undisturbed and the resumed curve by strategy."""
+    data = make_data("causal-lm")
+    base = BaseModel.load(name, None, "causal-lm", ())
+    curves = {}
+    for strategy in ("ddp", "fsdp"):
+        trial = config("none", world.world_size, strategy, micro=4)
+        undisturbed = CheckpointStore(Path(directory) / strategy / "undisturbed")
+        whole = list(train(trial, data, base, world, control=go_on, checkpoints=undisturbed))
+        commands = iter([Command.CONTINUE] * 6 + [Command.SAVE, Command.CONTINUE, Command.STOP])
+        store = CheckpointStore(Path(directory) / strategy / "cut")
+        cut = list(train(trial, data, base, world, control=lambda c=commands: next(c), checkpoints=store))
+        assert not any(report.final for report in cut)
+        rest = list(train(trial, data, base, world, control=go_on, checkpoints=store))
+        curves[strategy] = (whole[-1].details["train_losses"], rest[-1].details["train_losses"])
+    return curves
+
+
+def test_a_resumed_trial_ends_with_the_very_weights_of_an_undisturbed_one(names: dict[str, str], tmp_path: Path) -> None:
+    for curves in distributed.run(2, interrupted, names["causal-lm"], str(tmp_path)):
+        for strategy, (whole, resumed) in curves.items():
+            assert resumed == whole, strategy  # bit for bit
+    for strategy in ("ddp", "fsdp"):
+        a, b = (read_checkpoint(tmp_path / strategy / part / "final").weights for part in ("undisturbed", "cut"))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), strategy
+
+    # A checkpoint of two shards goes on in one process: it holds whole tensors.
+    steps = sorted((tmp_path / "fsdp" / "undisturbed").glob("step-*"))
+    assert read_checkpoint(steps[0]).state["step"] < STEPS
+    for newer in steps[1:]:
+        shutil.rmtree(newer)
+    base = BaseModel.load(names["causal-lm"], None, "causal-lm", ())
+    store = CheckpointStore(tmp_path / "fsdp" / "undisturbed")
+    (*_, final) = train(config("none"), make_data("causal-lm"), base, World.alone(), control=go_on, checkpoints=store)
+    assert final.details["train_losses"] == pytest.approx(curves["fsdp"][0], rel=RELATIVE)
