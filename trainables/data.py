@@ -233,8 +233,7 @@ def _prepare_causal(
         tables[role] = TokenTable.build(encoded, None)
     pattern, answers = _answers(data, columns, splits["evaluation"], tables["evaluation"])
     train_table = tables["train"]
-    ids, targets = train_table.row(0)
-    shown = tokenizer.decode(ids[:64])
+    shown = tokenizer.decode(train_table.row(0)[0][:64])
     summary = _summary(columns, tables, kept, truncated, example=shown)
     summary |= {"dropped_rows": dropped, "target_tokens": int(train_table.num_targets.sum())}
     return _assemble(
