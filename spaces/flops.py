@@ -42,7 +42,11 @@ class AttentionShape:
     causal: bool
 
     def flops(self, sum_of_squared_lengths: float) -> float:
-        """Return forward and backward FLOPs; a key-value head that several query heads share saves memory, not FLOPs."""
+        """Return forward and backward FLOPs; a key-value head that several query heads share saves memory, not FLOPs.
+
+        The backward pass is counted for every layer. An adapter that leaves out the first layer's attention projections (LoRA
+        on `down_proj` alone) does not need it there: one layer's share too much.
+        """
         whole = 12.0 * self.num_layers * self.num_heads * self.head_dim * sum_of_squared_lengths
         return whole / 2 if self.causal else whole
 

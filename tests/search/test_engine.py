@@ -1,0 +1,167 @@
+"""The engine: what is on disk when, what a resume does with it, and what each end of a trial becomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from search.engine import Engine, SearchExhausted
+from search.ledger import Ledger, replay
+from search.record import TrialState
+from search.store import Store
+from search.study import Study
+from spaces.constraints import Limits
+from spaces.loading import load_spec
+
+
+def make(directory: Path, *, limits: Limits | None = None, trials: int = 3, **space: Any) -> tuple[Engine, list[dict[str, Any]], Store]:
+    path = directory / "spec.yaml"
+    spec = {
+        "name": "s",
+        "model": {"name": "m", "task": "sequence-classification"},
+        "data": {"train": "t.csv"},
+        "space": space,
+        "budget": {"trials": trials},
+        "directory": str(directory / "runs"),
+    }
+    path.write_text(yaml.safe_dump(spec))
+    loaded = load_spec(path)
+    store = Store(root=directory / "runs" / "s")
+    store.root.mkdir(parents=True, exist_ok=True)
+    seen: list[dict[str, Any]] = []
+    ledger = Ledger(store.ledger_path)
+    engine = Engine(
+        store=store,
+        spec=loaded.spec,
+        ledger=ledger,
+        study=Study(
+            path=store.study_path,
+            name="s",
+            space=loaded.spec.space,
+            objectives=loaded.spec.resolved_objectives(),
+            sampler="tpe",
+            seed=0,
+            startup_trials=5,
+        ),
+        limits=limits or Limits(num_workers=2, hidden_size=64),
+        on_event=seen.append,
+    )
+    return engine, seen, store
+
+
+def report(accuracy: float, seconds: float, *, final: bool = True, step: int = 9) -> dict[str, Any]:
+    return {
+        "step": step,
+        "num_steps": 9,
+        "fidelity": step / 9,
+        "metrics": {"accuracy": accuracy, "train_seconds": seconds},
+        "final": final,
+        "details": {"peak_source": "measured_gemm"} if final else {},
+    }
+
+
+def test_a_trial_is_on_disk_before_anybody_hears_of_it(tmp_path: Path) -> None:
+    engine, seen, store = make(tmp_path)
+    assignment = engine.next()
+    assert assignment is not None
+    assert seen[-1]["event"] == "trial_started"
+    assert replay(Ledger(store.ledger_path).events()).in_flight == {assignment.number}
+    engine.reported(assignment.number, report(0.5, 3.0))
+    engine.ended(assignment.number, {"state": "complete", "attempts": 1})
+    record = replay(Ledger(store.ledger_path).events()).records[assignment.number]
+    assert record.state is TrialState.COMPLETE
+    assert record.values == {"accuracy": 0.5, "train_seconds": 3.0}
+    assert record.details["peak_source"] == "measured_gemm"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "final", "state", "kind"),
+    [
+        ({"state": "complete"}, True, TrialState.COMPLETE, None),
+        ({"state": "stopped"}, False, TrialState.PRUNED, None),
+        ({"state": "failed", "kind": "diverged", "message": "x"}, False, TrialState.FAIL, "diverged"),
+        ({"state": "failed", "kind": "worker_lost", "message": "x"}, False, TrialState.FAIL, "worker_lost"),
+        ({"state": "complete"}, False, TrialState.FAIL, "missing_metric"),
+    ],
+)
+def test_an_end_becomes_the_state_that_it_is(tmp_path: Path, outcome: dict, final: bool, state: TrialState, kind: str | None) -> None:
+    engine, _, _ = make(tmp_path)
+    assignment = engine.next()
+    assert assignment is not None
+    engine.reported(assignment.number, report(0.5, 3.0, final=final))
+    engine.ended(assignment.number, outcome)
+    engine.ended(assignment.number, {"state": "complete"})  # a late second end changes nothing
+    record = engine.state.records[assignment.number]
+    assert record.state is state
+    assert (record.error or {}).get("kind") == kind
+    assert len(engine.front()) == (state is TrialState.COMPLETE)
+
+
+def test_out_of_memory_is_a_violated_constraint_and_no_failure_that_the_sampler_ignores(tmp_path: Path) -> None:
+    import optuna
+
+    engine, _, store = make(tmp_path)
+    assignment = engine.next()
+    assert assignment is not None
+    engine.ended(assignment.number, {"state": "failed", "kind": "out_of_memory", "message": "x"})
+    (trial,) = optuna.load_study(storage=f"sqlite:///{store.study_path}", study_name="s").trials
+    assert trial.constraints == {"memory": 1.0}
+    assert not engine.state.records[assignment.number].feasible
+
+
+def test_infeasible_proposals_cost_none_of_the_budget(tmp_path: Path) -> None:
+    engine, seen, _ = make(tmp_path, trials=4, world_size={"choice": [1, 2, 4, 8]})
+    handed_out = [engine.next() for _ in range(5)]
+    assert [a is None for a in handed_out] == [False] * 4 + [True]
+    assert all(a.config.layout.world_size <= 2 for a in handed_out if a)
+    infeasible = [e for e in seen if e["event"] == "trial_infeasible"]
+    assert infeasible
+    assert all(e["constraints"]["world_size_within_cluster"] > 0 for e in infeasible)
+
+
+def test_a_space_without_a_feasible_point_ends_with_the_reason(tmp_path: Path) -> None:
+    engine, _, _ = make(tmp_path, limits=Limits(num_workers=2, hidden_size=2), lora_rank={"choice": [4, 8]})
+    with pytest.raises(SearchExhausted, match="adapter_rank_within_width"):
+        engine.next()
+
+
+def test_a_resume_hands_out_the_trials_in_flight_first_and_keeps_the_budget(tmp_path: Path) -> None:
+    engine, _, _ = make(tmp_path, trials=3)
+    first, second = engine.next(), engine.next()
+    assert first is not None
+    assert second is not None
+    engine.reported(first.number, report(0.5, 3.0))
+    engine.ended(first.number, {"state": "complete"})
+    # The driver dies here.
+    resumed, _, _ = make(tmp_path, trials=3)
+    again = resumed.next()
+    assert again == second
+    third = resumed.next()
+    assert third is not None
+    assert third.number not in (first.number, second.number)
+    assert resumed.next() is None
+
+
+def test_a_trial_that_the_study_knows_and_the_ledger_does_not_is_told_as_failed(tmp_path: Path) -> None:
+    engine, _, _ = make(tmp_path)
+    engine._study.ask()  # killed between the proposal and the ledger
+    resumed, _, _ = make(tmp_path)
+    assert resumed._study.running() == []
+    assert resumed.num_left == 3
+
+
+def test_weights_are_kept_for_the_front_alone(tmp_path: Path) -> None:
+    engine, _, store = make(tmp_path)
+    results = [(0.5, 3.0), (0.4, 4.0), (0.6, 2.0)]
+    for accuracy, seconds in results:
+        assignment = engine.next()
+        assert assignment is not None
+        for part in ("final", "step-00000001"):
+            (store.trial_path(assignment.number) / part).mkdir(parents=True)
+        engine.reported(assignment.number, report(accuracy, seconds))
+        engine.ended(assignment.number, {"state": "complete"})
+    left = sorted(str(p.relative_to(store.root / "trials")) for p in (store.root / "trials").glob("*/*"))
+    assert left == ["0002/final"]

@@ -1,0 +1,120 @@
+"""Batches are a function of the recipe: brute force over what every rank is dealt."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from spaces.config import Layout, Recipe, TrialConfig
+from trainables.batching import BatchPlan, collate, evaluation_batches
+from trainables.data import TaskData, TokenTable
+from trainables.mesh import World
+from trainables.tokenization import IGNORE, Encoded
+
+NUM_ROWS = 53
+
+
+def data() -> TaskData:
+    rng = np.random.default_rng(1)
+    # Each row's first token is its own number, so that rows can be told apart after collation.
+    rows = [Encoded(input_ids=[i + 1, *rng.integers(100, 200, size=rng.integers(2, 40))], targets=None) for i in range(NUM_ROWS)]
+    table = TokenTable.build(rows, [i % 2 for i in range(NUM_ROWS)])
+    return TaskData(
+        task="sequence-classification",
+        train=table,
+        evaluation=table,
+        test=None,
+        fraction_key=np.arange(NUM_ROWS) / NUM_ROWS,
+        label_names=("a", "b"),
+        answers=None,
+        answer_pattern=None,
+        pad_token_id=0,
+        eos_token_id=None,
+        fingerprint="",
+        summary={},
+    )
+
+
+def config(world_size: int, micro: int, *, epochs: float = 2.0, fraction: float = 1.0, seed: int = 0) -> TrialConfig:
+    recipe = Recipe(
+        learning_rate=1,
+        global_batch_size=8,
+        dataset_fraction=fraction,
+        epochs=epochs,
+        warmup_fraction=0,
+        weight_decay=0,
+        precision="fp32",
+        seed=seed,
+        adapter="none",
+    )
+    return TrialConfig(recipe=recipe, layout=Layout(world_size=world_size, strategy="ddp", micro_batch_size=micro))
+
+
+def rows_of_step(plan: BatchPlan, step: int, world_size: int) -> list[int]:
+    """The real rows that all ranks together are dealt in a step; dummies have no label."""
+    rows = []
+    for rank in range(world_size):
+        for batch in plan.micro_batches(step, rank):
+            rows += [int(ids[0]) for ids, target in zip(batch.input_ids, batch.targets, strict=True) if target != IGNORE]
+    return sorted(rows)
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2)])
+def test_every_layout_trains_the_same_rows_in_every_step(world_size: int, micro: int) -> None:
+    reference, plan = BatchPlan(config(1, 8), data()), BatchPlan(config(world_size, micro), data())
+    assert plan.num_steps == reference.num_steps
+    for step in range(plan.num_steps):
+        assert rows_of_step(plan, step, world_size) == rows_of_step(reference, step, 1)
+        counts = {len(plan.micro_batches(step, rank)) for rank in range(world_size)}
+        assert counts == {plan.num_micro_batches}, "ranks would wait for each other for ever"
+
+
+@pytest.mark.parametrize("epochs", [0.5, 1.0, 2.0, 2.5])
+def test_every_row_is_trained_once_per_epoch(epochs: float) -> None:
+    plan = BatchPlan(config(2, 4, epochs=epochs), data())
+    counts = Counter(row for step in range(plan.num_steps) for row in rows_of_step(plan, step, 2))
+    assert sum(counts.values()) == round(epochs * NUM_ROWS)
+    assert set(counts.values()) <= {int(epochs), int(epochs) + 1}
+
+
+def test_another_seed_is_another_order_of_the_same_rows() -> None:
+    a, b = BatchPlan(config(1, 8, seed=0), data()), BatchPlan(config(1, 8, seed=1), data())
+    in_order = [[rows_of_step(plan, step, 1) for step in range(plan.num_steps)] for plan in (a, b)]
+    assert in_order[0] != in_order[1]
+
+
+def test_the_sizes_are_those_of_the_batches() -> None:
+    plan = BatchPlan(config(2, 2), data())
+    sizes = plan.sizes()
+    for step in range(plan.num_steps):
+        real = [b for rank in range(2) for b in plan.micro_batches(step, rank) if (b.targets != IGNORE).any()]
+        assert sizes.rows[step] == sum(len(b.input_ids) for b in real)
+        assert sizes.tokens[step] == sum(int(b.attention_mask.sum()) for b in real)
+        assert sizes.padded_tokens[step] == sum(b.input_ids.numel() for b in real)
+        assert sizes.squared_lengths[step] == sum(float((b.attention_mask.sum(1).double() ** 2).sum()) for b in real)
+
+
+def test_buckets_by_length_save_most_of_the_padding() -> None:
+    plan, sizes = BatchPlan(config(1, 8), data()), BatchPlan(config(1, 8), data()).sizes()
+    assert plan.num_steps > 10
+    assert 1 - sizes.tokens.sum() / sizes.padded_tokens.sum() < 0.15  # unsorted: about 0.4
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_evaluation_rows_are_disjoint_and_complete(world_size: int) -> None:
+    table = data().evaluation
+    shares = []
+    for rank in range(world_size):
+        world = World.alone()
+        shares.append(evaluation_batches(table, type(world)(rank=rank, world_size=world_size, local_rank=0, device=world.device, control_group=None)))
+    assert len({len(share) for share in shares}) == 1
+    rows = np.concatenate([batch for share in shares for batch in share])
+    assert sorted(rows) == list(range(NUM_ROWS))
+
+
+def test_a_batch_without_rows_is_one_row_that_counts_nothing() -> None:
+    batch = collate(data().train, np.zeros(0, dtype=np.int64), 0)
+    assert batch.input_ids.shape[0] == 1
+    assert (batch.targets == IGNORE).all()

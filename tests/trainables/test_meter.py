@@ -1,0 +1,59 @@
+"""Times and memory from closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from trainables.batching import StepSizes
+from trainables.meter import StepTimer, device_peak, peak_memory_bytes, reset_peak_memory, train_seconds
+
+
+def sizes(padded: list[int]) -> StepSizes:
+    array = np.array(padded)
+    return StepSizes(rows=np.ones_like(array), tokens=array, padded_tokens=array, squared_lengths=array.astype(float) ** 2)
+
+
+def test_equal_steps_give_steps_times_the_median_step() -> None:
+    seconds = [9.0, 9.0, 9.0, 1.0, 1.1, 0.9, 1.0, 1.0, 50.0, 1.0]  # warm-up, and one disturbed step
+    assert train_seconds(seconds, sizes([8] * 10)) == pytest.approx(10.0)
+
+
+def test_unequal_steps_give_their_exact_sum_where_time_goes_by_tokens() -> None:
+    padded = [100, 700, 300, 50, 900, 400, 20, 800]
+    assert train_seconds([p * 1e-3 for p in padded], sizes(padded)) == pytest.approx(sum(padded) * 1e-3)
+
+
+def test_a_trial_that_is_not_done_is_extrapolated_to_all_its_steps() -> None:
+    assert train_seconds([2.0, 2.0], sizes([8] * 10)) == pytest.approx(20.0)
+
+
+def test_a_timer_goes_on_from_a_checkpoint() -> None:
+    timer = StepTimer(torch.device("cpu"), [1.5])
+    with timer.step():
+        pass
+    first, second = timer.seconds()
+    assert first == 1.5
+    assert 0 <= second < 1
+
+
+def test_the_peak_of_memory_is_that_since_the_reset() -> None:
+    device = torch.device("cpu")
+    before = torch.ones(80_000_000)  # 320 MB
+    del before
+    reset_peak_memory(device)
+    low = peak_memory_bytes(device)
+    held = torch.ones(60_000_000)  # 240 MB
+    del held
+    assert 200e6 < peak_memory_bytes(device) - low < 300e6
+
+
+def test_a_cpu_is_measured_at_the_precision_of_the_trial_and_never_below_fp32() -> None:
+    fp32, source = device_peak(torch.device("cpu"), "fp32")
+    bf16, _ = device_peak(torch.device("cpu"), "bf16")
+    assert source == "measured_gemm"
+    assert fp32 is not None
+    assert bf16 is not None
+    assert fp32 > 1e8
+    assert bf16 > 0.5 * fp32  # measured anew, so only nearly equal
