@@ -1,0 +1,89 @@
+"""Bad input through the command: one clear line for each error, exit code 2, nothing started, nothing written."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import make_rows, make_spec
+from typer.testing import CliRunner
+
+from search.cli import app
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_spec(tmp_path_factory.mktemp("bad"))
+
+
+def closed_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+CASES = {
+    "unknown key": (["budget.trails=3"], "budget.trails", "did you mean 'trials'?"),
+    "wrong type": (["budget.trials=many"], "budget.trials", '"many"'),
+    "range reversed": (["space.learning_rate={log_uniform: [1e-2, 1e-4]}"], "space.learning_rate", "reversed"),
+    "fraction 0": (["space.dataset_fraction=0"], "space.dataset_fraction", "above 0"),
+    "fraction 1.5": (["space.dataset_fraction=1.5"], "space.dataset_fraction", "at most 1"),
+    "missing column": (["data.text=body"], "data.text", "no column 'body'"),
+    "world size": (["space.world_size=64"], "space.world_size", "more workers than the cluster"),
+    "unknown model": (["model.name=nobody/nothing"], "model.name", "no model 'nobody/nothing'"),
+    "no server": ([f"tracking.uri=http://127.0.0.1:{closed_port()}"], "tracking.uri", "127.0.0.1"),
+    "file store": (["tracking.uri=file:///mlruns"], "tracking.uri", "sqlite"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_starts_nothing(spec: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
+    overrides, key, hint = CASES[case]
+    result = CliRunner().invoke(app, ["search", str(spec), *(part for o in overrides for part in ("--set", o))])
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert key in lines[0]
+    assert hint in lines[0]
+    assert not (spec.parent / "runs/tiny/ledger.jsonl").exists()
+
+
+def test_all_errors_of_a_file_come_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("model: {name: m, task: causal-ml}\ndata: {trian: a.csv}\nspace: {lora_rankk: 4}\n")
+    result = CliRunner().invoke(app, ["validate", str(path)])
+    assert result.exit_code == 2
+    lines = result.stderr.splitlines()
+    assert len(lines) == 4  # task, data.trian, data.train missing, space.lora_rankk
+    assert all(f"{path}:" in line for line in lines)
+
+
+def test_plan_says_what_cannot_run_here_and_exits_3_if_nothing_can(spec: Path) -> None:
+    planned = CliRunner().invoke(app, ["plan", str(spec), "--set", "space.world_size={choice: [1, 64]}"])
+    assert planned.exit_code == 0
+    assert "world_size_within_cluster = 62" in planned.output
+    nothing = CliRunner().invoke(app, ["plan", str(spec), "--set", "space.world_size=64"])
+    assert nothing.exit_code == 3
+
+
+def test_a_schema_comes_out_that_accepts_what_the_loader_accepts(spec: Path) -> None:
+    import json
+
+    import jsonschema
+
+    schema = json.loads(CliRunner().invoke(app, ["schema"]).output)
+    jsonschema.validate(yaml.safe_load(spec.read_text()), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"model": {}}, schema)
+
+
+def test_an_unknown_search_is_named_with_those_that_are_there(tmp_path: Path) -> None:
+    make_rows(tmp_path / "t.csv")
+    result = CliRunner().invoke(app, ["front", "nothing", "--directory", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "no search named 'nothing'" in result.stderr

