@@ -1,117 +1,141 @@
-"""MLflow, written by one process: a thread follows the ledger's events, so that an absent server delays nothing.
+"""MLflow, the view of a search; the ledger is the truth, and everything here can be told again.
 
-MLflow is imported where it is used: it costs seconds.
+This is the only module that imports MLflow, and it does so inside functions, since the import takes seconds.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
-import queue
-import threading
-import time
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.ledger import SearchState
-from search.record import TrialRecord, TrialState
-from spaces.metrics import METRICS
+from search.endpoint import SQLITE, absolute_uri, is_http, problem_with, redacted
+from search.mirror import RECORD_TAG, REFERENCE_TAG, SEARCH_TAG, SPEC_TAG, TRIAL_TAG, FoundRun, Mirror
+from search.record import TrialRecord
+from search.saved_view import runs_url
+from search.spool import Event, Spool
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
-# As MLflow's own bridge to Optuna maps them.
-STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}
-MAX_TAG_CHARACTERS = 8000
-MAX_PARAMS_PER_BATCH = 100
-RETRY_SECONDS = (0.5, 1, 2, 5, 10)
-FRONT_COLOUR, OTHER_COLOUR = "#d7191c", "#b8b8b8"
-VIEW_KEY = "pareto-front"
+logger = logging.getLogger(__name__)
+
+# MLflow refuses more in one request.
+MAX_PARAMS_PER_REQUEST = 100
+_ENDED = frozenset({"FINISHED", "FAILED", "KILLED"})
+_OUR_TAGS = {"mlflow.source.name": "paretune", "mlflow.source.type": "LOCAL"}
+# Answers that stay the same however often one asks; anything else may be a server that is slow, locked or away.
+_REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"})
+_ENVIRONMENT = {
+    # The spool tries again by itself, and a check must fail in seconds.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    # A search tells nobody but its tracking server.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 
 
 class TrackingError(Exception):
-    """The tracking server cannot be used; the message is one line for the user."""
+    """MLflow cannot be used, or does not know the search; the message is one line for the user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundSearch:
-    """A search as MLflow knows it."""
+    """A search as MLflow alone knows it."""
 
+    name: str
+    run_id: str
     spec_yaml: str
     reference: dict[str, float] | None
-    records: list[TrialRecord]
+    records: tuple[TrialRecord, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Opened:
+    """What a tracker has once its search is open."""
+
+    runs: _MlflowRuns
+    parent_run_id: str
+    mirror: Mirror
+    spool: Spool
 
 
 class Tracker:
-    """Writes one search to MLflow: one parent run, one nested run per trial."""
+    """Mirrors one search into MLflow; `submit` never waits, all else does."""
 
-    def __init__(self, uri: str, experiment: str, *, artifact_root: Path | None) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, experiment: str, artifact_root: Path | None) -> None:
+        """Remember where to write; nothing is opened yet.
+
+        Args:
+            uri: MLflow's tracking URI.
+            experiment: name of the MLflow experiment, which is made if there is none.
+            artifact_root: where artifacts go if this process opens the store itself; a server has its own place.
+        """
+        self.uri = absolute_uri(uri)
         self._experiment = experiment
         self._artifact_root = artifact_root
-        self._events: queue.Queue[Mapping[str, Any] | None] = queue.Queue()
-        self._state = SearchState()
-        self._runs: dict[int, str] = {}
-        self._name = ""
-        self._parent = ""
-        self._experiment_id = ""
-        self._thread: threading.Thread | None = None
+        self._opened: _Opened | None = None
 
     def connect(self, timeout_seconds: float) -> None:
-        """Make sure that the server answers and the experiment exists.
+        """Check that the tracking store can be used, without writing to it.
 
         Raises:
-            TrackingError: it does not, with the reason and the remedy.
+            TrackingError: it cannot.
         """
-        with _clear_errors(self.uri, timeout_seconds):
-            client = self._client()
-            found = client.get_experiment_by_name(self._experiment)
-            if found is None:
-                local = self.uri.startswith("sqlite:") and self._artifact_root is not None
-                location = self._artifact_root.as_uri() if local and self._artifact_root else None
-                self._experiment_id = client.create_experiment(self._experiment, artifact_location=location)
-            elif found.lifecycle_stage != "active":
-                raise TrackingError(
-                    f"tracking.experiment: '{self._experiment}' was deleted in {self.uri}; restore it, or name another"
-                )
+        problem = problem_with(self.uri, timeout_seconds)
+        if problem is not None:
+            raise TrackingError(problem)
+        if is_http(self.uri):
+            with _in_words(self.uri):
+                _client(self.uri).search_experiments(max_results=1)
+
+    def start_search(self, name: str, *, params: Mapping[str, Any], tags: Mapping[str, str], parent_run_id: str | None = None) -> str:
+        """Open the parent run, or open it again, and begin to deliver events.
+
+        Args:
+            name: name of the search.
+            params: the spec, flat; written once, since MLflow's params never change.
+            tags: further tags of the parent run.
+            parent_run_id: the run of a search that is resumed.
+
+        Returns:
+            The parent run's id, which a resume needs.
+
+        Raises:
+            TrackingError: MLflow cannot be used, or has no such run.
+        """
+        if self.uri.startswith(SQLITE):
+            Path(self.uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+        with _in_words(self.uri):
+            client = _client(self.uri)
+            if parent_run_id is None:
+                runs = _MlflowRuns(client, self._experiment_id(client))
+                parent_run_id = runs.create(name, {"kind": "search", SEARCH_TAG: name, **tags})
+                runs.log_params(parent_run_id, params)
             else:
-                self._experiment_id = found.experiment_id
+                runs = _MlflowRuns(client, client.get_run(parent_run_id).info.experiment_id)
+                runs.reopen(parent_run_id)
+                runs.log(parent_run_id, tags=tags)
+        mirror = Mirror(runs, name, parent_run_id)
+        spool = Spool(mirror.deliver, is_refusal=_is_refusal)
+        self._opened = _Opened(runs=runs, parent_run_id=parent_run_id, mirror=mirror, spool=spool)
+        return parent_run_id
 
-    def start_search(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str], parent_run_id: str | None = None) -> str:
-        """Open the search's run, or the one that a resumed search had, and start to follow events; return the run's id."""
-        self._name = name
-        client = self._client()
-        if parent_run_id is None:
-            run = client.create_run(self._experiment_id, run_name=name, tags={"kind": "search", "paretune.search": name, **tags})
-            self._parent = run.info.run_id
-            self._log_params(self._parent, params)
-        else:
-            self._parent = parent_run_id
-            client.update_run(parent_run_id, status="RUNNING")
-            for run in self._children():
-                self._runs[int(run.data.tags["paretune.trial"])] = run.info.run_id
-        self._thread = threading.Thread(target=self._follow, name="mlflow-writer", daemon=True)
-        self._thread.start()
-        return self._parent
-
-    def submit(self, event: Mapping[str, Any]) -> None:
-        """Hand an event over; returns at once."""
-        self._events.put(event)
+    def submit(self, event: Event) -> None:
+        """Queue one event of the ledger; returns at once, whatever the server does."""
+        self._open.spool.submit(event)
 
     def flush(self, timeout_seconds: float) -> int:
-        """Wait until all events are written, at most this long; return how many are not."""
-        end = time.monotonic() + timeout_seconds
-        while self._events.unfinished_tasks and time.monotonic() < end:
-            time.sleep(0.05)
-        return self._events.unfinished_tasks
-
-    def url(self, base: str) -> str:
-        """Return the link that opens the runs table with the front's charts, not MLflow's onboarding page."""
-        view = f"viewStateShareKey={VIEW_KEY}-{self._name}&workflowType=machine_learning&compareRunsMode=CHART"
-        return f"{base.rstrip('/')}/#/experiments/{self._experiment_id}/runs?{view}"
+        """Wait until the server has everything or the time is over; return how many events it has not."""
+        return self._open.spool.flush(timeout_seconds)
 
     def write_front(
         self,
@@ -124,238 +148,203 @@ class Tracker:
         metrics: Mapping[str, float],
         spec_path: Path,
     ) -> None:
-        """Mark the front on the trials' runs, and give the parent the report, the table, the note and the saved view."""
-        client = self._client()
-        on_front = {record.number for record in members}
-        for number, run_id in self._runs.items():
-            record = self._state.records[number]
-            client.set_tag(run_id, "pareto", str(number in on_front).lower())
-            client.set_tag(run_id, "mlflow.runColor", FRONT_COLOUR if number in on_front else OTHER_COLOUR)
-            self._tag_record(run_id, record)
-        for path in artifacts:
-            client.log_artifact(self._parent, str(path), "report")
-        client.log_artifact(self._parent, str(spec_path))
-        rows = [_table_row(record, record.number in on_front) for record in self._state.records.values()]
-        columns = list(dict.fromkeys(k for row in rows for k in row))
-        client.log_table(self._parent, {c: [row.get(c) for row in rows] for c in columns}, "report/trials.json")
-        client.set_tag(self._parent, "mlflow.note.content", note)
-        client.set_tag(self._parent, "paretune.reference", json.dumps(self._state.reference))
-        for name, value in metrics.items():
-            client.log_metric(self._parent, name, value)
-        view = _saved_view(self._name, objectives, knobs)
-        client.set_experiment_tag(self._experiment_id, f"mlflow.sharedViewState.{VIEW_KEY}-{self._name}", json.dumps(view))
+        """Mark the front, and put its view, report, table and note where a reader of MLflow finds them.
+
+        Args:
+            members: the trials on the front.
+            objectives: the metrics that the front is about; the first one is the y axis.
+            knobs: the params that the view shows, by their names in `TrialConfig.flat`.
+            artifacts: files for the folder `report` of the parent run.
+            note: Markdown that MLflow shows on top of the parent run.
+            metrics: numbers of the search as a whole, for the parent run.
+            spec_path: the resolved spec; `load_search` reads it back.
+
+        Raises:
+            TrackingError: MLflow did not take it.
+        """
+        mirror = self._open.mirror
+        with _in_words(self.uri):
+            mirror.write_front(members, [*artifacts], note=note, metrics=metrics, spec_path=spec_path)
+        try:
+            mirror.save_view(objectives, knobs)
+        except Exception as error:
+            # The view rests on the user interface's own format: nothing may fail with it.
+            logger.warning("MLflow did not take the saved view: %s", error)
+
+    def url(self, base: str) -> str:
+        """Return the address that opens the front's view in the MLflow whose pages are at `base`."""
+        return runs_url(base, self._open.runs.experiment_id, self._open.mirror.search)
 
     def finish(self) -> None:
-        """Close the search's run and end the thread."""
-        self._client().set_terminated(self._parent, "FINISHED")
-        self._events.put(None)
-        if self._thread is not None:
-            self._thread.join(10)
+        """End the parent run and stop delivering.
 
-    def _client(self) -> MlflowClient:
-        from mlflow import MlflowClient
+        Raises:
+            TrackingError: MLflow did not take it.
+        """
+        self._open.spool.close()
+        with _in_words(self.uri):
+            self._open.runs.end(self._open.parent_run_id, "FINISHED")
 
-        return MlflowClient(tracking_uri=self.uri)
+    @property
+    def _open(self) -> _Opened:
+        if self._opened is None:
+            raise RuntimeError("start_search comes first")
+        return self._opened
 
-    def _children(self) -> list[Any]:
-        query = f"tags.`mlflow.parentRunId` = '{self._parent}' and tags.kind = 'trial'"
-        return list(self._client().search_runs([self._experiment_id], query, max_results=50_000))
+    def _experiment_id(self, client: MlflowClient) -> str:
+        experiment = client.get_experiment_by_name(self._experiment)
+        if experiment is None:
+            location = None
+            if self._artifact_root is not None and not is_http(self.uri):
+                location = (self._artifact_root.absolute() / re.sub(r"[^A-Za-z0-9._-]", "-", self._experiment)).as_uri()
+            return str(
+                client.create_experiment(
+                    self._experiment,
+                    artifact_location=location,
+                    # Otherwise the UI shows the experiment as one of a chat application.
+                    tags={"mlflow.experimentKind": "custom_model_development"},
+                )
+            )
+        if experiment.lifecycle_stage != "active":
+            raise TrackingError(
+                f"tracking.experiment: '{self._experiment}' is deleted in {redacted(self.uri)}; restore it in MLflow "
+                "or choose another name"
+            )
+        return str(experiment.experiment_id)
 
-    def _follow(self) -> None:
-        """Write events in their order, each until it is written: the server may come back."""
-        while (event := self._events.get()) is not None:
-            self._state.apply(event)
-            attempt = 0
-            while True:
-                try:
-                    self._write(event)
-                    break
-                except Exception:  # whatever it was, the event is in the ledger, and a later attempt may succeed
-                    time.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
-                    attempt += 1
-            self._events.task_done()
 
-    def _write(self, event: Mapping[str, Any]) -> None:
-        number = event.get("number")
-        match event["event"]:
-            case "trial_started" | "trial_infeasible":
-                self._open(self._state.records[event["number"]])
-                if event["event"] == "trial_infeasible":
-                    self._close(self._state.records[event["number"]])
-            case "trial_reported":
-                self._log_metrics(self._runs[event["number"]], event["report"]["metrics"], event)
-            case "trial_finished":
-                self._close(self._state.records[event["number"]])
-            case "test_scored" if number is not None:
-                scores = {f"test_{name}": value for name, value in event["metrics"].items()}
-                self._log_metrics(self._runs[number], scores, event)
-                self._tag_record(self._runs[number], self._state.records[number])
-            case "reference":
-                scores = {f"untrained_{name}": value for name, value in event["metrics"].items()}
-                self._log_metrics(self._parent, scores, event)
+class _MlflowRuns:
+    """`mirror.Runs` on one experiment of MLflow."""
 
-    def _open(self, record: TrialRecord) -> None:
-        if record.number in self._runs:
-            return  # a resumed search hands all its events over again
-        from spaces.config import TrialConfig
+    def __init__(self, client: MlflowClient, experiment_id: str) -> None:
+        self._client = client
+        self.experiment_id = experiment_id
 
-        client = self._client()
-        tags = {"kind": "trial", "paretune.trial": str(record.number), "paretune.search": self._name}
-        run = client.create_run(
-            self._experiment_id,
-            start_time=int(1000 * (record.started_at or record.finished_at or time.time())),
-            run_name=f"{self._name}-{record.number:04d}",
-            tags={**tags, "mlflow.parentRunId": self._parent},
+    def find(self, parent_run_id: str, number: int) -> FoundRun | None:
+        mine = f"tags.`mlflow.parentRunId` = '{parent_run_id}' and tags.`{TRIAL_TAG}` = '{number}'"
+        for run in self._client.search_runs([self.experiment_id], mine, max_results=1):
+            return FoundRun(run_id=run.info.run_id, is_ended=run.info.status in _ENDED)
+        return None
+
+    def create(self, name: str, tags: Mapping[str, str], *, time_ms: int | None = None) -> str:
+        run = self._client.create_run(self.experiment_id, start_time=time_ms, tags={**_OUR_TAGS, **tags}, run_name=name)
+        return str(run.info.run_id)
+
+    def log(
+        self,
+        run_id: str,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+        time_ms: int = 0,
+        step: int = 0,
+    ) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        self._client.log_batch(
+            run_id,
+            # MLflow stores infinity as 1.8e308. A metric that is repeated with its own time is one metric to it.
+            metrics=[Metric(k, float(v), time_ms, step) for k, v in (metrics or {}).items() if math.isfinite(v)],
+            tags=[RunTag(key, value) for key, value in (tags or {}).items()],
         )
-        self._log_params(run.info.run_id, TrialConfig.from_dict(record.config or {}).flat())
-        self._runs[record.number] = run.info.run_id
 
-    def _close(self, record: TrialRecord) -> None:
-        run_id, client = self._runs[record.number], self._client()
-        client.set_tag(run_id, "state", record.state.value if record.feasible else "INFEASIBLE")
-        if record.error:
-            client.set_tag(run_id, "error", f"{record.error['kind']}: {record.error['message']}"[:MAX_TAG_CHARACTERS])
-        self._tag_record(run_id, record)
-        end = None if record.finished_at is None else int(1000 * record.finished_at)
-        client.set_terminated(run_id, STATUS[record.state], end_time=end)
-
-    def _tag_record(self, run_id: str, record: TrialRecord) -> None:
-        """Keep the record with the run, so that MLflow alone can answer; what is too long loses its reports and details."""
-        text = json.dumps(record.to_dict())
-        if len(text) > MAX_TAG_CHARACTERS:
-            text = json.dumps({**record.to_dict(), "reports": [], "details": {}})
-        self._client().set_tag(run_id, "paretune.record", text)
-
-    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        items = [Param(key, str(value)[:6000]) for key, value in params.items()]
-        for start in range(0, len(items), MAX_PARAMS_PER_BATCH):
-            self._client().log_batch(run_id, params=items[start : start + MAX_PARAMS_PER_BATCH])
+        rows = [Param(key, str(value)) for key, value in params.items()]
+        for start in range(0, len(rows), MAX_PARAMS_PER_REQUEST):
+            self._client.log_batch(run_id, params=rows[start : start + MAX_PARAMS_PER_REQUEST])
 
-    def _log_metrics(self, run_id: str, values: Mapping[str, float], event: Mapping[str, Any]) -> None:
-        """Log under names with a section; a resumed search logs the same points again, which MLflow stores once."""
-        from mlflow.entities import Metric
+    def end(self, run_id: str, status: str, *, time_ms: int | None = None) -> None:
+        self._client.set_terminated(run_id, status=status, end_time=time_ms)
 
-        step, at = event.get("report", {}).get("step", 0), int(1000 * event["time"])
-        points = [Metric(_tracked(name), value, at, step) for name, value in values.items()]
-        self._client().log_batch(run_id, metrics=points)
+    def reopen(self, run_id: str) -> None:
+        """Let a run go on that had ended or was cut off."""
+        self._client.update_run(run_id, status="RUNNING")
+
+    def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
+        self._client.log_artifact(run_id, str(path), artifact_path=folder)
+
+    def tag_experiment(self, key: str, value: str) -> None:
+        self._client.set_experiment_tag(self.experiment_id, key, value)
 
 
 def load_search(uri: str, name: str) -> FoundSearch:
-    """Read a search back from MLflow alone.
+    """Read the latest search of this name, or the search with this parent run id, from MLflow alone.
 
     Raises:
-        TrackingError: the server does not answer, or does not know the search.
+        TrackingError: MLflow does not answer, or does not know it.
     """
-    with _clear_errors(uri, 10):
-        from mlflow import MlflowClient
-        from mlflow.artifacts import load_text
+    uri = absolute_uri(uri)
+    problem = problem_with(uri, timeout_seconds=10)
+    if problem is None and uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+        problem = f"{uri.removeprefix(SQLITE)} does not exist"
+    if problem is not None:
+        raise TrackingError(problem)
+    with _in_words(uri):
+        client = _client(uri)
+        parents = list(_search_runs(client, "tags.kind = 'search'"))
+        named = [run for run in parents if name in (run.info.run_id, run.data.tags.get(SEARCH_TAG))]
+        if not named:
+            known = ", ".join(sorted({run.data.tags.get(SEARCH_TAG, "") for run in parents})) or "none"
+            raise TrackingError(f"no search named '{name}' in {redacted(uri)}; there are: {known}")
+        parent = max(named, key=lambda run: run.info.start_time)
+        children = list(_search_runs(client, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"))
+    if SPEC_TAG not in parent.data.tags:
+        raise TrackingError(f"'{name}' in {redacted(uri)} has not ended yet: its directory knows it, without --tracking-uri")
+    records = [json.loads(run.data.tags[RECORD_TAG]) for run in children if RECORD_TAG in run.data.tags]
+    reference = parent.data.tags.get(REFERENCE_TAG)
+    return FoundSearch(
+        name=parent.data.tags[SEARCH_TAG],
+        run_id=parent.info.run_id,
+        spec_yaml=parent.data.tags[SPEC_TAG],
+        reference=None if reference is None else json.loads(reference),
+        records=tuple(sorted(map(TrialRecord.from_dict, records), key=lambda record: record.number)),
+    )
 
-        client = MlflowClient(tracking_uri=uri)
-        ids = [e.experiment_id for e in client.search_experiments()]
-        query = "tags.kind = 'search' and tags.`paretune.search` = '" + name.replace("'", "") + "'"
-        parents = client.search_runs(ids, query, order_by=["attributes.start_time DESC"])
-        if not parents:
-            raise TrackingError(f"{uri}: no search named '{name}'")
-        parent = parents[0]
-        trials = client.search_runs(ids, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'", max_results=50_000)
-        tags = [run.data.tags for run in trials]
-        return FoundSearch(
-            spec_yaml=load_text(f"{parent.info.artifact_uri}/spec.yaml"),
-            reference=json.loads(parent.data.tags.get("paretune.reference", "null")),
-            records=sorted(
-                (TrialRecord.from_dict(json.loads(t["paretune.record"])) for t in tags if "paretune.record" in t),
-                key=lambda record: record.number,
-            ),
-        )
+
+def _client(uri: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _search_runs(client: MlflowClient, filter_string: str) -> Iterator[Run]:
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    token: str | None = None
+    while True:
+        page = client.search_runs(experiments, filter_string, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _is_refusal(error: Exception) -> bool:
+    if hasattr(error, "error_code"):
+        return error.error_code in _REFUSALS
+    return not isinstance(error, _errors())
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """Import MLflow quietly, and return what it raises when the store is slow, locked, damaged or away."""
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    # A line per database migration says nothing to the user of a search.
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, OSError
 
 
 @contextmanager
-def _clear_errors(uri: str, timeout_seconds: float) -> Iterator[None]:
-    """Bound how long a server that is not there is asked, and say in one line what is wrong."""
-    if uri.startswith(("file:", "./", "/")) or uri == "databricks":
-        raise TrackingError(
-            f"tracking.uri: '{uri}' is no server and no database: MLflow 3.13 and later refuse file stores; "
-            "give http://..., or sqlite:///path/mlflow.db"
-        )
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    bounds = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(int(timeout_seconds))}
-    before = {key: os.environ.get(key) for key in bounds}
-    os.environ.update(bounds)
+def _in_words(uri: str) -> Iterator[None]:
+    """Turn MLflow's exceptions into one line for the user."""
+    errors = _errors()
     try:
-        import mlflow.exceptions
-        import sqlalchemy.exc
-
-        try:
-            yield
-        except (mlflow.exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise TrackingError(f"tracking.uri: the MLflow server {uri} cannot be used: {reason}") from error
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
-
-
-def _tracked(name: str) -> str:
-    """Return a metric's name in MLflow, whose charts are grouped by what stands before the slash."""
-    for prefix in ("test", "untrained"):
-        if name.startswith(f"{prefix}_"):
-            return f"{prefix}/{name.removeprefix(f'{prefix}_')}"
-    return METRICS[name].tracked_name
-
-
-def _table_row(record: TrialRecord, on_front: bool) -> dict[str, Any]:
-    values = {_tracked(name): value for name, value in record.values.items()}
-    return {"trial": record.number, "state": record.state.value, "pareto": on_front, **values, **record.params}
-
-
-def _saved_view(name: str, objectives: Sequence[str], knobs: Sequence[str]) -> dict[str, Any]:
-    """Return the named view of the runs table that shows this search's front.
-
-    The format is that of MLflow 3's own share button: internal to its user interface, so it is written as a help and nothing
-    depends on it.
-    """
-    quality, cost = _tracked(objectives[0]), _tracked(objectives[-1])
-    common = {"deleted": False, "isGenerated": False}
-    columns = ["tags.`pareto`", *(f"metrics.`{_tracked(m)}`" for m in objectives), "metrics.`perf/mfu`"]
-    state = {
-        "searchFilter": f"tags.kind = 'trial' and tags.`paretune.search` = '{name}'",
-        "orderByKey": f"metrics.`{quality}`",
-        "orderByAsc": False,
-        "selectedColumns": [*columns, *(f"params.`{knob}`" for knob in knobs)],
-        "compareRunSections": [
-            {"uuid": "s", "name": "Pareto front", "display": True, "isReordered": True, **common},
-        ],
-        "compareRunCharts": [
-            {
-                "type": "SCATTER",
-                "uuid": "c1",
-                "metricSectionId": "s",
-                "runsCountToCompare": 100,
-                "xaxis": {"key": cost, "type": "METRIC"},
-                "yaxis": {"key": quality, "type": "METRIC"},
-                **common,
-            },
-            {
-                "type": "PARALLEL",
-                "uuid": "c2",
-                "metricSectionId": "s",
-                "showAllRuns": True,
-                "selectedParams": list(knobs),
-                "selectedMetrics": [quality, cost],
-                **common,
-            },
-        ],
-        "isAccordionReordered": True,
-        "runsHiddenMode": "SHOW_ALL",
-        "autoRefreshEnabled": True,
-        "hideEmptyCharts": True,
-        "groupBy": None,
-    }
-    now = int(1000 * time.time())
-    return {"name": f"Pareto front of {name}", "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
+        yield
+    except errors as error:
+        line = " ".join(str(error).split())[:400]
+        raise TrackingError(f"tracking.uri: MLflow at {redacted(uri)}: {line}") from error

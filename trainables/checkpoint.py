@@ -68,7 +68,8 @@ class CheckpointStore:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(checkpoint.weights, temporary / "weights.safetensors")
-        save_file(checkpoint.optimizer, temporary / "optimizer.safetensors")
+        if checkpoint.optimizer:
+            save_file(checkpoint.optimizer, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(checkpoint.state))
         digests = {p.name: _digest(p) for p in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(digests, indent=2))
@@ -91,7 +92,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"{path}: {problem}")
     return Checkpoint(
         weights=load_file(path / "weights.safetensors"),
-        optimizer=load_file(path / "optimizer.safetensors"),
+        optimizer=load_file(optimizer) if (optimizer := path / "optimizer.safetensors").exists() else {},
         state=json.loads((path / "state.json").read_text()),
     )
 

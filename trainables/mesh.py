@@ -22,7 +22,8 @@ class World:
     device: torch.device
     control_group: Any
     """A gloo process group for small messages, which then never wait for the GPU; None at world size 1."""
-    node_id: str = platform.node()
+    node_id: str = "local"
+    """Ray's name of the node; one machine may hold several."""
 
     @classmethod
     def alone(cls) -> World:
@@ -54,6 +55,7 @@ class World:
         return {
             "rank": self.rank,
             "node_id": self.node_id,
+            "host": platform.node(),
             "device": str(self.device),
             "device_name": name,
             "pid": os.getpid(),

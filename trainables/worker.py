@@ -72,6 +72,7 @@ def work(config: dict[str, Any]) -> None:
         local_rank=context.get_local_rank(),
         device=device,
         control_group=dist.new_group(backend="gloo") if world_size > 1 else None,
+        node_id=ray.get_runtime_context().get_node_id(),
     )
     inbox = Inbox(config["dispatcher"], config["group_id"], world.rank)
     task: Task = ray.get(config["dispatcher"].task.remote())

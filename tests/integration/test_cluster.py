@@ -68,7 +68,7 @@ def two_nodes(tmp_path: Path) -> Iterator[TwoNodes]:
     }
     common = ["--block", "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
     head = [f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}/head", "--dashboard-host=127.0.0.1"]
-    commands = [["--head", *head], [f"--address=127.0.0.1:{port}"]]
+    commands = [["--head", *head], [f"--address=127.0.0.1:{port}", f"--temp-dir={temp}/worker"]]
     nodes: list[subprocess.Popen[bytes]] = []
     log = (tmp_path / "nodes.log").open("ab")
     try:

@@ -103,7 +103,7 @@ def test_a_killed_worker_costs_only_steps_and_the_weights_are_those_of_an_undist
         (finish,) = [e for e in events(ledger) if e["event"] == "trial_finished"]
         assert finish["state"] == "COMPLETE"
         assert finish["attempts"] == (2 if name == "killed" else 1)
-        (file,) = (directory / "runs/tiny/trials").glob("*/final/*.safetensors")
+        (file,) = (directory / "runs/tiny/trials").glob("*/final/weights.safetensors")
         weights[name] = file.read_bytes()
     assert weights["killed"] == weights["undisturbed"]
 

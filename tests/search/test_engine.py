@@ -17,7 +17,9 @@ from spaces.constraints import Limits
 from spaces.loading import load_spec
 
 
-def make(directory: Path, *, limits: Limits | None = None, trials: int = 3, **space: Any) -> tuple[Engine, list[dict[str, Any]], Store]:
+def make(
+    directory: Path, *, limits: Limits | None = None, trials: int = 3, **space: Any
+) -> tuple[Engine, list[dict[str, Any]], Store]:
     path = directory / "spec.yaml"
     spec = {
         "name": "s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}
 def test_of_a_chat_the_assistants_turns_alone_are_learned(stories: ModelSpec, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(stories.name, None)
     tokenizer.chat_template = TEMPLATE
+    shutil.copytree(stories.name, tmp_path / "chat")
     tokenizer.save_pretrained(tmp_path / "chat")
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "one"}]
     chat += [{"role": "user", "content": "more"}, {"role": "assistant", "content": "two"}]

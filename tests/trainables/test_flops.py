@@ -76,9 +76,7 @@ def test_the_formula_is_what_torch_computes(kind: str, adapter: str) -> None:
         loss.backward()
     # The counter does not halve causal attention.
     attention = AttentionShape(num_layers=shape.num_layers, num_heads=shape.num_heads, head_dim=shape.head_dim, causal=False)
-    ours = training_flops(
-        uses, attention, num_tokens=ROWS * LENGTH, num_rows=ROWS, sum_of_squared_lengths=ROWS * LENGTH**2
-    )
+    ours = training_flops(uses, attention, num_tokens=ROWS * LENGTH, num_rows=ROWS, sum_of_squared_lengths=ROWS * LENGTH**2)
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

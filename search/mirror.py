@@ -1,0 +1,234 @@
+"""What a search looks like as MLflow runs: one per trial below one for the search; told twice, nothing changes.
+
+MLflow itself stays behind `Runs`, which `tracking` implements.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+from search.ledger import SearchState
+from search.record import TrialRecord, TrialState
+from search.saved_view import FRONT_COLOR, OTHER_COLOR, saved_view
+from search.spool import Event
+from spaces.config import TrialConfig
+from spaces.metrics import METRICS, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND
+
+SEARCH_TAG, TRIAL_TAG, RECORD_TAG = "paretune.search", "paretune.trial", "paretune.record"
+REFERENCE_TAG, SPEC_TAG, NOTE_TAG = "paretune.reference", "paretune.spec", "mlflow.note.content"
+# MLflow cuts what is longer.
+MAX_TAG_CHARACTERS = 8000
+# As MLflow's own bridge to Optuna maps them.
+STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundRun:
+    """A trial's run that is there already."""
+
+    run_id: str
+    is_ended: bool
+
+
+class Runs(Protocol):
+    """The little of MLflow that a search writes with; a call that repeats an earlier one must change nothing."""
+
+    def find(self, parent_run_id: str, number: int) -> FoundRun | None:
+        """Return the run of a trial."""
+
+    def create(self, name: str, tags: Mapping[str, str], *, time_ms: int) -> str:
+        """Open a run and return its id."""
+
+    def log(
+        self,
+        run_id: str,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+        time_ms: int = 0,
+        step: int = 0,
+    ) -> None:
+        """Write metrics and tags in one request."""
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        """Write params, which never change."""
+
+    def end(self, run_id: str, status: str, *, time_ms: int | None = None) -> None:
+        """Close a run; without a time, now."""
+
+    def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
+        """Upload a file, over one of the same name."""
+
+    def tag_experiment(self, key: str, value: str) -> None:
+        """Write a tag of the experiment."""
+
+
+class Mirror:
+    """Turns events into runs."""
+
+    def __init__(self, runs: Runs, search: str, parent_run_id: str) -> None:
+        self.search = search
+        self._runs = runs
+        self._parent = parent_run_id
+        self._state = SearchState()
+        self._run_ids: dict[int, str] = {}
+        self._ended: set[int] = set()
+        self._last_step: dict[int, int] = {}
+
+    def deliver(self, event: Event) -> None:
+        """Write one event."""
+        self._state.apply(event)
+        number = event.get("number")
+        record = self._state.records.get(number) if number is not None else None
+        time_ms = int(event["time"] * 1000)
+        match event["event"]:
+            case "reference":
+                metrics = {f"reference/{name}": value for name, value in event["metrics"].items()}
+                tags = {REFERENCE_TAG: json.dumps(event["metrics"])}
+                self._runs.log(self._parent, metrics=metrics, tags=tags, time_ms=time_ms)
+            case "trial_started" if record:
+                self._run_id(record)
+            case "trial_reported" if record:
+                self._report(record, event["report"], time_ms)
+            case "trial_infeasible" | "trial_finished" if record:
+                self._end(record, time_ms)
+            case "test_scored" if record:
+                metrics = {f"test/{name}": value for name, value in event["metrics"].items()}
+                tags = {RECORD_TAG: record_tag(record)}
+                self._runs.log(self._run_id(record), metrics=metrics, tags=tags, time_ms=time_ms)
+
+    def write_front(
+        self,
+        members: Sequence[TrialRecord],
+        artifacts: Sequence[Path],
+        *,
+        note: str,
+        metrics: Mapping[str, float],
+        spec_path: Path,
+    ) -> None:
+        """Tag and paint every trial; give the parent run the report, the table of all trials, the spec and the note."""
+        numbers = {record.number for record in members}
+        records = list(self._state.records.values())
+        for record in records:
+            on_front = record.number in numbers
+            tags = {"pareto": str(on_front).lower(), "mlflow.runColor": FRONT_COLOR if on_front else OTHER_COLOR}
+            self._runs.log(self._run_id(record), tags=tags)
+        for path in artifacts:
+            self._runs.log_file(self._parent, path, "report")
+        self._runs.log_file(self._parent, spec_path)
+        with TemporaryDirectory() as folder:
+            # As `MlflowClient.log_table` writes it, which would append to an earlier table.
+            path = Path(folder) / "trials.json"
+            path.write_text(json.dumps(_table(records, numbers)))
+            self._runs.log_file(self._parent, path)
+        tags = {
+            "mlflow.loggedArtifacts": json.dumps([{"path": "trials.json", "type": "table"}]),
+            SPEC_TAG: spec_path.read_text(),
+            NOTE_TAG: note[:MAX_TAG_CHARACTERS],
+        }
+        self._runs.log(self._parent, metrics=metrics, tags=tags, time_ms=int(time.time() * 1000))
+
+    def save_view(self, objectives: Sequence[str], knobs: Sequence[str]) -> None:
+        """Make the front a named view of the experiment's runs table."""
+        records = list(self._state.records.values())
+        measured = {m for record in records for m in record.values}
+        others = [m for m in (TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES) if m in measured and m not in objectives]
+        rows = [_knobs(record) for record in records]
+        key, value = saved_view(
+            search=self.search,
+            metrics=[tracked_name(m) for m in objectives],
+            other_metrics=[tracked_name(m) for m in others],
+            knobs=knobs,
+            numeric_knobs=[k for k in knobs if all(isinstance(row.get(k, 0), int | float) for row in rows)],
+            is_ascending=METRICS[objectives[0]].direction == "minimize",
+            time_ms=int(time.time() * 1000),
+        )
+        self._runs.tag_experiment(key, value)
+
+    def _run_id(self, record: TrialRecord) -> str:
+        """Return the trial's run: known, or there from before a resume or a lost answer, or new."""
+        number = record.number
+        if number not in self._run_ids:
+            found = self._runs.find(self._parent, number)
+            run_id = self._create(record) if found is None else found.run_id
+            if found is not None and found.is_ended:
+                self._ended.add(number)
+            else:
+                # Of a run from before, these are the same values: they come from the ledger.
+                self._runs.log_params(run_id, _knobs(record))
+            self._run_ids[number] = run_id
+        return self._run_ids[number]
+
+    def _create(self, record: TrialRecord) -> str:
+        tags = {
+            "mlflow.parentRunId": self._parent,
+            "kind": "trial",
+            SEARCH_TAG: self.search,
+            TRIAL_TAG: str(record.number),
+        }
+        begun = record.started_at or record.finished_at or time.time()
+        return self._runs.create(f"trial-{record.number:04d}", tags, time_ms=int(begun * 1000))
+
+    def _report(self, record: TrialRecord, report: Mapping[str, Any], time_ms: int) -> None:
+        run_id = self._run_id(record)
+        # Steps that were trained again after lost workers: a second point at one step would only blur the chart.
+        is_repeated = report["step"] <= self._last_step.get(record.number, -1) and not report["final"]
+        if record.number in self._ended or is_repeated:
+            return
+        metrics = {tracked_name(name): value for name, value in report["metrics"].items()}
+        self._runs.log(run_id, metrics=metrics, time_ms=time_ms, step=report["step"])
+        self._last_step[record.number] = report["step"]
+
+    def _end(self, record: TrialRecord, time_ms: int) -> None:
+        """Write what is known of an ended trial; its status comes last and says that nothing is missing."""
+        run_id = self._run_id(record)
+        if record.number in self._ended:
+            return
+        tags = {RECORD_TAG: record_tag(record), "paretune.state": record.state.value}
+        if record.error is not None:
+            tags["paretune.error"] = f"{record.error['kind']}: {record.error['message']}"[:500]
+        if not record.feasible:
+            tags["paretune.infeasible"] = ", ".join(name for name, value in record.constraints.items() if value > 0)
+        self._runs.log(run_id, tags=tags, time_ms=time_ms)
+        self._runs.end(run_id, STATUS[record.state], time_ms=time_ms)
+        self._ended.add(record.number)
+
+
+def tracked_name(metric: str) -> str:
+    """Return a metric's name in MLflow."""
+    return METRICS[metric].tracked_name if metric in METRICS else metric
+
+
+def record_tag(record: TrialRecord) -> str:
+    """Return the record as JSON that a tag can hold: without the bulky parts, and a long message cut, if it must be."""
+    data = record.to_dict()
+    text = json.dumps(data)
+    if len(text) > MAX_TAG_CHARACTERS:
+        data.update(reports=[], details={})
+        if record.error is not None:
+            data["error"] = {**record.error, "message": record.error["message"][:500]}
+        text = json.dumps(data)
+    return text
+
+
+def _knobs(record: TrialRecord) -> dict[str, Any]:
+    return dict(record.params) if record.config is None else TrialConfig.from_dict(record.config).flat()
+
+
+def _table(records: Sequence[TrialRecord], on_front: set[int]) -> dict[str, list[Any]]:
+    knobs = list(dict.fromkeys(k for r in records for k in _knobs(r)))
+    metrics = list(dict.fromkeys(m for r in records for m in r.values))
+
+    def row(record: TrialRecord) -> list[Any]:
+        known = _knobs(record)
+        values = [v if v is None or math.isfinite(v) else None for v in (record.values.get(m) for m in metrics)]
+        return [record.number, record.state.value, record.number in on_front, *(known.get(k) for k in knobs), *values]
+
+    return {"columns": ["trial", "state", "pareto", *knobs, *metrics], "data": [row(r) for r in records]}

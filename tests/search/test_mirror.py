@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import OBJECTIVES, numbers_on_front, synthetic_events
+
+from search.ledger import replay
+from search.mirror import MAX_TAG_CHARACTERS, FoundRun, Mirror, record_tag
+from search.pareto import front
+from search.record import TrialRecord, TrialState
+
+EVENTS = synthetic_events(24)
+STATE = replay(EVENTS)
+RECORDS = list(STATE.records.values())
+
+
+class FakeRuns:
+    """Runs as MLflow keeps them: params never change, and one metric is one (key, step, time, value)."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, dict[str, Any]] = {"parent": self._empty({}, 0)}
+        self.experiment_tags: dict[str, str] = {}
+        self.num_calls = 0
+        self.fails_at: int | None = None
+
+    @staticmethod
+    def _empty(tags: Mapping[str, str], time_ms: int) -> dict[str, Any]:
+        return {"tags": dict(tags), "params": {}, "metrics": set(), "status": "RUNNING", "start": time_ms, "files": {}}
+
+    def _called(self) -> None:
+        self.num_calls += 1
+        if self.num_calls == self.fails_at:
+            raise ConnectionError("the answer was lost")
+
+    def find(self, parent_run_id: str, number: int) -> FoundRun | None:
+        for run_id, run in self.runs.items():
+            if run["tags"].get("paretune.trial") == str(number) and run["tags"]["mlflow.parentRunId"] == parent_run_id:
+                return FoundRun(run_id=run_id, is_ended=run["status"] != "RUNNING")
+        return None
+
+    def create(self, name: str, tags: Mapping[str, str], *, time_ms: int) -> str:
+        assert name not in self.runs, "a trial has one run"
+        self.runs[name] = self._empty(tags, time_ms)
+        self._called()
+        return name
+
+    def log(
+        self,
+        run_id: str,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+        time_ms: int = 0,
+        step: int = 0,
+    ) -> None:
+        run = self.runs[run_id]
+        run["metrics"] |= {(key, step, time_ms, value) for key, value in (metrics or {}).items()}
+        run["tags"].update(tags or {})
+        self._called()
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        known = self.runs[run_id]["params"]
+        assert all(known.get(key, value) == value for key, value in params.items()), "params never change"
+        known.update(params)
+        self._called()
+
+    def end(self, run_id: str, status: str, *, time_ms: int | None = None) -> None:
+        self.runs[run_id].update(status=status, end=time_ms)
+        self._called()
+
+    def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
+        self.runs[run_id]["files"][f"{folder}/{path.name}" if folder else path.name] = path.read_bytes()
+
+    def tag_experiment(self, key: str, value: str) -> None:
+        self.experiment_tags[key] = value
+
+
+def mirrored(events: list[dict[str, Any]], runs: FakeRuns | None = None) -> FakeRuns:
+    runs = runs or FakeRuns()
+    mirror = Mirror(runs, "synthetic", "parent")
+    for event in events:
+        mirror.deliver(event)
+    return runs
+
+
+def metrics_of(run: dict[str, Any], key: str) -> list[tuple[int, float]]:
+    return sorted((step, value) for name, step, _, value in run["metrics"] if name == key)
+
+
+def test_every_trial_is_a_run_with_its_knobs_curve_and_record() -> None:
+    runs = mirrored(EVENTS).runs
+    assert len(runs) == len(RECORDS) + 1
+    for record in RECORDS:
+        run = runs[f"trial-{record.number:04d}"]
+        assert record.config is not None
+        assert run["params"]["learning_rate"] == record.params["learning_rate"]
+        assert run["params"]["adapter_rank"] == record.params["lora_rank"]
+        assert run["params"]["micro_batch_size"] == record.config["layout"]["micro_batch_size"]
+        expected = [(r["step"], r["metrics"]["accuracy"]) for r in record.reports]
+        assert metrics_of(run, "eval/accuracy") == expected
+        assert run["tags"]["mlflow.parentRunId"] == "parent"
+        assert (run["tags"]["kind"], run["tags"]["paretune.search"]) == ("trial", "synthetic")
+        assert TrialRecord.from_dict(json.loads(run["tags"]["paretune.record"])) == record
+
+
+def test_states_map_as_in_mlflows_own_bridge() -> None:
+    runs = mirrored(EVENTS).runs
+    seen = set()
+    for record in RECORDS:
+        run = runs[f"trial-{record.number:04d}"]
+        wanted = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}[record.state]
+        assert run["status"] == wanted
+        assert ("paretune.infeasible" in run["tags"]) == (not record.feasible)
+        assert ("paretune.error" in run["tags"]) == (record.error is not None)
+        seen.add((record.state, record.feasible, record.feasible_before_launch))
+    assert len(seen) >= 4, "the synthetic search has every kind of end"
+
+
+def test_reference_and_test_scores_are_metrics() -> None:
+    runs = mirrored(EVENTS).runs
+    assert metrics_of(runs["parent"], "reference/accuracy") == [(0, 0.04)]
+    assert json.loads(runs["parent"]["tags"]["paretune.reference"]) == {"accuracy": 0.04, "eval_loss": 3.2}
+    assert metrics_of(runs["trial-0000"], "test/accuracy") == [(0, 0.71)]
+
+
+@pytest.mark.parametrize("cut", range(0, len(EVENTS), 7))
+def test_a_resume_tells_everything_again_and_nothing_is_there_twice(cut: int) -> None:
+    once = mirrored(EVENTS).runs
+    runs = mirrored(EVENTS[:cut])
+    assert mirrored(EVENTS, runs).runs == once
+    assert mirrored(EVENTS, runs).runs == once
+
+
+def test_a_lost_answer_is_asked_for_again_and_nothing_is_there_twice() -> None:
+    """Every call fails once after the server has done it; the spool then delivers the same event again."""
+    once = mirrored(EVENTS)
+    for fails_at in range(1, once.num_calls + 1, 3):
+        runs = FakeRuns()
+        runs.fails_at = fails_at
+        mirror = Mirror(runs, "synthetic", "parent")
+        for event in EVENTS:
+            try:
+                mirror.deliver(event)
+            except ConnectionError:
+                mirror.deliver(event)
+        assert runs.runs == once.runs
+
+
+def test_steps_that_are_trained_again_give_no_second_point() -> None:
+    events = [e for e in EVENTS if e.get("number") == 0]
+    again = {**events[1], "time": events[2]["time"] + 1}
+    runs = mirrored([*events[:3], again, *events[3:]]).runs
+    assert [step for step, _ in metrics_of(runs["trial-0000"], "eval/accuracy")] == [12, 36, 108]
+
+
+def test_the_front_is_tagged_painted_and_in_a_view_of_this_search(tmp_path: Path) -> None:
+    runs = FakeRuns()
+    mirror = Mirror(runs, "synthetic", "parent")
+    for event in EVENTS:
+        mirror.deliver(event)
+    report = tmp_path / "report.html"
+    report.write_text("<html>")
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("model: {}")
+    for _ in range(2):
+        members = front(RECORDS, OBJECTIVES)
+        mirror.write_front(members, [report], note="take trial 1", metrics={"front/size": 3.0}, spec_path=spec)
+        mirror.save_view(["accuracy", "train_seconds"], ["learning_rate", "strategy", "adapter_rank"])
+    painted = {r.number for r in RECORDS if runs.runs[f"trial-{r.number:04d}"]["tags"]["pareto"] == "true"}
+    assert painted == numbers_on_front(RECORDS)
+    assert len({run["tags"]["mlflow.runColor"] for name, run in runs.runs.items() if name != "parent"}) == 2
+    parent = runs.runs["parent"]
+    assert parent["tags"]["mlflow.note.content"] == "take trial 1"
+    assert parent["tags"]["paretune.spec"] == "model: {}"
+    assert (parent["files"]["report/report.html"], parent["files"]["spec.yaml"]) == (b"<html>", b"model: {}")
+    assert ("front/size", 3.0) in {(key, value) for key, _, _, value in parent["metrics"]}
+    table = json.loads(parent["files"]["trials.json"])
+    assert len(table["data"]) == len(RECORDS)
+    assert all(len(row) == len(table["columns"]) for row in table["data"])
+    ((key, value),) = runs.experiment_tags.items()
+    assert key == "mlflow.sharedViewState.pareto-synthetic"
+    assert len(value) < 5000
+    state = json.loads(json.loads(value)["state"])
+    assert state["searchFilter"] == "tags.kind = 'trial' and tags.`paretune.search` = 'synthetic'"
+    scatter, parallel = state["compareRunCharts"]
+    assert (scatter["xaxis"]["key"], scatter["yaxis"]["key"]) == ("perf/train_seconds", "eval/accuracy")
+    assert parallel["selectedParams"] == ["learning_rate", "adapter_rank"]
+    assert "params.`strategy`" in state["selectedColumns"]
+
+
+def test_a_record_that_is_too_long_for_a_tag_loses_its_bulk_first() -> None:
+    report = {"step": 1, "metrics": {"accuracy": 0.5}}
+    long = TrialRecord(
+        number=1,
+        state=TrialState.FAIL,
+        params={"learning_rate": 1e-3},
+        values={"accuracy": 0.5},
+        reports=(report,) * 500,
+        details={"process_map": ["x" * 100] * 100},
+        error={"kind": "error", "message": "m" * 9000},
+    )
+    text = record_tag(long)
+    assert len(text) <= MAX_TAG_CHARACTERS
+    kept = TrialRecord.from_dict(json.loads(text))
+    assert (kept.values, kept.params, kept.reports, kept.details) == (long.values, long.params, (), {})

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from synthetic import OBJECTIVES, synthetic_events
+
+from search.ledger import replay
+from search.pareto import front
+from search.tracking import Tracker, TrackingError, load_search
+
+EVENTS = synthetic_events(8)
+STATE = replay(EVENTS)
+RECORDS = list(STATE.records.values())
+PARAMS = {"model.name": "tiny", **{f"space.knob_{n}": n for n in range(120)}}
+
+
+@dataclass(frozen=True)
+class Tracked:
+    uri: str
+    root: Path
+    run_id: str
+    tracker: Tracker
+
+
+def track(uri: str, root: Path, run_id: str | None = None, *, events: int | None = None) -> Tracked:
+    tracker = Tracker(uri, "our experiment/1", artifact_root=root / "artifacts")
+    tracker.connect(timeout_seconds=5)
+    run_id = tracker.start_search("synthetic", params=PARAMS, tags={"paretune.directory": "runs"}, parent_run_id=run_id)
+    for event in EVENTS[:events]:
+        tracker.submit(event)
+    assert tracker.flush(60) == 0
+    return Tracked(uri=uri, root=root, run_id=run_id, tracker=tracker)
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
+    """A search that was cut off in the middle, resumed, and finished. Making the database takes MLflow seconds."""
+    root = tmp_path_factory.mktemp("tracking")
+    uri = f"sqlite:///{root}/runs/mlflow.db"
+    cut_off = track(uri, root, events=len(EVENTS) // 2)
+    resumed = track(uri, root, cut_off.run_id)
+    report = root / "report.html"
+    report.write_text("<html>")
+    members = front(RECORDS, OBJECTIVES)
+    spec = root / "spec.yaml"
+    spec.write_text("model: {}\n")
+    with pytest.raises(TrackingError, match="has not ended yet"):
+        load_search(uri, "synthetic")
+    resumed.tracker.write_front(
+        members,
+        [o.metric for o in OBJECTIVES],
+        ["learning_rate", "world_size"],
+        [report],
+        note="take trial 1",
+        metrics={"front/size": float(len(members))},
+        spec_path=spec,
+    )
+    resumed.tracker.finish()
+    assert resumed.run_id == cut_off.run_id
+    return resumed
+
+
+def test_mlflow_holds_one_parent_and_one_run_per_trial(tracked: Tracked) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracked.uri)
+    experiment = client.get_experiment_by_name("our experiment/1")
+    assert experiment is not None
+    assert "mlflow.sharedViewState.pareto-synthetic" in experiment.tags
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    trials = {run.info.run_name: run for run in runs if run is not parent}
+    assert sorted(trials) == [f"trial-{n:04d}" for n in sorted(STATE.records)]
+    assert parent.info.status == "FINISHED"
+    assert len(parent.data.params) == len(PARAMS)
+    assert parent.data.metrics["reference/accuracy"] == 0.04
+    for record in RECORDS:
+        run = trials[f"trial-{record.number:04d}"]
+        assert run.info.status == {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}[record.state]
+        history = client.get_metric_history(run.info.run_id, "eval/accuracy")
+        assert [point.step for point in history] == [report["step"] for report in record.reports]
+    seconds = trials["trial-0000"].info
+    assert (seconds.end_time - seconds.start_time) / 1000 == pytest.approx(
+        STATE.records[0].finished_at - STATE.records[0].started_at, abs=0.01
+    )
+
+
+def test_artifacts_lie_where_the_search_is(tracked: Tracked) -> None:
+    assert [p.name for p in tracked.root.glob("artifacts/our-experiment-1/*/artifacts/report/*")] == ["report.html"]
+    assert len(list(tracked.root.glob("artifacts/our-experiment-1/*/artifacts/trials.json"))) == 1
+
+
+@pytest.mark.parametrize("by", ["name", "run id"])
+def test_mlflow_alone_knows_the_search(tracked: Tracked, by: str) -> None:
+    found = load_search(tracked.uri, "synthetic" if by == "name" else tracked.run_id)
+    assert list(found.records) == sorted(RECORDS, key=lambda record: record.number)
+    assert found.reference == STATE.reference
+    assert (found.name, found.run_id, found.spec_yaml) == ("synthetic", tracked.run_id, "model: {}\n")
+
+
+def test_an_unknown_search_or_store_is_one_line(tracked: Tracked) -> None:
+    with pytest.raises(TrackingError, match=r"no search named 'other' in .*; there are: synthetic$"):
+        load_search(tracked.uri, "other")
+    with pytest.raises(TrackingError, match=r"nowhere\.db does not exist"):
+        load_search(f"sqlite:///{tracked.root}/nowhere.db", "synthetic")
+    tracker = Tracker(tracked.uri, "our experiment/1", artifact_root=None)
+    with pytest.raises(TrackingError, match="no-such-run"):
+        tracker.start_search("synthetic", params={}, tags={}, parent_run_id="no-such-run")
+
+
+def test_a_deleted_experiment_is_not_written_to(tracked: Tracked) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracked.uri)
+    client.delete_experiment(client.create_experiment("gone"))
+    with pytest.raises(TrackingError, match="'gone' is deleted in"):
+        Tracker(tracked.uri, "gone", artifact_root=None).start_search("synthetic", params={}, tags={})
+
+
+def test_the_printed_link_opens_the_view_and_not_the_onboarding_page(tracked: Tracked) -> None:
+    link = tracked.tracker.url("https://mlflow.example/")
+    assert link.startswith("https://mlflow.example/#/experiments/1/runs?")
+    assert "viewStateShareKey=pareto-synthetic" in link
+    assert "workflowType=machine_learning" in link
+
+
+def test_nothing_is_asked_of_a_tracker_that_was_not_started(tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "paretune", artifact_root=None)
+    with pytest.raises(RuntimeError, match="start_search"):
+        tracker.submit({"event": "resumed", "time": 1.0})
+    tracker.connect(timeout_seconds=1)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+class _Forbidden(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = b"Invalid Host header\n - possible DNS rebinding attack detected"
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def forbidding_server() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), _Forbidden) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_server_that_refuses_is_one_line_with_its_answer(forbidding_server: str) -> None:
+    with pytest.raises(TrackingError, match=r"403.*Invalid Host header - possible DNS") as raised:
+        Tracker(forbidding_server, "paretune", artifact_root=None).connect(timeout_seconds=5)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_server_that_is_away_is_said_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(TrackingError, match=rf"tracking.uri: http://127.0.0.1:{port} is not reachable"):
+        Tracker(f"http://127.0.0.1:{port}", "paretune", artifact_root=None).connect(timeout_seconds=5)

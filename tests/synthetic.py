@@ -1,0 +1,114 @@
+"""A made-up search: the events that a ledger of a few dozen trials holds, with every way in which a trial can end."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from typing import Any
+
+from search.record import TrialRecord
+from spaces.config import TrialConfig
+from spaces.spec import Objective
+
+BEGIN = 1_700_000_000.0
+ACCURACY = Objective(metric="accuracy", direction="maximize", reference=0.0)
+SECONDS = Objective(metric="train_seconds", direction="minimize", reference=120.0)
+OBJECTIVES = (ACCURACY, SECONDS)
+RUNGS = (12, 36, 108)
+
+
+def synthetic_events(num_trials: int = 12, *, name: str = "synthetic", seed: int = 0) -> list[dict[str, Any]]:
+    """Return the events of a finished search; most trials are complete, some pruned, failed or infeasible."""
+    random_ = random.Random(seed)
+    clock = [BEGIN, BEGIN]
+    events = [
+        _event("search_started", BEGIN, name=name, mlflow_run_id=None, machine="made up", num_workers=2, data={"rows": 9}),
+        _event("reference", BEGIN + 1, metrics={"accuracy": 0.04, "eval_loss": 3.2}),
+    ]
+    for number in range(num_trials):
+        worker = number % 2
+        params = _params(random_)
+        config = TrialConfig.from_params(params, max_length=64).to_dict()
+        known = {"number": number, "params": params, "config": config}
+        if number % 11 == 5:
+            events.append(_event("trial_infeasible", clock[worker], **known, constraints={"world_size_within_cluster": 2.0}))
+            continue
+        events.append(_event("trial_started", clock[worker], **known))
+        ended = _train(number, params, clock[worker] + 1, random_)
+        events += ended
+        clock[worker] = ended[-1]["time"] + 0.5
+    events.append(_event("test_scored", max(clock), number=0, metrics={"accuracy": 0.71}))
+    events.append(_event("search_finished", max(clock) + 1, reason="trials"))
+    return sorted(events, key=lambda event: event["time"])
+
+
+def numbers_on_front(records: list[TrialRecord]) -> set[int]:
+    """Return the non-dominated trials of two objectives, the slow way."""
+    whole = [r for r in records if r.state == "COMPLETE"]
+    points = {r.number: (-r.values["accuracy"], r.values["train_seconds"]) for r in whole}
+    return {n for n, p in points.items() if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points.values())}
+
+
+def _params(random_: random.Random) -> dict[str, Any]:
+    return {
+        "adapter": "lora",
+        "learning_rate": 10 ** random_.uniform(-4, -2),
+        "global_batch_size": random_.choice([16, 32, 64]),
+        "dataset_fraction": random_.uniform(0.1, 1.0),
+        "epochs": 1.0,
+        "lora_rank": random_.choice([4, 8, 16]),
+        "lora_alpha": 32.0,
+        "lora_target_modules": "all-linear",
+        "warmup_fraction": 0.1,
+        "weight_decay": 0.0,
+        "precision": "fp32",
+        "seed": 0,
+        "world_size": random_.choice([1, 2]),
+        "strategy": random_.choice(["ddp", "fsdp"]),
+        "micro_batch_size": "auto",
+    }
+
+
+def _train(number: int, params: dict[str, Any], begin: float, random_: random.Random) -> list[dict[str, Any]]:
+    seconds = 80 * params["dataset_fraction"] / params["world_size"] ** 0.6 * random_.uniform(0.9, 1.1)
+    fit = math.exp(-((math.log10(params["learning_rate"]) + 2.8) ** 2))
+    best = 0.95 * fit * (1 - math.exp(-3 * params["dataset_fraction"]))
+    events = []
+    for step in RUNGS[: 2 if number % 7 == 3 else 3]:
+        final = step == RUNGS[-1]
+        share = step / RUNGS[-1]
+        metrics = {
+            "accuracy": best * (1 - math.exp(-4 * share)),
+            "eval_loss": 3.2 - 2.4 * best * share,
+            "train_loss": 3.2 - 2.6 * best * share,
+            "train_seconds": seconds,
+            "tokens_per_second": 9000.0 * params["world_size"] ** 0.6,
+            "mfu": 0.31,
+            "peak_memory_bytes": 1.1e9 / params["world_size"],
+        }
+        details = {"peak_memory_bytes_by_rank": [1.1e9 / params["world_size"]] * params["world_size"]} if final else {}
+        report = {
+            "step": step,
+            "num_steps": 108,
+            "fidelity": share,
+            "metrics": metrics,
+            "final": final,
+            "details": details,
+        }
+        events.append(_event("trial_reported", begin + seconds * share, number=number, report=report))
+    end: dict[str, Any] = {"state": "COMPLETE", "values": metrics, "error": None, "details": details}
+    if number % 7 == 3:
+        end = {"state": "PRUNED", "values": {}, "error": None}
+    elif number % 7 == 6:
+        error = {"kind": "out_of_memory", "message": "tried to allocate 2.0 GiB"}
+        end = {"state": "FAIL", "values": {}, "error": error, "constraints": {"memory": 1.0}}
+    elif number % 9 == 8:
+        end = {"state": "FAIL", "values": {}, "error": {"kind": "diverged", "message": "the loss is not finite"}}
+    events.append(_event("trial_finished", events[-1]["time"] + 0.2, number=number, attempts=1, **end))
+    return events
+
+
+def _event(event: str, time: float, **fields: Any) -> dict[str, Any]:
+    # As they come out of the ledger, where tuples have become lists.
+    return dict(json.loads(json.dumps({"event": event, "time": time, **fields})))
