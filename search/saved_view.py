@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import quote, urlencode
 
 FRONT_COLOR, OTHER_COLOR = "#d7191c", "#b8b8b8"
@@ -52,7 +53,35 @@ def saved_view(
         is_ascending: whether the first objective is minimised.
         time_ms: now, in Unix milliseconds.
     """
-    section = {
+    state = {
+        # Only trials carry these tags; without them the table shows one collapsed row, the search itself.
+        "searchFilter": f"tags.kind = 'trial' and tags.`paretune.search` = '{search}'",
+        "orderByKey": f"metrics.`{metrics[0]}`",
+        "orderByAsc": is_ascending,
+        "selectedColumns": [
+            "tags.`pareto`",
+            *(f"metrics.`{m}`" for m in (*metrics, *other_metrics)),
+            *(f"params.`{knob}`" for knob in knobs),
+        ],
+        "compareRunSections": [_section(search)],
+        "compareRunCharts": _charts(metrics, numeric_knobs),
+        "isAccordionReordered": True,
+        "runsHiddenMode": "SHOW_ALL",
+        "autoRefreshEnabled": True,
+        "hideEmptyCharts": True,
+        "groupBy": None,
+    }
+    envelope = {
+        "name": f"Pareto front of {search}",
+        "createdAt": time_ms,
+        "updatedAt": time_ms,
+        "state": json.dumps(state),
+    }
+    return TAG_PREFIX + view_key(search), json.dumps(envelope)
+
+
+def _section(search: str) -> dict[str, Any]:
+    return {
         "uuid": "front",
         "name": f"Pareto front of {search}",
         "display": True,
@@ -63,6 +92,9 @@ def saved_view(
         "columns": 1,
         "cardHeight": 330,
     }
+
+
+def _charts(metrics: Sequence[str], numeric_knobs: Sequence[str]) -> list[dict[str, Any]]:
     chart = {"metricSectionId": "front", "deleted": False, "isGenerated": False}
     scatters = [
         {
@@ -84,28 +116,4 @@ def saved_view(
         "selectedParams": list(numeric_knobs),
         "selectedMetrics": list(metrics),
     }
-    state = {
-        # Only trials carry these tags; without them the table shows one collapsed row, the search itself.
-        "searchFilter": f"tags.kind = 'trial' and tags.`paretune.search` = '{search}'",
-        "orderByKey": f"metrics.`{metrics[0]}`",
-        "orderByAsc": is_ascending,
-        "selectedColumns": [
-            "tags.`pareto`",
-            *(f"metrics.`{m}`" for m in (*metrics, *other_metrics)),
-            *(f"params.`{knob}`" for knob in knobs),
-        ],
-        "compareRunSections": [section],
-        "compareRunCharts": [*scatters, parallel],
-        "isAccordionReordered": True,
-        "runsHiddenMode": "SHOW_ALL",
-        "autoRefreshEnabled": True,
-        "hideEmptyCharts": True,
-        "groupBy": None,
-    }
-    envelope = {
-        "name": f"Pareto front of {search}",
-        "createdAt": time_ms,
-        "updatedAt": time_ms,
-        "state": json.dumps(state),
-    }
-    return TAG_PREFIX + view_key(search), json.dumps(envelope)
+    return [*scatters, parallel]
