@@ -1,315 +1,341 @@
-"""The report of a search: the figures' data first, then their drawing; one HTML file that works offline, a picture, tables."""
+"""The report of a search: one HTML file that works offline, a picture, and tables; the only module that draws."""
 
 from __future__ import annotations
 
-import csv
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from search.formatting import number_text, short_text
+from search.figures import (
+    FrontFigure,
+    axis_label,
+    front_figure,
+    hypervolume_history,
+    log_ticks,
+    memory_by_rank,
+    parallel_axes,
+    rung_curves,
+    timeline,
+)
+from search.formatting import number_text
 from search.ledger import SearchState
-from search.pareto import front, hypervolume_of, knee
-from search.record import TrialRecord, TrialState
-from spaces.metrics import METRICS
+from search.pareto import cost_objective, eligible, front, hypervolume_of, knee
+from search.record import TrialRecord
+from search.tables import front_table, search_name, write_tables
+from spaces.metrics import METRICS, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND
 from spaces.spec import Objective, SearchSpec
 
-FRONT_COLOUR, OTHER_COLOUR, KNEE_COLOUR = "#d7191c", "#b8b8b8", "#2c7bb6"
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """One trial in the figure of the front."""
-
-    number: int
-    x: float
-    y: float
-    on_front: bool
-    hover: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FrontFigure:
-    """What the figure of the front shows: the last objective along x, the first along y."""
-
-    points: tuple[Point, ...]
-    x_metric: str
-    y_metric: str
-    steps: tuple[tuple[float, float], ...]
-    """Corners of the line that bounds what was reached, by ascending x."""
-    knee_number: int | None
-    untrained: float | None
-    """The untrained model's y."""
-
-
-def front_figure(state: SearchState, spec: SearchSpec, objectives: Sequence[Objective]) -> FrontFigure:
-    """Return what the figure of the front shows."""
-    records = list(state.records.values())
-    members = front(records, objectives)
-    numbers = {r.number for r in members}
-    x, y = objectives[-1].metric, objectives[0].metric
-    complete = [r for r in records if r.state is TrialState.COMPLETE and r.feasible]
-    knobs = spec.space.names_searched()
-    points = [
-        Point(
-            number=r.number,
-            x=r.values[x],
-            y=r.values[y],
-            on_front=r.number in numbers,
-            hover="<br>".join(
-                [f"trial {r.number}", *(f"{m}: {number_text(m, v)}" for m, v in r.values.items() if m in METRICS)]
-                + [f"{k} = {short_text(r.params[k])}" for k in knobs if k in r.params]
-            ),
-        )
-        for r in complete
-    ]
-    steps: list[tuple[float, float]] = []
-    for member in members:
-        if steps:
-            steps.append((member.values[x], steps[-1][1]))
-        steps.append((member.values[x], member.values[y]))
-    chosen = knee(members, objectives)
-    return FrontFigure(
-        points=tuple(points),
-        x_metric=x,
-        y_metric=y,
-        steps=tuple(steps) if len(objectives) == 2 else (),
-        knee_number=chosen.number if chosen else None,
-        untrained=(state.reference or {}).get(y),
-    )
-
-
-def hypervolume_history(state: SearchState, objectives: Sequence[Objective]) -> list[tuple[float, float]]:
-    """Return (seconds since the search began, hypervolume) after every trial that ended."""
-    if state.started is None:
-        return []
-    ended = sorted((r for r in state.records.values() if r.finished_at), key=lambda r: r.finished_at or 0.0)
-    volumes = [(r.finished_at or 0.0, hypervolume_of(ended[: i + 1], objectives)) for i, r in enumerate(ended)]
-    return [(at - state.started["time"], volume) for at, volume in volumes if volume is not None]
+FRONT_COLOR, OTHER_COLOR, KNEE_COLOR = "#d7191c", "#b8b8b8", "#2c7bb6"
+STATE_COLORS = {"complete": "#4d9221", "pruned": "#b8b8b8"}
+FAILED_COLOR = "#762a83"
+# With more members than this a table below the picture would be larger than the picture.
+MAX_TABLE_ROWS = 12
+_STYLE = """
+body { font-family: system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
+.recommendation { font-size: 1.15em; border-left: 4px solid #d7191c; padding: .4em 1em; background: #faf5f5 }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .9em }
+td, th { border: 1px solid #ddd; padding: 3px 8px; text-align: right; white-space: nowrap }
+tr.knee td { font-weight: bold }
+pre { background: #f5f5f5; padding: .6em 1em; white-space: pre-wrap; overflow-wrap: anywhere }
+p.note { color: #555; margin-bottom: 0 }
+"""
 
 
 def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objective], name: str) -> str:
-    """Return the recommendation in one sentence."""
+    """Return in one sentence which trial of the front to take, and what the best of it would cost."""
     chosen = knee(members, objectives)
     if chosen is None:
-        return f"No trial of {name} gives a point of the front."
-    first, last = objectives[0], objectives[-1]
-    sign = -1.0 if first.direction == "maximize" else 1.0
-    best = min(members, key=lambda r: sign * r.values[first.metric])
-
-    def described(record: TrialRecord) -> str:
-        parts = [f"{o.metric} {number_text(o.metric, record.values[o.metric])}" for o in (first, last)]
-        if first.metric in record.test:
-            parts.append(f"{number_text(first.metric, record.test[first.metric])} on the test file")
-        return f"trial {record.number} ({', '.join(parts)})"
-
+        return f"Nothing to recommend: no trial of {name} is complete and feasible."
+    price = cost_objective(objectives)
+    quality = next(o for o in objectives if o is not price)
+    sign = -1.0 if quality.direction == "maximize" else 1.0
+    best = min(members, key=lambda r: sign * r.values[quality.metric])
+    text = f"Take trial {chosen.number} of {name}: {_reached(chosen, quality, price)}"
     if best.number == chosen.number:
-        return f"Recommended: {described(best)}, the best of {name} and the knee of its front."
-    return f"Recommended: {described(chosen)}, the knee of the front; the best is {described(best)}."
+        return f"{text}, the best on the front."
+    text += f", the knee of the {len(members)} on the front; "
+    text += f"the best is trial {best.number}, {_reached(best, quality, price)}"
+    ratio = best.values[price.metric] / chosen.values[price.metric] if chosen.values[price.metric] else 0.0
+    return f"{text}, {ratio:.1f} times the price." if ratio > 1 else f"{text}."
+
+
+def _reached(record: TrialRecord, quality: Objective, price: Objective) -> str:
+    text = f"{quality.metric} {number_text(quality.metric, record.values[quality.metric])}"
+    if quality.metric in record.test:
+        text += f" ({number_text(quality.metric, record.test[quality.metric])} on the test file)"
+    return f"{text} at {price.metric} {number_text(price.metric, record.values[price.metric])}"
 
 
 def write_report(
     state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], directory: Path, *, command: str = ""
 ) -> dict[str, Path]:
-    """Write `report.html`, `front.png`, `front.csv`, `trials.csv` and `front.json`; return them by kind."""
+    """Write the report of a search.
+
+    Args:
+        state: what is known of it.
+        spec: its name and its knobs.
+        objectives: what its front is about.
+        directory: is made if there is none.
+        command: what trains the recommended trial again.
+
+    Returns:
+        The files by what they are: `html`, `png`, `front_csv`, `trials_csv`, `json`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    paths = {
-        "html": directory / "report.html",
-        "png": directory / "front.png",
-        "front_csv": directory / "front.csv",
-        "trials_csv": directory / "trials.csv",
-        "json": directory / "front.json",
-    }
-    records = list(state.records.values())
-    members = front(records, objectives)
-    figure = front_figure(state, spec, objectives)
-    _write_csv(paths["front_csv"], members)
-    _write_csv(paths["trials_csv"], records)
-    paths["json"].write_text(json.dumps([r.to_dict() for r in members], indent=2))
-    _draw_png(figure, paths["png"], title=spec.name or "")
-    paths["html"].write_text(_page(state, spec, objectives, figure, command), encoding="utf-8")
+    paths = write_tables(state, spec, objectives, directory)
+    figure = front_figure(state, spec.space.names_searched(), objectives)
+    paths["png"] = directory / "front.png"
+    draw_png(figure, state, spec, objectives, paths["png"])
+    paths["html"] = directory / "report.html"
+    paths["html"].write_text(draw_html(figure, state, spec, objectives, command), encoding="utf-8")
     return paths
 
 
-def _write_csv(path: Path, records: Sequence[TrialRecord]) -> None:
-    knobs = list(dict.fromkeys(k for r in records for k in r.params))
-    metrics = [m for m in METRICS if any(m in r.values for r in records)]
-    tested = [m for m in METRICS if any(m in r.test for r in records)]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["trial", "state", *metrics, *(f"test_{m}" for m in tested), *knobs])
-        for r in records:
-            values = [r.values.get(m, "") for m in metrics] + [r.test.get(m, "") for m in tested]
-            writer.writerow([r.number, r.state.value, *values, *(r.params.get(k, "") for k in knobs)])
-
-
-def _label(metric: str) -> str:
-    unit = METRICS[metric].unit
-    return f"{metric.replace('_', ' ')}{f' [{unit}]' if unit else ''}"
-
-
-def _draw_png(figure: FrontFigure, path: Path, *, title: str) -> None:
+def draw_png(figure: FrontFigure, state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], path: Path) -> None:
+    """Draw the front with a table of its members' knobs below it."""
     # The object interface, not pyplot: no global state, no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
 
-    drawing = Figure(figsize=(8, 5), layout="constrained")
+    members = front(list(state.records.values()), objectives)
+    has_table = 0 < len(members) <= MAX_TABLE_ROWS
+    table_inches = 0.24 * (len(members) + 2) if has_table else 0.01
+    drawing = Drawing(figsize=(9, 4.6 + table_inches), layout="constrained")
     FigureCanvasAgg(drawing)
-    axes = drawing.subplots()
+    axes, below = drawing.subplots(2, 1, height_ratios=[4.6, table_inches])
+    _draw_points(axes, figure)
+    counts = ", ".join(f"{n} {what}" for what, n in figure.left_out.items())
+    title = f"{search_name(state, spec)}: {len(members)} of {len(figure.points)} complete trials on the front"
+    axes.set_title(f"{title}; {counts}" if counts else title, fontsize=10)
+    below.axis("off")
+    if has_table:
+        heading, rows = front_table(members, spec, objectives)
+        table = below.table(rows, colLabels=heading, loc="upper center", cellLoc="right", edges="horizontal")
+        table.auto_set_font_size(False)
+        table.set_fontsize(7.5)
+        table.auto_set_column_width(list(range(len(heading))))
+    drawing.savefig(path, dpi=150)
+
+
+def _draw_points(axes: Any, figure: FrontFigure) -> None:
     others = [p for p in figure.points if not p.on_front]
     members = [p for p in figure.points if p.on_front]
-    axes.scatter([p.x for p in others], [p.y for p in others], color=OTHER_COLOUR, label="dominated", zorder=2)
+    axes.scatter([p.x for p in others], [p.y for p in others], color=OTHER_COLOR, label="dominated", zorder=2)
     if figure.steps:
-        axes.plot(*zip(*figure.steps, strict=True), color=FRONT_COLOUR, linewidth=1, zorder=1)
-    axes.scatter([p.x for p in members], [p.y for p in members], color=FRONT_COLOUR, label="front", zorder=3)
+        axes.plot(*zip(*figure.steps, strict=True), color=FRONT_COLOR, linewidth=1, zorder=1)
+    axes.scatter([p.x for p in members], [p.y for p in members], color=FRONT_COLOR, label="front", zorder=3)
     for point in members:
         if point.number == figure.knee_number:
-            axes.scatter([point.x], [point.y], s=160, facecolors="none", edgecolors=KNEE_COLOUR, label="knee", zorder=4)
-        axes.annotate(str(point.number), (point.x, point.y), textcoords="offset points", xytext=(5, -11), fontsize=8)
+            ring = {"facecolors": "none", "edgecolors": KNEE_COLOR, "linewidths": 1.5}
+            axes.scatter([point.x], [point.y], s=150, label="knee", zorder=4, **ring)
+        offset = {"textcoords": "offset points", "xytext": (6, -12), "fontsize": 8}
+        axes.annotate(f"trial {point.number}", (point.x, point.y), **offset)
     if figure.untrained is not None:
         axes.axhline(figure.untrained, color="black", linewidth=0.8, linestyle=":", label="untrained model")
-    if METRICS[figure.x_metric].unit == "s" and figure.points:
-        axes.set_xscale("log")
-    axes.set(xlabel=_label(figure.x_metric), ylabel=_label(figure.y_metric), title=title)
+    if _is_log(figure):
+        _log_axis(axes.xaxis, axes)
+    axes.set(xlabel=axis_label(figure.x_metric), ylabel=axis_label(figure.y_metric))
     axes.grid(alpha=0.25)
     axes.legend(loc="best", fontsize=8)
-    drawing.savefig(path, dpi=130)
 
 
-def _page(state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], figure: FrontFigure, command: str) -> str:
+def _is_log(figure: FrontFigure) -> bool:
+    """Time and memory trade by factors, so a logarithm shows the small end as well as the large one."""
+    return METRICS[figure.x_metric].unit in ("s", "B") and all(p.x > 0 for p in figure.points) and bool(figure.points)
+
+
+def _log_axis(axis: Any, axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_xscale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+
+
+def draw_html(figure: FrontFigure, state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], command: str) -> str:
+    """Return the report as one HTML page that needs neither a network nor, for the front's table, JavaScript."""
     import plotly.io
 
     records = list(state.records.values())
     members = front(records, objectives)
-    drawings = [_front_plot(figure), _parallel_plot(records, {r.number for r in members}, spec, objectives)]
-    drawings += [_hypervolume_plot(state, objectives), _curves_plot(records, objectives), _memory_plot(members)]
-    # The library is embedded once, in the first figure: 4.8 MB, and the file needs no network.
-    bodies = [
-        plotly.io.to_html(d, full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False}) for i, d in enumerate(drawings)
-    ]
-    counts = {s.value: sum(r.state is s for r in records) for s in TrialState}
-    facts = [f"{n} {s.lower()}" for s, n in counts.items() if n]
+    name = search_name(state, spec)
     volume = hypervolume_of(records, objectives)
+    counts = [f"{len(figure.points)} complete", *(f"{n} {what}" for what, n in figure.left_out.items())]
     started = state.started or {}
-    lines = [
-        f"<h1>{html.escape(spec.name or 'search')}</h1>",
-        f"<p><b>{html.escape(recommendation(members, objectives, spec.name or 'the search'))}</b></p>",
-        f"<p><code>{html.escape(command)}</code></p>" if command else "",
-        f"<p>Trials: {', '.join(facts)}. Hypervolume: {'unknown' if volume is None else f'{volume:.6g}'}. "
-        f"{html.escape(str(started.get('machine', '')))}</p>",
-        _html_table(members, spec, objectives),
-        *bodies,
-        "<h2>Data</h2><pre>" + html.escape(json.dumps(started.get("data", {}), indent=2)) + "</pre>",
+    facts = [f"Trials: {', '.join(counts)}.", f"Hypervolume: {'unknown' if volume is None else f'{volume:.6g}'}."]
+    facts += [f"Machine: {started['machine']}."] if "machine" in started else []
+    parts = [
+        f"<h1>{html.escape(name)}</h1>",
+        f"<p class='recommendation'>{html.escape(recommendation(members, objectives, name))}</p>",
+        f"<p class='note'>This trains it again:</p><pre>{html.escape(command)}</pre>" if command else "",
+        f"<p>{html.escape(' '.join(facts))}</p>",
+        "<h2>The front</h2>",
+        _html_table(members, spec, objectives, figure.knee_number),
     ]
-    style = "body{font-family:sans-serif;max-width:1100px;margin:2em auto}table{border-collapse:collapse}"
-    style += "td,th{border:1px solid #ccc;padding:3px 8px;text-align:right}pre{white-space:pre-wrap}"
-    head = f"<meta charset='utf-8'><title>{html.escape(spec.name or 'paretune')}</title><style>{style}</style>"
-    return f"<!doctype html><html><head>{head}</head><body>{''.join(lines)}</body></html>"
+    for number, (title, note, drawing) in enumerate(_drawings(figure, state, spec, objectives)):
+        # The library is embedded once, in the first figure; it is most of the file's 5 MB.
+        body = plotly.io.to_html(
+            drawing, full_html=False, include_plotlyjs=number == 0, config={"displaylogo": False, "responsive": True}
+        )
+        parts += [f"<h2>{html.escape(title)}</h2><p class='note'>{html.escape(note)}</p>", body]
+    if "data" in started:
+        parts.append(f"<h2>Data</h2><pre>{html.escape(json.dumps(started['data'], indent=2, ensure_ascii=False))}</pre>")
+    head = f"<meta charset='utf-8'><title>{html.escape(name)}</title><style>{_STYLE}</style>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>"
 
 
-def _html_table(members: Sequence[TrialRecord], spec: SearchSpec, objectives: Sequence[Objective]) -> str:
-    """The front as a table: readable without JavaScript."""
+def _html_table(members: Sequence[TrialRecord], spec: SearchSpec, objectives: Sequence[Objective], knee_number: int | None) -> str:
+    heading, rows = front_table(members, spec, objectives, (TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES))
+    lines = ["<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in heading) + "</tr>"]
+    for record, row in zip(members, rows, strict=True):
+        marked = " class='knee'" if record.number == knee_number else ""
+        lines.append(f"<tr{marked}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+    return f"<div class='wide'><table>{''.join(lines)}</table></div>"
+
+
+def _drawings(
+    figure: FrontFigure, state: SearchState, spec: SearchSpec, objectives: Sequence[Objective]
+) -> list[tuple[str, str, Figure]]:
+    """Return title, what it answers, and drawing of every figure that has something to show."""
+    records = list(state.records.values())
+    members = front(records, objectives)
     knobs = spec.space.names_searched()
-    columns = list(dict.fromkeys([*(o.metric for o in objectives), "mfu", "tokens_per_second", "peak_memory_bytes"]))
-    first = objectives[0].metric
-    tested = any(first in r.test for r in members)
-    heading = ["trial", *columns, *([f"{first} on test"] if tested else []), *knobs]
-    rows = [
-        [str(r.number), *(number_text(m, r.values.get(m)) for m in columns)]
-        + ([number_text(first, r.test.get(first))] if tested else [])
-        + [short_text(r.params.get(k)) for k in knobs]
-        for r in members
+    drawings = [
+        (
+            "What does it cost?",
+            "Each point is a complete trial, the ringed one is the knee; hover for their knobs.",
+            _front_plot(figure),
+        )
     ]
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return "<table><tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in heading) + f"</tr>{cells}</table>"
+    shown = eligible(records, objectives)
+    if shown:
+        note = "Red trials are on the front; drag along an axis to select."
+        drawings.append(("Which knobs lead to the front?", note, _parallel_plot(shown, members, knobs, objectives)))
+    history = hypervolume_history(state, objectives)
+    if history:
+        note = "Hypervolume of the front over the wall time of the search: flat means that more trials found nothing new."
+        drawings.append(("Was the search long enough?", note, _history_plot(history)))
+    curves = rung_curves(records, figure.y_metric)
+    if curves:
+        note = "Every trial along its own token budget."
+        drawings.append(("How did the trials get there?", note, _curves_plot(curves, members, figure.y_metric)))
+    if timeline(state):
+        note = "From start to end of every trial; the width of its group stands in the label."
+        drawings.append(("When did which trial run?", note, _timeline_plot(state)))
+    peaks = memory_by_rank(members)
+    if peaks:
+        note = "Peak memory of every rank of the trials on the front."
+        drawings.append(("How much memory does it take?", note, _memory_plot(peaks)))
+    return drawings
 
 
-def _front_plot(figure: FrontFigure) -> Any:
+def _front_plot(figure: FrontFigure) -> Figure:
     from plotly import graph_objects as go
 
     drawing = go.Figure()
-    for name, colour, chosen in (("dominated", OTHER_COLOUR, False), ("front", FRONT_COLOUR, True)):
-        points = [p for p in figure.points if p.on_front is chosen]
+    if figure.steps:
+        xs, ys = zip(*figure.steps, strict=True)
+        line = {"color": FRONT_COLOR, "width": 1}
+        drawing.add_scatter(x=xs, y=ys, mode="lines", line=line, hoverinfo="skip", showlegend=False)
+    for name, color, on_front in (("dominated", OTHER_COLOR, False), ("front", FRONT_COLOR, True)):
+        points = [p for p in figure.points if p.on_front is on_front]
+        rings = [3 if p.number == figure.knee_number else 0 for p in points]
         drawing.add_scatter(
             x=[p.x for p in points],
             y=[p.y for p in points],
-            mode="markers+text" if chosen else "markers",
+            mode="markers+text" if on_front else "markers",
             text=[str(p.number) for p in points],
             textposition="bottom right",
-            hovertext=[p.hover for p in points],
+            hovertext=["<br>".join(map(html.escape, p.hover)) for p in points],
             hoverinfo="text",
-            marker={
-                "color": colour,
-                "size": 9,
-                "line": {"width": [3 * (p.number == figure.knee_number) for p in points]},
-            },
-            name=name,
+            marker={"color": color, "size": 11, "line": {"width": rings, "color": KNEE_COLOR}},
+            name=f"{name} ({len(points)})",
         )
-    if figure.steps:
-        xs, ys = zip(*figure.steps, strict=True)
-        drawing.add_scatter(x=xs, y=ys, mode="lines", line={"color": FRONT_COLOUR, "width": 1}, showlegend=False)
     if figure.untrained is not None:
         drawing.add_hline(y=figure.untrained, line_dash="dot", annotation_text="untrained model")
-    kind = "log" if METRICS[figure.x_metric].unit == "s" else "linear"
-    drawing.update_layout(title="The front; the knee is outlined", template="simple_white")
-    drawing.update_xaxes(title=_label(figure.x_metric), type=kind)
-    drawing.update_yaxes(title=_label(figure.y_metric))
-    return drawing
+    drawing.update_xaxes(title=axis_label(figure.x_metric), type="log" if _is_log(figure) else "linear")
+    if _is_log(figure):
+        ticks = log_ticks(min(p.x for p in figure.points), max(p.x for p in figure.points))
+        drawing.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+    return _styled(drawing.update_yaxes(title=axis_label(figure.y_metric)))
 
 
-def _parallel_plot(records: Sequence[TrialRecord], on_front: set[int], spec: SearchSpec, objectives: Sequence[Objective]) -> Any:
+def _parallel_plot(
+    shown: Sequence[TrialRecord], members: Sequence[TrialRecord], knobs: Sequence[str], objectives: Sequence[Objective]
+) -> Figure:
     from plotly import graph_objects as go
 
-    shown = [r for r in records if r.state is TrialState.COMPLETE]
-    dimensions: list[dict[str, Any]] = []
-    for knob in spec.space.names_searched():
-        values = [r.params.get(knob) for r in shown]
-        if all(isinstance(v, int | float) for v in values):
-            dimensions.append({"label": knob, "values": values})
-        else:
-            names = sorted({str(v) for v in values})
-            ticks = list(range(len(names)))
-            indices = [names.index(str(v)) for v in values]
-            dimensions.append({"label": knob, "values": indices, "tickvals": ticks, "ticktext": names})
-    dimensions += [{"label": o.metric, "values": [r.values[o.metric] for r in shown]} for o in objectives]
-    colours = [float(r.number in on_front) for r in shown]
-    line = {"color": colours, "colorscale": [[0, OTHER_COLOUR], [1, FRONT_COLOUR]], "cmin": 0, "cmax": 1}
-    return go.Figure(go.Parcoords(line=line, dimensions=dimensions)).update_layout(title="Knobs; red is the front")
+    # Later lines are drawn over earlier ones.
+    numbers = {record.number for record in members}
+    ordered = sorted(shown, key=lambda record: record.number in numbers)
+    dimensions = []
+    for axis in parallel_axes(ordered, knobs, objectives):
+        ticks = {"tickvals": [t for t, _ in axis.ticks], "ticktext": [t for _, t in axis.ticks]} if axis.ticks else {}
+        dimensions.append({"label": axis.label.replace("_", " "), "values": axis.positions, **ticks})
+    colors = [float(record.number in numbers) for record in ordered]
+    line = {"color": colors, "colorscale": [[0, OTHER_COLOR], [1, FRONT_COLOR]], "cmin": 0, "cmax": 1}
+    return _styled(go.Figure(go.Parcoords(line=line, dimensions=dimensions)))
 
 
-def _hypervolume_plot(state: SearchState, objectives: Sequence[Objective]) -> Any:
+def _history_plot(history: Sequence[tuple[float, float]]) -> Figure:
     from plotly import graph_objects as go
 
-    history = hypervolume_history(state, objectives)
-    drawing = go.Figure(go.Scatter(x=[h[0] for h in history], y=[h[1] for h in history], line_shape="hv"))
-    drawing.update_layout(title="Hypervolume over the search", template="simple_white")
-    return drawing.update_xaxes(title="wall time [s]").update_yaxes(title="hypervolume")
+    xs, ys = zip(*history, strict=True)
+    drawing = go.Figure(go.Scatter(x=[0.0, *xs], y=[0.0, *ys], line={"shape": "hv", "color": KNEE_COLOR}))
+    return _styled(drawing.update_xaxes(title="wall time [s]").update_yaxes(title="hypervolume"))
 
 
-def _curves_plot(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> Any:
+def _curves_plot(curves: dict[int, list[tuple[float, float]]], members: Sequence[TrialRecord], metric: str) -> Figure:
     from plotly import graph_objects as go
 
-    metric = objectives[0].metric
+    numbers = {record.number for record in members}
     drawing = go.Figure()
-    for r in records:
-        points = [(p["fidelity"], p["metrics"][metric]) for p in r.reports if metric in p["metrics"]]
-        if points:
-            drawing.add_scatter(x=[p[0] for p in points], y=[p[1] for p in points], name=f"trial {r.number}")
-    drawing.update_layout(title="Reports along the trials", template="simple_white")
-    return drawing.update_xaxes(title="share of the trial's own tokens").update_yaxes(title=_label(metric))
+    for number, curve in sorted(curves.items(), key=lambda item: item[0] in numbers):
+        xs, ys = zip(*curve, strict=True)
+        color = FRONT_COLOR if number in numbers else OTHER_COLOR
+        drawing.add_scatter(x=xs, y=ys, mode="lines+markers", line={"color": color}, name=f"trial {number}")
+    drawing.update_xaxes(title="share of the trial's own tokens", range=[0, 1.05], tickformat=".0%")
+    return _styled(drawing.update_yaxes(title=axis_label(metric)))
 
 
-def _memory_plot(members: Sequence[TrialRecord]) -> Any:
+def _timeline_plot(state: SearchState) -> Figure:
     from plotly import graph_objects as go
 
     drawing = go.Figure()
-    ranks = max((len(r.details.get("peak_memory_bytes_by_rank", ())) for r in members), default=0)
-    for rank in range(ranks):
-        having = [r for r in members if rank < len(r.details.get("peak_memory_bytes_by_rank", ()))]
-        gib = [r.details["peak_memory_bytes_by_rank"][rank] / 2**30 for r in having]
-        drawing.add_bar(x=[f"trial {r.number}" for r in having], y=gib, name=f"rank {rank}")
-    drawing.update_layout(title="Peak memory of every rank on the front", template="simple_white")
-    return drawing.update_yaxes(title="GiB")
+    spans = timeline(state)
+    for what in dict.fromkeys(span.state for span in spans):
+        chosen = [span for span in spans if span.state == what]
+        drawing.add_bar(
+            y=[f"{s.number} (x{s.world_size})" for s in chosen],
+            x=[s.end_seconds - s.begin_seconds for s in chosen],
+            base=[s.begin_seconds for s in chosen],
+            orientation="h",
+            name=what,
+            marker={"color": STATE_COLORS.get(what, FAILED_COLOR)},
+        )
+    order = [f"{s.number} (x{s.world_size})" for s in sorted(spans, key=lambda s: s.number, reverse=True)]
+    drawing.update_layout(barmode="overlay", height=max(300, 22 * len(spans) + 120))
+    drawing.update_yaxes(title="trial", categoryorder="array", categoryarray=order, type="category")
+    return _styled(drawing.update_xaxes(title="wall time [s]"))
+
+
+def _memory_plot(peaks: dict[int, list[float]]) -> Figure:
+    from plotly import graph_objects as go
+
+    drawing = go.Figure()
+    for rank in range(max(map(len, peaks.values()))):
+        having = {number: ranks[rank] for number, ranks in peaks.items() if rank < len(ranks)}
+        names = [f"trial {number}" for number in having]
+        drawing.add_bar(x=names, y=[value / 2**30 for value in having.values()], name=f"rank {rank}")
+    return _styled(drawing.update_yaxes(title="peak memory [GiB]"))
+
+
+def _styled(drawing: Figure) -> Figure:
+    return drawing.update_layout(template="simple_white", margin={"t": 60, "b": 60, "l": 70, "r": 70})

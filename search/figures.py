@@ -1,0 +1,212 @@
+"""What the figures of a report show, as plain data; `report` draws it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from search.formatting import number_text, short_text
+from search.ledger import SearchState
+from search.pareto import cost_objective, eligible, front, hypervolume_of, knee
+from search.record import TrialRecord, TrialState
+from spaces.metrics import METRICS
+from spaces.spec import Objective
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One complete trial in the figure of the front."""
+
+    number: int
+    x: float
+    y: float
+    on_front: bool
+    hover: tuple[str, ...]
+    """Lines about the trial."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrontFigure:
+    """The price along x, what it buys along y."""
+
+    x_metric: str
+    y_metric: str
+    points: tuple[Point, ...]
+    steps: tuple[tuple[float, float], ...]
+    """Corners of the line that bounds what was reached, by ascending x; empty for three objectives, which have none."""
+    knee_number: int | None
+    untrained: float | None
+    """The untrained model's y."""
+    left_out: dict[str, int]
+    """How many trials are not among the points, by what became of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """The time in which a trial ran."""
+
+    number: int
+    begin_seconds: float
+    end_seconds: float
+    """Both since the search began."""
+    state: str
+    world_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """One axis of the parallel coordinates: a knob or an objective, one position per trial."""
+
+    label: str
+    positions: tuple[float, ...]
+    ticks: tuple[tuple[float, str], ...]
+    """(position, text); empty where the positions are the numbers themselves."""
+
+
+def axis_label(metric: str) -> str:
+    """Return a metric's name with its unit, for an axis."""
+    unit = METRICS[metric].unit
+    return f"{metric.replace('_', ' ')} [{unit}]" if unit else metric.replace("_", " ")
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return the numbers 1, 2 and 5 times a power of ten between two positive ones."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [tick for power in powers for tick in (10.0**power, 2 * 10.0**power, 5 * 10.0**power) if low <= tick <= high]
+
+
+def outcome(record: TrialRecord) -> str:
+    """Return what became of a trial, in one word or two."""
+    if not record.feasible_before_launch:
+        return "infeasible"
+    if record.state is TrialState.FAIL and record.error is not None:
+        return record.error["kind"].replace("_", " ")
+    return record.state.value.lower()
+
+
+def front_figure(state: SearchState, knobs: Sequence[str], objectives: Sequence[Objective]) -> FrontFigure:
+    """Return the figure of the front; with three objectives, its shadow on the price and the first other one."""
+    records = list(state.records.values())
+    shown = eligible(records, objectives)
+    members = front(records, objectives)
+    numbers = {record.number for record in members}
+    price = cost_objective(objectives)
+    x, y = price.metric, next(o.metric for o in objectives if o is not price)
+    left_out: dict[str, int] = {}
+    for record in records:
+        if record not in shown:
+            left_out[outcome(record)] = left_out.get(outcome(record), 0) + 1
+    chosen = knee(members, objectives)
+    return FrontFigure(
+        x_metric=x,
+        y_metric=y,
+        points=tuple(
+            Point(
+                number=record.number,
+                x=record.values[x],
+                y=record.values[y],
+                on_front=record.number in numbers,
+                hover=_hover(record, knobs),
+            )
+            for record in shown
+        ),
+        steps=_steps(members, shown, x, y) if len(objectives) == 2 else (),
+        knee_number=chosen.number if chosen else None,
+        untrained=(state.reference or {}).get(y),
+        left_out=left_out,
+    )
+
+
+def _hover(record: TrialRecord, knobs: Sequence[str]) -> tuple[str, ...]:
+    measured = [f"{m} {number_text(m, v)}" for m, v in record.values.items() if m in METRICS]
+    tested = [f"test {m} {number_text(m, v)}" for m, v in record.test.items() if m in METRICS]
+    chosen = [f"{k} = {short_text(record.params[k])}" for k in knobs if k in record.params]
+    return (f"trial {record.number}", *measured, *tested, *chosen)
+
+
+def _steps(members: Sequence[TrialRecord], shown: Sequence[TrialRecord], x: str, y: str) -> tuple[tuple[float, float], ...]:
+    """Between two members, the best that is reached is still what the cheaper one reaches."""
+    corners: list[tuple[float, float]] = []
+    for member in members:
+        if corners:
+            corners.append((member.values[x], corners[-1][1]))
+        corners.append((member.values[x], member.values[y]))
+    if corners:
+        corners.append((max(record.values[x] for record in shown), corners[-1][1]))
+    return tuple(corners)
+
+
+def hypervolume_history(state: SearchState, objectives: Sequence[Objective]) -> list[tuple[float, float]]:
+    """Return (seconds since the search began, hypervolume) after every trial that ended."""
+    begin = _begin(state)
+    ended = sorted((r for r in state.records.values() if r.finished_at is not None), key=lambda r: r.finished_at or 0.0)
+    history = [(r.finished_at or 0.0, hypervolume_of(ended[: n + 1], objectives)) for n, r in enumerate(ended)]
+    return [(at - begin, volume) for at, volume in history if volume is not None]
+
+
+def timeline(state: SearchState) -> list[Span]:
+    """Return when every trial that ran and ended did so."""
+    begin = _begin(state)
+    return [
+        Span(
+            number=record.number,
+            begin_seconds=record.started_at - begin,
+            end_seconds=record.finished_at - begin,
+            state=outcome(record),
+            world_size=(record.config or {}).get("layout", {}).get("world_size", 1),
+        )
+        for record in state.records.values()
+        if record.started_at is not None and record.finished_at is not None
+    ]
+
+
+def rung_curves(records: Sequence[TrialRecord], metric: str) -> dict[int, list[tuple[float, float]]]:
+    """Return (fidelity, value) along every trial that reported the metric."""
+    curves = {
+        record.number: [(r["fidelity"], r["metrics"][metric]) for r in record.reports if metric in r["metrics"]] for record in records
+    }
+    return {number: curve for number, curve in curves.items() if curve}
+
+
+def memory_by_rank(records: Sequence[TrialRecord]) -> dict[int, list[float]]:
+    """Return the peak bytes of every rank of every trial that measured them."""
+    peaks = {record.number: list(record.details.get("peak_memory_bytes_by_rank", ())) for record in records}
+    return {number: peak for number, peak in peaks.items() if peak}
+
+
+def parallel_axes(records: Sequence[TrialRecord], knobs: Sequence[str], objectives: Sequence[Objective]) -> list[Axis]:
+    """Return the axes of the parallel coordinates over the records: the knobs, then the objectives."""
+    axes = [_knob_axis(knob, [record.params.get(knob) for record in records]) for knob in knobs]
+    for objective in objectives:
+        values = tuple(record.values[objective.metric] for record in records)
+        axes.append(Axis(label=axis_label(objective.metric), positions=values, ticks=()))
+    return axes
+
+
+def _knob_axis(knob: str, values: Sequence[object]) -> Axis:
+    numbers = [float(v) for v in values if isinstance(v, int | float)]
+    if len(numbers) < len(values):
+        names = sorted({str(v) for v in values})
+        ticks = tuple((float(n), name) for n, name in enumerate(names))
+        return Axis(label=knob, positions=tuple(float(names.index(str(v))) for v in values), ticks=ticks)
+    distinct = sorted(set(numbers))
+    is_wide = bool(distinct) and distinct[0] > 0 and distinct[-1] / distinct[0] >= 8
+    if len(distinct) > 6 and not is_wide:
+        return Axis(label=knob, positions=tuple(numbers), ticks=())
+    # Knobs over orders of magnitude were searched by their logarithm, and are seen by it.
+    scale = math.log10 if is_wide else float
+    if len(distinct) > 6:
+        distinct = log_ticks(distinct[0], distinct[-1])
+    return Axis(
+        label=knob,
+        positions=tuple(scale(v) for v in numbers),
+        ticks=tuple((scale(v), f"{v:.3g}") for v in distinct),
+    )
+
+
+def _begin(state: SearchState) -> float:
+    """MLflow alone does not know when the search began, but when its first trial did."""
+    if state.started is not None:
+        return float(state.started["time"])
+    return min((r.started_at for r in state.records.values() if r.started_at is not None), default=0.0)

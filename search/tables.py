@@ -1,0 +1,76 @@
+"""The tables of a report: for people, as CSV and as JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from search.figures import outcome
+from search.formatting import number_text, short_text
+from search.ledger import SearchState
+from search.pareto import front, hypervolume_of
+from search.record import TrialRecord
+from spaces.metrics import METRICS
+from spaces.spec import Objective, SearchSpec
+
+
+def write_tables(state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], directory: Path) -> dict[str, Path]:
+    """Write the front and all trials as CSV, and the front as JSON; return the files."""
+    records = list(state.records.values())
+    members = front(records, objectives)
+    paths = {
+        "front_csv": directory / "front.csv",
+        "trials_csv": directory / "trials.csv",
+        "json": directory / "front.json",
+    }
+    _write_csv(paths["front_csv"], members)
+    _write_csv(paths["trials_csv"], records)
+    data = {
+        "search": search_name(state, spec),
+        "objectives": [{"metric": o.metric, "direction": o.direction, "reference": o.reference} for o in objectives],
+        "hypervolume": hypervolume_of(records, objectives),
+        "untrained": state.reference,
+        "front": [record.to_dict() for record in members],
+    }
+    paths["json"].write_text(json.dumps(data, indent=2))
+    return paths
+
+
+def _write_csv(path: Path, records: Sequence[TrialRecord]) -> None:
+    knobs = list(dict.fromkeys(k for r in records for k in r.params))
+    metrics = [m for m in METRICS if any(m in r.values for r in records)]
+    tested = [m for m in METRICS if any(m in r.test for r in records)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["trial", "outcome", *metrics, *(f"test_{m}" for m in tested), *knobs])
+        for r in records:
+            values = [r.values.get(m, "") for m in metrics] + [r.test.get(m, "") for m in tested]
+            writer.writerow([r.number, outcome(r), *values, *(r.params.get(k, "") for k in knobs)])
+
+
+def search_name(state: SearchState, spec: SearchSpec) -> str:
+    """Return the name of the search, which the spec may leave open."""
+    return spec.name or (state.started or {}).get("name") or "search"
+
+
+def front_table(
+    members: Sequence[TrialRecord], spec: SearchSpec, objectives: Sequence[Objective], others: Sequence[str] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of the front as people read it."""
+    metrics = [*dict.fromkeys([*(o.metric for o in objectives), *others])]
+    metrics = [m for m in metrics if any(m in r.values for r in members)]
+    tested = [m for m in metrics if any(m in r.test for r in members)]
+    knobs = spec.space.names_searched()
+    heading = ["trial", *metrics, *(f"test {m}" for m in tested), *knobs]
+    rows = [
+        [
+            str(r.number),
+            *(number_text(m, r.values.get(m)) for m in metrics),
+            *(number_text(m, r.test.get(m)) for m in tested),
+            *(short_text(r.params.get(k)) for k in knobs),
+        ]
+        for r in members
+    ]
+    return [h.replace("_", " ") for h in heading], rows

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from synthetic import OBJECTIVES, numbers_on_front, synthetic_events
+
+from search.figures import (
+    axis_label,
+    front_figure,
+    hypervolume_history,
+    log_ticks,
+    memory_by_rank,
+    outcome,
+    parallel_axes,
+    rung_curves,
+    timeline,
+)
+from search.ledger import SearchState, replay
+from search.pareto import eligible, front, hypervolume_of
+from search.record import TrialRecord, TrialState
+from spaces.spec import Objective
+
+KNOBS = ("learning_rate", "lora_rank", "strategy", "world_size", "dataset_fraction")
+STATE = replay(synthetic_events(24))
+RECORDS = list(STATE.records.values())
+
+
+def trial(number: int, accuracy: float, seconds: float, **fields: Any) -> TrialRecord:
+    values = {"accuracy": accuracy, "train_seconds": seconds}
+    return TrialRecord(number=number, state=TrialState.COMPLETE, params={}, values=values, **fields)
+
+
+def state_of(*records: TrialRecord) -> SearchState:
+    return SearchState(records={record.number: record for record in records})
+
+
+def test_the_figure_shows_the_complete_trials_and_counts_the_others() -> None:
+    figure = front_figure(STATE, KNOBS, OBJECTIVES)
+    assert (figure.x_metric, figure.y_metric) == ("train_seconds", "accuracy")
+    assert {p.number for p in figure.points if p.on_front} == numbers_on_front(RECORDS)
+    assert len(figure.points) + sum(figure.left_out.values()) == len(RECORDS)
+    assert set(figure.left_out) == {"pruned", "infeasible", "out of memory", "diverged"}
+    assert figure.untrained == 0.04
+    assert figure.knee_number in numbers_on_front(RECORDS)
+    (first,) = [p for p in figure.points if p.number == 0]
+    assert first.hover[0] == "trial 0"
+    assert "test accuracy 0.71" in first.hover
+    assert any(line.startswith("learning_rate = ") for line in first.hover)
+
+
+def test_the_line_is_what_is_reached_at_each_price() -> None:
+    figure = front_figure(state_of(trial(0, 0.2, 1), trial(1, 0.8, 4), trial(2, 0.7, 9)), (), OBJECTIVES)
+    assert figure.steps == ((1, 0.2), (4, 0.2), (4, 0.8), (9, 0.8))
+
+
+def test_the_price_is_on_the_x_axis_wherever_it_stands() -> None:
+    figure = front_figure(STATE, KNOBS, OBJECTIVES[::-1])
+    assert (figure.x_metric, figure.y_metric) == ("train_seconds", "accuracy")
+
+
+def test_three_objectives_have_no_line() -> None:
+    memory = Objective(metric="peak_memory_bytes", direction="minimize", reference=2e9)
+    assert front_figure(STATE, KNOBS, (*OBJECTIVES, memory)).steps == ()
+
+
+def test_an_empty_search_has_an_empty_figure() -> None:
+    figure = front_figure(SearchState(), KNOBS, OBJECTIVES)
+    assert (figure.points, figure.steps, figure.knee_number, figure.untrained) == ((), (), None, None)
+    assert timeline(SearchState()) == []
+
+
+def test_the_hypervolume_grows_to_that_of_the_whole_search() -> None:
+    history = hypervolume_history(STATE, OBJECTIVES)
+    seconds, volumes = [h[0] for h in history], [h[1] for h in history]
+    assert seconds == sorted(seconds)
+    assert volumes == sorted(volumes)
+    assert volumes[-1] == hypervolume_of(RECORDS, OBJECTIVES)
+    assert hypervolume_history(STATE, (Objective(metric="eval_loss", direction="minimize", reference=None),) * 2) == []
+
+
+def test_without_its_first_event_a_search_begins_with_its_first_trial() -> None:
+    state = state_of(trial(0, 0.5, 1, started_at=100.0, finished_at=110.0))
+    (span,) = timeline(state)
+    assert (span.begin_seconds, span.end_seconds) == (0.0, 10.0)
+    assert hypervolume_history(state, OBJECTIVES)[0][0] == 10.0
+
+
+def test_the_timeline_shows_every_trial_that_ran() -> None:
+    spans = timeline(STATE)
+    assert {s.number for s in spans} == {r.number for r in RECORDS if r.feasible_before_launch}
+    assert all(0 <= s.begin_seconds < s.end_seconds for s in spans)
+    assert {s.world_size for s in spans} == {1, 2}
+
+
+def test_curves_and_memory_come_from_the_reports() -> None:
+    curves = rung_curves(RECORDS, "accuracy")
+    assert curves[0][-1] == (1.0, STATE.records[0].values["accuracy"])
+    assert 5 not in curves, "an infeasible trial never reported"
+    peaks = memory_by_rank(front(RECORDS, OBJECTIVES))
+    for number, by_rank in peaks.items():
+        assert len(by_rank) == STATE.records[number].params["world_size"]
+
+
+def test_axes_place_numbers_words_and_orders_of_magnitude() -> None:
+    shown = eligible(RECORDS, OBJECTIVES)
+    axes = {axis.label: axis for axis in parallel_axes(shown, KNOBS, OBJECTIVES)}
+    assert [text for _, text in axes["strategy"].ticks] == ["ddp", "fsdp"]
+    assert [text for _, text in axes["lora_rank"].ticks] == ["4", "8", "16"]
+    assert axes["dataset_fraction"].ticks == ()
+    assert axes["dataset_fraction"].positions == tuple(r.params["dataset_fraction"] for r in shown)
+    rate = axes["learning_rate"]
+    assert rate.positions[0] == pytest.approx(math.log10(shown[0].params["learning_rate"]))
+    assert "0.001" in [text for _, text in rate.ticks]
+    assert all(len(axis.positions) == len(shown) for axis in axes.values())
+    assert parallel_axes([], KNOBS, OBJECTIVES)[0].positions == ()
+
+
+def test_ticks_of_a_logarithm() -> None:
+    assert log_ticks(3, 60) == [5, 10, 20, 50]
+    assert log_ticks(0.1, 1) == pytest.approx([0.1, 0.2, 0.5, 1])
+    assert log_ticks(3, 4) == []
+
+
+def test_units_stand_at_the_axes() -> None:
+    assert axis_label("train_seconds") == "train seconds [s]"
+    assert axis_label("accuracy") == "accuracy"
+
+
+def test_outcomes_have_words() -> None:
+    assert {outcome(r) for r in RECORDS} == {"complete", "pruned", "infeasible", "out of memory", "diverged"}

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic import OBJECTIVES, numbers_on_front, synthetic_events
+
+from search.ledger import SearchState, replay
+from search.pareto import front
+from search.record import TrialRecord, TrialState
+from search.report import recommendation, write_report
+from spaces.loading import parse_spec
+from spaces.spec import Objective
+
+SPEC = parse_spec(
+    """
+name: made-up
+model: {name: somewhere, task: sequence-classification}
+data: {train: rows.csv}
+space:
+  learning_rate: {log_uniform: [1e-4, 1e-2]}
+  global_batch_size: {choice: [16, 32, 64]}
+  strategy: {choice: [ddp, fsdp]}
+""",
+    "spec.yaml",
+)
+STATE = replay([{**e, "data": {"text": "</script><b>"}} if "data" in e else e for e in synthetic_events(24)])
+RECORDS = list(STATE.records.values())
+COMMAND = "paretune search spec.yaml --set 'space.strategy=\"<ddp>\"'"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_report(STATE, SPEC, OBJECTIVES, tmp_path_factory.mktemp("report") / "new", command=COMMAND)
+
+
+class Cells(HTMLParser):
+    """Collects the text of the first table, as a reader without JavaScript sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.inside = False
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        self.inside = tag in ("td", "th")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.rows[-1].append(data)
+
+
+def test_the_page_needs_no_network_and_carries_plotly_once(written: dict[str, Path]) -> None:
+    page = written["html"].read_text(encoding="utf-8")
+    assert not re.search(r"<(script|link|img)[^>]*(src|href)=", page)
+    assert page.count("plotly.js v") == 1
+    assert page.count("Plotly.newPlot(") == 6
+    assert 1e6 < len(page) < 1e7
+
+
+def test_the_front_can_be_read_without_javascript(written: dict[str, Path]) -> None:
+    cells = Cells()
+    cells.feed(written["html"].read_text(encoding="utf-8").partition("<script")[0])
+    heading, *rows = cells.rows
+    assert {"trial", "accuracy", "train seconds", "mfu", "test accuracy", "learning rate", "strategy"} <= set(heading)
+    assert {int(row[0]) for row in rows} == numbers_on_front(RECORDS)
+    assert all(len(row) == len(heading) for row in rows)
+
+
+def test_what_others_wrote_is_text_and_not_markup(written: dict[str, Path]) -> None:
+    page = written["html"].read_text(encoding="utf-8")
+    assert "&quot;&lt;ddp&gt;&quot;" in page
+    assert "&lt;/script&gt;&lt;b&gt;" in page
+    assert "</script><b>" not in page
+
+
+def test_the_head_recommends(written: dict[str, Path]) -> None:
+    head = written["html"].read_text(encoding="utf-8").partition("<h2>")[0]
+    assert recommendation(front(RECORDS, OBJECTIVES), OBJECTIVES, "made-up") in head
+    assert "3 pruned, 2 infeasible, 3 out of memory, 1 diverged" in head
+
+
+def test_the_tables_hold_what_is_known(written: dict[str, Path]) -> None:
+    with written["trials_csv"].open() as file:
+        trials = list(csv.DictReader(file))
+    assert [int(row["trial"]) for row in trials] == [r.number for r in RECORDS]
+    assert float(trials[0]["accuracy"]) == RECORDS[0].values["accuracy"]
+    assert float(trials[0]["test_accuracy"]) == 0.71
+    with written["front_csv"].open() as file:
+        assert {int(row["trial"]) for row in csv.DictReader(file)} == numbers_on_front(RECORDS)
+    data = json.loads(written["json"].read_text())
+    assert [TrialRecord.from_dict(member) for member in data["front"]] == front(RECORDS, OBJECTIVES)
+    assert data["untrained"] == STATE.reference
+    assert data["hypervolume"] > 0
+
+
+def test_the_picture_is_a_picture(written: dict[str, Path]) -> None:
+    header = written["png"].read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    assert int.from_bytes(header[16:20], "big") > 1000
+
+
+@pytest.mark.parametrize("num_trials", [0, 1])
+def test_a_search_that_found_nothing_has_a_report_too(tmp_path: Path, num_trials: int) -> None:
+    failed = TrialRecord(number=0, state=TrialState.FAIL, params={}, error={"kind": "diverged", "message": "nan"})
+    state = SearchState(records={0: failed} if num_trials else {})
+    paths = write_report(state, SPEC, OBJECTIVES, tmp_path)
+    assert "Nothing to recommend" in paths["html"].read_text(encoding="utf-8")
+    assert all(path.stat().st_size > 0 for path in paths.values())
+
+
+def test_three_objectives_and_prices_of_zero_can_be_drawn(tmp_path: Path) -> None:
+    records = {
+        n: TrialRecord(
+            number=n,
+            state=TrialState.COMPLETE,
+            params={"learning_rate": 1e-3},
+            values={"accuracy": 0.1 * n, "train_seconds": float(n), "peak_memory_bytes": 3.0 - n},
+        )
+        for n in range(3)
+    }
+    memory = Objective(metric="peak_memory_bytes", direction="minimize", reference=None)
+    paths = write_report(SearchState(records=records), SPEC, (*OBJECTIVES, memory), tmp_path)
+    assert len(paths) == 5
+
+
+def test_the_recommendation_is_one_sentence() -> None:
+    members = [
+        TrialRecord(number=n, state=TrialState.COMPLETE, params={}, values={"accuracy": a, "train_seconds": s}, test=t)
+        for n, a, s, t in ((3, 0.5, 10.0, {}), (7, 0.86, 20.0, {"accuracy": 0.84}), (9, 0.9, 90.0, {}))
+    ]
+    assert recommendation(members, OBJECTIVES, "banking") == (
+        "Take trial 7 of banking: accuracy 0.86 (0.84 on the test file) at train_seconds 20 s, the knee of the 3 on "
+        "the front; the best is trial 9, accuracy 0.9 at train_seconds 90 s, 4.5 times the price."
+    )
+    assert recommendation(members[:1], OBJECTIVES, "banking").endswith("the best on the front.")
+    assert recommendation([], OBJECTIVES, "banking").startswith("Nothing to recommend")
