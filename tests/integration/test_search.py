@@ -42,7 +42,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = paretune("search", str(make_spec(directory)), "--json", cwd=directory)
     (directory / "front.json").write_text(done.stdout)
     (directory / "stderr.txt").write_text(done.stderr)
-    left = {pid for pid in ray_processes() - before if psutil.pid_exists(pid)}
+    # Ray's agents end some seconds after the process that they served.
+    _, left = psutil.wait_procs([psutil.Process(pid) for pid in ray_processes() - before if psutil.pid_exists(pid)], timeout=30)
     assert not left, f"processes left behind: {left}"
     return directory
 
