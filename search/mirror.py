@@ -207,14 +207,15 @@ def tracked_name(metric: str) -> str:
 
 
 def record_tag(record: TrialRecord) -> str:
-    """Return the record as JSON that a tag can hold: without the bulky parts, and a long message cut, if it must be."""
+    """Return the record as JSON that a tag can hold, if it must be without its bulky parts and with its message cut."""
     data = record.to_dict()
-    text = json.dumps(data)
-    if len(text) > MAX_TAG_CHARACTERS:
-        data.update(reports=[], details={})
-        if record.error is not None:
-            data["error"] = {**record.error, "message": record.error["message"][:500]}
+    error = None if record.error is None else {**record.error, "message": record.error["message"][:500]}
+    cuts: tuple[dict[str, Any], ...] = ({}, {"details": {}}, {"reports": []}, {"error": error})
+    for shorter in cuts:
+        data.update(shorter)
         text = json.dumps(data)
+        if len(text) <= MAX_TAG_CHARACTERS:
+            break
     return text
 
 

@@ -172,4 +172,6 @@ def render_pick(results: Results, record: TrialRecord) -> str:
 def write_results(results: Results) -> list[Path]:
     """Write the report of the search into its directory; return the files."""
     root = Path(results.spec.directory) / results.name / "report"
-    return list(write_report(results.state, results.spec, results.objectives, root).values())
+    chosen = knee(results.members, results.objectives)
+    command = reproduce_command(results.spec, results.spec_path, chosen) if chosen else ""
+    return list(write_report(results.state, results.spec, results.objectives, root, command=command).values())

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # MLflow refuses more in one request.
 MAX_PARAMS_PER_REQUEST = 100
+RUNS_PER_REQUEST = 1000
 _ENDED = frozenset({"FINISHED", "FAILED", "KILLED"})
 _OUR_TAGS = {"mlflow.source.name": "paretune", "mlflow.source.type": "LOCAL"}
 # Answers that stay the same however often one asks; anything else may be a server that is slow, locked or away.
@@ -313,7 +314,7 @@ def _search_runs(client: MlflowClient, filter_string: str) -> Iterator[Run]:
     experiments = [e.experiment_id for e in client.search_experiments()]
     token: str | None = None
     while True:
-        page = client.search_runs(experiments, filter_string, page_token=token)
+        page = client.search_runs(experiments, filter_string, max_results=RUNS_PER_REQUEST, page_token=token)
         yield from page
         token = page.token
         if not token:

@@ -132,7 +132,9 @@ def test_a_resume_tells_everything_again_and_nothing_is_there_twice(cut: int) ->
     once = mirrored(EVENTS).runs
     runs = mirrored(EVENTS[:cut])
     assert mirrored(EVENTS, runs).runs == once
+    num_calls = runs.num_calls
     assert mirrored(EVENTS, runs).runs == once
+    assert runs.num_calls - num_calls == 2, "of an ended trial only its test score is told again, and the reference"
 
 
 def test_a_lost_answer_is_asked_for_again_and_nothing_is_there_twice() -> None:
@@ -194,16 +196,16 @@ def test_the_front_is_tagged_painted_and_in_a_view_of_this_search(tmp_path: Path
 
 def test_a_record_that_is_too_long_for_a_tag_loses_its_bulk_first() -> None:
     report = {"step": 1, "metrics": {"accuracy": 0.5}}
-    long = TrialRecord(
-        number=1,
-        state=TrialState.FAIL,
-        params={"learning_rate": 1e-3},
-        values={"accuracy": 0.5},
-        reports=(report,) * 500,
-        details={"process_map": ["x" * 100] * 100},
-        error={"kind": "error", "message": "m" * 9000},
-    )
-    text = record_tag(long)
-    assert len(text) <= MAX_TAG_CHARACTERS
-    kept = TrialRecord.from_dict(json.loads(text))
-    assert (kept.values, kept.params, kept.reports, kept.details) == (long.values, long.params, (), {})
+    known: dict[str, Any] = {"state": TrialState.FAIL, "params": {"learning_rate": 1e-3}, "values": {"accuracy": 0.5}}
+    details = {"train_losses": [0.1] * 3000}
+
+    def kept(**fields: Any) -> TrialRecord:
+        text = record_tag(TrialRecord(number=1, **known, **fields))
+        assert len(text) <= MAX_TAG_CHARACTERS
+        return TrialRecord.from_dict(json.loads(text))
+
+    assert kept(reports=(report,)) == TrialRecord(number=1, **known, reports=(report,))
+    assert kept(reports=(report,), details=details) == TrialRecord(number=1, **known, reports=(report,))
+    assert kept(reports=(report,) * 500, details=details) == TrialRecord(number=1, **known)
+    long_error = {"kind": "error", "message": "m" * 9000}
+    assert kept(error=long_error).error == {"kind": "error", "message": "m" * 500}

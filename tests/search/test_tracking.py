@@ -97,7 +97,8 @@ def test_artifacts_lie_where_the_search_is(tracked: Tracked) -> None:
 
 
 @pytest.mark.parametrize("by", ["name", "run id"])
-def test_mlflow_alone_knows_the_search(tracked: Tracked, by: str) -> None:
+def test_mlflow_alone_knows_the_search(tracked: Tracked, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.tracking.RUNS_PER_REQUEST", 3)
     found = load_search(tracked.uri, "synthetic" if by == "name" else tracked.run_id)
     assert list(found.records) == sorted(RECORDS, key=lambda record: record.number)
     assert found.reference == STATE.reference
