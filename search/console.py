@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -19,8 +18,6 @@ from search.pareto import front
 from search.record import TrialRecord, TrialState
 from spaces.spec import SearchSpec
 
-# Outside a terminal, a search without news still says that it is alive.
-HEARTBEAT_SECONDS = 30.0
 MAX_ROWS = 20
 
 
@@ -35,7 +32,6 @@ class SearchView:
         self._knobs = spec.space.names_searched()
         self._stack = ExitStack()
         self._live: Live | None = None
-        self._said_at = time.monotonic()
         self._ended_at: list[float] = []
 
     def __enter__(self) -> SearchView:
