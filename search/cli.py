@@ -38,6 +38,7 @@ RUNS = Path("paretune-runs")
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """Turn every error that the user can mend into its lines on standard error and an exit code."""
+    from search.interruption import Interrupted
     from search.ledger import LedgerError
     from search.session import NoResult, NothingFits
     from search.store import StoreError
@@ -55,8 +56,10 @@ def _clear_errors() -> Iterator[None]:
         _fail(USAGE, str(error))
     except NoResult as error:
         _fail(NO_RESULT, str(error))
+    except Interrupted as interrupted:
+        _fail(interrupted.exit_code, str(interrupted))
     except KeyboardInterrupt:
-        _fail(INTERRUPTED, "interrupted; `paretune resume NAME` goes on")
+        _fail(INTERRUPTED, "interrupted")
 
 
 def _fail(code: int, *lines: str) -> None:

@@ -1,8 +1,10 @@
-"""What a running search shows: a live table on a terminal, one line per state change elsewhere."""
+"""What a running search shows: a live table on a terminal, elsewhere one line per state change and one while nothing changes."""
 
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -19,12 +21,14 @@ from search.record import TrialRecord, TrialState
 from spaces.spec import SearchSpec
 
 MAX_ROWS = 20
+# A log that is silent for longer looks like one of a search that hangs.
+HEARTBEAT_SECONDS = 30.0
 
 
 class SearchView:
     """Follows the ledger's events; enter it for the time of the search."""
 
-    def __init__(self, spec: SearchSpec, *, quiet: bool = False) -> None:
+    def __init__(self, spec: SearchSpec, *, quiet: bool = False, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
         self._spec = spec
         self._quiet = quiet
         self._console = Console(stderr=True, highlight=False)
@@ -33,10 +37,20 @@ class SearchView:
         self._stack = ExitStack()
         self._live: Live | None = None
         self._ended_at: list[float] = []
+        self._heartbeat_seconds = heartbeat_seconds
+        self._entered_at = self._spoke_at = time.monotonic()
+        self._closed = threading.Event()
+        # The heartbeat reads from a thread of its own what the events change.
+        self._lock = threading.Lock()
 
     def __enter__(self) -> SearchView:
         if self._console.is_terminal and not self._quiet:
             self._live = self._stack.enter_context(Live(self._table(), console=self._console, refresh_per_second=2))
+        elif not self._quiet:
+            heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+            heart.start()
+            self._stack.callback(heart.join)
+            self._stack.callback(self._closed.set)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -44,15 +58,34 @@ class SearchView:
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Take one event of the ledger."""
-        self._state.apply(dict(event))
-        if event["event"] == "trial_finished":
-            self._ended_at.append(event["time"])
-        if self._live is not None:
-            self._live.update(self._table())
-        elif not self._quiet:
-            line = self._line(event)
-            if line is not None:
-                print(line, file=sys.stderr, flush=True)
+        with self._lock:
+            self._state.apply(dict(event))
+            if event["event"] == "trial_finished":
+                self._ended_at.append(event["time"])
+            if self._live is not None:
+                self._live.update(self._table())
+            elif not self._quiet:
+                self._say(self._line(event))
+
+    def _say(self, line: str | None) -> None:
+        if line is not None:
+            print(line, file=sys.stderr, flush=True)
+            self._spoke_at = time.monotonic()
+
+    def _beat(self) -> None:
+        while not self._closed.wait(max(0.0, self._spoke_at + self._heartbeat_seconds - time.monotonic())):
+            with self._lock:
+                if time.monotonic() - self._spoke_at >= self._heartbeat_seconds:
+                    self._say(self._pulse())
+
+    def _pulse(self) -> str:
+        """Say what goes on while nothing changes."""
+        minutes = (time.monotonic() - self._entered_at) / 60
+        if self._state.started is None:
+            return f"after {minutes:.1f} min: preparing the model, the data and the workers"
+        running = [self._state.records[number] for number in sorted(self._state.in_flight)]
+        shares = ", ".join(f"trial {r.number:04d} past {r.reports[-1]['fidelity'] if r.reports else 0:.0%}" for r in running)
+        return f"after {minutes:.1f} min: {shares or 'no trial is running'} | {self._summary()}"
 
     def _line(self, event: Mapping[str, Any]) -> str | None:
         number = event.get("number")
@@ -78,6 +111,8 @@ class SearchView:
                 return f"trial {number:04d} on the test file: {self._metrics(event['metrics'])}"
             case "resumed":
                 return f"resumed; trials in flight go on first: {event['in_flight'] or 'none'}"
+            case "search_cut_short":
+                return f"search cut short ({event['reason']}): {self._summary()}; {len(self._state.in_flight)} in flight"
             case "search_finished":
                 return f"search ended ({event['reason']}): {self._summary()}"
         return None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from search.placement import Assign, Group, GroupState, Start, Stop, Waiting, decide
-from trainables.job import Job, Task
+from trainables.job import Ask, Job, Task
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class _JobState:
     job: Job
     since: float
     attempts: int = 0
-    stop_requested: bool = False
+    asked: Ask | None = None
     ended: bool = False
     events: list[dict[str, Any]] = field(default_factory=list)
 
@@ -105,17 +105,17 @@ class Dispatcher:
         state = self._jobs.get(job_id)
         if state is None or state.ended:
             return
-        state.stop_requested = True
+        state.asked = Ask.STOP
         if not any(group.job_id == job_id for group in self._groups.values()):
             self._end(state, {"state": "stopped"})
         await self._notify()
 
     async def shutdown(self) -> None:
-        """Let every group go and wait until all are gone."""
+        """Have the jobs in flight saved, let every group go and wait until all are gone."""
         if self._ticker is not None:
             self._ticker.cancel()
         for state in self._jobs.values():
-            state.stop_requested = True
+            state.asked = state.asked or Ask.SUSPEND
         for group in self._groups.values():
             self._release(group)
         await self._notify()
@@ -163,16 +163,16 @@ class Dispatcher:
             return None
         return group.sequence, self._jobs[group.job_id].job
 
-    async def stopped(self, group_id: str, generation: int, sequence: int) -> bool:
-        """Wait until the job is asked to stop (True) or is over (False)."""
+    async def asked(self, group_id: str, generation: int, sequence: int) -> Ask | None:
+        """Wait until the job is asked to leave, or is over (None)."""
         group = self._groups[group_id]
 
         def over() -> bool:
             return group.generation != generation or group.sequence != sequence or group.job_id is None
 
         async with self._changed:
-            await self._changed.wait_for(lambda: over() or self._jobs[str(group.job_id)].stop_requested)
-            return not over()
+            await self._changed.wait_for(lambda: over() or self._jobs[str(group.job_id)].asked)
+            return None if over() else self._jobs[str(group.job_id)].asked
 
     async def report(self, group_id: str, generation: int, sequence: int, report: dict[str, Any]) -> None:
         """Take a report of the running job; one from before a restart is dropped, since the step is trained again."""
@@ -231,13 +231,13 @@ class Dispatcher:
     def _deliver(self, group_id: str, group: _GroupState, state: _JobState) -> None:
         """Hand the job to the group, unless it has killed its workers too often or was stopped meanwhile."""
         state.attempts += 1
-        if state.stop_requested or state.attempts > MAX_ATTEMPTS:
+        if state.asked or state.attempts > MAX_ATTEMPTS:
             state.attempts -= 1
             group.job_id = None
             group.state = GroupState.IDLE
             message = f"its workers died in {state.attempts} attempts"
             lost = {"state": "failed", "kind": "worker_lost", "message": message}
-            self._end(state, {"state": "stopped"} if state.stop_requested else lost)
+            self._end(state, {"state": "stopped"} if state.asked else lost)
             return
         group.sequence += 1
         group.job_id = state.job.job_id

@@ -144,6 +144,10 @@ class Engine:
         """Record the score of a member of the front on the test file."""
         self._record("test_scored", number=number, metrics=dict(metrics))
 
+    def cut_short(self, reason: str) -> None:
+        """Record that the search leaves before its end; its trials stay in flight."""
+        self._record("search_cut_short", reason=reason)
+
     def finished(self, reason: str) -> None:
         """Record the end of the search."""
         self._record("search_finished", reason=reason)

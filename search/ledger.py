@@ -1,7 +1,7 @@
 """The append-only record of a search that nothing may lose: one JSON event a line, on the disk before all else.
 
 Every line has `event` and `time` (Unix seconds). The events are `search_started`, `resumed`, `reference`,
-`search_finished`, and with the `number` of a trial `trial_started`, `trial_infeasible`, `trial_reported`,
+`search_cut_short`, `search_finished`, and with the `number` of a trial `trial_started`, `trial_infeasible`, `trial_reported`,
 `trial_finished`, `test_scored`.
 """
 

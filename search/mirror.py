@@ -130,7 +130,6 @@ class Mirror:
             self._runs.log_file(self._parent, path)
         tags = {
             "mlflow.loggedArtifacts": json.dumps([{"path": "trials.json", "type": "table"}]),
-            SPEC_TAG: spec_path.read_text(),
             NOTE_TAG: note[:MAX_TAG_CHARACTERS],
         }
         self._runs.log(self._parent, metrics=metrics, tags=tags, time_ms=int(time.time() * 1000))

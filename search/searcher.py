@@ -20,11 +20,14 @@ class EngineSearcher(Searcher):
     Tune's own snapshots hold nothing of it: the ledger is what a resume reads.
     """
 
-    def __init__(self, engine: Engine, *, max_concurrent: int, stop_job: Callable[[str], None]) -> None:
+    def __init__(
+        self, engine: Engine, *, max_concurrent: int, stop_job: Callable[[str], None], interrupted: Callable[[], bool]
+    ) -> None:
         super().__init__()
         self._engine = engine
         self._max_concurrent = max_concurrent
         self._stop_job = stop_job
+        self._interrupted = interrupted
         self._assignments: dict[str, Assignment] = {}
 
     # Ray's own annotation forgets FINISHED.
@@ -49,8 +52,13 @@ class EngineSearcher(Searcher):
                 self._engine.ended(number, message)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Record a trial that Tune ended before its worker group did: stopped, or lost with the process that relayed it."""
+        """Record a trial that Tune ended before its worker group did: stopped, or lost with the process that relayed it.
+
+        When the whole search is interrupted, its trials stay in flight, for a resume.
+        """
         assignment = self._assignments.pop(trial_id)
+        if self._interrupted():
+            return
         lost = {
             "state": "failed",
             "kind": "driver_lost",

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from search import cluster
-from search.dispatch import Dispatcher, GroupResources
 from search.engine import Engine, SearchExhausted, elapsed_seconds, objectives_of
-from search.ledger import Ledger, replay
+from search.interruption import Interrupted, Interruption
+from search.jobs import DispatcherSession, JobFailed, run_job
+from search.ledger import Ledger, LedgerError, replay
+from search.mirror import SPEC_TAG
 from search.pareto import hypervolume_of, knee
+from search.provenance import git_commit, machine, versions
 from search.record import TrialState
 from search.report import recommendation, write_report
 from search.results import reproduce_command
 from search.store import Store
 from search.study import Study
-from search.tracking import Tracker
+from search.tracking import Tracker, TrackingError
 from spaces.architecture import ModelShape
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
 from spaces.loading import LoadedSpec
 from spaces.spec import SearchSpec
-from trainables.job import Job, Task
+from trainables.job import Job
 
 if TYPE_CHECKING:
     from trainables.data import TaskData
@@ -46,8 +46,8 @@ TRACKED_KNOBS = {
     "lora_alpha": "adapter_alpha",
     "lora_target_modules": "adapter_target_modules",
 }
-# What is left for the tracking server to catch up with when the search is over.
-TRACKING_FLUSH_SECONDS = 60.0
+# What is left for the tracking server to catch up with when the search is over, and when it is cut short.
+TRACKING_FLUSH_SECONDS, LEAVING_FLUSH_SECONDS = 60.0, 5.0
 
 
 class NothingFits(Exception):
@@ -100,6 +100,7 @@ def start(loaded: LoadedSpec, emit: Emit) -> Store:
     Raises:
         NothingFits: no layout of the space can run here.
         NoResult: no trial succeeded.
+        search.interruption.Interrupted: a signal came; what was in flight is saved.
     """
     prepared = prepare(loaded.spec)
     # A local cluster's size is known before it is started, so a space that cannot run starts nothing.
@@ -119,7 +120,7 @@ def resume(store: Store, emit: Emit) -> Store:
 
 def _drive(store: Store, prepared: Prepared, emit: Emit, *, origins: Mapping[str, str]) -> Store:
     spec = prepared.spec
-    with store.lock(), cluster.connected(spec.resources) as capacity:
+    with store.lock(), cluster.connected(spec.resources) as capacity, Interruption(store.name) as interruption:
         limits = _check_fit(prepared, capacity)
         ledger = Ledger(store.ledger_path)
         _open_record(ledger, store, prepared, limits, origins)
@@ -146,10 +147,10 @@ def _drive(store: Store, prepared: Prepared, emit: Emit, *, origins: Mapping[str
         )
         for event in ledger.events():
             on_event(event)
-        with _dispatcher(store, prepared, capacity) as dispatcher:
-            reason = _search(engine, dispatcher, store, spec, capacity)
-            if engine.front():
-                _score_on_test(engine, dispatcher, store, prepared)
+        with _cut_short(engine, prepared.tracker), DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
+            reason = _search(engine, dispatcher, store, spec, capacity, interruption)
+            if prepared.data.test is not None:
+                _score_on_test(engine, dispatcher, store, interruption)
         engine.finished(reason)
         _publish(engine, store, prepared)
     if not engine.front():
@@ -174,7 +175,9 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
     state = replay(ledger.events())
     if state.started is None:
         run_id = prepared.tracker.start_search(
-            store.name, params=_search_params(prepared.spec), tags={"paretune.directory": str(store.root)}
+            store.name,
+            params=_search_params(prepared.spec),
+            tags={"paretune.directory": str(store.root), SPEC_TAG: store.spec_path.read_text()},
         )
         ledger.append(
             "search_started",
@@ -202,52 +205,28 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
     ledger.append("resumed", in_flight=sorted(state.in_flight))
 
 
-class _dispatcher:
-    """The dispatcher actor for the time of a block; its groups are gone before the block ends."""
-
-    def __init__(self, store: Store, prepared: Prepared, capacity: int) -> None:
-        self._store, self._prepared, self._capacity = store, prepared, capacity
-
-    def __enter__(self) -> Any:
-        import ray
-
-        spec = self._prepared.spec
-        task = Task(
-            model_name=spec.model.name,
-            model_revision=spec.model.revision,
-            task=spec.model.task,
-            exact_match_rows=spec.data.exact_match_rows,
-            data=[ray.put(self._prepared.data)],
-        )
-        resources = GroupResources(
-            capacity=self._capacity,
-            cpus_per_worker=spec.resources.cpus_per_worker,
-            gpus_per_worker=spec.resources.gpus_per_worker,
-            storage=str(self._store.groups_path),
-        )
-        self._actor = (
-            ray.remote(cast(Any, Dispatcher))
-            .options(num_cpus=0, max_concurrency=100_000, runtime_env={"env_vars": cluster.group_environment()})
-            .remote(task, resources)
-        )
-        ray.get(self._actor.ready.remote(self._actor))
-        return self._actor
-
-    def __exit__(self, *_: object) -> None:
-        import ray
-
-        ray.get(self._actor.shutdown.remote())
-        ray.kill(self._actor)
-        # Ray Train's own bookkeeping of the groups; nothing of it outlives them.
-        shutil.rmtree(self._store.groups_path, ignore_errors=True)
+@contextmanager
+def _cut_short(engine: Engine, tracker: Tracker) -> Iterator[None]:
+    """Record why a search leaves before its end: its MLflow run must not look as if it went on."""
+    try:
+        yield
+    except BaseException as error:
+        # A disk that is full may be why it ends.
+        with suppress(LedgerError):
+            engine.cut_short(f"{type(error).__name__}: {error}")
+        tracker.leave("KILLED" if isinstance(error, Interrupted) else "FAILED", LEAVING_FLUSH_SECONDS)
+        raise
 
 
-def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, capacity: int) -> str:
+def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, capacity: int, interruption: Interruption) -> str:
     """Run the trials of the budget; return why the search ended."""
     from search import tuner
 
     if engine.state.reference is None:
-        engine.referenced(_run_job(dispatcher, _reference_job(store, spec))["metrics"])
+        try:
+            engine.referenced(run_job(dispatcher, _reference_job(store, spec), interruption)["metrics"])
+        except JobFailed as error:
+            raise NoResult(f"the untrained model cannot be evaluated: {error}") from error
     smallest = min(world_size for world_size, _ in spec.space.layouts())
     seconds_left = None
     if spec.budget.minutes is not None:
@@ -259,9 +238,11 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
             max_concurrent=WAITING_PER_RUNNING * max(1, capacity // smallest),
             storage=store.root,
             seconds_left=seconds_left,
+            interrupted=lambda: interruption.is_asked,
         )
     except SearchExhausted as exhausted:
         return str(exhausted)
+    interruption.check()
     return "trials" if engine.num_left == 0 else "minutes"
 
 
@@ -273,10 +254,8 @@ def _reference_job(store: Store, spec: SearchSpec) -> Job:
     return Job(job_id=f"{store.name}/reference", kind="reference", config=config.to_dict(), directory=str(store.root))
 
 
-def _score_on_test(engine: Engine, dispatcher: Any, store: Store, prepared: Prepared) -> None:
+def _score_on_test(engine: Engine, dispatcher: Any, store: Store, interruption: Interruption) -> None:
     """Score the members of the front on the test file, which the search never saw."""
-    if prepared.data.test is None:
-        return
     for record in engine.front():
         if record.test:
             continue
@@ -286,25 +265,12 @@ def _score_on_test(engine: Engine, dispatcher: Any, store: Store, prepared: Prep
             config=dict(record.config or {}),
             directory=str(store.trial_path(record.number)),
         )
-        outcome = _run_job(dispatcher, job)
+        try:
+            outcome = run_job(dispatcher, job, interruption)
+        except JobFailed as error:
+            print(f"trial {record.number:04d} has no score on the test file: {error}", file=sys.stderr)
+            continue
         engine.test_scored(record.number, outcome["metrics"])
-
-
-def _run_job(dispatcher: Any, job: Job) -> dict[str, Any]:
-    """Run one job that is no trial.
-
-    Raises:
-        NoResult: it failed.
-    """
-    import ray
-
-    ray.get(dispatcher.submit.remote(job))
-    while True:
-        for event in ray.get(dispatcher.poll.remote(job.job_id)):
-            if event["event"] == "ended":
-                if event["state"] != "complete":
-                    raise NoResult(f"{job.kind} of {job.job_id} failed: {event.get('message', event['state'])}")
-                return dict(event)
 
 
 def _publish(engine: Engine, store: Store, prepared: Prepared) -> None:
@@ -313,25 +279,24 @@ def _publish(engine: Engine, store: Store, prepared: Prepared) -> None:
     chosen = knee(members, objectives)
     command = reproduce_command(spec, str(store.spec_path), chosen) if chosen else ""
     paths = write_report(engine.state, spec, objectives, store.report_path, command=command)
-    undelivered = prepared.tracker.flush(TRACKING_FLUSH_SECONDS)
-    if undelivered:
-        print(
-            f"the tracking server did not take {undelivered} events; they are in {store.ledger_path}: "
-            f"`paretune resume {store.name}` delivers them",
-            file=sys.stderr,
-        )
-        return
     volume = hypervolume_of(list(engine.state.records.values()), objectives)
-    prepared.tracker.write_front(
-        members,
-        [o.metric for o in objectives],
-        [TRACKED_KNOBS.get(knob, knob) for knob in spec.space.names_searched()],
-        list(paths.values()),
-        note=f"{recommendation(members, objectives, store.name)}\n\n```bash\n{command}\n```",
-        metrics={} if volume is None else {"front/hypervolume": volume, "front/size": len(members)},
-        spec_path=store.spec_path,
-    )
-    prepared.tracker.finish()
+    try:
+        undelivered = prepared.tracker.flush(TRACKING_FLUSH_SECONDS)
+        if undelivered:
+            raise TrackingError(f"{undelivered} events wait for an answer")
+        prepared.tracker.write_front(
+            members,
+            [o.metric for o in objectives],
+            [TRACKED_KNOBS.get(knob, knob) for knob in spec.space.names_searched()],
+            list(paths.values()),
+            note=f"{recommendation(members, objectives, store.name)}\n\n```bash\n{command}\n```",
+            metrics={} if volume is None else {"front/hypervolume": volume, "front/size": len(members)},
+            spec_path=store.spec_path,
+        )
+        prepared.tracker.finish()
+    except TrackingError as error:
+        # All of it is in the ledger and the report; hours of training must not end in an error because of their mirror.
+        print(f"MLflow does not have all of the search: {error}; `paretune resume {store.name}` delivers the rest", file=sys.stderr)
 
 
 def _ui_base(uri: str) -> str:
@@ -362,24 +327,3 @@ def _search_params(spec: SearchSpec) -> dict[str, Any]:
 
     walk("", spec.model_dump(mode="json", exclude_none=True))
     return flat
-
-
-def machine() -> str:
-    """Return the machine in words, without its name."""
-    memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {memory} GiB memory"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    names = ("paretune", "torch", "transformers", "peft", "ray", "optuna", "mlflow-skinny", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def git_commit() -> str | None:
-    """Return the commit of the user's working directory, if it is a git checkout."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -158,7 +158,7 @@ class Tracker:
             artifacts: files for the folder `report` of the parent run.
             note: Markdown that MLflow shows on top of the parent run.
             metrics: numbers of the search as a whole, for the parent run.
-            spec_path: the resolved spec; `load_search` reads it back.
+            spec_path: the resolved spec.
 
         Raises:
             TrackingError: MLflow did not take it.
@@ -185,6 +185,18 @@ class Tracker:
         self._open.spool.close()
         with _in_words(self.uri):
             self._open.runs.end(self._open.parent_run_id, "FINISHED")
+
+    def leave(self, status: str, timeout_seconds: float) -> None:
+        """End the parent run of a search that is cut short, if the server takes it in time; a resume opens it again."""
+        undelivered = self.flush(timeout_seconds)
+        if undelivered:
+            logger.warning("the tracking server has %d events less than the ledger; a resume delivers them", undelivered)
+        self._open.spool.close()
+        try:
+            with _in_words(self.uri):
+                self._open.runs.end(self._open.parent_run_id, status)
+        except TrackingError as error:
+            logger.warning("%s", error)
 
     @property
     def _open(self) -> _Opened:
@@ -291,8 +303,6 @@ def load_search(uri: str, name: str) -> FoundSearch:
             raise TrackingError(f"no search named '{name}' in {redacted(uri)}; there are: {known}")
         parent = max(named, key=lambda run: run.info.start_time)
         children = list(_search_runs(client, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"))
-    if SPEC_TAG not in parent.data.tags:
-        raise TrackingError(f"'{name}' in {redacted(uri)} has not ended yet: its directory knows it, without --tracking-uri")
     records = [json.loads(run.data.tags[RECORD_TAG]) for run in children if RECORD_TAG in run.data.tags]
     reference = parent.data.tags.get(REFERENCE_TAG)
     return FoundSearch(

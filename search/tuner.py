@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,37 @@ def relay(config: dict[str, Any], dispatcher: Any) -> None:
                 return
 
 
-def run(engine: Engine, dispatcher: Any, *, max_concurrent: int, storage: Path, seconds_left: float | None) -> None:
+class _Leave(tune.Stopper):
+    """Ends Tune's loop from outside."""
+
+    def __init__(self, is_asked: Callable[[], bool]) -> None:
+        self._is_asked = is_asked
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._is_asked()
+
+
+def run(
+    engine: Engine,
+    dispatcher: Any,
+    *,
+    max_concurrent: int,
+    storage: Path,
+    seconds_left: float | None,
+    interrupted: Callable[[], bool],
+) -> None:
     """Run trials until the budget of the engine is used up or the time is over; trials still running then are stopped.
+
+    Args:
+        engine: proposes the trials and records what becomes of them.
+        dispatcher: handle of the dispatcher actor.
+        max_concurrent: trials that are handed out at once.
+        storage: directory for Tune's own files, which are removed at the end.
+        seconds_left: time limit, if there is one.
+        interrupted: asked all the time; once it is true, nothing more is started and what runs stays in flight.
 
     Raises:
         search.engine.SearchExhausted: hardly anything in the space is feasible.
@@ -42,9 +72,11 @@ def run(engine: Engine, dispatcher: Any, *, max_concurrent: int, storage: Path, 
     # The search has a view of its own; Tune's would print a second one, and warn that the results are not in its files.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # Signals are the session's: Tune's handler would end the search as if it were complete.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     # Tune's snapshots are not read, so they need not be written every ten seconds.
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"
-    searcher = EngineSearcher(engine, max_concurrent=max_concurrent, stop_job=dispatcher.stop.remote)
+    searcher = EngineSearcher(engine, max_concurrent=max_concurrent, stop_job=dispatcher.stop.remote, interrupted=interrupted)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(relay, dispatcher=dispatcher), TRIAL_RESOURCES),
         tune_config=tune.TuneConfig(
@@ -57,6 +89,7 @@ def run(engine: Engine, dispatcher: Any, *, max_concurrent: int, storage: Path, 
             name="tune",
             storage_path=str(storage),
             verbose=0,
+            stop=_Leave(interrupted),
             # The relay may be lost with the head's memory; the job itself goes on in its group and is found again.
             failure_config=tune.FailureConfig(max_failures=1),
         ),

@@ -42,7 +42,6 @@ def _enter(rank: int, world_size: int, directory: str, function: Callable[..., A
         world = World(
             rank=rank,
             world_size=world_size,
-            local_rank=rank,
             device=torch.device("cpu"),
             control_group=dist.new_group(backend="gloo"),
         )

@@ -23,7 +23,15 @@ def synthetic_events(num_trials: int = 12, *, name: str = "synthetic", seed: int
     random_ = random.Random(seed)
     clock = [BEGIN, BEGIN]
     events = [
-        _event("search_started", BEGIN, name=name, mlflow_run_id=None, machine="made up", num_workers=2, data={"rows": 9}),
+        _event(
+            "search_started",
+            BEGIN,
+            name=name,
+            mlflow_run_id=None,
+            machine="made up",
+            num_workers=2,
+            data={"format": "made up", "rows": 9},
+        ),
         _event("reference", BEGIN + 1, metrics={"accuracy": 0.04, "eval_loss": 3.2}),
     ]
     for number in range(num_trials):

@@ -110,6 +110,19 @@ class _Split:
     source: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Raw:
+    """What was read, and what is needed to turn it into tokens."""
+
+    model: ModelSpec
+    data: DataSpec
+    columns: Columns
+    tokenizer: Any
+    train: _Split
+    evaluation: _Split | None
+    test: _Split | None
+
+
 def prepare(model: ModelSpec, data: DataSpec) -> TaskData:
     """Read, split and tokenise the data.
 
@@ -118,11 +131,16 @@ def prepare(model: ModelSpec, data: DataSpec) -> TaskData:
         trainables.hub.ModelError: the model has no tokenizer that can be loaded.
     """
     train, evaluation, test = _read(data)
-    columns = detect(train.rows, data, train.source, model.task)
-    tokenizer = load_tokenizer(model.name, model.revision)
-    if model.task == "sequence-classification":
-        return _prepare_classification(model, data, columns, tokenizer, train, evaluation, test)
-    return _prepare_causal(model, data, columns, tokenizer, train, evaluation, test)
+    raw = _Raw(
+        model=model,
+        data=data,
+        columns=detect(train.rows, data, train.source, model.task),
+        tokenizer=load_tokenizer(model.name, model.revision),
+        train=train,
+        evaluation=evaluation,
+        test=test,
+    )
+    return _prepare_classification(raw) if model.task == "sequence-classification" else _prepare_causal(raw)
 
 
 def _read(data: DataSpec) -> tuple[_Split, _Split | None, _Split | None]:
@@ -138,20 +156,13 @@ def _read(data: DataSpec) -> tuple[_Split, _Split | None, _Split | None]:
     return train, read(data.evaluation, "validation"), read(data.test, "test")
 
 
-def _prepare_classification(
-    model: ModelSpec,
-    data: DataSpec,
-    columns: Columns,
-    tokenizer: Any,
-    train: _Split,
-    evaluation: _Split | None,
-    test: _Split | None,
-) -> TaskData:
+def _prepare_classification(raw: _Raw) -> TaskData:
+    data, columns, train, evaluation, test = raw.data, raw.columns, raw.train, raw.evaluation, raw.test
     assert columns.text is not None  # `detect` found both for this task
     assert columns.label is not None
 
     def texts_and_labels(split: _Split) -> tuple[list[str], list[str]]:
-        detect(split.rows, data, split.source, model.task)
+        detect(split.rows, data, split.source, raw.model.task)
         texts = [field(row, columns.text or "", split.source, i) for i, row in enumerate(split.rows, start=1)]
         return texts, [field(row, columns.label or "", split.source, i) for i, row in enumerate(split.rows, start=1)]
 
@@ -175,29 +186,21 @@ def _prepare_classification(
         if unknown:
             where = {"evaluation": evaluation, "test": test}.get(role) or train
             raise DataError(f"{where.source}: label '{unknown[0]}' is in the {role} rows, but in no training row")
-        encoded, cut = encode_classification(tokenizer, role_texts, model.max_length)
+        encoded, cut = encode_classification(raw.tokenizer, role_texts, raw.model.max_length)
         truncated += cut if role == "train" else 0
         tables[role] = TokenTable.build(encoded, [names.index(label) for label in role_labels])
     rows = {role: list(zip(*pair, strict=True)) for role, pair in chosen.items()}
     return _assemble(
-        model,
+        raw,
         tables,
-        tokenizer,
         fraction_key=_stratified_key(tables["train"].labels),
         label_names=tuple(names),
         summary=_summary(columns, tables, rows, truncated, example=f"{texts[0]}  ->  {labels[0]}"),
     )
 
 
-def _prepare_causal(
-    model: ModelSpec,
-    data: DataSpec,
-    columns: Columns,
-    tokenizer: Any,
-    train: _Split,
-    evaluation: _Split | None,
-    test: _Split | None,
-) -> TaskData:
+def _prepare_causal(raw: _Raw) -> TaskData:
+    data, columns, train, evaluation, test = raw.data, raw.columns, raw.train, raw.evaluation, raw.test
     splits = {
         "train": train.rows,
         "evaluation": evaluation.rows if evaluation else [],
@@ -219,27 +222,26 @@ def _prepare_causal(
             continue
         if columns.kind == "text":
             texts = [field(row, columns.text or "", sources[role], i) for i, row in enumerate(rows, start=1)]
-            encoded = encode_text(tokenizer, texts, model.max_length)
+            encoded = encode_text(raw.tokenizer, texts, raw.model.max_length)
             kept[role] = [tuple(e.input_ids) for e in encoded]
         else:
-            encoded, cut_rows, lost = encode_rows(tokenizer, rows, columns, sources[role], model.max_length)
+            encoded, cut_rows, lost = encode_rows(raw.tokenizer, rows, columns, sources[role], raw.model.max_length)
             kept[role] = [tuple(e.input_ids) for e in encoded]
             truncated, dropped = (truncated + cut_rows, dropped + lost) if role == "train" else (truncated, dropped)
         if not encoded:
             raise DataError(
-                f"{sources[role]}: no {role} row has a token to learn from within model.max_length {model.max_length}; "
+                f"{sources[role]}: no {role} row has a token to learn from within model.max_length {raw.model.max_length}; "
                 "raise model.max_length or give more text"
             )
         tables[role] = TokenTable.build(encoded, None)
     pattern, answers = _answers(data, columns, splits["evaluation"], tables["evaluation"])
     train_table = tables["train"]
-    shown = tokenizer.decode(train_table.row(0)[0][:64])
+    shown = raw.tokenizer.decode(train_table.row(0)[0][:64])
     summary = _summary(columns, tables, kept, truncated, example=shown)
     summary |= {"dropped_rows": dropped, "target_tokens": int(train_table.num_targets.sum())}
     return _assemble(
-        model,
+        raw,
         tables,
-        tokenizer,
         fraction_key=_stratified_key(np.zeros(train_table.num_rows, dtype=np.int64)),
         label_names=(),
         summary=summary,
@@ -260,9 +262,8 @@ def _answers(data: DataSpec, columns: Columns, rows: Sequence[Row], table: Token
 
 
 def _assemble(
-    model: ModelSpec,
+    raw: _Raw,
     tables: dict[str, TokenTable],
-    tokenizer: Any,
     *,
     fraction_key: np.ndarray,
     label_names: tuple[str, ...],
@@ -270,6 +271,7 @@ def _assemble(
     answers: tuple[str, ...] | None = None,
     answer_pattern: str | None = None,
 ) -> TaskData:
+    model, tokenizer = raw.model, raw.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise DataError(f"model.name: the tokenizer of {model.name} has neither a padding nor an end-of-text token")

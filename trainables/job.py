@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 
@@ -16,6 +17,15 @@ class Task:
     exact_match_rows: int
     data: list[Any]
     """A list of one: the object reference of the `TaskData`, which Ray would resolve too early if it stood bare."""
+
+
+class Ask(StrEnum):
+    """How a job is asked to leave before its end."""
+
+    STOP = "stop"
+    """At its next step; nobody goes on with it."""
+    SUSPEND = "suspend"
+    """At its next step, after a checkpoint: a resume goes on with it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

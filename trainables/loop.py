@@ -38,6 +38,8 @@ class Command(Enum):
     CONTINUE = 0
     STOP = 1
     SAVE = 2
+    SUSPEND = 3
+    """Save and stop."""
 
 
 def train(
@@ -66,8 +68,10 @@ def train(
             command = control()
             if command is Command.STOP:
                 return
-            if is_rung or command is Command.SAVE:
+            if is_rung or command in (Command.SAVE, Command.SUSPEND):
                 trainer.save()
+            if command is Command.SUSPEND:
+                return
             if is_rung and trainer.step < trainer.num_steps:
                 yield trainer.report()
         yield trainer.final_report(exact_match_rows)

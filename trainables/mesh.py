@@ -18,7 +18,6 @@ class World:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
     control_group: Any
     """A gloo process group for small messages, which then never wait for the GPU; None at world size 1."""
@@ -28,7 +27,7 @@ class World:
     @classmethod
     def alone(cls) -> World:
         """Return the world of a single process on the CPU."""
-        return cls(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), control_group=None)
+        return cls(rank=0, world_size=1, device=torch.device("cpu"), control_group=None)
 
     def mesh(self) -> DeviceMesh:
         """Return the one-dimensional device mesh over which FSDP2 shards."""

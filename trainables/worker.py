@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.train
@@ -19,7 +19,7 @@ from spaces.config import TrialConfig
 from trainables.checkpoint import CheckpointStore
 from trainables.data import TaskData
 from trainables.hub import resolve_model
-from trainables.job import Job, Task
+from trainables.job import Ask, Job, Task
 from trainables.loop import Command, evaluate_saved, evaluate_untrained, train
 from trainables.mesh import World
 from trainables.model import BaseModel
@@ -48,10 +48,15 @@ class Inbox:
         self._sequence, job = answer
         return job
 
-    def stop_signal(self) -> Callable[[], bool]:
-        """Return a function that says at once whether somebody asked to stop the job that was taken last."""
-        signal = self._dispatcher.stopped.remote(self._group_id, self._generation, self._sequence)
-        return lambda: bool(ray.wait([signal], timeout=0)[0]) and bool(ray.get(signal))
+    def watch(self) -> Callable[[], Ask | None]:
+        """Return a function that says at once whether the job that was taken last is asked to leave, and how."""
+        answer = self._dispatcher.asked.remote(self._group_id, self._generation, self._sequence)
+
+        def asked() -> Ask | None:
+            there = bool(ray.wait([answer], timeout=0)[0])
+            return cast("Ask | None", ray.get(answer)) if there else None
+
+        return asked
 
     def report(self, report: TrialReport) -> None:
         ray.get(self._dispatcher.report.remote(self._group_id, self._generation, self._sequence, report.to_dict()))
@@ -69,7 +74,6 @@ def work(config: dict[str, Any]) -> None:
     world = World(
         rank=context.get_world_rank(),
         world_size=world_size,
-        local_rank=context.get_local_rank(),
         device=device,
         control_group=dist.new_group(backend="gloo") if world_size > 1 else None,
         node_id=ray.get_runtime_context().get_node_id(),
@@ -115,7 +119,7 @@ def _execute(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
         return {"state": "complete", "metrics": evaluate_untrained(config, data, base, world)}
     if job.kind == "test":
         return {"state": "complete", "metrics": evaluate_saved(config, data, base, world, directory / "final")}
-    control = _Control(inbox.stop_signal() if world.rank == 0 else None, world)
+    control = _Control(inbox.watch() if world.rank == 0 else None, world)
     reports = train(
         config,
         data,
@@ -134,18 +138,19 @@ def _execute(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
 
 
 class _Control:
-    """Rank 0 decides after every step whether to go on, stop or save; all ranks get the same answer."""
+    """Rank 0 decides after every step whether to go on, save or leave; all ranks get the same answer."""
 
-    def __init__(self, stop_requested: Callable[[], bool] | None, world: World) -> None:
-        self._stop_requested = stop_requested
+    def __init__(self, asked: Callable[[], Ask | None] | None, world: World) -> None:
+        self._asked = asked
         self._world = world
         self._saved_at = time.monotonic()
 
     def __call__(self) -> Command:
         command = Command.CONTINUE
-        if self._stop_requested is not None:
-            if self._stop_requested():
-                command = Command.STOP
+        if self._asked is not None:
+            ask = self._asked()
+            if ask is not None:
+                command = Command.STOP if ask is Ask.STOP else Command.SUSPEND
             elif time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
                 command = Command.SAVE
                 self._saved_at = time.monotonic()

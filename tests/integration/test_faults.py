@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -85,6 +86,47 @@ def test_resume_after_kill_9_of_the_driver_loses_and_repeats_no_trial(tmp_path: 
     trials = [r for r in runs if r.data.tags.get("kind") == "trial"]
     assert [p.info.status for p in parents] == ["FINISHED"]
     assert sorted(t.info.status for t in trials) == ["FINISHED"] * 3
+
+
+def test_an_interrupted_search_saves_what_is_in_flight_and_goes_on_from_there(tmp_path: Path) -> None:
+    spec = long_spec(tmp_path)
+    ledger = tmp_path / "runs/tiny/ledger.jsonl"
+    driver = start("search", str(spec), cwd=tmp_path)
+    wait_for(lambda: any(e["event"] == "trial_reported" for e in events(ledger)), driver)
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(120) == 130
+    log = (tmp_path / "driver.log").read_text()
+    assert "`paretune resume tiny` goes on" in log
+    before = events(ledger)
+    assert before[-1]["event"] == "search_cut_short"
+    in_flight = {e["number"] for e in before if e["event"] == "trial_started"}
+    in_flight -= {e["number"] for e in before if e["event"] == "trial_finished"}
+    saved = {n: max(_saved_steps(tmp_path / f"runs/tiny/trials/{n:04d}"), default=0) for n in in_flight}
+    rungs = {e["report"]["step"] for e in before if e["event"] == "trial_reported"}
+    assert set(saved.values()) - rungs - {0}, f"nothing was saved at the signal: {saved}, rungs {rungs}"
+    assert _parent(tmp_path).info.status == "KILLED"
+
+    resumed = start("resume", "tiny", "--directory", "runs", cwd=tmp_path)
+    assert resumed.wait(400) == 0, (tmp_path / "driver.log").read_text()[-3000:]
+    after = events(ledger)
+    assert after[: len(before)] == before
+    again = [e for e in after[len(before) :] if e["event"] == "trial_reported" and e["number"] in saved]
+    assert all(e["report"]["step"] > saved[e["number"]] for e in again), "a trial began again"
+    assert [e["state"] for e in after if e["event"] == "trial_finished"] == ["COMPLETE"] * 3
+    assert _parent(tmp_path).info.status == "FINISHED"
+
+
+def _saved_steps(trial: Path) -> list[int]:
+    return [int(path.name.rsplit("-", 1)[-1]) for path in trial.glob("step-*")]
+
+
+def _parent(directory: Path) -> Any:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{directory}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("paretune")
+    (parent,) = client.search_runs([experiment.experiment_id], "tags.kind = 'search'")
+    return parent
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from search.dispatch import MAX_ATTEMPTS, Dispatcher, GroupResources
-from trainables.job import Job, Task
+from trainables.job import Ask, Job, Task
 
 TASK = Task(model_name="m", model_revision=None, task="causal-lm", exact_match_rows=0, data=[])
 
@@ -82,13 +82,13 @@ async def test_a_stop_reaches_the_running_job_and_takes_a_waiting_one_out_of_the
     await dispatcher.submit(job("b"))
     (group,) = await dispatcher.groups()
     generation = await ranks_join(dispatcher, group["group_id"], 1)
-    signal = asyncio.create_task(dispatcher.stopped(group["group_id"], generation, 1))
+    signal = asyncio.create_task(dispatcher.asked(group["group_id"], generation, 1))
     await asyncio.sleep(0)
     assert not signal.done()
     await dispatcher.stop("b")
     assert kinds(await dispatcher.poll("b")) == ["ended"]
     await dispatcher.stop("a")
-    assert await signal is True
+    assert await signal is Ask.STOP
 
 
 @scenario(1)

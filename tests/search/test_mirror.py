@@ -177,7 +177,6 @@ def test_the_front_is_tagged_painted_and_in_a_view_of_this_search(tmp_path: Path
     assert len({run["tags"]["mlflow.runColor"] for name, run in runs.runs.items() if name != "parent"}) == 2
     parent = runs.runs["parent"]
     assert parent["tags"]["mlflow.note.content"] == "take trial 1"
-    assert parent["tags"]["paretune.spec"] == "model: {}"
     assert (parent["files"]["report/report.html"], parent["files"]["spec.yaml"]) == (b"<html>", b"model: {}")
     assert ("front/size", 3.0) in {(key, value) for key, _, _, value in parent["metrics"]}
     table = json.loads(parent["files"]["trials.json"])

@@ -1,22 +1,29 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 from synthetic import OBJECTIVES, synthetic_events
 
+from search.endpoint import problem_with
 from search.ledger import replay
+from search.mirror import SPEC_TAG
 from search.pareto import front
 from search.tracking import Tracker, TrackingError, load_search
 
 EVENTS = synthetic_events(8)
 STATE = replay(EVENTS)
 RECORDS = list(STATE.records.values())
+SPEC = "model: {}\n"
 PARAMS = {"model.name": "tiny", **{f"space.knob_{n}": n for n in range(120)}}
 
 
@@ -31,7 +38,9 @@ class Tracked:
 def track(uri: str, root: Path, run_id: str | None = None, *, events: int | None = None) -> Tracked:
     tracker = Tracker(uri, "our experiment/1", artifact_root=root / "artifacts")
     tracker.connect(timeout_seconds=5)
-    run_id = tracker.start_search("synthetic", params=PARAMS, tags={"paretune.directory": "runs"}, parent_run_id=run_id)
+    run_id = tracker.start_search(
+        "synthetic", params=PARAMS, tags={"paretune.directory": "runs", SPEC_TAG: SPEC}, parent_run_id=run_id
+    )
     for event in EVENTS[:events]:
         tracker.submit(event)
     assert tracker.flush(60) == 0
@@ -49,9 +58,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
     report.write_text("<html>")
     members = front(RECORDS, OBJECTIVES)
     spec = root / "spec.yaml"
-    spec.write_text("model: {}\n")
-    with pytest.raises(TrackingError, match="has not ended yet"):
-        load_search(uri, "synthetic")
+    spec.write_text(SPEC)
     resumed.tracker.write_front(
         members,
         [o.metric for o in OBJECTIVES],
@@ -102,7 +109,7 @@ def test_mlflow_alone_knows_the_search(tracked: Tracked, by: str, monkeypatch: p
     found = load_search(tracked.uri, "synthetic" if by == "name" else tracked.run_id)
     assert list(found.records) == sorted(RECORDS, key=lambda record: record.number)
     assert found.reference == STATE.reference
-    assert (found.name, found.run_id, found.spec_yaml) == ("synthetic", tracked.run_id, "model: {}\n")
+    assert (found.name, found.run_id, found.spec_yaml) == ("synthetic", tracked.run_id, SPEC)
 
 
 def test_an_unknown_search_or_store_is_one_line(tracked: Tracked) -> None:
@@ -174,3 +181,83 @@ def test_a_server_that_is_away_is_said_at_once() -> None:
         port = server.getsockname()[1]
     with pytest.raises(TrackingError, match=rf"tracking.uri: http://127.0.0.1:{port} is not reachable"):
         Tracker(f"http://127.0.0.1:{port}", "paretune", artifact_root=None).connect(timeout_seconds=5)
+
+
+def test_a_search_that_still_runs_or_was_cut_short_is_known_to_mlflow_alone(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    half = len(EVENTS) // 2
+    running = track(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, events=half)
+    ended = [e["number"] for e in EVENTS[:half] if e["event"] in ("trial_finished", "trial_infeasible")]
+    assert ended, "the half must hold an ended trial for this test to say anything"
+    assert sorted(r.number for r in load_search(running.uri, "synthetic").records) == sorted(ended)
+    running.tracker.leave("KILLED", timeout_seconds=60)
+    client = MlflowClient(running.uri)
+    assert client.get_run(running.run_id).info.status == "KILLED"
+    resumed = track(running.uri, tmp_path, running.run_id)
+    assert client.get_run(running.run_id).info.status == "RUNNING"
+    resumed.tracker.finish()
+    assert client.get_run(running.run_id).info.status == "FINISHED"
+
+
+class _Server:
+    """A real MLflow server on a port of its own, which can be killed and started again."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self._port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        stores = ["--backend-store-uri", f"sqlite:///{self._root}/server.db", "--artifacts-destination", f"{self._root}/files"]
+        where = ["--host", "127.0.0.1", "--port", str(self._port), "--workers", "1"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *stores, *where],
+            cwd=self._root,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        end = time.monotonic() + 120
+        while problem_with(self.uri, 1) is not None:
+            assert self._process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        parts = psutil.Process(self._process.pid).children(recursive=True)
+        for part in (*parts, self._process):
+            part.kill()
+        psutil.wait_procs(parts, timeout=20)
+        self._process.wait()
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_and_comes_back_gets_everything_once_and_nobody_waits(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    server = _Server(tmp_path)
+    server.start()
+    half = len(EVENTS) // 2
+    try:
+        tracked = track(server.uri, tmp_path, events=half)
+        server.kill()
+        for event in EVENTS[half:]:
+            tracked.tracker.submit(event)
+        assert tracked.tracker.flush(0.5) == len(EVENTS) - half, "the server was not away"
+        server.start()
+        assert tracked.tracker.flush(60) == 0
+        tracked.tracker.finish()
+        found = load_search(server.uri, "synthetic")
+        assert list(found.records) == sorted(RECORDS, key=lambda record: record.number)
+        client = MlflowClient(server.uri)
+        experiment = client.get_experiment_by_name("our experiment/1")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id], "tags.kind = 'trial'")
+        assert sorted(run.data.tags["paretune.trial"] for run in runs) == sorted(str(n) for n in STATE.records)
+        for run in runs:
+            reports = STATE.records[int(run.data.tags["paretune.trial"])].reports
+            points = client.get_metric_history(run.info.run_id, "eval/accuracy")
+            assert [point.step for point in points] == [report["step"] for report in reports]
+    finally:
+        server.kill()

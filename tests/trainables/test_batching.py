@@ -109,9 +109,7 @@ def test_evaluation_rows_are_disjoint_and_complete(world_size: int) -> None:
     for rank in range(world_size):
         world = World.alone()
         shares.append(
-            evaluation_batches(
-                table, type(world)(rank=rank, world_size=world_size, local_rank=0, device=world.device, control_group=None)
-            )
+            evaluation_batches(table, type(world)(rank=rank, world_size=world_size, device=world.device, control_group=None))
         )
     assert len({len(share) for share in shares}) == 1
     rows = np.concatenate([batch for share in shares for batch in share])

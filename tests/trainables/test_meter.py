@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from trainables.batching import StepSizes
-from trainables.meter import StepTimer, device_peak, peak_memory_bytes, reset_peak_memory, train_seconds
+from trainables.meter import StepTimer, _measured_gemm, device_peak, peak_memory_bytes, reset_peak_memory, train_seconds
 
 
 def sizes(padded: list[int]) -> StepSizes:
@@ -57,3 +59,16 @@ def test_a_cpu_is_measured_at_the_precision_of_the_trial_and_never_below_fp32() 
     assert bf16 is not None
     assert fp32 > 1e8
     assert bf16 > 0.5 * fp32  # measured anew, so only nearly equal
+
+
+def test_what_other_processes_take_from_a_core_does_not_lower_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = _measured_gemm.__wrapped__("fp32", 1)
+    multiply = torch.mm
+
+    def disturbed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.3)
+        return multiply(a, b)
+
+    monkeypatch.setattr(torch, "mm", disturbed)
+    assert quiet / 2 > 2 * 1024**3 / 0.3, "the pause must be long against the product for this test to say anything"
+    assert _measured_gemm.__wrapped__("fp32", 1) > quiet / 2

@@ -1,0 +1,63 @@
+"""SIGINT and SIGTERM during a search: the first asks it to save and leave, the second ends the process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HINT = b"\ninterrupted: the trials in flight are being saved; once more leaves at once\n"
+
+
+class Interrupted(Exception):
+    """The user or the machine asked the search to leave; it can be resumed."""
+
+    def __init__(self, signum: int, name: str) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}; `paretune resume {name}` goes on")
+        self.exit_code = 128 + signum
+
+
+class Interruption:
+    """Notes the first signal instead of raising inside whatever runs; enter it while leaving must be orderly.
+
+    Only the main thread of a process can take signals; in another one it notes none.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._signum: int | None = None
+
+    def __enter__(self) -> Interruption:
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        if self._in_main_thread:
+            self._previous = {signum: signal.signal(signum, self._take) for signum in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._in_main_thread:
+            for signum, handler in self._previous.items():
+                signal.signal(signum, handler)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a signal came."""
+        return self._signum is not None
+
+    def check(self) -> None:
+        """Raise if a signal came.
+
+        Raises:
+            Interrupted: one did.
+        """
+        if self._signum is not None:
+            raise Interrupted(self._signum, self._name)
+
+    def _take(self, signum: int, _: FrameType | None) -> None:
+        if self.is_asked:
+            # As after a kill -9: the ledger has all that was acknowledged, and Ray's processes notice that the driver is gone.
+            os._exit(128 + signum)
+        self._signum = signum
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, HINT)

@@ -1,0 +1,69 @@
+"""What a search leaves behind in Ray and in the driver, counted while both still live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tiny import make_spec
+
+from search import cluster
+from search.interruption import Interruption
+from search.jobs import DispatcherSession, run_job
+from search.store import Store
+from spaces.config import TrialConfig
+from spaces.loading import load_spec
+from trainables.data import TaskData, prepare
+from trainables.job import Job
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def ray_here() -> Iterator[Any]:
+    import ray
+
+    yield ray
+    ray.shutdown()
+
+
+def test_after_the_jobs_no_actor_no_placement_group_and_no_file_is_left(tmp_path: Path, ray_here: Any) -> None:
+    from ray.util.state import list_actors
+
+    loaded = load_spec(make_spec(tmp_path), ["resources.workers=2"])
+    data = prepare(loaded.spec.model, loaded.spec.data)
+    store = Store.create(loaded)
+    driver = psutil.Process()
+    with cluster.connected(loaded.spec.resources) as capacity:
+        held = []
+        for turn in range(3):
+            with DispatcherSession(store, loaded.spec, data, capacity) as dispatcher:
+                _train_both_world_sizes(dispatcher, store, data, turn)
+                assert any(state == "CREATED" for state in _placement_groups(ray_here)), "nothing was there that could be left"
+            assert set(_placement_groups(ray_here)) <= {"REMOVED"}
+            assert [a.class_name for a in list_actors(filters=[("state", "=", "ALIVE")])] == []
+            assert not store.groups_path.exists()
+            held.append((driver.num_fds(), driver.num_threads()))
+        # The first turn opens what Ray's client keeps for good: connections and their threads.
+        assert held[2] <= held[1], f"file handles and threads of the driver after each turn: {held}"
+
+
+def _placement_groups(ray: Any) -> list[str]:
+    return [group["state"] for group in ray.util.placement_group_table().values()]
+
+
+def _train_both_world_sizes(dispatcher: Any, store: Store, data: TaskData, turn: int) -> None:
+    spec = store.load_spec().spec
+    for world_size in (1, 2):
+        params = {**spec.space.first(), "world_size": world_size, "dataset_fraction": 0.2}
+        config = TrialConfig.from_params(params, max_length=spec.model.max_length)
+        job = Job(
+            job_id=f"{turn}-{world_size}",
+            kind="train",
+            config=config.to_dict(),
+            directory=str(store.trial_path(10 * turn + world_size)),
+        )
+        assert run_job(dispatcher, job, Interruption("leftovers"))["state"] == "complete"

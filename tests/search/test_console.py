@@ -1,0 +1,48 @@
+"""The lines of a search without a terminal."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from synthetic import synthetic_events
+from tiny import make_spec
+
+from search.console import SearchView
+from spaces.loading import load_spec
+from spaces.spec import SearchSpec
+
+EVENTS = synthetic_events(8)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> SearchSpec:
+    return load_spec(make_spec(tmp_path)).spec
+
+
+def test_a_silent_search_says_that_it_goes_on(spec: SearchSpec, capsys: pytest.CaptureFixture[str]) -> None:
+    with SearchView(spec, heartbeat_seconds=0.02) as view:
+        end = time.monotonic() + 10
+        lines = ""
+        while "preparing" not in lines and time.monotonic() < end:
+            lines += capsys.readouterr().err
+        view(EVENTS[0])
+        view(next(e for e in EVENTS if e["event"] == "trial_started"))
+        capsys.readouterr()
+        lines = ""
+        while "min: trial" not in lines and time.monotonic() < end:
+            lines += capsys.readouterr().err
+    assert "past 0%" in lines
+    capsys.readouterr()
+    assert capsys.readouterr().err == "", "the heartbeat goes on after the search"
+
+
+def test_a_search_that_speaks_has_no_heartbeat_and_a_quiet_one_neither(spec: SearchSpec, capsys: pytest.CaptureFixture[str]) -> None:
+    with SearchView(spec) as view:
+        for event in EVENTS:
+            view(event)
+    assert "after" not in capsys.readouterr().err
+    with SearchView(spec, quiet=True, heartbeat_seconds=0.001) as view:
+        time.sleep(0.05)
+    assert capsys.readouterr().err == ""

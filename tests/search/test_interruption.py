@@ -1,0 +1,44 @@
+"""Signals to the driver."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from search.interruption import Interrupted, Interruption
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_is_noted_and_raised_where_it_is_asked_for(signum: signal.Signals, exit_code: int) -> None:
+    before = signal.getsignal(signum)
+    with Interruption("mine") as interruption:
+        interruption.check()
+        os.kill(os.getpid(), signum)
+        assert interruption.is_asked
+        with pytest.raises(Interrupted, match=f"by {signum.name}; `paretune resume mine`") as raised:
+            interruption.check()
+    assert raised.value.exit_code == exit_code
+    assert signal.getsignal(signum) is before
+
+
+def test_the_second_signal_ends_the_process_at_once() -> None:
+    code = (
+        "import os, signal\n"
+        "from search.interruption import Interruption\n"
+        "with Interruption('mine'):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('too late', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 143
+    assert done.stdout == "still here\n"
+    assert "once more leaves at once" in done.stderr
