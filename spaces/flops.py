@@ -9,11 +9,28 @@ it. Embedding look-ups, padding and recomputation count nothing. The split by wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from spaces.blueprint import Blueprint, Matrix
+from spaces.config import Recipe
+
 CONVENTION = "model FLOPs of real tokens; frozen weights 4N, trained 6N; causal attention halved; no recomputation"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingFlops:
+    """Model FLOPs of forward and backward, by what they grow with."""
+
+    per_token: float
+    per_row: float
+    per_squared_length: float
+    """Attention's, per token pair of a row."""
+
+    def total(self, *, num_tokens: float, num_rows: float, sum_of_squared_lengths: float) -> float:
+        """Return the FLOPs of training on these rows once."""
+        return self.per_token * num_tokens + self.per_row * num_rows + self.per_squared_length * sum_of_squared_lengths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,39 +42,93 @@ class LinearUse:
     """Whether it is applied at every position, or once per row (a classification head)."""
     input_needs_grad: bool
     weight_needs_grad: bool
+    share: float = 1.0
+    """Share of the positions that it is applied at: an expert sees only the tokens that are routed to it."""
 
-    def flops(self, num_tokens: float, num_rows: float) -> float:
-        """Return forward and backward FLOPs for this many real tokens in this many rows."""
-        products = 1 + self.input_needs_grad + self.weight_needs_grad
-        return 2.0 * self.num_weights * products * (num_tokens if self.per == "token" else num_rows)
+    @property
+    def flops(self) -> float:
+        """Forward and backward FLOPs at one position."""
+        return 2.0 * self.num_weights * self.share * (1 + self.input_needs_grad + self.weight_needs_grad)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionShape:
-    """What attention costs by, beside the lengths of the rows."""
+class AttentionUse:
+    """The products of attention over all layers."""
 
-    num_layers: int
+    num_products: int
+    """Sum over the layers of `attention_products`."""
     num_heads: int
     head_dim: int
     causal: bool
 
-    def flops(self, sum_of_squared_lengths: float) -> float:
-        """Return forward and backward FLOPs; a key-value head that several query heads share saves memory, not FLOPs.
-
-        The backward pass is counted for every layer. An adapter that leaves out the first layer's attention projections (LoRA
-        on `down_proj` alone) does not need it there: one layer's share too much.
-        """
-        whole = 12.0 * self.num_layers * self.num_heads * self.head_dim * sum_of_squared_lengths
+    @property
+    def flops(self) -> float:
+        """Forward and backward FLOPs per token pair; key-value heads that query heads share save memory, not FLOPs."""
+        whole = 2.0 * self.num_products * self.num_heads * self.head_dim
         return whole / 2 if self.causal else whole
 
 
-def training_flops(
-    linears: Sequence[LinearUse],
-    attention: AttentionShape,
-    *,
-    num_tokens: float,
-    num_rows: float,
-    sum_of_squared_lengths: float,
-) -> float:
-    """Return the model FLOPs of training on these rows once."""
-    return sum(use.flops(num_tokens, num_rows) for use in linears) + attention.flops(sum_of_squared_lengths)
+def attention_products(query_needs_grad: bool, key_needs_grad: bool, value_needs_grad: bool) -> int:
+    """Return the products of one layer: scores and weighted sum, and of the four backward those whose result is needed.
+
+    Forward S = Q K' and O = P V; backward dV = P' dO, dP = dO V', dQ = dS K, dK = dS' Q. All of them: three times the forward.
+    """
+    return 2 + value_needs_grad + (query_needs_grad or key_needs_grad) + query_needs_grad + key_needs_grad
+
+
+def training_flops(linears: Iterable[LinearUse], attention: AttentionUse) -> TrainingFlops:
+    """Sum the products of a forward pass and their gradients."""
+    uses = list(linears)
+    return TrainingFlops(
+        per_token=sum(use.flops for use in uses if use.per == "token"),
+        per_row=sum(use.flops for use in uses if use.per == "row"),
+        per_squared_length=attention.flops,
+    )
+
+
+def flops_of_blueprint(plan: Blueprint, recipe: Recipe) -> TrainingFlops:
+    """Return the FLOPs that a blueprint and a recipe imply.
+
+    It walks the model as the gradient does: what is before the first weight that trains needs none for its input.
+    """
+    shape = plan.shape
+    needs_grad = recipe.adapter == "none"
+    linears: list[LinearUse] = []
+    num_products = 0
+    for _ in range(shape.num_layers):
+        heads = [_uses((matrix,), recipe, needs_grad) for matrix in plan.attention_in]
+        linears += [use for uses, _ in heads for use in uses]
+        # Queries, keys and values, or one matrix for all three.
+        grads = [grad for _, grad in heads] * (3 // len(heads))
+        num_products += attention_products(*grads)
+        after = any(grads)
+        for stage in (plan.attention_out, plan.feed_forward_in, plan.feed_forward_out):
+            uses, after = _uses(stage, recipe, after or needs_grad)
+            linears += uses
+            # The residual stream carries the gradient around every stage.
+            needs_grad = needs_grad or after
+    for matrix in plan.head:
+        uses, needs_grad = _uses((matrix,), recipe, needs_grad)
+        linears += uses
+    attention = AttentionUse(
+        num_products=num_products,
+        num_heads=shape.num_heads,
+        head_dim=shape.head_dim,
+        causal=shape.causal,
+    )
+    return training_flops(linears, attention)
+
+
+def _uses(matrices: Sequence[Matrix], recipe: Recipe, needs_grad: bool) -> tuple[list[LinearUse], bool]:
+    """Return the products of linear layers side by side, and whether what comes out of them needs a gradient."""
+    uses = [use for matrix in matrices for use in _with_adapter(matrix, recipe, needs_grad)]
+    return uses, needs_grad or any(use.weight_needs_grad for use in uses)
+
+
+def _with_adapter(matrix: Matrix, recipe: Recipe, needs_grad: bool) -> Iterator[LinearUse]:
+    trains = recipe.adapter == "none" or matrix.trains_with_adapter
+    yield LinearUse(num_weights=matrix.num_weights, per=matrix.per, input_needs_grad=needs_grad, weight_needs_grad=trains)
+    if recipe.adapter == "lora" and not trains and matrix.is_wrapped_by(recipe.adapter_target_modules or ()):
+        rank = recipe.adapter_rank or 0
+        yield LinearUse(num_weights=rank * matrix.num_inputs, per=matrix.per, input_needs_grad=needs_grad, weight_needs_grad=True)
+        yield LinearUse(num_weights=rank * matrix.num_outputs, per=matrix.per, input_needs_grad=True, weight_needs_grad=True)

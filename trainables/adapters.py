@@ -13,18 +13,34 @@ from trainables.report import TrialError
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
 
 
-def add_lora(module: nn.Module, recipe: Recipe, task: str) -> nn.Module:
-    """Freeze the model and add trainable low-rank adapters; a classification head stays trainable.
+# What PEFT trains whole beside an adapter on a classifier, by the end of the module's name.
+HEADS = ("classifier", "score")
+
+
+def add_lora(module: nn.Module, recipe: Recipe, task: str, new_parameters: tuple[str, ...]) -> nn.Module:
+    """Freeze the model and add trainable low-rank adapters.
+
+    What the pretrained weights lack is trained whole: a low-rank update of random weights would leave them random.
+
+    Args:
+        module: the model; changed in place.
+        recipe: rank, alpha and target modules.
+        task: the model's task.
+        new_parameters: names of the parameters that were drawn anew.
 
     Raises:
         TrialError: a target module does not exist in the model.
     """
     targets = recipe.adapter_target_modules or ()
     _check_targets(module, targets)
+    new = sorted({name.rpartition(".")[0] for name in new_parameters})
+    others = [name for name in new if not any(part.endswith(HEADS) for part in name.split("."))]
     config = LoraConfig(
         task_type=TASK_TYPES[task],
         r=recipe.adapter_rank or 0,
         lora_alpha=recipe.adapter_alpha or 0.0,  # type: ignore[arg-type]  # PEFT takes a float too
+        exclude_modules=new or None,
+        modules_to_save=others or None,
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         # Dropout would make the loss curve depend on the layout.
         lora_dropout=0.0,

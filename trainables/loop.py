@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 
@@ -13,14 +14,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spaces import metrics
 from spaces.config import TrialConfig
-from spaces.flops import LinearUse
+from spaces.flops import TrainingFlops
 from trainables.batching import Batch, BatchPlan
 from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from trainables.data import TaskData
 from trainables.evaluation import evaluate, exact_match, summed_loss
 from trainables.mesh import World
-from trainables.meter import StepTimer, counting, details, reset_peak_memory, speed
-from trainables.model import BaseModel, build, trainable, unwrapped
+from trainables.meter import CountingPass, StepTimer, details, reset_peak_memory, speed
+from trainables.model import BaseModel, build, trainable
 from trainables.optim import MAX_GRAD_NORM, learning_rate, make_optimizer
 from trainables.parallelize import autocast, gradient_sync
 from trainables.report import Diverged, OutOfMemory, TrialReport
@@ -99,7 +100,7 @@ class Trainer:
         self.step = 0
         self._losses = torch.zeros(self.num_steps, device=world.device)
         self._global_losses: list[float] = []
-        self._linears: list[LinearUse] = []
+        self._flops: TrainingFlops | None = None
         saved = checkpoints.latest_valid() if checkpoints else None
         self._timer = StepTimer(world.device, saved.state["step_seconds"] if saved else [])
         if saved is not None:
@@ -153,18 +154,25 @@ class Trainer:
             weights[name] = _whole(parameter)
             for key, value in self._optimizer.state[parameter].items():
                 optimizer[f"{name}/{key}"] = _whole(value)
-        state = {"step": self.step, "losses": self._global_losses, "step_seconds": self._timer.seconds()}
+        assert self._flops is not None  # a step was trained
+        state = {
+            "step": self.step,
+            "losses": self._global_losses,
+            "step_seconds": self._timer.seconds(),
+            "flops": asdict(self._flops),
+        }
         if self.world.rank == 0:
             self.checkpoints.save(self.step, Checkpoint(weights=weights, optimizer=optimizer, state=state))
 
     def _backward(self, batch: Batch, scale: float) -> torch.Tensor:
         """Run one micro batch forward and backward; return its part of the step's loss."""
         with autocast(self.config, self.world):
-            if self._linears:
+            if self._flops is not None:
                 loss, _, _ = summed_loss(self.module, batch, self.data.task)
             else:
-                with counting(unwrapped(self.module), batch, self._linears):
+                with CountingPass(batch, self.base.shape) as counted:
                     loss, _, _ = summed_loss(self.module, batch, self.data.task)
+                self._flops = counted.flops()
         loss = loss * scale
         loss.backward()
         return loss.detach() / self.world.world_size
@@ -186,7 +194,8 @@ class Trainer:
         self._collect_losses()
         earlier = max((rung for rung in self.rungs if rung < self.step), default=0)
         seconds = self._timer.seconds()
-        cost = speed(seconds, self._sizes, self.world, self._linears, self.base.shape, self.config.recipe.precision)
+        assert self._flops is not None  # a step was trained, here or before the checkpoint
+        cost = speed(seconds, self._sizes, self.world, self._flops, self.config.recipe.precision)
         recent = self._global_losses[earlier : self.step]
         tokens = self._sizes.tokens
         return TrialReport(
@@ -206,6 +215,7 @@ class Trainer:
     def _restore(self, saved: Checkpoint) -> None:
         self.step = saved.state["step"]
         self._global_losses = list(saved.state["losses"])
+        self._flops = TrainingFlops(**saved.state["flops"])
         load_weights(self._parameters, saved.weights)
         for name, parameter in self._parameters.items():
             prefix = f"{name}/"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from spaces import metrics
 from spaces.architecture import ModelShape
-from spaces.flops import CONVENTION, AttentionShape, LinearUse, training_flops
+from spaces.flops import CONVENTION, AttentionUse, LinearUse, TrainingFlops, attention_products, training_flops
 from spaces.hardware import peak_flops_per_second
 from trainables.batching import Batch, StepSizes
 from trainables.mesh import World
@@ -71,14 +71,10 @@ def train_seconds(seconds: list[float], sizes: StepSizes) -> float:
     return float(np.median(pace) * sizes.padded_tokens.sum())
 
 
-def speed(
-    seconds: list[float], sizes: StepSizes, world: World, linears: list[LinearUse], shape: ModelShape, precision: str
-) -> dict[str, float]:
+def speed(seconds: list[float], sizes: StepSizes, world: World, per_pass: TrainingFlops, precision: str) -> dict[str, float]:
     """Return the metrics that follow from step times and shapes; no `mfu` where the device's peak is unknown."""
     total = train_seconds(seconds, sizes)
-    flops = training_flops(
-        linears,
-        AttentionShape(num_layers=shape.num_layers, num_heads=shape.num_heads, head_dim=shape.head_dim, causal=shape.causal),
+    flops = per_pass.total(
         num_tokens=float(sizes.tokens.sum()),
         num_rows=float(sizes.rows.sum()),
         sum_of_squared_lengths=float(sizes.squared_lengths.sum()),
@@ -130,31 +126,58 @@ def _measured_gemm(precision: str, threads: int) -> float:
     return 2 * size**3 / best
 
 
-@contextmanager
-def counting(module: nn.Module, batch: Batch, uses: list[LinearUse]) -> Iterator[None]:
-    """Note every matrix product of one forward pass: its weights, how often it is applied, and which gradients it needs."""
-    num_rows, length = batch.input_ids.shape
+class CountingPass(TorchFunctionMode):
+    """Notes every matrix product of one forward pass: its weights, where it is applied, and which gradients it needs.
 
-    def note(part: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
-        weight, x = part.weight, inputs[0]
+    It sees the functions that are called, not the modules, so that routed experts and adapters of any kind are seen too.
+    Attention that is no `scaled_dot_product_attention` is taken from the model's shape, with every layer trained through.
+    """
+
+    def __init__(self, batch: Batch, shape: ModelShape) -> None:
+        super().__init__()
+        self._num_rows, self._length = batch.input_ids.shape
+        self._shape = shape
+        self._linears: list[LinearUse] = []
+        self._attention: list[int] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func is functional.linear:
+            self._note(args[0], args[1] if len(args) > 1 else named["weight"])
+        elif func is torch.addmm:
+            self._note(args[1], args[2])
+        elif func is functional.scaled_dot_product_attention:
+            self._attention.append(attention_products(*(x.requires_grad for x in args[:3])))
+        elif getattr(func, "__name__", "") == "_grouped_mm":  # `functional.grouped_mm` calls it and is not seen itself
+            self._note(args[0], args[1], num_experts=args[1].shape[0])
+        return func(*args, **named)
+
+    def flops(self) -> TrainingFlops:
+        """Return the FLOPs of training, from what was seen."""
+        layers = self._attention or [attention_products(True, True, True)] * self._shape.num_layers
+        attention = AttentionUse(
+            num_products=sum(layers),
+            num_heads=self._shape.num_heads,
+            head_dim=self._shape.head_dim,
+            causal=self._shape.causal,
+        )
+        return training_flops(self._linears, attention)
+
+    def _note(self, x: torch.Tensor, weight: torch.Tensor, num_experts: int = 1) -> None:
         positions = x.numel() // x.shape[-1]
-        assert isinstance(weight, torch.Tensor)
-        uses.append(
+        # With one token per row the two are the same number, and the same FLOPs.
+        per_row = positions == self._num_rows and self._length > 1
+        self._linears.append(
             LinearUse(
-                num_weights=weight.numel(),
-                # With one token per row the two are the same number, and the same FLOPs.
-                per="row" if positions == num_rows and length > 1 else "token",
+                num_weights=weight.numel() // num_experts,
+                per="row" if per_row else "token",
                 input_needs_grad=x.requires_grad,
                 weight_needs_grad=weight.requires_grad,
+                share=1.0 if per_row else positions / (self._num_rows * self._length),
             )
         )
-
-    handles = [m.register_forward_hook(note) for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -78,7 +78,7 @@ def build(config: TrialConfig, base: BaseModel, world: World) -> nn.Module:
         torch.manual_seed(config.recipe.seed)
         _initialise(module, base.new_parameters)
         if config.recipe.adapter == "lora":
-            module = add_lora(module, config.recipe, base.task)
+            module = add_lora(module, config.recipe, base.task, base.new_parameters)
     return parallelize(module.to(world.device), config, world)
 
 

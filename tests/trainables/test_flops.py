@@ -4,44 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import NUM_LABELS, SOME_TARGETS, config_of, make
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    set_seed,
-)
 
 from spaces.architecture import ModelShape
+from spaces.blueprint import FAMILIES, blueprint
 from spaces.config import Recipe
-from spaces.flops import AttentionShape, LinearUse, training_flops
+from spaces.flops import AttentionUse, LinearUse, TrainingFlops, attention_products, flops_of_blueprint
 from spaces.hardware import peak_flops_per_second
 from trainables.adapters import add_lora
 from trainables.batching import Batch
 from trainables.evaluation import summed_loss
-from trainables.meter import counting
+from trainables.meter import CountingPass
 
 ROWS, LENGTH = 3, 24
+# What these heads have that no pretrained model brings.
+NEW = {"distilbert": ("pre_classifier.weight", "classifier.weight"), "roberta": ("classifier.dense.weight",)}
+ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
 
 
-def make(kind: str):
-    set_seed(0)
-    shape = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 160}
-    if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2)), "causal-lm"
-    if kind == "tied":
-        return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=4, tie_word_embeddings=True)), "causal-lm"
-    if kind == "gpt2":
-        config = GPT2Config(vocab_size=97, n_embd=64, n_layer=3, n_head=4, n_positions=64, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0)
-        return GPT2LMHeadModel(config), "causal-lm"
-    return BertForSequenceClassification(BertConfig(**shape, num_labels=5)), "sequence-classification"
+def task_of(family: str) -> str:
+    return "sequence-classification" if family in ENCODERS else "causal-lm"
 
 
-def lora(targets: tuple[str, ...]) -> Recipe:
+def recipe(targets: tuple[str, ...] | None) -> Recipe:
     return Recipe(
         learning_rate=1,
         global_batch_size=1,
@@ -51,41 +38,97 @@ def lora(targets: tuple[str, ...]) -> Recipe:
         weight_decay=0,
         precision="fp32",
         seed=0,
-        adapter="lora",
+        adapter="lora" if targets else "none",
         adapter_rank=4,
         adapter_alpha=8,
         adapter_target_modules=targets,
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "bert"])
-@pytest.mark.parametrize("adapter", ["none", "all-linear", "some"])
-def test_the_formula_is_what_torch_computes(kind: str, adapter: str) -> None:
-    module, task = make(kind)
-    shape = ModelShape.from_config({**module.config.to_dict(), "architectures": [type(module).__name__]})
-    some = {"llama": ("q_proj", "v_proj"), "tied": ("k_proj", "down_proj"), "gpt2": ("c_attn",), "bert": ("query", "value")}
-    if adapter != "none":
-        module = add_lora(module, lora(("all-linear",) if adapter == "all-linear" else some[kind]), task)
-    ids = torch.randint(1, 97, (ROWS, LENGTH))
-    targets = ids if task == "causal-lm" else torch.tensor([0, 1, 2])
-    batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), targets=targets)
-    uses: list[LinearUse] = []
+def make_batch(task: str, lengths: list[int]) -> Batch:
+    ids = torch.randint(3, 97, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
+    targets = ids.where(mask.bool(), -100) if task == "causal-lm" else torch.arange(len(lengths)) % NUM_LABELS
+    return Batch(input_ids=ids, attention_mask=mask, targets=targets)
+
+
+def counted(module: torch.nn.Module, task: str, batch: Batch) -> tuple[float, TrainingFlops]:
+    """Return torch's own count of one forward and backward pass, and ours."""
+    shape = ModelShape.from_config(config_of(module.base_model.model if hasattr(module, "peft_config") else module))
     # The default attention kernel of the CPU is not in the counter's table: the mathematical one is.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, counting(module, batch, uses):
-        loss, _, _ = summed_loss(module, batch, task)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with CountingPass(batch, shape) as ours:
+            loss, _, _ = summed_loss(module, batch, task)
         loss.backward()
-    # The counter does not halve causal attention.
-    attention = AttentionShape(num_layers=shape.num_layers, num_heads=shape.num_heads, head_dim=shape.head_dim, causal=False)
-    ours = training_flops(uses, attention, num_tokens=ROWS * LENGTH, num_rows=ROWS, sum_of_squared_lengths=ROWS * LENGTH**2)
-    assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
+    return counter.get_total_flops(), ours.flops()
 
 
-def test_causal_attention_costs_half_and_padding_nothing() -> None:
-    whole = AttentionShape(num_layers=2, num_heads=4, head_dim=8, causal=False)
-    half = AttentionShape(num_layers=2, num_heads=4, head_dim=8, causal=True)
-    assert half.flops(100.0) == whole.flops(100.0) / 2 == 12 * 2 * 4 * 8 * 100.0 / 2
-    use = LinearUse(num_weights=10, per="token", input_needs_grad=True, weight_needs_grad=False)
-    assert use.flops(num_tokens=7, num_rows=2) == 4 * 10 * 7
+def total(flops: TrainingFlops, lengths: list[int], causal: bool) -> float:
+    """Return all FLOPs in torch's convention, which does not halve causal attention."""
+    squares = sum(n**2 for n in lengths) * (2 if causal else 1)
+    return flops.total(num_tokens=sum(lengths), num_rows=len(lengths), sum_of_squared_lengths=squares)
+
+
+# Around stacked experts PEFT's all-linear adds the whole product of its two matrices to the weight: an overhead, no model FLOPs.
+STACKED = {"mixtral", "qwen3_moe"}
+CASES = [(f, a) for f in FAMILIES for a in ("none", "all-linear", "some") if not (f in STACKED and a == "all-linear")]
+
+
+@pytest.mark.parametrize(("family", "adapter"), CASES)
+def test_the_formula_is_what_torch_computes(family: str, adapter: str) -> None:
+    task = task_of(family)
+    targets = {"none": None, "all-linear": ("all-linear",)}.get(adapter, SOME_TARGETS.get(family, ("q_proj", "v_proj")))
+    module = make(family, task)
+    if hasattr(module.config, "num_experts_per_tok"):
+        module.set_experts_implementation("eager")  # the counter does not know grouped products
+    plan = blueprint(config_of(module), task, NUM_LABELS)  # type: ignore[arg-type]
+    trial = recipe(targets)
+    if targets:
+        module = add_lora(module, trial, task, NEW.get(family, ()))
+    lengths = [LENGTH] * ROWS
+    theirs, measured = counted(module, task, make_batch(task, lengths))
+    for ours in (measured, flops_of_blueprint(plan, trial)):
+        assert total(ours, lengths, plan.shape.causal) == pytest.approx(theirs, rel=0.01)
+
+
+@pytest.mark.parametrize("targets", [("down_proj",), ("o_proj",), ("k_proj", "up_proj")])
+def test_nothing_below_the_first_trained_weight_is_differentiated(targets: tuple[str, ...]) -> None:
+    module = make("llama", "causal-lm", tie_word_embeddings=True)
+    plan = blueprint(config_of(module), "causal-lm")
+    theirs, measured = counted(
+        add_lora(module, recipe(targets), "causal-lm", ()), "causal-lm", make_batch("causal-lm", [LENGTH] * ROWS)
+    )
+    for ours in (measured, flops_of_blueprint(plan, recipe(targets))):
+        assert total(ours, [LENGTH] * ROWS, causal=True) == pytest.approx(theirs, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_grouped_experts_cost_what_experts_one_by_one_cost(family: str) -> None:
+    counts = []
+    for implementation in ("eager", "grouped_mm"):
+        module = make(family, "causal-lm")
+        module.set_experts_implementation(implementation)
+        counts.append(counted(module, "causal-lm", make_batch("causal-lm", [LENGTH] * ROWS))[1])
+    assert counts[0].per_token == pytest.approx(counts[1].per_token, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_rows_of_unequal_length_cost_what_each_costs_alone(family: str) -> None:
+    task, lengths = task_of(family), [24, 17, 6]
+    module = make(family, task)
+    causal = task == "causal-lm"
+    alone = sum(counted(module, task, make_batch(task, [n]))[0] for n in lengths)
+    padded, ours = counted(module, task, make_batch(task, lengths))
+    assert total(ours, lengths, causal) == pytest.approx(alone, rel=0.01)
+    assert total(ours, [24] * 3, causal) == pytest.approx(padded, rel=0.01), "the padded pass costs what padded rows cost"
+
+
+def test_causal_attention_costs_half_and_a_frozen_weight_four() -> None:
+    products = 2 * attention_products(True, True, True)
+    whole = AttentionUse(num_products=products, num_heads=4, head_dim=8, causal=False)
+    half = AttentionUse(num_products=products, num_heads=4, head_dim=8, causal=True)
+    assert half.flops == whole.flops / 2 == 12 * 2 * 4 * 8 / 2
+    assert LinearUse(num_weights=10, per="token", input_needs_grad=True, weight_needs_grad=False).flops == 4 * 10
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,237 @@
+"""Every weight of a model and what it costs, from its `config.json` alone: the families of the hub that people fine-tune.
+
+What a family is made of is that of its modelling file in https://github.com/huggingface/transformers/tree/main/src/transformers/models;
+tests compare every count with the model that transformers builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from spaces.architecture import ModelShape, ShapeError
+
+Task = Literal["sequence-classification", "causal-lm"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """A linear layer, as many times as there are experts."""
+
+    name: str
+    """Suffix of its module's name, which LoRA's targets are matched with."""
+    num_inputs: int
+    num_outputs: int
+    has_bias: bool = False
+    per: Literal["token", "row"] = "token"
+    num_experts: int = 1
+    num_active: int = 1
+    """Experts that one token meets."""
+    is_module: bool = True
+    """Whether it is an `nn.Linear` of its own, which LoRA can wrap; experts of one stacked weight are not."""
+    is_output: bool = False
+    """Whether it is the output embedding, which `all-linear` leaves out."""
+    trains_with_adapter: bool = False
+    """Whether PEFT trains it whole beside an adapter: the head of a classifier."""
+
+    def is_wrapped_by(self, targets: tuple[str, ...]) -> bool:
+        """Return whether LoRA with these target modules wraps it."""
+        if not self.is_module:
+            return False
+        return not self.is_output if targets == ("all-linear",) else any(t.rsplit(".", 1)[-1] == self.name for t in targets)
+
+    @property
+    def num_weights(self) -> int:
+        """Weights that one token meets, without the bias."""
+        return self.num_inputs * self.num_outputs * self.num_active
+
+    @property
+    def num_params(self) -> int:
+        """Parameters that are held, with the bias."""
+        return (self.num_inputs + self.has_bias) * self.num_outputs * self.num_experts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blueprint:
+    """A model as its weights: tables, equal blocks, and what comes after them."""
+
+    shape: ModelShape
+    num_embedding_params: int
+    """Look-up tables and their normalisation; a tied head is this table."""
+    attention_in: tuple[Matrix, ...]
+    """The projections of a block that attention waits for."""
+    attention_out: tuple[Matrix, ...]
+    feed_forward_in: tuple[Matrix, ...]
+    feed_forward_out: tuple[Matrix, ...]
+    num_block_vector_params: int
+    """Normalisation of one block."""
+    num_final_vector_params: int
+    head: tuple[Matrix, ...]
+    """Linear layers after the last block, in their order."""
+    is_head_tied: bool
+    num_norms_per_block: int
+    is_gated: bool
+
+    @property
+    def block(self) -> tuple[Matrix, ...]:
+        """The linear layers of one block, in the order of the forward pass."""
+        return (*self.attention_in, *self.attention_out, *self.feed_forward_in, *self.feed_forward_out)
+
+    @property
+    def num_block_params(self) -> int:
+        return sum(m.num_params for m in self.block) + self.num_block_vector_params
+
+    @property
+    def num_head_params(self) -> int:
+        """Parameters of the head that are not the embedding table."""
+        return 0 if self.is_head_tied else sum(m.num_params for m in self.head)
+
+    @property
+    def num_params(self) -> int:
+        blocks = self.shape.num_layers * self.num_block_params
+        return self.num_embedding_params + blocks + self.num_final_vector_params + self.num_head_params
+
+
+def blueprint(config: Mapping[str, Any], task: Task, num_labels: int = 0) -> Blueprint:
+    """Return what the model of a `config.json` is made of when it is loaded for a task.
+
+    Raises:
+        ShapeError: the family is not known, or a size is missing.
+    """
+    text = config.get("text_config")
+    sizes: Mapping[str, Any] = text if isinstance(text, Mapping) else config
+    family = str(sizes.get("model_type"))
+    if family not in FAMILIES:
+        raise ShapeError(f"config.json: model_type: no formulas for '{family}'; there are some for: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[family](sizes, ModelShape.from_config(config), task, num_labels)
+
+
+def _decoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -> Blueprint:
+    """Llama and what descends from it."""
+    family = c["model_type"]
+    width, heads, kv = s.hidden_size, s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+    bias = bool(c.get("attention_bias", False)) or family == "qwen2"
+    out_bias = bool(c.get("attention_bias", False))
+    norms = 4 if family in ("gemma2", "gemma3_text") else 2
+    head_norms = 2 * s.head_dim if family in ("qwen3", "qwen3_moe", "gemma3_text") else 0
+    if family == "phi3":
+        attention_in: tuple[Matrix, ...] = (Matrix(name="qkv_proj", num_inputs=width, num_outputs=heads + 2 * kv),)
+    else:
+        attention_in = (
+            Matrix(name="q_proj", num_inputs=width, num_outputs=heads, has_bias=bias),
+            Matrix(name="k_proj", num_inputs=width, num_outputs=kv, has_bias=bias),
+            Matrix(name="v_proj", num_inputs=width, num_outputs=kv, has_bias=bias),
+        )
+    feed_in, feed_out = _feed_forward(c, s)
+    tied = task == "causal-lm" and bool(c.get("tie_word_embeddings", family.startswith("gemma")))
+    outputs = s.vocab_size if task == "causal-lm" else num_labels
+    return Blueprint(
+        shape=s,
+        num_embedding_params=s.vocab_size * width,
+        attention_in=attention_in,
+        attention_out=(Matrix(name="o_proj", num_inputs=heads, num_outputs=width, has_bias=out_bias),),
+        feed_forward_in=feed_in,
+        feed_forward_out=feed_out,
+        num_block_vector_params=norms * width + head_norms,
+        num_final_vector_params=width,
+        # `score` is applied at every position, though one a row is used.
+        head=(_output(task, width, outputs),),
+        is_head_tied=tied,
+        num_norms_per_block=norms,
+        is_gated=True,
+    )
+
+
+def _feed_forward(c: Mapping[str, Any], s: ModelShape) -> tuple[tuple[Matrix, ...], tuple[Matrix, ...]]:
+    width, inner, family = s.hidden_size, s.intermediate_size, c["model_type"]
+    if family in ("mixtral", "qwen3_moe"):
+        experts = int(c.get("num_local_experts") or c["num_experts"])
+        active = int(c["num_experts_per_tok"])
+        inner = int(c.get("moe_intermediate_size") or inner)
+        stacked: dict[str, Any] = {"num_experts": experts, "num_active": active, "is_module": False}
+        router = Matrix(name="gate", num_inputs=width, num_outputs=experts, is_module=False)
+        return (
+            (router, Matrix(name="gate_up_proj", num_inputs=width, num_outputs=2 * inner, **stacked)),
+            (Matrix(name="down_proj", num_inputs=inner, num_outputs=width, **stacked),),
+        )
+    bias = bool(c.get("mlp_bias", False))
+    down = (Matrix(name="down_proj", num_inputs=inner, num_outputs=width, has_bias=bias),)
+    if family == "phi3":
+        return (Matrix(name="gate_up_proj", num_inputs=width, num_outputs=2 * inner),), down
+    return (
+        Matrix(name="gate_proj", num_inputs=width, num_outputs=inner, has_bias=bias),
+        Matrix(name="up_proj", num_inputs=width, num_outputs=inner, has_bias=bias),
+    ), down
+
+
+def _output(task: Task, width: int, outputs: int) -> Matrix:
+    if task == "causal-lm":
+        return Matrix(name="lm_head", num_inputs=width, num_outputs=outputs, is_output=True)
+    return Matrix(name="score", num_inputs=width, num_outputs=outputs, trains_with_adapter=True)
+
+
+def _gpt2(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -> Blueprint:
+    width, inner = s.hidden_size, s.intermediate_size
+    causal = task == "causal-lm"
+    return Blueprint(
+        shape=s,
+        num_embedding_params=(s.vocab_size + int(c.get("n_positions", 1024))) * width,
+        attention_in=(Matrix(name="c_attn", num_inputs=width, num_outputs=3 * width, has_bias=True),),
+        attention_out=(Matrix(name="c_proj", num_inputs=width, num_outputs=width, has_bias=True),),
+        feed_forward_in=(Matrix(name="c_fc", num_inputs=width, num_outputs=inner, has_bias=True),),
+        feed_forward_out=(Matrix(name="c_proj", num_inputs=inner, num_outputs=width, has_bias=True),),
+        num_block_vector_params=4 * width,
+        num_final_vector_params=2 * width,
+        head=(_output(task, width, s.vocab_size if causal else num_labels),),
+        is_head_tied=causal,
+        num_norms_per_block=2,
+        is_gated=False,
+    )
+
+
+def _encoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -> Blueprint:
+    """BERT and what descends from it."""
+    if task != "sequence-classification":
+        raise ShapeError(f"model.task: {c['model_type']} sees the tokens after a token too; allowed: sequence-classification")
+    family = c["model_type"]
+    width, inner = s.hidden_size, s.intermediate_size
+    distil, is_roberta = family == "distilbert", "roberta" in family
+    names = ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2") if distil else ("query", "key", "value", "dense", "dense", "dense")
+    q, k, v, out, first, second = names
+    tables = s.vocab_size + int(c.get("max_position_embeddings", 512)) + (0 if distil else int(c.get("type_vocab_size", 2)))
+    dense = "pre_classifier" if distil else "dense"
+    return Blueprint(
+        shape=s,
+        num_embedding_params=(tables + 2) * width,
+        attention_in=tuple(Matrix(name=n, num_inputs=width, num_outputs=width, has_bias=True) for n in (q, k, v)),
+        attention_out=(Matrix(name=out, num_inputs=width, num_outputs=width, has_bias=True),),
+        feed_forward_in=(Matrix(name=first, num_inputs=width, num_outputs=inner, has_bias=True),),
+        feed_forward_out=(Matrix(name=second, num_inputs=inner, num_outputs=width, has_bias=True),),
+        num_block_vector_params=4 * width,
+        num_final_vector_params=0,
+        head=(
+            # BERT's pooler is pretrained; the others' first layer of the head is new, and so trained whole.
+            Matrix(name=dense, num_inputs=width, num_outputs=width, has_bias=True, per="row", trains_with_adapter=family != "bert"),
+            Matrix(
+                name="out_proj" if is_roberta else "classifier",
+                num_inputs=width,
+                num_outputs=num_labels,
+                has_bias=True,
+                per="row",
+                trains_with_adapter=True,
+            ),
+        ),
+        is_head_tied=False,
+        num_norms_per_block=2,
+        is_gated=False,
+    )
+
+
+FAMILIES: Mapping[str, Callable[[Mapping[str, Any], ModelShape, Task, int], Blueprint]] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe"), _decoder
+    ),
+    "gpt2": _gpt2,
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "distilbert"), _encoder),
+}
