@@ -33,14 +33,14 @@ def add_lora(module: nn.Module, recipe: Recipe, task: str, new_parameters: tuple
     """
     targets = recipe.adapter_target_modules or ()
     _check_targets(module, targets)
-    new = sorted({name.rpartition(".")[0] for name in new_parameters})
-    others = [name for name in new if not any(part.endswith(HEADS) for part in name.split("."))]
+    new = {name.rpartition(".")[0] for name in new_parameters}
+    heads = {name for name, _ in module.named_modules() if any(part.endswith(HEADS) for part in name.split("."))}
     config = LoraConfig(
         task_type=TASK_TYPES[task],
         r=recipe.adapter_rank or 0,
         lora_alpha=recipe.adapter_alpha or 0.0,  # type: ignore[arg-type]  # PEFT takes a float too
-        exclude_modules=new or None,
-        modules_to_save=others or None,
+        exclude_modules=sorted(new | heads) or None,
+        modules_to_save=sorted(new - heads) or None,
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         # Dropout would make the loss curve depend on the layout.
         lora_dropout=0.0,
