@@ -65,6 +65,8 @@ def reproduce_command(spec: SearchSpec, spec_path: str, record: TrialRecord) -> 
     """Return the command that trains this one trial again."""
     searched = {knob: record.params[knob] for knob in spec.space.names_searched() if knob in record.params}
     pins = [*spec.space.fixed_to(searched), "budget.trials=1", f"name={spec.name}-again-{record.number}"]
+    if spec.sampler.points_to_evaluate:
+        pins.append("sampler.points_to_evaluate=[]")
     return shlex.join(["paretune", "search", spec_path, *(part for pin in pins for part in ("--set", pin))])
 
 

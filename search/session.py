@@ -141,6 +141,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit, *, origins: Mapping[str
                 sampler=spec.sampler.method,
                 seed=spec.sampler.seed,
                 startup_trials=spec.sampler.startup_trials,
+                points_to_evaluate=spec.sampler.points_to_evaluate,
             ),
             limits=limits,
             on_event=on_event,

@@ -42,6 +42,7 @@ class Study:
         sampler: SamplerName,
         seed: int,
         startup_trials: int,
+        points_to_evaluate: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = space
@@ -52,6 +53,9 @@ class Study:
             directions=[o.direction for o in self._objectives],
             load_if_exists=True,
         )
+        if not self._study.trials:
+            for point in points_to_evaluate:
+                self._study.enqueue_trial(space.encode(point))
         # A resumed study must not propose its first points again, so the seed moves on with the trials.
         seed += len(self._study.trials)
         if sampler == "random":

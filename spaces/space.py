@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -135,16 +136,42 @@ class SpaceSpec(BaseModel):
         return params
 
     def encode(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the suggester's params that make `suggest` return these params; for enqueueing and warm starts.
+        """Return the suggester's params that make `suggest` return these params, and choose the others freely.
+
+        Args:
+            params: values for some knobs; without the adapter where that is searched, what depends on it cannot be among them.
 
         Raises:
             ValueError: a value is not in its domain.
-            KeyError: a knob is missing.
         """
+        known = {"adapter": self.adapter.ends()[0], **params}
         encoded: dict[str, Any] = {}
-        for knob, name, domain in self._active(params):
-            encoded |= domain.encode(name, params[knob])
+        for knob, name, domain in self._active(known):
+            if knob in params:
+                encoded |= domain.encode(name, params[knob])
         return encoded
+
+    def problem_with_point(self, params: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return what is wrong with some knobs' values, what is allowed and the nearest name; None if they are in the space."""
+        knobs = list(type(self).model_fields)
+        unknown = [knob for knob in params if knob not in knobs]
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], knobs, n=1)
+            return {"what": f"there is no knob '{unknown[0]}'", "allowed": ", ".join(knobs), "nearest": close[0] if close else None}
+        if params.get("adapter", self.adapter.ends()[0]) not in self.adapter.ends():
+            return {"what": f"adapter is {params['adapter']!r}", "allowed": ", ".join(self.adapter.ends())}
+        try:
+            active = {knob for knob, _, _ in self._active({"adapter": self.adapter.ends()[0], **params})}
+            self.encode(params)
+        except (ValueError, TypeError) as error:
+            return {"what": str(error), "allowed": "values that the space holds"}
+        idle = sorted(set(params) - active)
+        if idle:
+            return {"what": f"{idle[0]} says nothing without LoRA", "allowed": "adapter: lora beside it"}
+        is_open = "adapter" not in params and self.adapter.is_searched
+        if is_open and "learning_rate" in params and isinstance(self.learning_rate, ByAdapter):
+            return {"what": "learning_rate depends on the adapter, which is not given", "allowed": "adapter beside it"}
+        return None
 
     def first(self) -> dict[str, Any]:
         """Return params with the first value of every knob: the first of a choice, the low end of a range."""

@@ -193,6 +193,8 @@ class SamplerSpec(_Section):
     """Seeds the proposals."""
     startup_trials: AtLeastZero = 8
     """Random trials before the estimator is trusted."""
+    points_to_evaluate: tuple[dict[str, Any], ...] = ()
+    """Points that are known to be good, tried first: each gives values to some knobs; the sampler fills in the others."""
 
 
 class TrackingSpec(_Section):
@@ -255,6 +257,19 @@ class SearchSpec(_Section):
             context = {"allowed": "data.exact_match_rows at least 1"}
             raise PydanticCustomError("metric_off", "exact_match is turned off by data.exact_match_rows", context)
         return objectives
+
+    @field_validator("sampler")
+    @classmethod
+    def _points_are_in_the_space(cls, sampler: SamplerSpec, info: ValidationInfo) -> SamplerSpec:
+        space = info.data.get("space")
+        if space is None:
+            return sampler  # its own errors are reported
+        for number, point in enumerate(sampler.points_to_evaluate):
+            problem = space.problem_with_point(point)
+            if problem is not None:
+                context = {"number": number, **problem}
+                raise PydanticCustomError("point_outside", "points_to_evaluate[{number}] is outside the space: {what}", context)
+        return sampler
 
     def resolved_objectives(self) -> tuple[Objective, ...]:
         """Return the objectives with every default filled in."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
@@ -18,7 +19,7 @@ OBJECTIVES = (
 )
 
 
-def make(path: Path, *, seed: int = 0, **space: object) -> Study:
+def make(path: Path, *, seed: int = 0, points: Sequence[dict[str, object]] = (), **space: object) -> Study:
     return Study(
         path=path,
         name="mine",
@@ -27,6 +28,7 @@ def make(path: Path, *, seed: int = 0, **space: object) -> Study:
         sampler="tpe",
         seed=seed,
         startup_trials=4,
+        points_to_evaluate=points,
     )
 
 
@@ -86,3 +88,18 @@ def test_tpe_keeps_away_from_what_was_infeasible(tmp_path: Path) -> None:
         else:
             study.tell_complete(proposal.number, {"accuracy": 0.5 + 0.1 * world_size, "train_seconds": 10.0 / world_size})
     assert infeasible <= 12  # random proposals: about 20
+
+
+def test_known_points_come_first_and_once_and_the_sampler_fills_them_in(tmp_path: Path) -> None:
+    points = [
+        {"learning_rate": 2e-3, "world_size": 4, "dataset_fraction": 1.0},
+        {"lora_rank": 32},
+    ]
+    space = {"world_size": {"choice": [1, 2, 4]}}
+    study = make(tmp_path / "study.db", points=points, **space)
+    first, second = study.ask().params, study.ask().params
+    assert first | points[0] == first
+    assert second["lora_rank"] == 32
+    assert set(first) == set(second), "every knob has a value"
+    resumed = make(tmp_path / "study.db", points=points, **space)
+    assert resumed.ask().params | points[0] != resumed.ask().params, "a resumed study begins with the points again"

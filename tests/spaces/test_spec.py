@@ -148,3 +148,24 @@ def test_the_import_is_fast_and_brings_neither_torch_nor_ray():
             return
         time.sleep(0.5)
     pytest.fail(f"import spaces.spec takes {min(seconds):.2f} s of CPU time; at most 0.4 s")
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        ({"learning_rat": 1e-3}, "there is no knob 'learning_rat'"),
+        ({"world_size": 3}, r"world_size is one of \[1, 2\], got 3"),
+        ({"dataset_fraction": 0.01}, r"dataset_fraction lies in \[0.1, 1\], got 0.01"),
+        ({"epochs": "many"}, "many"),
+        ({"adapter": "none", "lora_rank": 8}, "lora_rank says nothing without LoRA"),
+        ({"adapter": "dora"}, "adapter"),
+        ({"learning_rate": 1e-3}, "learning_rate depends on the adapter"),
+    ],
+)
+def test_a_known_point_lies_in_the_space(point, message):
+    space = {"adapter": {"choice": ["none", "lora"]}, "world_size": {"choice": [1, 2]}, "epochs": {"int": [1, 3]}}
+    good = {"adapter": "lora", "learning_rate": 1e-3, "lora_rank": 8, "world_size": 2, "epochs": 3}
+    assert spec(space=space, sampler={"points_to_evaluate": [good]}).sampler.points_to_evaluate == (good,)
+    with pytest.raises(ValidationError, match=message) as raised:
+        spec(space=space, sampler={"points_to_evaluate": [good, point]})
+    assert "points_to_evaluate[1]" in str(raised.value)
