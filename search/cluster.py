@@ -56,6 +56,8 @@ def connected(resources: ResourcesSpec) -> Iterator[int]:
     else:
         # Usage statistics would be sent to the internet; a tuning tool has no business doing that by default.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray lets its workers give way to everything else (15); whatever runs beside a search would then be in its times.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             address="local",
             num_cpus=max(1, local_capacity(resources) * resources.cpus_per_worker),
