@@ -167,8 +167,9 @@ class CountingPass(TorchFunctionMode):
 
     def _note(self, x: torch.Tensor, weight: torch.Tensor, num_experts: int = 1) -> None:
         positions = x.numel() // x.shape[-1]
-        # With one token per row the two are the same number, and the same FLOPs.
-        per_row = positions == self._num_rows and self._length > 1
+        # With one token per row the two are the same number, and the same FLOPs. An expert is a slice of a parameter; it may
+        # see as many tokens as there are rows.
+        per_row = positions == self._num_rows and self._length > 1 and isinstance(weight, torch.nn.Parameter)
         self._linears.append(
             LinearUse(
                 num_weights=weight.numel() // num_experts,

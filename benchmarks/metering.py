@@ -1,0 +1,149 @@
+"""How right the meters are: model FLOPs against torch's own counter, over model families, adapters and ragged batches.
+
+Run `python benchmarks/metering.py --results benchmarks/results/metering.json` in the project's environment. Every case is a small
+random model; the reference is `torch.utils.flop_counter.FlopCounterMode` around one real forward and backward pass with the
+mathematical attention kernel (the default one of the CPU is not in its table). Both counts of paretune are compared: the one
+that is seen in a forward pass, which a search reports, and the one from `config.json` alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from families import NUM_LABELS, SOME_TARGETS, config_of, make  # noqa: E402
+
+from spaces.architecture import ModelShape  # noqa: E402
+from spaces.blueprint import FAMILIES, blueprint  # noqa: E402
+from spaces.config import Recipe  # noqa: E402
+from spaces.flops import TrainingFlops, flops_of_blueprint  # noqa: E402
+from trainables.adapters import add_lora  # noqa: E402
+from trainables.batching import Batch  # noqa: E402
+from trainables.evaluation import summed_loss  # noqa: E402
+from trainables.meter import CountingPass  # noqa: E402
+
+ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
+STACKED = {"mixtral", "qwen3_moe"}
+BATCHES = {"equal": [32, 32, 32, 32], "ragged": [32, 21, 9, 4]}
+
+
+def recipe(targets: tuple[str, ...] | None) -> Recipe:
+    return Recipe(
+        learning_rate=1e-3,
+        global_batch_size=4,
+        dataset_fraction=1.0,
+        epochs=1.0,
+        warmup_fraction=0.0,
+        weight_decay=0.0,
+        precision="fp32",
+        seed=0,
+        adapter="lora" if targets else "none",
+        adapter_rank=8 if targets else None,
+        adapter_alpha=16.0 if targets else None,
+        adapter_target_modules=targets,
+    )
+
+
+def cases() -> Iterator[tuple[str, str, tuple[str, ...] | None, str]]:
+    """Yield family, name of the adapter, its targets and the name of the batch."""
+    for family in FAMILIES:
+        targets = {"full": None, "all-linear": ("all-linear",), "some": SOME_TARGETS.get(family, ("q_proj", "v_proj"))}
+        for name, modules in targets.items():
+            # Around stacked experts PEFT multiplies out its two matrices: an overhead that is no model FLOP.
+            if not (family in STACKED and name == "all-linear"):
+                for batch in BATCHES:
+                    yield family, name, modules, batch
+
+
+def measure(family: str, targets: tuple[str, ...] | None, lengths: list[int]) -> tuple[float, float, float]:
+    """Return the FLOPs of one step by torch's counter, by the counting pass and by the blueprint."""
+    task = "sequence-classification" if family in ENCODERS else "causal-lm"
+    module: Any = make(family, task)
+    if family in STACKED:
+        module.set_experts_implementation("eager")  # the counter does not know grouped products
+    config, trial = config_of(module), recipe(targets)
+    plan = blueprint(config, task, NUM_LABELS)
+    if targets:
+        module = add_lora(module, trial, task, ())
+    theirs, seen = 0.0, None
+    for length in lengths:  # each row alone: what padding would add is no model FLOP
+        flops, seen = one_row(module, config, task, length)
+        theirs += flops
+    assert seen is not None
+    return theirs, total(seen, lengths, plan.shape.causal), total(flops_of_blueprint(plan, trial), lengths, plan.shape.causal)
+
+
+def one_row(module: Any, config: dict[str, Any], task: str, length: int) -> tuple[float, TrainingFlops]:
+    ids = torch.randint(3, 97, (1, length))
+    targets = ids if task == "causal-lm" else torch.zeros(1, dtype=torch.long)
+    batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), targets=targets)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with CountingPass(batch, ModelShape.from_config(config)) as counted:
+            loss, _, _ = summed_loss(module, batch, task)
+        loss.backward()
+    return float(counter.get_total_flops()), counted.flops()
+
+
+def total(flops: TrainingFlops, lengths: list[int], causal: bool) -> float:
+    """Return FLOPs in torch's convention, which does not halve causal attention."""
+    squares = sum(n**2 for n in lengths) * (2 if causal else 1)
+    return flops.total(num_tokens=sum(lengths), num_rows=len(lengths), sum_of_squared_lengths=squares)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, help="where the results are written as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for family, adapter, targets, batch in cases():
+        theirs, seen, planned = measure(family, targets, BATCHES[batch])
+        rows.append(
+            {
+                "family": family,
+                "adapter": adapter,
+                "batch": batch,
+                "flops": theirs,
+                "error_seen": seen / theirs - 1,
+                "error_planned": planned / theirs - 1,
+            }
+        )
+        print(
+            f"{family:11} {adapter:10} {batch:6} {theirs:12.4g}  {seen / theirs - 1:+.3%} seen  {planned / theirs - 1:+.3%} planned"
+        )
+    summary = {
+        kind: {"median": statistics.median(errors), "worst": max(errors)}
+        for kind in ("seen", "planned")
+        if (errors := [abs(float(row[f"error_{kind}"])) for row in rows])
+    }
+    result = {
+        "command": "python benchmarks/metering.py --results benchmarks/results/metering.json",
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.system()} {platform.machine()}, one thread of a CPU",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")} | {"python": platform.python_version()},
+        "cases": len(rows),
+        "absolute_error": summary,
+        "rows": rows,
+    }
+    print(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=2))
+    if arguments.results:
+        arguments.results.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
