@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-# A job that has waited this long without a place gets the next workers that come free, whoever else waits:
-# a few group starts, so that younger jobs may fill the gaps before but can starve nobody.
-PATIENCE_SECONDS = 60.0
+# A job that has waited this long without a place gets the next workers that come free, whoever else waits: longer than a trial and
+# many group starts, since every change of world size leaves workers idle until the group before has ended; younger jobs fill the gaps
+# until then, and can starve nobody.
+PATIENCE_SECONDS = 300.0
 
 
 class GroupState(Enum):
