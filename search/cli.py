@@ -38,6 +38,7 @@ RUNS = Path("paretune-runs")
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """Turn every error that the user can mend into its lines on standard error and an exit code."""
+    from search.cluster import ClusterError
     from search.interruption import Interrupted
     from search.ledger import LedgerError
     from search.session import NoResult, NothingFits
@@ -52,7 +53,7 @@ def _clear_errors() -> Iterator[None]:
         yield
     except SpecError as error:
         _fail(USAGE, *error.lines)
-    except (DataError, ModelError, ShapeError, StoreError, TrackingError, LedgerError, NothingFits) as error:
+    except (ClusterError, DataError, ModelError, ShapeError, StoreError, TrackingError, LedgerError, NothingFits) as error:
         _fail(USAGE, str(error))
     except NoResult as error:
         _fail(NO_RESULT, str(error))
@@ -72,13 +73,22 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, sort_keys=True))
 
 
+@app.callback(invoke_without_command=True)
+def _version(version_: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version_:
+        from importlib.metadata import version
+
+        print(f"paretune {version('paretune')}")
+        raise typer.Exit
+
+
 @app.command()
 def validate(spec: SpecPath, set_: Set = None) -> None:
-    """Check a file, and say every error in it at once."""
-    from spaces.loading import load_spec
+    """Check a file, and say every error in it at once; that the local data are there, but not what is in them."""
+    from spaces.loading import check_local_data, load_spec
 
     with _clear_errors():
-        load_spec(spec, set_ or ())
+        check_local_data(load_spec(spec, set_ or ()))
         print(f"{spec}: valid")
 
 
@@ -154,11 +164,13 @@ def _show_front(name: str, directory: Path, json_: bool, tracking_uri: str | Non
 @app.command()
 def pick(
     name: Name,
-    max_time: Annotated[float | None, typer.Option(help="Largest train_seconds.")] = None,
-    min_accuracy: Annotated[float | None, typer.Option(help="Smallest accuracy.")] = None,
+    max_time: Annotated[float | None, typer.Option(min=0, help="Largest train_seconds.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(min=0, max=1, help="Smallest accuracy, from 0 to 1.")] = None,
     max_loss: Annotated[float | None, typer.Option(help="Largest eval_loss.")] = None,
-    max_memory: Annotated[float | None, typer.Option(help="Largest peak memory of a rank, in GiB.")] = None,
-    knee: Annotated[bool, typer.Option("--knee", help="Take the point after which more time pays least.")] = False,
+    max_memory: Annotated[float | None, typer.Option(min=0, help="Largest peak memory of a rank, in GiB.")] = None,
+    knee: Annotated[
+        bool, typer.Option("--knee", help="Take the knee of the members within the limits, not the best in the first objective.")
+    ] = False,
     directory: Directory = RUNS,
     tracking_uri: TrackingUri = None,
     json_: Json = False,
@@ -197,13 +209,12 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on the loopback interface.")] = 5000,
 ) -> None:
     """Open MLflow's user interface on the searches of a directory, on this machine only."""
-    import subprocess
+    from search.ui import UiError, serve
 
-    database = directory.absolute() / "mlflow.db"
-    if not database.exists():
-        _fail(USAGE, f"{database}: there is no tracking database; a search with the default tracking writes it")
-    command = ["-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{database}", "--workers", "1"]
-    raise typer.Exit(subprocess.call([sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)]))
+    try:
+        raise typer.Exit(serve(directory.absolute() / "mlflow.db", port))
+    except UiError as error:
+        _fail(USAGE, str(error))
 
 
 @app.command()

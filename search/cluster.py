@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,9 +30,31 @@ GROUP_ENVIRONMENT = {
 }
 
 
+class ClusterError(Exception):
+    """The cluster cannot be used; the message is one line for the user."""
+
+
 def is_submitted() -> bool:
     """Return whether a cluster is given: `ray job submit` sets RAY_ADDRESS for what it starts."""
     return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def check_reachable(timeout_seconds: float = 5.0) -> None:
+    """Check that something listens where RAY_ADDRESS points: Ray itself would try for minutes, and say so in its own log lines.
+
+    Raises:
+        ClusterError: nothing does.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return  # "auto" and the like, which Ray looks up itself
+    try:
+        socket.create_connection((host, int(port)), timeout=timeout_seconds).close()
+    except OSError as error:
+        raise ClusterError(
+            f"RAY_ADDRESS: no Ray cluster answers at {address} ({error.strerror or error}); unset it to use this machine"
+        ) from error
 
 
 def local_capacity(resources: ResourcesSpec) -> int:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from search.cluster import ClusterError, check_reachable
+
 Finding = dict[str, str]
 
 # Below this, a search with checkpoints of a small model may fill the disk.
@@ -95,6 +97,10 @@ def _ray(_: Path) -> tuple[str, str]:
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         return "ok", "no RAY_ADDRESS: a search starts Ray on this machine"
+    try:
+        check_reachable()
+    except ClusterError as error:
+        return "error", str(error)
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     known = "RAY_AUTH_TOKEN" in os.environ or token.exists()
     return ("ok" if known else "warning"), f"cluster at {address}; " + (

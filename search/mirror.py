@@ -111,9 +111,8 @@ class Mirror:
         *,
         note: str,
         metrics: Mapping[str, float],
-        spec_path: Path,
     ) -> None:
-        """Tag and paint every trial; give the parent run the report, the table of all trials, the spec and the note."""
+        """Tag and paint every trial; give the parent run the report, the table of all trials and the note."""
         numbers = {record.number for record in members}
         records = list(self._state.records.values())
         for record in records:
@@ -122,7 +121,6 @@ class Mirror:
             self._runs.log(self._run_id(record), tags=tags)
         for path in artifacts:
             self._runs.log_file(self._parent, path, "report")
-        self._runs.log_file(self._parent, spec_path)
         with TemporaryDirectory() as folder:
             # As `MlflowClient.log_table` writes it, which would append to an earlier table.
             path = Path(folder) / "trials.json"

@@ -8,7 +8,7 @@ from typing import Any
 
 from search.cluster import is_submitted, local_capacity
 from spaces.config import TrialConfig
-from spaces.constraints import Limits, is_feasible, violations
+from spaces.constraints import Limits, is_feasible, reason, violations
 from spaces.loading import LoadedSpec, dump_spec
 from spaces.space import SpaceSpec
 
@@ -48,7 +48,7 @@ def layout_rows(space: SpaceSpec, max_length: int, limits: Limits) -> list[dict[
                 "micro_batch_size": config.layout.micro_batch_size,
                 "num_grad_accum_steps": config.num_grad_accum_steps,
                 "feasible": is_feasible(values),
-                "violated": {name: value for name, value in values.items() if value > 0},
+                "violated": {name: reason(name, config, limits) for name, value in values.items() if value > 0},
             }
         )
     return rows
@@ -67,7 +67,7 @@ def render_plan(plan: Mapping[str, Any]) -> str:
         f"{'world size':>10}  {'strategy':8}  {'global batch':>12}  {'micro batch':>11}  {'accumulation':>12}  runs here",
     ]
     for row in plan["layouts"]:
-        broken = ", ".join(f"{name} = {value:g}" for name, value in row["violated"].items())
+        broken = "; ".join(row["violated"].values())
         lines.append(
             f"{row['world_size']:>10}  {row['strategy']:8}  {row['global_batch_size']:>12}  {row['micro_batch_size']:>11}  "
             f"{row['num_grad_accum_steps']:>12}  {'yes' if row['feasible'] else f'no: {broken}'}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from search.endpoint import redacted
 from search.engine import objectives_of
 from search.formatting import number_text, short_text
 from search.ledger import Ledger, SearchState, replay
@@ -18,6 +19,8 @@ from search.store import Store, StoreError
 from spaces.loading import parse_spec
 from spaces.spec import Objective, SearchSpec
 
+SPEC_FILE = "spec.yaml"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
@@ -27,8 +30,12 @@ class Results:
     spec: SearchSpec
     spec_path: str
     """What the reproducing command names: the spec that the search wrote for itself."""
+    report_path: Path
+    """Where `paretune report` writes."""
     state: SearchState
     objectives: tuple[Objective, ...]
+    fetch_spec: str = ""
+    """What a shell runs before the reproducing command to get the spec, if it is not here."""
 
     @property
     def members(self) -> list[TrialRecord]:
@@ -50,6 +57,7 @@ def load_results(name: str, directory: Path, tracking_uri: str | None = None) ->
             name=store.name,
             spec=spec,
             spec_path=str(store.spec_path),
+            report_path=store.report_path,
             state=state,
             objectives=objectives_of(spec, state),
         )
@@ -58,7 +66,17 @@ def load_results(name: str, directory: Path, tracking_uri: str | None = None) ->
     found = load_search(tracking_uri, name)
     spec = parse_spec(found.spec_yaml, f"{tracking_uri}: {name}/spec.yaml")
     state = SearchState(records={r.number: r for r in found.records}, reference=found.reference)
-    return Results(name=name, spec=spec, spec_path=f"{name}.yaml", state=state, objectives=objectives_of(spec, state))
+    return Results(
+        name=found.name,
+        spec=spec,
+        spec_path=SPEC_FILE,
+        # Not over the report of the search itself, which knows more.
+        report_path=Path(f"{found.name}-report"),
+        fetch_spec=f"MLFLOW_TRACKING_URI={shlex.quote(redacted(tracking_uri))} mlflow artifacts download "
+        f"--run-id {found.run_id} --artifact-path {SPEC_FILE} --dst-path . && ",
+        state=state,
+        objectives=objectives_of(spec, state),
+    )
 
 
 def reproduce_command(spec: SearchSpec, spec_path: str, record: TrialRecord) -> str:
@@ -78,8 +96,12 @@ def pick_one(results: Results, limits: Mapping[str, tuple[str, float]], *, at_kn
     """
     members = pick(results.members, limits)
     if not members:
-        wanted = ", ".join(f"{metric} {op} {value:g}" for metric, (op, value) in limits.items())
-        raise StoreError(f"no member of the front of {results.name} has {wanted or 'a result'}; `paretune front` shows them")
+        wanted = ", ".join(f"{metric} {op} {number_text(metric, value)}" for metric, (op, value) in limits.items())
+        spans = [[r.values[m] for r in results.members if m in r.values] for m in limits]
+        there = ", ".join(
+            f"{m} from {number_text(m, min(s))} to {number_text(m, max(s))}" for m, s in zip(limits, spans, strict=True) if s
+        )
+        raise StoreError(f"no member of the front of {results.name} has {wanted or 'a result'}; the front has {there or 'no member'}")
     if at_knee:
         return _knee(members, results.objectives)
     return _best(members, results.objectives)
@@ -119,7 +141,7 @@ def pick_as_json(results: Results, record: TrialRecord) -> dict[str, Any]:
         "config": record.config,
         "metrics": record.values,
         "test": record.test,
-        "command": reproduce_command(results.spec, results.spec_path, record),
+        "command": _command(results, record),
     }
 
 
@@ -168,12 +190,15 @@ def render_pick(results: Results, record: TrialRecord) -> str:
     lines += [f"  {m}: {number_text(m, v)}" for m, v in sorted(record.values.items())]
     lines += [f"  test {m}: {number_text(m, v)}" for m, v in sorted(record.test.items())]
     lines += [f"  {knob} = {short_text(value)}" for knob, value in record.params.items()]
-    return "\n".join([*lines, "", reproduce_command(results.spec, results.spec_path, record)])
+    return "\n".join([*lines, "", _command(results, record)])
+
+
+def _command(results: Results, record: TrialRecord) -> str:
+    return results.fetch_spec + reproduce_command(results.spec, results.spec_path, record)
 
 
 def write_results(results: Results) -> list[Path]:
     """Write the report of the search into its directory; return the files."""
-    root = Path(results.spec.directory) / results.name / "report"
     chosen = knee(results.members, results.objectives)
-    command = reproduce_command(results.spec, results.spec_path, chosen) if chosen else ""
-    return list(write_report(results.state, results.spec, results.objectives, root, command=command).values())
+    command = _command(results, chosen) if chosen else ""
+    return list(write_report(results.state, results.spec, results.objectives, results.report_path, command=command).values())

@@ -17,7 +17,6 @@ from search.engine import Engine, SearchExhausted, elapsed_seconds, objectives_o
 from search.interruption import Interrupted, Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
 from search.ledger import Ledger, LedgerError, replay
-from search.mirror import SPEC_TAG
 from search.pareto import hypervolume_of, knee
 from search.provenance import git_commit, machine, versions
 from search.record import TrialState
@@ -29,7 +28,7 @@ from search.tracking import Tracker, TrackingError
 from spaces.architecture import ModelShape
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
-from spaces.loading import LoadedSpec
+from spaces.loading import LoadedSpec, check_local_data
 from spaces.spec import SearchSpec
 from trainables.job import Job
 
@@ -75,9 +74,11 @@ def prepare(spec: SearchSpec) -> Prepared:
         trainables.hub.ModelError, trainables.data.DataError, search.tracking.TrackingError: with one line for the user.
     """
     from trainables import data as task_data
-    from trainables.hub import model_config
+    from trainables.hub import check_use, model_config
 
-    shape = ModelShape.from_config(model_config(spec.model.name, spec.model.revision))
+    config = model_config(spec.model.name, spec.model.revision)
+    check_use(config, spec.model)
+    shape = ModelShape.from_config(config)
     tracker = Tracker(tracking_uri(spec), spec.tracking.experiment, artifact_root=artifact_root(spec))
     tracker.connect(timeout_seconds=10)
     return Prepared(spec=spec, data=task_data.prepare(spec.model, spec.data), shape=shape, tracker=tracker)
@@ -102,6 +103,9 @@ def start(loaded: LoadedSpec, emit: Emit) -> Store:
         NoResult: no trial succeeded.
         search.interruption.Interrupted: a signal came; what was in flight is saved.
     """
+    check_local_data(loaded)
+    if cluster.is_submitted():
+        cluster.check_reachable()
     prepared = prepare(loaded.spec)
     # A local cluster's size is known before it is started, so a space that cannot run starts nothing.
     if not cluster.is_submitted():
@@ -178,7 +182,8 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
         run_id = prepared.tracker.start_search(
             store.name,
             params=_search_params(prepared.spec),
-            tags={"paretune.directory": str(store.root), SPEC_TAG: store.spec_path.read_text()},
+            tags={"paretune.directory": str(store.root)},
+            spec_path=store.spec_path,
         )
         ledger.append(
             "search_started",
@@ -200,9 +205,7 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
             f"{store.spec_path}: data.train: the data changed since the search began (fingerprint "
             f"{prepared.data.fingerprint[:12]}, then {state.started['data_fingerprint'][:12]}): its trials would not compare"
         )
-    prepared.tracker.start_search(
-        store.name, params=_search_params(prepared.spec), tags={}, parent_run_id=state.started["mlflow_run_id"]
-    )
+    prepared.tracker.reopen_search(store.name, state.started["mlflow_run_id"])
     ledger.append("resumed", in_flight=sorted(state.in_flight))
 
 
@@ -292,7 +295,6 @@ def _publish(engine: Engine, store: Store, prepared: Prepared) -> None:
             list(paths.values()),
             note=f"{recommendation(members, objectives, store.name)}\n\n```bash\n{command}\n```",
             metrics={} if volume is None else {"front/hypervolume": volume, "front/size": len(members)},
-            spec_path=store.spec_path,
         )
         prepared.tracker.finish()
     except TrackingError as error:

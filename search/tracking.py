@@ -98,37 +98,48 @@ class Tracker:
             with _in_words(self.uri):
                 _client(self.uri).search_experiments(max_results=1)
 
-    def start_search(self, name: str, *, params: Mapping[str, Any], tags: Mapping[str, str], parent_run_id: str | None = None) -> str:
-        """Open the parent run, or open it again, and begin to deliver events.
+    def start_search(self, name: str, *, params: Mapping[str, Any], tags: Mapping[str, str], spec_path: Path) -> str:
+        """Open the parent run and begin to deliver events.
 
         Args:
             name: name of the search.
             params: the spec, flat; written once, since MLflow's params never change.
             tags: further tags of the parent run.
-            parent_run_id: the run of a search that is resumed.
+            spec_path: the resolved spec; `load_search` reads it back, and a reader downloads it.
 
         Returns:
             The parent run's id, which a resume needs.
 
         Raises:
-            TrackingError: MLflow cannot be used, or has no such run.
+            TrackingError: MLflow cannot be used.
         """
         if self.uri.startswith(SQLITE):
             Path(self.uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
         with _in_words(self.uri):
             client = _client(self.uri)
-            if parent_run_id is None:
-                runs = _MlflowRuns(client, self._experiment_id(client))
-                parent_run_id = runs.create(name, {"kind": "search", SEARCH_TAG: name, **tags})
-                runs.log_params(parent_run_id, params)
-            else:
-                runs = _MlflowRuns(client, client.get_run(parent_run_id).info.experiment_id)
-                runs.reopen(parent_run_id)
-                runs.log(parent_run_id, tags=tags)
-        mirror = Mirror(runs, name, parent_run_id)
+            runs = _MlflowRuns(client, self._experiment_id(client))
+            run_id = runs.create(name, {"kind": "search", SEARCH_TAG: name, SPEC_TAG: spec_path.read_text(), **tags})
+            runs.log_params(run_id, params)
+            runs.log_file(run_id, spec_path)
+        self._begin(runs, name, run_id)
+        return run_id
+
+    def reopen_search(self, name: str, run_id: str) -> None:
+        """Open the parent run of a search that is resumed, and begin to deliver events.
+
+        Raises:
+            TrackingError: MLflow cannot be used, or has no such run.
+        """
+        with _in_words(self.uri):
+            client = _client(self.uri)
+            runs = _MlflowRuns(client, client.get_run(run_id).info.experiment_id)
+            runs.reopen(run_id)
+        self._begin(runs, name, run_id)
+
+    def _begin(self, runs: _MlflowRuns, name: str, run_id: str) -> None:
+        mirror = Mirror(runs, name, run_id)
         spool = Spool(mirror.deliver, is_refusal=_is_refusal)
-        self._opened = _Opened(runs=runs, parent_run_id=parent_run_id, mirror=mirror, spool=spool)
-        return parent_run_id
+        self._opened = _Opened(runs=runs, parent_run_id=run_id, mirror=mirror, spool=spool)
 
     def submit(self, event: Event) -> None:
         """Queue one event of the ledger; returns at once, whatever the server does."""
@@ -147,7 +158,6 @@ class Tracker:
         *,
         note: str,
         metrics: Mapping[str, float],
-        spec_path: Path,
     ) -> None:
         """Mark the front, and put its view, report, table and note where a reader of MLflow finds them.
 
@@ -158,14 +168,13 @@ class Tracker:
             artifacts: files for the folder `report` of the parent run.
             note: Markdown that MLflow shows on top of the parent run.
             metrics: numbers of the search as a whole, for the parent run.
-            spec_path: the resolved spec.
 
         Raises:
             TrackingError: MLflow did not take it.
         """
         mirror = self._open.mirror
         with _in_words(self.uri):
-            mirror.write_front(members, [*artifacts], note=note, metrics=metrics, spec_path=spec_path)
+            mirror.write_front(members, [*artifacts], note=note, metrics=metrics)
         try:
             mirror.save_view(objectives, knobs)
         except Exception as error:

@@ -39,6 +39,18 @@ def adapter_rank_within_width(config: TrialConfig, limits: Limits) -> float:
 CONSTRAINTS = (global_batch_divisible, world_size_within_cluster, adapter_rank_within_width)
 
 
+def reason(name: str, config: TrialConfig, limits: Limits) -> str:
+    """Return in words why a config violates a constraint."""
+    recipe, layout = config.recipe, config.layout
+    words = {
+        global_batch_divisible.__name__: f"a global batch of {recipe.global_batch_size} rows is not divisible by "
+        f"{layout.world_size} ranks of {layout.micro_batch_size}",
+        world_size_within_cluster.__name__: f"needs {layout.world_size} workers, and there are {limits.num_workers}",
+        adapter_rank_within_width.__name__: f"rank {recipe.adapter_rank} exceeds the model's width of {limits.hidden_size}",
+    }
+    return words[name]
+
+
 def violations(config: TrialConfig, limits: Limits) -> dict[str, float]:
     """Return the value of every constraint by its name."""
     return {constraint.__name__: float(constraint(config, limits)) for constraint in CONSTRAINTS}

@@ -43,7 +43,7 @@ def _explain_one(loc: Path, kind: str, message: str, given: Any, context: Mappin
         case "missing":
             return path, f"required, but missing; allowed: {_allowed_for(loc)}"
         case "extra_forbidden":
-            model = _model_at(loc[:-1])
+            model = model_at(loc[:-1])
             names = list(model.model_fields) if model else []
             return path, _words("unknown key", given, ", ".join(names), nearest_key(str(path[-1]), names))
         case "union_tag_invalid" | "union_tag_not_found":
@@ -54,7 +54,7 @@ def _explain_one(loc: Path, kind: str, message: str, given: Any, context: Mappin
         case "string_type":
             what, allowed = "not a text", "a text; in quotes where it looks like a number or a date"
         case "model_type" | "model_attributes_type" | "dict_type":
-            model = _model_at(loc)
+            model = model_at(loc)
             what, allowed = "not a section", f"the keys {', '.join(model.model_fields)}" if model else "keys and values"
         case "tuple_type" | "list_type":
             what, allowed = "not a list", "a list"
@@ -102,7 +102,7 @@ def nearest_key(key: str, names: list[str]) -> str | None:
     elsewhere = {
         name: f"{section}.{name}"
         for section in SearchSpec.model_fields
-        if (model := _model_at((section,))) is not None
+        if (model := model_at((section,))) is not None
         for name in model.model_fields
     }
     return _nearest(key, names) or (elsewhere.get(close) if (close := _nearest(key, elsewhere)) else None)
@@ -110,7 +110,7 @@ def nearest_key(key: str, names: list[str]) -> str | None:
 
 def _allowed_for(loc: Path) -> str:
     """Return what a field takes: its choices, or what its docstring says."""
-    model = _model_at(loc[:-1])
+    model = model_at(loc[:-1])
     field = model.model_fields.get(str(loc[-1])) if model else None
     if field is None:
         return "a value"
@@ -120,7 +120,7 @@ def _allowed_for(loc: Path) -> str:
     return text[0].lower() + text[1:]
 
 
-def _model_at(loc: Path) -> type[BaseModel] | None:
+def model_at(loc: Path) -> type[BaseModel] | None:
     """Return the section at a location; inside a knob there is only one, the ranges by adapter."""
     annotation: Any = SearchSpec
     for step in loc:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,27 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> LoadedSpec:
     spec = _validate(data, str(path), origins, errors, unusable)
     given = {dotted(leaf): "--set" if _origin(origins, leaf) is None else "file" for leaf in _leaves(data)}
     return LoadedSpec(spec=spec, path=path, origins=given)
+
+
+def check_local_data(loaded: LoadedSpec) -> None:
+    """Check that the data files that are no hub's and not embedded are there.
+
+    Raises:
+        SpecError: with a line for each that is not.
+    """
+    lines = []
+    for role in ("train", "evaluation", "test"):
+        name = getattr(loaded.spec.data, role)
+        if name is None or name.startswith(("hf:", "embedded:")) or Path(name).is_file():
+            continue
+        folder = Path(name).parent
+        beside = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
+        close = difflib.get_close_matches(Path(name).name, beside, n=1)
+        hint = f"; did you mean '{folder / close[0]}'?" if close else ""
+        where = "--set" if loaded.origins.get(f"data.{role}") == "--set" else str(loaded.path)
+        lines.append(f"{where}: data.{role}: no such file '{name}'; paths are relative to the working directory{hint}")
+    if lines:
+        raise SpecError(lines)
 
 
 def parse_spec(text: str, source: str) -> SearchSpec:

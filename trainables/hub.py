@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from spaces.spec import ModelSpec
 
 EMBEDDED_MODEL = "embedded:all-MiniLM-L6-v2"
 # The hash of the original weights, sentence-transformers/all-MiniLM-L6-v2/model.safetensors on the hub.
@@ -31,6 +35,8 @@ def resolve_model(name: str, revision: str | None) -> str:
         if not (Path(name) / "config.json").exists():
             raise ModelError(f"model.name: the directory {name} holds no config.json")
         return str(Path(name).resolve())
+    if name.startswith(("./", "../", "/", "~")):
+        raise ModelError(f"model.name: no such directory: {name}")
     return name
 
 
@@ -51,9 +57,36 @@ def model_config(name: str, revision: str | None) -> dict[str, Any]:
     return config
 
 
+def check_use(config: Mapping[str, Any], model: ModelSpec) -> None:
+    """Check that a model can be used as the spec says.
+
+    Raises:
+        ModelError: rows would be longer than its positions, or it sees the tokens that it is to predict.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    text = config.get("text_config")
+    sizes: Mapping[str, Any] = text if isinstance(text, Mapping) else config
+    family = str(sizes.get("model_type", ""))
+    positions = sizes.get("max_position_embeddings") or sizes.get("n_positions")
+    if isinstance(positions, int):
+        # RoBERTa counts positions from its padding token on, so two of them are never used.
+        positions -= 2 if "roberta" in family else 0
+        if model.max_length > positions:
+            given = f"{model.name} has {positions} positions, got {model.max_length}"
+            raise ModelError(f"model.max_length: {given}; allowed: 1 to {positions}")
+    if model.task == "causal-lm" and family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not sizes.get("is_decoder"):
+        raise ModelError(
+            f"model.task: {model.name} ({family}) sees the tokens after a token too, so it cannot learn to predict them; "
+            "allowed: sequence-classification"
+        )
+
+
 def _hub_config(name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
+    # Its client logs every retry; the error that ends them says it all.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except Exception as error:  # the hub's client raises a dozen unrelated classes

@@ -33,6 +33,10 @@ CASES = {
     "missing column": (["data.text=body"], "data.text", "no column 'body'"),
     "world size": (["space.world_size=64"], "space.world_size", "more workers than the cluster"),
     "unknown model": (["model.name=nobody/nothing"], "model.name", "no model 'nobody/nothing'"),
+    "no such directory": (["model.name=./nowhere"], "model.name", "no such directory: ./nowhere"),
+    "no such file": (["data.train=trian.csv"], "data.train", "did you mean 'train.csv'?"),
+    "longer than the model": (["model.max_length=100000"], "model.max_length", "allowed: 1 to"),
+    "an encoder that generates": (["model.task=causal-lm"], "model.task", "allowed: sequence-classification"),
     "no server": ([f"tracking.uri=http://127.0.0.1:{closed_port()}"], "tracking.uri", "127.0.0.1"),
     "file store": (["tracking.uri=file:///mlruns"], "tracking.uri", "sqlite"),
 }
@@ -53,6 +57,22 @@ def test_bad_input_is_one_line_and_starts_nothing(spec: Path, case: str, monkeyp
     assert not (spec.parent / "runs/tiny/ledger.jsonl").exists()
 
 
+def test_a_cluster_that_does_not_answer_is_one_line(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed_port()}")
+    result = CliRunner().invoke(app, ["search", str(spec)])
+    assert result.exit_code == 2
+    assert "RAY_ADDRESS: no Ray cluster answers at 127.0.0.1" in result.stderr
+    assert not (spec.parent / "runs/tiny").exists()
+    assert "no Ray cluster answers" in CliRunner().invoke(app, ["doctor"]).output
+
+
+def test_validate_looks_for_local_data(spec: Path) -> None:
+    assert CliRunner().invoke(app, ["validate", str(spec)]).exit_code == 0
+    missing = CliRunner().invoke(app, ["validate", str(spec), "--set", "data.test=nowhere.csv"])
+    assert missing.exit_code == 2
+    assert "--set: data.test: no such file 'nowhere.csv'" in missing.stderr
+
+
 def test_all_errors_of_a_file_come_at_once(tmp_path: Path) -> None:
     path = tmp_path / "spec.yaml"
     path.write_text("model: {name: m, task: causal-ml}\ndata: {trian: a.csv}\nspace: {lora_rankk: 4}\n")
@@ -66,7 +86,7 @@ def test_all_errors_of_a_file_come_at_once(tmp_path: Path) -> None:
 def test_plan_says_what_cannot_run_here_and_exits_3_if_nothing_can(spec: Path) -> None:
     planned = CliRunner().invoke(app, ["plan", str(spec), "--set", "space.world_size={choice: [1, 64]}"])
     assert planned.exit_code == 0
-    assert "world_size_within_cluster = 62" in planned.output
+    assert "needs 64 workers, and there are 2" in planned.output
     nothing = CliRunner().invoke(app, ["plan", str(spec), "--set", "space.world_size=64"])
     assert nothing.exit_code == 3
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import psutil
 import pytest
 from tiny import make_spec
 
+BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "RAY_TMPDIR": "/tmp"}
 
 
@@ -80,6 +86,14 @@ def test_the_same_front_comes_from_the_ledger_and_from_mlflow_alone(finished: Pa
     here = json.loads(paretune("front", "tiny", "--directory", "runs", "--json", cwd=finished).stdout)
     uri = f"sqlite:///{finished}/runs/mlflow.db"
     there = json.loads(paretune("front", "tiny", "--tracking-uri", uri, "--json", cwd=finished).stdout)
+    command = there["front"][0]["command"]
+    fetch, _, again = command.partition(" && ")
+    subprocess.run(fetch, shell=True, check=True, cwd=finished, env={**ENVIRONMENT, "PATH": f"{BIN}:{os.environ['PATH']}"})
+    paretune("validate", *shlex.split(again)[2:], cwd=finished)
+    report = (finished / "runs/tiny/report/report.html").read_bytes()
+    paretune("report", "tiny", "--tracking-uri", uri, cwd=finished)
+    assert (finished / "tiny-report/report.html").exists()
+    assert (finished / "runs/tiny/report/report.html").read_bytes() == report
     assert [m["number"] for m in here["front"]] == [m["number"] for m in there["front"]]
     assert here["hypervolume"] == pytest.approx(there["hypervolume"])
 
@@ -106,3 +120,32 @@ def test_a_search_of_the_same_name_is_refused_and_loses_nothing(finished: Path) 
     refused = paretune("search", str(finished / "spec.yaml"), cwd=finished, check=2)
     assert "paretune resume tiny" in refused.stderr
     assert (finished / "runs/tiny/ledger.jsonl").read_bytes() == before
+
+
+def test_the_interface_opens_on_the_searches_and_ends_with_all_that_it_started(finished: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "search.cli", "ui", "--directory", "runs", "--port", str(port)]
+    env = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])}
+    log = (finished / "ui.log").open("wb")
+    server = subprocess.Popen(command, cwd=finished, env=env, stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 120
+        page = b""
+        while b"MLflow" not in page:
+            assert server.poll() is None, (finished / "ui.log").read_text()
+            assert time.monotonic() < end, "no page"
+            time.sleep(0.3)
+            with suppress(OSError):
+                page = urlopen(f"http://127.0.0.1:{port}/", timeout=5).read()
+        busy = paretune("ui", "--directory", "runs", "--port", str(port), cwd=finished, check=2)
+        assert f"--port {port}: Address already in use" in busy.stderr
+        started = psutil.Process(server.pid).children(recursive=True)
+        assert started
+    finally:
+        server.terminate()
+    assert server.wait(30) == 0
+    _, left = psutil.wait_procs(started, timeout=20)
+    assert not left
+    none = paretune("ui", "--directory", "nowhere", cwd=finished, check=2)
+    assert "there is no tracking database" in none.stderr

@@ -170,7 +170,7 @@ def test_the_front_is_tagged_painted_and_in_a_view_of_this_search(tmp_path: Path
     spec.write_text("model: {}")
     for _ in range(2):
         members = front(RECORDS, OBJECTIVES)
-        mirror.write_front(members, [report], note="take trial 1", metrics={"front/size": 3.0}, spec_path=spec)
+        mirror.write_front(members, [report], note="take trial 1", metrics={"front/size": 3.0})
         mirror.save_view(["accuracy", "train_seconds"], ["learning_rate", "strategy", "adapter_rank"])
     painted = {r.number for r in RECORDS if runs.runs[f"trial-{r.number:04d}"]["tags"]["pareto"] == "true"}
     assert painted == numbers_on_front(RECORDS)

@@ -16,7 +16,6 @@ from synthetic import OBJECTIVES, synthetic_events
 
 from search.endpoint import problem_with
 from search.ledger import replay
-from search.mirror import SPEC_TAG
 from search.pareto import front
 from search.tracking import Tracker, TrackingError, load_search
 
@@ -38,9 +37,12 @@ class Tracked:
 def track(uri: str, root: Path, run_id: str | None = None, *, events: int | None = None) -> Tracked:
     tracker = Tracker(uri, "our experiment/1", artifact_root=root / "artifacts")
     tracker.connect(timeout_seconds=5)
-    run_id = tracker.start_search(
-        "synthetic", params=PARAMS, tags={"paretune.directory": "runs", SPEC_TAG: SPEC}, parent_run_id=run_id
-    )
+    if run_id is None:
+        (root / "spec.yaml").write_text(SPEC)
+        tags = {"paretune.directory": "runs"}
+        run_id = tracker.start_search("synthetic", params=PARAMS, tags=tags, spec_path=root / "spec.yaml")
+    else:
+        tracker.reopen_search("synthetic", run_id)
     for event in EVENTS[:events]:
         tracker.submit(event)
     assert tracker.flush(60) == 0
@@ -57,8 +59,6 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
     report = root / "report.html"
     report.write_text("<html>")
     members = front(RECORDS, OBJECTIVES)
-    spec = root / "spec.yaml"
-    spec.write_text(SPEC)
     resumed.tracker.write_front(
         members,
         [o.metric for o in OBJECTIVES],
@@ -66,7 +66,6 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
         [report],
         note="take trial 1",
         metrics={"front/size": float(len(members))},
-        spec_path=spec,
     )
     resumed.tracker.finish()
     assert resumed.run_id == cut_off.run_id
@@ -119,7 +118,7 @@ def test_an_unknown_search_or_store_is_one_line(tracked: Tracked) -> None:
         load_search(f"sqlite:///{tracked.root}/nowhere.db", "synthetic")
     tracker = Tracker(tracked.uri, "our experiment/1", artifact_root=None)
     with pytest.raises(TrackingError, match="no-such-run"):
-        tracker.start_search("synthetic", params={}, tags={}, parent_run_id="no-such-run")
+        tracker.reopen_search("synthetic", "no-such-run")
 
 
 def test_a_deleted_experiment_is_not_written_to(tracked: Tracked) -> None:
@@ -127,8 +126,9 @@ def test_a_deleted_experiment_is_not_written_to(tracked: Tracked) -> None:
 
     client = MlflowClient(tracked.uri)
     client.delete_experiment(client.create_experiment("gone"))
+    tracker = Tracker(tracked.uri, "gone", artifact_root=None)
     with pytest.raises(TrackingError, match="'gone' is deleted in"):
-        Tracker(tracked.uri, "gone", artifact_root=None).start_search("synthetic", params={}, tags={})
+        tracker.start_search("synthetic", params={}, tags={}, spec_path=tracked.root / "spec.yaml")
 
 
 def test_the_printed_link_opens_the_view_and_not_the_onboarding_page(tracked: Tracked) -> None:

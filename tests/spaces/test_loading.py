@@ -399,3 +399,10 @@ def test_every_spec_is_dumped_so_that_it_loads_back_equal(space, name, column):
     }
     spec = SearchSpec.model_validate(data)
     assert parse_spec(dump_spec(spec), "dumped") == spec
+
+
+def test_the_reference_in_the_docs_is_that_of_the_code():
+    from spaces.reference import reference
+
+    page = Path(__file__).parents[2] / "docs/spec.md"
+    assert page.read_text() == reference(), "run: python -m spaces.reference > docs/spec.md"
