@@ -134,7 +134,7 @@ def test_a_killed_worker_costs_only_steps_and_the_weights_are_those_of_an_undist
     weights = {}
     for name in ("undisturbed", "killed"):
         directory = tmp_path / name
-        spec = long_spec(directory, learning_rate=3.0e-3, world_size=2, strategy=strategy)
+        spec = long_spec(directory, learning_rate=3.0e-3, world_size=2, strategy=strategy, epochs=2)
         ledger = directory / "runs/tiny/ledger.jsonl"
         driver = start("search", str(spec), "--set", "budget.trials=1", cwd=directory)
         if name == "killed":
