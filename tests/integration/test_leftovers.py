@@ -21,6 +21,9 @@ from trainables.job import Job
 
 pytestmark = pytest.mark.slow
 
+# One a cluster, which Ray keeps for whoever comes next.
+RAYS_OWN = {"_AutoscalingCoordinatorActor"}
+
 
 @pytest.fixture
 def ray_here() -> Iterator[Any]:
@@ -44,7 +47,7 @@ def test_after_the_jobs_no_actor_no_placement_group_and_no_file_is_left(tmp_path
                 _train_both_world_sizes(dispatcher, store, data, turn)
                 assert any(state == "CREATED" for state in _placement_groups(ray_here)), "nothing was there that could be left"
             assert set(_placement_groups(ray_here)) <= {"REMOVED"}
-            assert [a.class_name for a in list_actors(filters=[("state", "=", "ALIVE")])] == []
+            assert {a.class_name for a in list_actors(filters=[("state", "=", "ALIVE")])} <= RAYS_OWN
             assert not store.groups_path.exists()
             held.append((driver.num_fds(), driver.num_threads()))
         # The first turn opens what Ray's client keeps for good: connections and their threads.
