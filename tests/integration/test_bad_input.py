@@ -34,7 +34,7 @@ CASES = {
     "world size": (["space.world_size=64"], "space.world_size", "more workers than the cluster"),
     "unknown model": (["model.name=nobody/nothing"], "model.name", "no model 'nobody/nothing'"),
     "no such directory": (["model.name=./nowhere"], "model.name", "no such directory: ./nowhere"),
-    "no such file": (["data.train=trian.csv"], "data.train", "did you mean 'train.csv'?"),
+    "no such file": (["data.train=trian.csv"], "data.train", "no such file 'trian.csv'"),
     "longer than the model": (["model.max_length=100000"], "model.max_length", "allowed: 1 to"),
     "an encoder that generates": (["model.task=causal-lm"], "model.task", "allowed: sequence-classification"),
     "no server": ([f"tracking.uri=http://127.0.0.1:{closed_port()}"], "tracking.uri", "127.0.0.1"),
@@ -71,6 +71,8 @@ def test_validate_looks_for_local_data(spec: Path) -> None:
     missing = CliRunner().invoke(app, ["validate", str(spec), "--set", "data.test=nowhere.csv"])
     assert missing.exit_code == 2
     assert "--set: data.test: no such file 'nowhere.csv'" in missing.stderr
+    misspelt = CliRunner().invoke(app, ["validate", str(spec), "--set", f"data.train={spec.parent}/trian.csv"])
+    assert f"did you mean '{spec.parent}/train.csv'?" in misspelt.stderr
 
 
 def test_all_errors_of_a_file_come_at_once(tmp_path: Path) -> None:

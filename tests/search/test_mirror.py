@@ -166,8 +166,6 @@ def test_the_front_is_tagged_painted_and_in_a_view_of_this_search(tmp_path: Path
         mirror.deliver(event)
     report = tmp_path / "report.html"
     report.write_text("<html>")
-    spec = tmp_path / "spec.yaml"
-    spec.write_text("model: {}")
     for _ in range(2):
         members = front(RECORDS, OBJECTIVES)
         mirror.write_front(members, [report], note="take trial 1", metrics={"front/size": 3.0})
@@ -177,7 +175,7 @@ def test_the_front_is_tagged_painted_and_in_a_view_of_this_search(tmp_path: Path
     assert len({run["tags"]["mlflow.runColor"] for name, run in runs.runs.items() if name != "parent"}) == 2
     parent = runs.runs["parent"]
     assert parent["tags"]["mlflow.note.content"] == "take trial 1"
-    assert (parent["files"]["report/report.html"], parent["files"]["spec.yaml"]) == (b"<html>", b"model: {}")
+    assert parent["files"]["report/report.html"] == b"<html>"
     assert ("front/size", 3.0) in {(key, value) for key, _, _, value in parent["metrics"]}
     table = json.loads(parent["files"]["trials.json"])
     assert len(table["data"]) == len(RECORDS)
