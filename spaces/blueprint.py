@@ -70,8 +70,14 @@ class Blueprint:
     head: tuple[Matrix, ...]
     """Linear layers after the last block, in their order."""
     is_head_tied: bool
+    is_attention_fused: bool
+    """Whether scores and weights are never held as tensors; Gemma 2 caps the scores in between, so its are."""
+    norm: Literal["rms", "layer"]
     num_norms_per_block: int
-    is_gated: bool
+    has_head_norms: bool
+    """Whether queries and keys are normalised head by head."""
+    num_kept_by_activation: int
+    """Tensors of the feed-forward's inner width that its backward pass needs: before and after every product and function."""
 
     @property
     def block(self) -> tuple[Matrix, ...]:
@@ -138,8 +144,12 @@ def _decoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -
         # `score` is applied at every position, though one a row is used.
         head=(_output(task, width, outputs),),
         is_head_tied=tied,
+        is_attention_fused=family != "gemma2",
+        norm="rms",
         num_norms_per_block=norms,
-        is_gated=True,
+        has_head_norms=head_norms > 0,
+        # Gate, its activation, the other branch, and their product.
+        num_kept_by_activation=4,
     )
 
 
@@ -185,8 +195,12 @@ def _gpt2(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -> B
         num_final_vector_params=2 * width,
         head=(_output(task, width, s.vocab_size if causal else num_labels),),
         is_head_tied=causal,
+        is_attention_fused=True,
+        norm="layer",
         num_norms_per_block=2,
-        is_gated=False,
+        has_head_norms=False,
+        # GELU by its tanh formula, written out: input, cube and scaled sum's tanh, and the two factors of the product.
+        num_kept_by_activation=5,
     )
 
 
@@ -223,8 +237,12 @@ def _encoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -
             ),
         ),
         is_head_tied=False,
+        is_attention_fused=True,
+        norm="layer",
         num_norms_per_block=2,
-        is_gated=False,
+        has_head_norms=False,
+        # GELU's input and output.
+        num_kept_by_activation=2,
     )
 
 

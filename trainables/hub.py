@@ -6,10 +6,14 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
+import socket
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from spaces.spec import ModelSpec
 
@@ -88,12 +92,24 @@ def _hub_config(name: str, revision: str | None) -> Path:
     # Its client logs every retry; the error that ends them says it all.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        return Path(hf_hub_download(name, "config.json", revision=revision))
+        return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=not _hub_answers()))
     except Exception as error:  # the hub's client raises a dozen unrelated classes
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"model.name: no model '{name}': it is no local directory, and the Hugging Face hub gave: {reason}"
         ) from error
+
+
+def _hub_answers(timeout_seconds: float = 3.0) -> bool:
+    """Return whether the hub can be reached; its own client tries for half a minute before it says that it cannot."""
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    if endpoint.scheme in getproxies():
+        return True  # only the proxy knows
+    try:
+        socket.create_connection((endpoint.hostname or "", endpoint.port or 443), timeout=timeout_seconds).close()
+    except OSError:
+        return False
+    return True
 
 
 def _embedded() -> Path:
