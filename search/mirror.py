@@ -143,7 +143,8 @@ class Mirror:
             metrics=[tracked_name(m) for m in objectives],
             other_metrics=[tracked_name(m) for m in others],
             knobs=knobs,
-            numeric_knobs=[k for k in knobs if all(isinstance(row.get(k, 0), int | float) for row in rows)],
+            # MLflow leaves a run out of the parallel coordinates that lacks one, such as the rank where there is no adapter.
+            numeric_knobs=[k for k in knobs if all(isinstance(row.get(k), int | float) for row in rows)],
             is_ascending=METRICS[objectives[0]].direction == "minimize",
             time_ms=int(time.time() * 1000),
         )

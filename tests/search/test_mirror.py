@@ -12,6 +12,7 @@ from search.ledger import replay
 from search.mirror import MAX_TAG_CHARACTERS, FoundRun, Mirror, record_tag
 from search.pareto import front
 from search.record import TrialRecord, TrialState
+from spaces.config import TrialConfig
 
 EVENTS = synthetic_events(24)
 STATE = replay(EVENTS)
@@ -206,3 +207,16 @@ def test_a_record_that_is_too_long_for_a_tag_loses_its_bulk_first() -> None:
     assert kept(reports=(report,) * 500, details=details) == TrialRecord(number=1, **known)
     long_error = {"kind": "error", "message": "m" * 9000}
     assert kept(error=long_error).error == {"kind": "error", "message": "m" * 500}
+
+
+def test_a_knob_that_some_trials_lack_is_a_column_and_no_axis() -> None:
+    runs = FakeRuns()
+    mirror = Mirror(runs, "synthetic", "parent")
+    without = TrialConfig.from_params({**RECORDS[0].params, "adapter": "none"}, max_length=64).to_dict()
+    for event in EVENTS:
+        mirror.deliver({**event, "config": without} if event["event"] == "trial_started" and event["number"] == 0 else event)
+    mirror.save_view(["accuracy", "train_seconds"], ["learning_rate", "adapter_rank"])
+    ((_, value),) = runs.experiment_tags.items()
+    _, parallel = json.loads(json.loads(value)["state"])["compareRunCharts"]
+    assert parallel["selectedParams"] == ["learning_rate"]
+    assert "adapter_rank" in value
