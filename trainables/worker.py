@@ -22,6 +22,7 @@ from trainables.hub import resolve_model
 from trainables.job import Ask, Job, Task
 from trainables.loop import Command, evaluate_saved, evaluate_untrained, train
 from trainables.mesh import World
+from trainables.meter import device_peak
 from trainables.model import BaseModel
 from trainables.report import OutOfMemory, TrialError, TrialReport
 
@@ -116,6 +117,8 @@ def _execute(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
     config = TrialConfig.from_dict(job.config)
     directory = Path(job.directory)
     if job.kind == "reference":
+        # The first job of a search: nothing else runs yet, so this is the time to see what a core can do.
+        device_peak(world.device, config.recipe.precision)
         return {"state": "complete", "metrics": evaluate_untrained(config, data, base, world)}
     if job.kind == "test":
         return {"state": "complete", "metrics": evaluate_saved(config, data, base, world, directory / "final")}

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from trainables.batching import StepSizes
-from trainables.meter import StepTimer, _measured_gemm, device_peak, peak_memory_bytes, reset_peak_memory, train_seconds
+from trainables.meter import (
+    StepTimer,
+    _cpu_peak,
+    device_peak,
+    gemm_flops_per_second,
+    peak_memory_bytes,
+    reset_peak_memory,
+    train_seconds,
+)
 
 
 def sizes(padded: list[int]) -> StepSizes:
@@ -62,7 +72,7 @@ def test_a_cpu_is_measured_at_the_precision_of_the_trial_and_never_below_fp32() 
 
 
 def test_what_other_processes_take_from_a_core_does_not_lower_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    quiet = _measured_gemm.__wrapped__("fp32", 1)
+    quiet = gemm_flops_per_second("fp32", 1)
     multiply = torch.mm
 
     def disturbed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -71,4 +81,22 @@ def test_what_other_processes_take_from_a_core_does_not_lower_its_peak(monkeypat
 
     monkeypatch.setattr(torch, "mm", disturbed)
     assert quiet / 2 > 2 * 1024**3 / 0.3, "the pause must be long against the product for this test to say anything"
-    assert _measured_gemm.__wrapped__("fp32", 1) > quiet / 2
+    assert gemm_flops_per_second("fp32", 1) > quiet / 2
+
+
+def test_the_best_peak_that_was_seen_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = tmp_path / "paretune/cpu_peaks.json"
+    seen = []
+    for measured in (5e10, 7e10, 6e10):
+        monkeypatch.setattr("trainables.meter.gemm_flops_per_second", lambda *_, m=measured: m)
+        seen.append(_cpu_peak.__wrapped__("fp32", 1))
+    assert seen == [5e10, 7e10, 7e10]
+    assert list(json.loads(file.read_text()).values()) == [7e10]
+    assert _cpu_peak.__wrapped__("bf16", 1) == 6e10, "another precision is another peak"
+    file.write_text("{damaged")
+    assert _cpu_peak.__wrapped__("fp32", 1) == 6e10
+    file.unlink()
+    file.parent.rmdir()
+    file.parent.write_text("no directory")
+    assert _cpu_peak.__wrapped__("fp32", 1) == 6e10
