@@ -44,16 +44,13 @@ def _clear_errors() -> Iterator[None]:
     from search.session import NoResult, NothingFits
     from search.store import StoreError
     from search.tracking import TrackingError
-    from spaces.architecture import ShapeError
     from spaces.loading import SpecError
-    from trainables.formats import DataError
-    from trainables.hub import ModelError
 
     try:
         yield
     except SpecError as error:
         _fail(USAGE, *error.lines)
-    except (ClusterError, DataError, ModelError, ShapeError, StoreError, TrackingError, LedgerError, NothingFits) as error:
+    except (ClusterError, StoreError, TrackingError, LedgerError, NothingFits) as error:
         _fail(USAGE, str(error))
     except NoResult as error:
         _fail(NO_RESULT, str(error))

@@ -45,6 +45,9 @@ def problem_with(uri: str, timeout_seconds: float) -> str | None:
         return _sqlite_problem(uri, shown)
     if uri in CONFIGURED or scheme in CONFIGURED:
         return None
+    misspelt = re.match(r"(https?)(?::/?|/+)([^:/].*)", shown)
+    if misspelt is not None:
+        return f"tracking.uri: {shown} is no URI; did you mean '{misspelt[1]}://{misspelt[2]}'?"
     if scheme in ("", "file"):
         path = Path(urlsplit(uri).path).absolute()
         return (

@@ -30,7 +30,7 @@ def make_plan(loaded: LoadedSpec) -> dict[str, Any]:
     rows = layout_rows(spec.space, spec.model.max_length, limits, plan)
     return {
         "spec": dump_spec(spec),
-        "origins": dict(loaded.origins),
+        "origins": _origins(loaded),
         "num_workers": capacity,
         "cluster": os.environ.get("RAY_ADDRESS", "this machine"),
         "searched": spec.space.names_searched(),
@@ -40,6 +40,13 @@ def make_plan(loaded: LoadedSpec) -> dict[str, Any]:
         "num_feasible_layouts": sum(row["feasible"] for row in rows),
         "memory_unknown": unknown,
     }
+
+
+def _origins(loaded: LoadedSpec) -> dict[str, str]:
+    """Return where each given value comes from, without those that are what the default is."""
+    kept = loaded.spec.model_dump(exclude_defaults=True)
+    changed = {f"{section}.{name}" for section, value in kept.items() if isinstance(value, dict) for name in value} | set(kept)
+    return {path: place for path, place in loaded.origins.items() if ".".join(path.split(".")[:2]) in changed}
 
 
 def _blueprint(spec: SearchSpec) -> tuple[Blueprint | None, str]:

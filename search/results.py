@@ -186,11 +186,12 @@ def render_front(results: Results) -> str:
 
 def render_pick(results: Results, record: TrialRecord) -> str:
     """Return one trial as text: its results, its configuration, its command."""
-    lines = [f"trial {record.number} of {results.name}"]
+    lines = [f"trial {record.number} of {results.name}", "", "measured"]
     lines += [f"  {m}: {number_text(m, v)}" for m, v in sorted(record.values.items())]
-    lines += [f"  test {m}: {number_text(m, v)}" for m, v in sorted(record.test.items())]
-    lines += [f"  {knob} = {short_text(value)}" for knob, value in record.params.items()]
-    return "\n".join([*lines, "", _command(results, record)])
+    if record.test:
+        lines += ["on the test file", *(f"  {m}: {number_text(m, v)}" for m, v in sorted(record.test.items()))]
+    lines += ["configuration", *(f"  {knob}: {short_text(value)}" for knob, value in record.params.items())]
+    return "\n".join([*lines, "", "to train it again", _command(results, record)])
 
 
 def _command(results: Results, record: TrialRecord) -> str:

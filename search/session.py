@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,10 @@ from search.results import reproduce_command
 from search.store import Store
 from search.study import Study
 from search.tracking import Tracker, TrackingError
-from spaces.architecture import ModelShape
+from spaces.architecture import ModelShape, ShapeError
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
-from spaces.loading import LoadedSpec, check_local_data
+from spaces.loading import LoadedSpec, SpecError, check_local_data
 from spaces.spec import SearchSpec
 from trainables.job import Job
 
@@ -61,27 +61,38 @@ class NoResult(Exception):
 class Prepared:
     """What is known before anything is started: the data, the model's shape, and the tracking server that answered."""
 
-    spec: SearchSpec
+    loaded: LoadedSpec
     data: TaskData
     shape: ModelShape
     tracker: Tracker
 
+    @property
+    def spec(self) -> SearchSpec:
+        return self.loaded.spec
 
-def prepare(spec: SearchSpec) -> Prepared:
+
+def prepare(loaded: LoadedSpec) -> Prepared:
     """Check everything that can be checked without a worker: model, data, tracking server.
 
     Raises:
-        trainables.hub.ModelError, trainables.data.DataError, search.tracking.TrackingError: with one line for the user.
+        SpecError: with one line for the user.
     """
     from trainables import data as task_data
-    from trainables.hub import check_use, model_config
+    from trainables.formats import DataError
+    from trainables.hub import ModelError, check_use, model_config
 
-    config = model_config(spec.model.name, spec.model.revision)
-    check_use(config, spec.model)
-    shape = ModelShape.from_config(config)
-    tracker = Tracker(tracking_uri(spec), spec.tracking.experiment, artifact_root=artifact_root(spec))
-    tracker.connect(timeout_seconds=10)
-    return Prepared(spec=spec, data=task_data.prepare(spec.model, spec.data), shape=shape, tracker=tracker)
+    spec = loaded.spec
+    try:
+        config = model_config(spec.model.name, spec.model.revision)
+        check_use(config, spec.model)
+        shape = ModelShape.from_config(config)
+        tracker = Tracker(tracking_uri(spec), spec.tracking.experiment, artifact_root=artifact_root(spec))
+        tracker.connect(timeout_seconds=10)
+        return Prepared(loaded=loaded, data=task_data.prepare(spec.model, spec.data), shape=shape, tracker=tracker)
+    except ShapeError as error:
+        raise SpecError([loaded.locate(f"model.name: {spec.model.name}: {error}")]) from error
+    except (DataError, ModelError, TrackingError) as error:
+        raise SpecError([loaded.locate(str(error))]) from error
 
 
 def tracking_uri(spec: SearchSpec) -> str:
@@ -106,28 +117,28 @@ def start(loaded: LoadedSpec, emit: Emit) -> Store:
     check_local_data(loaded)
     if cluster.is_submitted():
         cluster.check_reachable()
-    prepared = prepare(loaded.spec)
+    prepared = prepare(loaded)
     # A local cluster's size is known before it is started, so a space that cannot run starts nothing.
     if not cluster.is_submitted():
         _check_fit(prepared, cluster.local_capacity(loaded.spec.resources))
     store = Store.create(loaded)
-    return _drive(store, prepared, emit, origins=loaded.origins)
+    return _drive(store, prepared, emit)
 
 
 def resume(store: Store, emit: Emit) -> Store:
     """Go on with a search that was cut off: the same study, the same MLflow run, and the trials in flight first."""
-    spec = store.load_spec().spec
+    loaded = store.load_spec()
     # The searches' directory may have been moved since; the one the user points at counts.
-    spec = spec.model_copy(update={"directory": str(store.root.parent)})
-    return _drive(store, prepare(spec), emit, origins={})
+    spec = loaded.spec.model_copy(update={"directory": str(store.root.parent)})
+    return _drive(store, prepare(replace(loaded, spec=spec)), emit)
 
 
-def _drive(store: Store, prepared: Prepared, emit: Emit, *, origins: Mapping[str, str]) -> Store:
+def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
     spec = prepared.spec
     with store.lock(), cluster.connected(spec.resources) as capacity, Interruption(store.name) as interruption:
         limits = _check_fit(prepared, capacity)
         ledger = Ledger(store.ledger_path)
-        _open_record(ledger, store, prepared, limits, origins)
+        _open_record(ledger, store, prepared, limits)
 
         def on_event(event: dict[str, Any]) -> None:
             prepared.tracker.submit(event)
@@ -168,14 +179,12 @@ def _check_fit(prepared: Prepared, capacity: int) -> Limits:
     limits = Limits(num_workers=capacity, hidden_size=prepared.shape.hidden_size)
     sizes = sorted({world_size for world_size, _ in prepared.spec.space.layouts()})
     if min(sizes) > capacity:
-        raise NothingFits(
-            f"space.world_size: every allowed value ({', '.join(map(str, sizes))}) needs more workers than the cluster "
-            f"holds ({capacity}); allowed: 1 to {capacity}, or change `resources`"
-        )
+        given = f"space.world_size: every allowed value ({', '.join(map(str, sizes))}) needs more workers than the cluster holds"
+        raise NothingFits(prepared.loaded.locate(f"{given} ({capacity}); allowed: 1 to {capacity}, or change `resources`"))
     return limits
 
 
-def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limits, origins: Mapping[str, str]) -> None:
+def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limits) -> None:
     """Write the search's first line, or that it was resumed, and open its run in MLflow."""
     state = replay(ledger.events())
     if state.started is None:
@@ -191,7 +200,7 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
             mlflow_run_id=run_id,
             mlflow_url=prepared.tracker.url(_ui_base(prepared.tracker.uri)),
             command=shlex.join(["paretune", *sys.argv[1:]]),
-            overrides=sorted(path for path, origin in origins.items() if origin == "--set"),
+            overrides=sorted(path for path, origin in prepared.loaded.origins.items() if origin == "--set"),
             data=prepared.data.summary,
             data_fingerprint=prepared.data.fingerprint,
             num_workers=limits.num_workers,

@@ -17,6 +17,8 @@ from spaces.spec import SearchSpec
 
 MAX_BYTES = 1_000_000
 
+DATA_ROLES = ("train", "evaluation", "test")
+
 # A line of the file, or None for `--set`.
 _Origins = dict[yaml_text.Path, int | None]
 _Error = tuple[int | None, yaml_text.Path, str]
@@ -37,7 +39,21 @@ class LoadedSpec:
     spec: SearchSpec
     path: Path
     origins: Mapping[str, str]
-    """`{dotted path: "file" | "--set"}` for every value that was given."""
+    """`{dotted path: "FILE:LINE" | "--set"}` for every value that was given."""
+
+    def locate(self, message: str) -> str:
+        """Put before a message about the value of a key, or about the file that a key names, where that value was given.
+
+        Args:
+            message: one line, `key: ...` with a dotted key in it, or `data file: ...`.
+        """
+        parts = message.split(": ")
+        key = next((part for part in parts if _is_key(part)), None)
+        if key is None:
+            named = (f"data.{role}" for role in DATA_ROLES if getattr(self.spec.data, role) == parts[0])
+            key = next(named, None)
+            message = message if key is None else f"{key}: {message}"
+        return f"{self.origins.get(key or '', str(self.path))}: {message}"
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> LoadedSpec:
@@ -54,8 +70,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> LoadedSpec:
     data, origins, errors = _parse(_read(path), str(path))
     unusable = [line for line in (_override(data, text, origins) for text in overrides) if line is not None]
     spec = _validate(data, str(path), origins, errors, unusable)
-    given = {dotted(leaf): "--set" if _origin(origins, leaf) is None else "file" for leaf in _leaves(data)}
-    return LoadedSpec(spec=spec, path=path, origins=given)
+    return LoadedSpec(spec=spec, path=path, origins={dotted(leaf): _place(origins, leaf, str(path)) for leaf in _leaves(data)})
 
 
 def check_local_data(loaded: LoadedSpec) -> None:
@@ -65,7 +80,7 @@ def check_local_data(loaded: LoadedSpec) -> None:
         SpecError: with a line for each that is not.
     """
     lines = []
-    for role in ("train", "evaluation", "test"):
+    for role in DATA_ROLES:
         name = getattr(loaded.spec.data, role)
         if name is None or name.startswith(("hf:", "embedded:")) or Path(name).is_file():
             continue
@@ -73,8 +88,7 @@ def check_local_data(loaded: LoadedSpec) -> None:
         beside = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
         close = difflib.get_close_matches(Path(name).name, beside, n=1)
         hint = f"; did you mean '{folder / close[0]}'?" if close else ""
-        where = "--set" if loaded.origins.get(f"data.{role}") == "--set" else str(loaded.path)
-        lines.append(f"{where}: data.{role}: no such file '{name}'; paths are relative to the working directory{hint}")
+        lines.append(loaded.locate(f"data.{role}: no such file '{name}'; paths are relative to the working directory{hint}"))
     if lines:
         raise SpecError(lines)
 
@@ -180,15 +194,27 @@ def _validate(data: dict[str, Any], source: str, origins: _Origins, errors: list
         if not errors and not unusable:
             return spec
     errors.sort(key=lambda e: (e[0] is None, e[0] or 0))
-    lines = [
-        f"{'--set' if line is None else f'{source}:{line}'}: {dotted(path) or 'the file'}: {words}" for line, path, words in errors
-    ]
+    lines = [f"{_at(line, source)}: {dotted(path) or 'the file'}: {words}" for line, path, words in errors]
     raise SpecError([*lines, *unusable])
 
 
 def _origin(origins: _Origins, path: yaml_text.Path) -> int | None:
     """Return the line of the value, or of the nearest section around it; None where `--set` gave it."""
     return next((origins[path[:n]] for n in range(len(path), -1, -1) if path[:n] in origins), 1)
+
+
+def _is_key(text: str) -> bool:
+    section, _, name = text.partition(".")
+    field = SearchSpec.model_fields.get(section)
+    return name in getattr(field and field.annotation, "model_fields", ())
+
+
+def _place(origins: _Origins, path: yaml_text.Path, source: str) -> str:
+    return _at(_origin(origins, path), source)
+
+
+def _at(line: int | None, source: str) -> str:
+    return "--set" if line is None else f"{source}:{line}"
 
 
 def _leaves(data: Any, path: yaml_text.Path = ()) -> list[yaml_text.Path]:

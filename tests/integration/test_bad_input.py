@@ -52,9 +52,23 @@ def test_bad_input_is_one_line_and_starts_nothing(spec: Path, case: str, monkeyp
     assert result.exit_code == 2, result.output
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: --set: ")
     assert key in lines[0]
     assert hint in lines[0]
     assert not (spec.parent / "runs/tiny/ledger.jsonl").exists()
+
+
+def test_what_is_wrong_in_a_data_file_names_the_line_that_asked_for_it(spec: Path) -> None:
+    bad = spec.with_name("bad.yaml")
+    bad.write_text(spec.read_text().replace("train.csv", "other.csv"))
+    line = next(n for n, text in enumerate(bad.read_text().splitlines(), start=1) if "other.csv" in text)
+    data = spec.with_name("other.csv")
+    for content, hint in [(b"", "empty"), (b"text,label\nyes \xff,a\n", "UTF-8"), (b"text,label\na,b\n", "a single class")]:
+        data.write_bytes(content)
+        result = CliRunner().invoke(app, ["search", str(bad)])
+        assert result.exit_code == 2
+        assert result.stderr.splitlines()[-1].startswith(f"error: {bad}:{line}: data.train: {data}: ")
+        assert hint in result.stderr
 
 
 def test_a_cluster_that_does_not_answer_is_one_line(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:

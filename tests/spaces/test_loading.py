@@ -97,13 +97,27 @@ def test_the_origin_of_every_value(write):
     loaded = load_spec(write(GOOD), ["space.learning_rate=0.001", "budget.trials=3", "objectives[1].reference=5"])
     assert loaded.path == Path("spec.yaml")
     assert loaded.origins == {
-        "model.name": "file",
-        "model.task": "file",
-        "data.train": "file",
+        "model.name": "spec.yaml:2",
+        "model.task": "spec.yaml:3",
+        "data.train": "spec.yaml:5",
         "space.learning_rate": "--set",
         "budget.trials": "--set",
-        "objectives": "file",
+        "objectives": "spec.yaml:8",
     }
+
+
+@pytest.mark.parametrize(
+    ("message", "place"),
+    [
+        ("model.name: no such directory", "spec.yaml:2: model.name: no such directory"),
+        ("t.txt: data.text: no column 'x'; did you mean: y", "spec.yaml: t.txt: data.text: no column 'x'; did you mean: y"),
+        ("t.txt: line 3: not UTF-8", "spec.yaml:5: data.train: t.txt: line 3: not UTF-8"),
+        ("space.learning_rate: too large", "--set: space.learning_rate: too large"),
+        ("config.json: no key", "spec.yaml: config.json: no key"),
+    ],
+)
+def test_a_message_gets_the_place_of_the_key_or_of_the_data_file_that_it_is_about(write, message, place):
+    assert load_spec(write(GOOD), ["space.learning_rate=0.001"]).locate(message) == place
 
 
 @pytest.mark.parametrize(
