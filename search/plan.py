@@ -86,6 +86,7 @@ def layout_rows(space: SpaceSpec, max_length: int, limits: Limits, plan: Bluepri
                 "global_batch_size": config.recipe.global_batch_size,
                 "micro_batch_size": config.layout.micro_batch_size,
                 "num_grad_accum_steps": config.num_grad_accum_steps,
+                "recomputation": config.layout.recomputation,
                 "peak_memory_bytes": None if memory is None else sum(memory.values()),
                 "memory": memory,
                 "memory_unknown": unknown,
@@ -106,7 +107,8 @@ def render_plan(plan: Mapping[str, Any]) -> str:
         f"objectives: {', '.join(plan['objectives'])}",
         f"{plan['trials']} trials on {plan['cluster']}, which holds {plan['num_workers']} workers at once",
         "",
-        f"{'world size':>10}  {'strategy':8}  {'global batch':>12}  {'micro batch':>11}  {'accumulation':>12}  {'GiB a rank':>10}"
+        f"{'world size':>10}  {'strategy':8}  {'global batch':>12}  {'micro batch':>11}  {'accumulation':>12}  "
+        f"{'recomputation':>13}  {'GiB a rank':>10}"
         "  runs here",
     ]
     for row in plan["layouts"]:
@@ -114,7 +116,7 @@ def render_plan(plan: Mapping[str, Any]) -> str:
         verdict = "yes" if row["feasible"] else f"no: {broken}"
         lines.append(
             f"{row['world_size']:>10}  {row['strategy']:8}  {row['global_batch_size']:>12}  {row['micro_batch_size']:>11}  "
-            f"{row['num_grad_accum_steps']:>12}  {_gib(row['peak_memory_bytes']):>10}  {verdict}"
+            f"{row['num_grad_accum_steps']:>12}  {row['recomputation']:>13}  {_gib(row['peak_memory_bytes']):>10}  {verdict}"
         )
     unknown = sorted({row["memory_unknown"] for row in plan["layouts"]} | {plan["memory_unknown"]} - {""})
     lines += [

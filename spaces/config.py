@@ -11,6 +11,7 @@ from typing import Any, Literal
 Adapter = Literal["none", "lora"]
 Precision = Literal["fp32", "bf16"]
 Strategy = Literal["ddp", "fsdp"]
+Recomputation = Literal["none", "full"]
 
 # `micro_batch_size: auto` keeps one forward pass to at most this many padded tokens per rank.
 AUTO_MICRO_BATCH_TOKENS = 16_384
@@ -55,6 +56,8 @@ class Layout:
     strategy: Strategy
     micro_batch_size: int
     """Rows per rank and forward pass."""
+    recomputation: Recomputation = "none"
+    """`full` keeps the input of each block alone, and computes the block again in the backward pass."""
 
     def num_grad_accum_steps(self, global_batch_size: int) -> int:
         """Return the forward passes per rank and optimizer step, rounded up."""
@@ -103,7 +106,12 @@ class TrialConfig:
         world_size = int(params["world_size"])
         if micro == "auto":
             micro = auto_micro_batch_size(recipe.global_batch_size, world_size, max_length)
-        layout = Layout(world_size=world_size, strategy=params["strategy"], micro_batch_size=int(micro))
+        layout = Layout(
+            world_size=world_size,
+            strategy=params["strategy"],
+            micro_batch_size=int(micro),
+            recomputation=params["recomputation"],
+        )
         return cls(recipe=recipe, layout=layout)
 
     @classmethod

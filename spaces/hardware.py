@@ -1,43 +1,208 @@
-"""Peak FLOP/s of devices, dense, from their data sheets; a device that is not listed has no peak."""
+"""Data sheets of the GPUs that people rent: dense peaks, memory, bandwidth. A device that is not here has no numbers.
+
+The sheets print figures with structured sparsity; the dense ones here are half of them. Two cards of one marketing name are two
+rows: an H100 is an SXM module, a PCIe card or an NVL, with peaks of 989, 756 and 835 TFLOP/s in bf16.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-# (part of the name that CUDA reports, {precision: FLOP/s}), the more specific name first: "H200" holds no "H20" after it was
-# tried, "H100 PCIe" is tried before "H100". Data sheets give sparse figures beside; these are the dense ones. fp32 is that of the
-# vector units, which PyTorch uses unless TF32 is allowed.
-_T = 1e12
-PEAKS: tuple[tuple[str, Mapping[str, float]], ...] = (
-    # https://resources.nvidia.com/en-us-data-center-overview/blackwell-datasheet (B200, per GPU, dense)
-    ("B200", {"bf16": 2250 * _T, "fp32": 75 * _T}),
-    # https://www.nvidia.com/en-us/data-center/h200/ (SXM; the NVL's clock is lower)
-    ("H200 NVL", {"bf16": 835.5 * _T, "fp32": 60 * _T}),
-    ("H200", {"bf16": 989.4 * _T, "fp32": 66.9 * _T}),
-    # https://www.nvidia.com/en-us/data-center/h100/
-    ("H100 PCIe", {"bf16": 756.0 * _T, "fp32": 51.2 * _T}),
-    ("H100 NVL", {"bf16": 835.5 * _T, "fp32": 60 * _T}),
-    ("H100", {"bf16": 989.4 * _T, "fp32": 66.9 * _T}),
-    # https://www.nvidia.com/en-us/data-center/a100/
-    ("A100", {"bf16": 312.0 * _T, "fp32": 19.5 * _T}),
-    # https://www.nvidia.com/en-us/data-center/l40s/
-    ("L40S", {"bf16": 362.05 * _T, "fp32": 91.6 * _T}),
-    # https://www.nvidia.com/en-us/data-center/l4/
-    ("L4", {"bf16": 121.0 * _T, "fp32": 30.3 * _T}),
-    # https://www.nvidia.com/en-us/data-center/products/a10-gpu/
-    ("A10", {"bf16": 125.0 * _T, "fp32": 31.2 * _T}),
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """One row of a data sheet."""
+
+    name: str
+    """What a user calls it: `h100-sxm`."""
+    cuda_words: tuple[str, ...]
+    """Words that are in the name that CUDA reports, all of them."""
+    tera_flops_per_second: Mapping[str, float]
+    """Dense peak by number format, of the matrix units; `fp32` of the vector units, which PyTorch uses unless TF32 is allowed."""
+    memory_gigabytes: float
+    """Of 10^9 bytes."""
+    gigabytes_per_second: float
+    """To and from its memory."""
+    link_gigabytes_per_second: float
+    """To and from the other devices of a node, both directions together: NVLink, or PCIe where there is none."""
+    source: str
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gigabytes * 1e9)
+
+
+_HOPPER_SXM = {"bf16": 989.4, "fp16": 989.4, "tf32": 494.7, "fp8": 1978.9, "fp32": 66.9}
+_HOPPER_NVL = {"bf16": 835.5, "fp16": 835.5, "tf32": 417.5, "fp8": 1670.5, "fp32": 60.0}
+_AMPERE_100 = {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5}
+
+# The more specific name first: words are compared whole, so that "L4" is no "L40" and "H20" no "H200".
+DEVICES: tuple[Device, ...] = (
+    Device(
+        name="b200",
+        cuda_words=("B200",),
+        tera_flops_per_second={"bf16": 2250.0, "fp16": 2250.0, "tf32": 1125.0, "fp8": 4500.0, "fp32": 75.0},
+        memory_gigabytes=180,
+        gigabytes_per_second=7700,
+        link_gigabytes_per_second=1800,
+        source="https://resources.nvidia.com/en-us-data-center-overview/blackwell-datasheet",
+    ),
+    Device(
+        name="h200-nvl",
+        cuda_words=("H200", "NVL"),
+        tera_flops_per_second=_HOPPER_NVL,
+        memory_gigabytes=141,
+        gigabytes_per_second=4800,
+        link_gigabytes_per_second=900,
+        source="https://www.nvidia.com/en-us/data-center/h200/",
+    ),
+    Device(
+        name="h200-sxm",
+        cuda_words=("H200",),
+        tera_flops_per_second=_HOPPER_SXM,
+        memory_gigabytes=141,
+        gigabytes_per_second=4800,
+        link_gigabytes_per_second=900,
+        source="https://www.nvidia.com/en-us/data-center/h200/",
+    ),
+    Device(
+        name="h100-pcie",
+        cuda_words=("H100", "PCIe"),
+        tera_flops_per_second={"bf16": 756.0, "fp16": 756.0, "tf32": 378.0, "fp8": 1513.0, "fp32": 51.2},
+        memory_gigabytes=80,
+        gigabytes_per_second=2000,
+        link_gigabytes_per_second=128,
+        source="https://www.nvidia.com/content/dam/en-zz/Solutions/gtcs22/data-center/h100/PB-11133-001_v01.pdf",
+    ),
+    Device(
+        name="h100-nvl",
+        cuda_words=("H100", "NVL"),
+        tera_flops_per_second=_HOPPER_NVL,
+        memory_gigabytes=94,
+        gigabytes_per_second=3900,
+        link_gigabytes_per_second=600,
+        source="https://www.nvidia.com/en-us/data-center/h100/",
+    ),
+    Device(
+        name="h100-sxm",
+        cuda_words=("H100",),
+        tera_flops_per_second=_HOPPER_SXM,
+        memory_gigabytes=80,
+        gigabytes_per_second=3350,
+        link_gigabytes_per_second=900,
+        source="https://www.nvidia.com/en-us/data-center/h100/",
+    ),
+    Device(
+        name="h20",
+        cuda_words=("H20",),
+        tera_flops_per_second={"bf16": 148.0, "fp16": 148.0, "tf32": 74.0, "fp8": 296.0, "fp32": 44.0},
+        memory_gigabytes=96,
+        gigabytes_per_second=4000,
+        link_gigabytes_per_second=900,
+        source="https://github.com/pytorch/torchtitan/blob/main/torchtitan/tools/utils.py (no public data sheet)",
+    ),
+    Device(
+        name="a100-80gb-sxm",
+        cuda_words=("A100", "SXM4", "80GB"),
+        tera_flops_per_second=_AMPERE_100,
+        memory_gigabytes=80,
+        gigabytes_per_second=2039,
+        link_gigabytes_per_second=600,
+        source="https://www.nvidia.com/en-us/data-center/a100/",
+    ),
+    Device(
+        name="a100-80gb-pcie",
+        cuda_words=("A100", "PCIe", "80GB"),
+        tera_flops_per_second=_AMPERE_100,
+        memory_gigabytes=80,
+        gigabytes_per_second=1935,
+        link_gigabytes_per_second=64,
+        source="https://www.nvidia.com/en-us/data-center/a100/",
+    ),
+    Device(
+        name="a100-40gb",
+        cuda_words=("A100",),
+        tera_flops_per_second=_AMPERE_100,
+        memory_gigabytes=40,
+        gigabytes_per_second=1555,
+        link_gigabytes_per_second=64,
+        source="https://images.nvidia.com/aem-dam/en-zz/Solutions/data-center/nvidia-ampere-architecture-whitepaper.pdf",
+    ),
+    Device(
+        name="l40s",
+        cuda_words=("L40S",),
+        tera_flops_per_second={"bf16": 362.05, "fp16": 362.05, "tf32": 183.0, "fp8": 733.0, "fp32": 91.6},
+        memory_gigabytes=48,
+        gigabytes_per_second=864,
+        link_gigabytes_per_second=64,
+        source="https://www.nvidia.com/en-us/data-center/l40s/",
+    ),
+    Device(
+        name="l40",
+        cuda_words=("L40",),
+        tera_flops_per_second={"bf16": 181.05, "fp16": 181.05, "tf32": 90.5, "fp8": 362.0, "fp32": 90.5},
+        memory_gigabytes=48,
+        gigabytes_per_second=864,
+        link_gigabytes_per_second=64,
+        source="https://www.nvidia.com/en-us/data-center/l40/",
+    ),
+    Device(
+        name="l4",
+        cuda_words=("L4",),
+        tera_flops_per_second={"bf16": 121.0, "fp16": 121.0, "tf32": 60.0, "fp8": 242.5, "fp32": 30.3},
+        memory_gigabytes=24,
+        gigabytes_per_second=300,
+        link_gigabytes_per_second=64,
+        source="https://www.nvidia.com/en-us/data-center/l4/",
+    ),
+    Device(
+        name="a10",
+        cuda_words=("A10",),
+        tera_flops_per_second={"bf16": 125.0, "fp16": 125.0, "tf32": 62.5, "fp32": 31.2},
+        memory_gigabytes=24,
+        gigabytes_per_second=600,
+        link_gigabytes_per_second=64,
+        source="https://www.nvidia.com/en-us/data-center/products/a10-gpu/",
+    ),
+    Device(
+        name="a40",
+        cuda_words=("A40",),
+        tera_flops_per_second={"bf16": 149.7, "fp16": 149.7, "tf32": 74.8, "fp32": 37.4},
+        memory_gigabytes=48,
+        gigabytes_per_second=696,
+        link_gigabytes_per_second=64,
+        source="https://images.nvidia.com/content/Solutions/data-center/a40/nvidia-a40-datasheet.pdf",
+    ),
+    Device(
+        name="t4",
+        cuda_words=("T4",),
+        tera_flops_per_second={"fp16": 65.0, "fp32": 8.1},
+        memory_gigabytes=16,
+        gigabytes_per_second=320,
+        link_gigabytes_per_second=32,
+        source="https://www.nvidia.com/en-us/data-center/tesla-t4/",
+    ),
 )
 
 
-def peak_flops_per_second(device_name: str, precision: str) -> float | None:
-    """Return a GPU's dense peak at a precision (`fp32`, `bf16`), or None if the device is not known.
+def device_of_cuda_name(cuda_name: str) -> Device | None:
+    """Return the row of a GPU, or None if it is not known.
 
     Args:
-        device_name: as `torch.cuda.get_device_name()` gives it.
+        cuda_name: as `torch.cuda.get_device_name()` gives it.
     """
-    words = device_name.replace("-", " ").split()
-    for name, peaks in PEAKS:
-        # Whole words: "L4" is no "L40", "A10" no "A100", "H20" no "H200".
-        if all(part in words for part in name.split()):
-            return peaks.get(precision)
-    return None
+    words = {word.lower() for word in cuda_name.replace("-", " ").split()}
+    return next((device for device in DEVICES if all(word.lower() in words for word in device.cuda_words)), None)
+
+
+def peak_flops_per_second(cuda_name: str, precision: str) -> float | None:
+    """Return a GPU's dense peak at a number format, or None if the device or the format is not known there.
+
+    Args:
+        cuda_name: as `torch.cuda.get_device_name()` gives it.
+        precision: `fp32`, `tf32`, `bf16`, `fp16` or `fp8`.
+    """
+    device = device_of_cuda_name(cuda_name)
+    peak = None if device is None else device.tera_flops_per_second.get(precision)
+    return None if peak is None else peak * 1e12

@@ -1,4 +1,4 @@
-"""Bytes that one rank holds while it trains, by term, from a blueprint and a trial config; fp32, without recomputation.
+"""Bytes that one rank holds while it trains, by term, from a blueprint and a trial config; fp32.
 
 What a layer keeps for its backward pass is read off transformers' modelling files and torch's own backward formulas (what
 `torch.autograd` saves), and tests compare every term with the tensors that really live. The peak is the largest of three
@@ -81,13 +81,17 @@ def rank_memory(plan: Blueprint, config: TrialConfig, length: int) -> RankMemory
     # PEFT keeps the head that it trains beside the one that was there.
     copies = 0 if recipe.adapter == "none" else sum(m.num_params for m in plan.head if m.trains_with_adapter)
     weights = plan.num_params + num_adapter_params(plan, recipe) + copies
-    activations = _activations(plan, recipe, tokens, rows)
+    # With recomputation a block keeps its input, and all of it lives again while its own backward pass runs.
+    recomputes = config.layout.recomputation == "full"
+    block = _kept_by_block(plan, recipe)
+    activations = _activations(plan, recipe, tokens, rows, plan.shape.hidden_size if recomputes else block)
+    in_backward = tokens * block if recomputes else 0
     head = plan.head[-1]
     # The last token of a row predicts nothing.
     logits = LOGITS_COPIES * head.num_outputs * (rows if head.per == "row" else rows * (length - 1))
     moments = {
         "loss": (0, activations, logits),
-        "last block": (0, activations + _inside_block(plan, recipe, tokens), 0),
+        "last block": (0, activations + in_backward + _inside_block(plan, recipe, tokens), 0),
         "optimizer": (trained, 0, 0),
     }
     gradients, activations, logits = max(moments.values(), key=sum)
@@ -115,11 +119,11 @@ def _check_known(plan: Blueprint, config: TrialConfig) -> None:
             raise NoFormula(f"no formula for {what}")
 
 
-def _activations(plan: Blueprint, recipe: Recipe, tokens: int, rows: int) -> int:
+def _activations(plan: Blueprint, recipe: Recipe, tokens: int, rows: int, kept_by_block: int) -> int:
     """Return the numbers that all blocks and the embedding keep for the backward pass."""
     full = recipe.adapter == "none"
     width = plan.shape.hidden_size
-    kept = plan.shape.num_layers * _kept_by_block(plan, recipe)
+    kept = plan.shape.num_layers * kept_by_block
     if plan.norm == "rms":
         # The embedding, and the last normalisation before and after its weight.
         kept += 3 * width + 1 if full else 0

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from spaces.config import Adapter, Precision, Strategy
+from spaces.config import Adapter, Precision, Recomputation, Strategy
 from spaces.domains import (
     ByAdapter,
     Choice,
@@ -113,6 +113,8 @@ class SpaceSpec(BaseModel):
     """`ddp` replicates the weights, `fsdp` shards them."""
     micro_batch_size: NameDomain[MicroBatch] = Fixed[MicroBatch]("auto")
     """Rows per rank and forward pass; `auto` takes what fits a fixed number of tokens."""
+    recomputation: NameDomain[Recomputation] = Fixed[Recomputation]("none")
+    """`full` computes the activations of each block again in the backward pass: less memory, about a third more work."""
 
     @field_validator("learning_rate")
     @classmethod
@@ -181,14 +183,17 @@ class SpaceSpec(BaseModel):
         return params
 
     def corners(self) -> Iterator[dict[str, Any]]:
-        """Yield params for every layout, global and micro batch: a range's ends, and the first value elsewhere."""
-        sizes = itertools.product(self.layouts(), self.global_batch_size.ends(), self.micro_batch_size.ends())
-        for (world_size, strategy), global_batch_size, micro_batch_size in sizes:
+        """Yield params for every layout and global batch: a range's ends, and the first value elsewhere."""
+        layouts = itertools.product(
+            self.layouts(), self.global_batch_size.ends(), self.micro_batch_size.ends(), self.recomputation.ends()
+        )
+        for (world_size, strategy), global_batch_size, micro_batch_size, recomputation in layouts:
             yield self.first() | {
                 "world_size": world_size,
                 "strategy": strategy,
                 "global_batch_size": global_batch_size,
                 "micro_batch_size": micro_batch_size,
+                "recomputation": recomputation,
             }
 
     def layouts(self) -> list[tuple[int, str]]:

@@ -75,6 +75,7 @@ def _params(random_: random.Random) -> dict[str, Any]:
         "world_size": random_.choice([1, 2]),
         "strategy": random_.choice(["ddp", "fsdp"]),
         "micro_batch_size": "auto",
+        "recomputation": "none",
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,11 +17,15 @@ from trainables.mesh import World
 
 
 def parallelize(module: nn.Module, config: TrialConfig, world: World) -> nn.Module:
-    """Wrap in DDP, or shard with FSDP2: every transformer block by itself, then what is left.
+    """Switch recomputation on, then wrap in DDP or shard with FSDP2: every transformer block by itself, then what is left.
 
-    The blocks come first: what the root then shards is only what no block holds (embeddings, head), so that no more than
-    one block is gathered at a time. One process has nothing to share and is left as it is.
+    Recomputation comes before sharding: what is computed again is the block without its gathering of weights. The blocks come
+    before the root: what that then shards is only what no block holds (embeddings, head), so that no more than one block is
+    gathered at a time. One process has nothing to share and is left as it is.
     """
+    if config.layout.recomputation == "full":
+        # The reentrant form needs an input that requires a gradient, which a frozen embedding does not give.
+        cast("Any", module).gradient_checkpointing_enable({"use_reentrant": False})
     if world.world_size == 1:
         return module
     if config.layout.strategy == "ddp":

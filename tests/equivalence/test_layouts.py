@@ -78,7 +78,14 @@ def make_data(task: str, num_rows: int = 90) -> TaskData:
     )
 
 
-def config(adapter: str, world_size: int = 1, strategy: str = "ddp", micro: int = 8, precision: str = "fp32") -> TrialConfig:
+def config(
+    adapter: str,
+    world_size: int = 1,
+    strategy: str = "ddp",
+    micro: int = 8,
+    precision: str = "fp32",
+    recomputation: str = "none",
+) -> TrialConfig:
     lora: dict[str, Any] = {}
     if adapter == "lora":
         lora = {"adapter_rank": 4, "adapter_alpha": 8.0, "adapter_target_modules": ("all-linear",)}
@@ -94,7 +101,8 @@ def config(adapter: str, world_size: int = 1, strategy: str = "ddp", micro: int 
         adapter=adapter,
         **lora,
     )
-    return TrialConfig(recipe=recipe, layout=Layout(world_size=world_size, strategy=strategy, micro_batch_size=micro))
+    layout = Layout(world_size=world_size, strategy=strategy, micro_batch_size=micro, recomputation=recomputation)
+    return TrialConfig(recipe=recipe, layout=layout)
 
 
 def go_on() -> Command:
@@ -111,12 +119,14 @@ def losses(world: World, name: str, task: str, trial: TrialConfig) -> tuple[list
 
 def all_layouts(world: World, names: dict[str, str]) -> dict[tuple[str, ...], Any]:
     """Every layout of this world size for both tasks and both adapters, in one spawn: starting processes costs seconds."""
-    layouts = [("ddp", 4), ("fsdp", 4), ("ddp", 2), ("fsdp", 1)]
+    layouts = [("ddp", 4, "none"), ("fsdp", 4, "none"), ("ddp", 2, "full"), ("fsdp", 1, "full")]
     return {
-        (task, adapter, strategy, str(micro)): losses(world, names[task], task, config(adapter, world.world_size, strategy, micro))
+        (task, adapter, *map(str, layout)): losses(
+            world, names[task], task, config(adapter, world.world_size, layout[0], layout[1], recomputation=layout[2])
+        )
         for task in TASKS
         for adapter in ("none", "lora")
-        for strategy, micro in layouts
+        for layout in layouts
     }
 
 
@@ -146,6 +156,20 @@ def test_every_layout_has_the_loss_curve_of_one_process(
             if (t, a) == (task, adapter):
                 assert curve == pytest.approx(reference, rel=RELATIVE), layout
                 assert metrics["eval_loss"] == pytest.approx(scores["eval_loss"], rel=RELATIVE), layout
+
+
+def repeated(world: World, name: str) -> list[tuple[list[float], dict[str, float]]]:
+    trials = [config("lora", world.world_size, strategy, 4) for strategy in ("ddp", "fsdp")] * 2
+    return [losses(world, name, "causal-lm", trial) for trial in trials]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_same_recipe_and_layout_give_the_same_trial_bit_for_bit(names: dict[str, str], world_size: int) -> None:
+    name = names["causal-lm"]
+    for first, second, *again in distributed.run(2, repeated, name) if world_size == 2 else [repeated(World.alone(), name)]:
+        for (curve, scores), (curve_again, scores_again) in zip((first, second), again, strict=True):
+            assert curve == curve_again
+            assert scores["eval_loss"] == scores_again["eval_loss"]
 
 
 def test_a_slightly_different_recipe_is_told_apart(names: dict[str, str]) -> None:

@@ -19,6 +19,7 @@ BOTH = {
     "world_size": {"choice": [4, 1, 2]},
     "strategy": {"choice": ["ddp", "fsdp"]},
     "micro_batch_size": {"choice": ["auto", 4]},
+    "recomputation": {"choice": ["none", "full"]},
 }
 
 
@@ -128,9 +129,10 @@ def test_layouts_are_every_combination():
 
 def test_corners_are_trial_configs_at_the_ends():
     corners = list(space(**BOTH, global_batch_size={"int": [8, 64]}).corners())
-    assert len(corners) == 6 * 2 * 2
+    assert len(corners) == 6 * 2 * 2 * 2
     assert {c["global_batch_size"] for c in corners} == {8, 64}
     assert {c["micro_batch_size"] for c in corners} == {"auto", 4}
+    assert {c["recomputation"] for c in corners} == {"none", "full"}
     for params in corners:
         TrialConfig.from_params(params, max_length=128)
 

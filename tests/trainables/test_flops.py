@@ -12,7 +12,7 @@ from spaces.architecture import ModelShape
 from spaces.blueprint import FAMILIES, blueprint
 from spaces.config import Recipe
 from spaces.flops import AttentionUse, LinearUse, TrainingFlops, attention_products, flops_of_blueprint
-from spaces.hardware import peak_flops_per_second
+from spaces.hardware import DEVICES, device_of_cuda_name, peak_flops_per_second
 from trainables.adapters import add_lora
 from trainables.batching import Batch
 from trainables.evaluation import summed_loss
@@ -139,10 +139,45 @@ def test_causal_attention_costs_half_and_a_frozen_weight_four() -> None:
         ("NVIDIA A100-SXM4-80GB", 312.0e12),
         ("NVIDIA L40S", 362.05e12),
         ("NVIDIA L4", 121.0e12),
+        ("NVIDIA H20", 148.0e12),
+        ("NVIDIA A100 80GB PCIe", 312.0e12),
+        ("NVIDIA L40", 181.05e12),
+        ("NVIDIA A10", 125.0e12),
         ("NVIDIA A10G", None),
-        ("NVIDIA H20", None),
+        ("Tesla T4", None),
         ("NVIDIA GeForce RTX 9999", None),
     ],
 )
 def test_a_device_has_its_own_peak_or_none(name: str, bf16: float | None) -> None:
     assert peak_flops_per_second(name, "bf16") == bf16
+
+
+@pytest.mark.parametrize(
+    ("cuda_name", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb-sxm"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb-pcie"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA H200", "h200-sxm"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
+        ("Tesla T4", "t4"),
+    ],
+)
+def test_one_marketing_name_is_several_devices(cuda_name: str, name: str) -> None:
+    device = device_of_cuda_name(cuda_name)
+    assert device is not None
+    assert device.name == name
+
+
+def test_a_row_of_the_table_is_in_itself_plausible() -> None:
+    assert len({device.name for device in DEVICES}) == len(DEVICES)
+    for device in DEVICES:
+        peaks = device.tera_flops_per_second
+        assert peaks["fp32"] <= peaks["fp16"], device.name
+        assert peaks.get("bf16", peaks["fp16"]) == peaks["fp16"], device.name
+        if "fp8" in peaks:
+            assert peaks["fp8"] == pytest.approx(2 * peaks["bf16"], rel=0.02), device.name
+        if "tf32" in peaks:
+            assert peaks["tf32"] == pytest.approx(peaks["bf16"] / 2, rel=0.02), device.name
+        assert device.source.startswith("https://")
