@@ -7,14 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from tiny import make_rows, make_spec
+from waiting import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -31,14 +30,6 @@ def events(ledger: Path) -> list[dict]:
         return []
     lines = ledger.read_text().split("\n")[:-1]
     return [json.loads(line) for line in lines]
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"the driver ended with {process.returncode}"
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
 
 
 def long_spec(directory: Path, **space: object) -> Path:

@@ -8,14 +8,13 @@ import shlex
 import socket
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 from urllib.request import urlopen
 
 import psutil
 import pytest
 from tiny import make_spec
+from waiting import wait_for
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "RAY_TMPDIR": "/tmp"}
@@ -27,6 +26,13 @@ def paretune(*args: str, cwd: Path, check: int = 0, timeout: float = 400) -> sub
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def shows_mlflow(url: str) -> bool:
+    try:
+        return b"MLflow" in urlopen(url, timeout=5).read()
+    except OSError:
+        return False
 
 
 def ray_processes() -> set[int]:
@@ -132,14 +138,7 @@ def test_the_interface_opens_on_the_searches_and_ends_with_all_that_it_started(f
     log = (finished / "ui.log").open("wb")
     server = subprocess.Popen(command, cwd=finished, env=env, stdout=log, stderr=log)
     try:
-        end = time.monotonic() + 120
-        page = b""
-        while b"MLflow" not in page:
-            assert server.poll() is None, (finished / "ui.log").read_text()
-            assert time.monotonic() < end, "no page"
-            time.sleep(0.3)
-            with suppress(OSError):
-                page = urlopen(f"http://127.0.0.1:{port}/", timeout=5).read()
+        wait_for(lambda: shows_mlflow(f"http://127.0.0.1:{port}/"), server)
         busy = paretune("ui", "--directory", "runs", "--port", str(port), cwd=finished, check=2)
         assert f"--port {port}: Address already in use" in busy.stderr
         started = psutil.Process(server.pid).children(recursive=True)

@@ -4,7 +4,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from synthetic import OBJECTIVES, synthetic_events
+from waiting import wait_for
 
 from search.endpoint import problem_with
 from search.ledger import replay
@@ -218,11 +218,7 @@ class _Server:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        end = time.monotonic() + 120
-        while problem_with(self.uri, 1) is not None:
-            assert self._process.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.2)
+        wait_for(lambda: problem_with(self.uri, 1) is None, self._process)
 
     def kill(self) -> None:
         parts = psutil.Process(self._process.pid).children(recursive=True)
