@@ -85,7 +85,9 @@ class SearchView:
             return f"after {minutes:.1f} min: preparing the model, the data and the workers"
         running = [self._state.records[number] for number in sorted(self._state.in_flight)]
         shares = ", ".join(f"trial {r.number:04d} past {r.reports[-1]['fidelity'] if r.reports else 0:.0%}" for r in running)
-        return f"after {minutes:.1f} min: {shares or 'no trial is running'} | {self._summary()}"
+        if not shares:
+            shares = "writing down the front" if self._trials_left() == 0 else "no trial is running"
+        return f"after {minutes:.1f} min: {shares} | {self._summary()}"
 
     def _line(self, event: Mapping[str, Any]) -> str | None:
         number = event.get("number")
@@ -129,12 +131,14 @@ class SearchView:
 
     def _eta_seconds(self) -> float | None:
         """Extrapolate from the pace of the trials that ended in this session."""
-        if len(self._ended_at) < 2 or self._state.started is None:
+        left = self._trials_left()
+        if len(self._ended_at) < 2 or left == 0:
             return None
-        records = self._state.records.values()
-        left = self._spec.budget.trials - sum(r.state is not TrialState.RUNNING and r.feasible for r in records)
-        pace = (self._ended_at[-1] - self._ended_at[0]) / (len(self._ended_at) - 1)
-        return max(0.0, left * pace)
+        return left * (self._ended_at[-1] - self._ended_at[0]) / (len(self._ended_at) - 1)
+
+    def _trials_left(self) -> int:
+        ended = sum(r.state is not TrialState.RUNNING and r.feasible for r in self._state.records.values())
+        return max(0, self._spec.budget.trials - ended)
 
     def _table(self) -> Table:
         table = Table(title=f"{self._spec.name or 'search'}: {self._summary()}", expand=True)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-import psutil
+from filelock import FileLock, Timeout
 
 from spaces.loading import LoadedSpec, dump_spec, load_spec
 
@@ -94,40 +92,18 @@ class Store:
         """Return the spec that the search was started with."""
         return load_spec(self.spec_path)
 
-    def lock(self) -> Lock:
-        """Return the lock that keeps two drivers off the same search."""
-        return Lock(self.root / "driver.json")
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other drivers off this search; the operating system lets go of it for a driver that was killed.
 
-
-@dataclass(frozen=True, slots=True)
-class Lock:
-    """A file that names the driver's process; a dead driver's lock is taken over."""
-
-    path: Path
-
-    def __enter__(self) -> Lock:
-        me = psutil.Process()
+        Raises:
+            StoreError: another driver runs this search.
+        """
         try:
-            held = json.loads(self.path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            held = None
-        if held is not None and _is_alive(held):
-            raise StoreError(f"process {held['pid']} on this machine runs this search; wait for it or stop it first")
-        self.path.write_text(json.dumps({"pid": me.pid, "started": me.create_time()}))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.path.unlink(missing_ok=True)
-
-
-def _is_alive(held: Mapping[str, Any]) -> bool:
-    """The process id alone may have been given to another process since."""
-    if held["pid"] == os.getpid():
-        return False
-    try:
-        return bool(psutil.Process(held["pid"]).create_time() == held["started"])
-    except psutil.NoSuchProcess:
-        return False
+            with FileLock(self.root / "driver.lock", blocking=False):
+                yield
+        except Timeout:
+            raise StoreError(f"the search '{self.name}' runs already, in another process; wait for it or stop it first") from None
 
 
 def _new_directory(parent: Path, stem: str) -> Path:
