@@ -35,7 +35,7 @@ from spaces.flops import TrainingFlops, flops_of_blueprint  # noqa: E402
 from trainables.adapters import add_lora  # noqa: E402
 from trainables.batching import Batch  # noqa: E402
 from trainables.evaluation import summed_loss  # noqa: E402
-from trainables.meter import CountingPass  # noqa: E402
+from trainables.meter import FlopWatch  # noqa: E402
 
 ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
 STACKED = {"mixtral", "qwen3_moe"}
@@ -92,11 +92,12 @@ def one_row(module: Any, config: dict[str, Any], task: str, length: int) -> tupl
     ids = torch.randint(3, 97, (1, length))
     targets = ids if task == "causal-lm" else torch.zeros(1, dtype=torch.long)
     batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), targets=targets)
+    watch = FlopWatch(ModelShape.from_config(config))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        with CountingPass(batch, ModelShape.from_config(config)) as counted:
+        with watch.forward(batch):
             loss, _, _ = summed_loss(module, batch, task)
         loss.backward()
-    return float(counter.get_total_flops()), counted.flops()
+    return float(counter.get_total_flops()), watch.flops().model
 
 
 def total(flops: TrainingFlops, lengths: list[int], causal: bool) -> float:

@@ -11,7 +11,7 @@ def number_text(metric: str, value: float | None) -> str:
     """Return a metric's value for people: percent for MFU, GiB for bytes, separators for rates."""
     if value is None:
         return "-"
-    if metric == "mfu":
+    if metric in ("mfu", "hfu"):
         return f"{value:.1%}"
     match METRICS[metric].unit:
         case "B":

@@ -4,14 +4,15 @@ Per real token of a matrix with W weights: 2W forward, 2W for the gradient of it
 gradient where it trains. So full fine-tuning costs 6 per weight and token, and LoRA about 4 for a frozen weight. Attention has no
 weights: 4 x heads x head dim x length² forward (scores and weighted sum) and twice that backward, LoRA or not; a causal mask halves
 it. Embedding look-ups, padding and recomputation count nothing. The split by what needs a gradient follows from the chain rule; the
-6N and the attention term are those of PaLM (https://arxiv.org/abs/2204.02311, appendix B).
+6N and the attention term are those of PaLM (https://arxiv.org/abs/2204.02311, appendix B), and so is the name of what counts
+recomputation too: hardware FLOPs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe
@@ -34,6 +35,21 @@ class TrainingFlops:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StepFlops:
+    """What training computes."""
+
+    model: TrainingFlops
+    """Forward and backward, each product once: what MFU counts."""
+    recomputed: TrainingFlops
+    """What the backward pass computes a second time; HFU counts it too."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StepFlops:
+        """Read back what `dataclasses.asdict` wrote."""
+        return cls(**{name: TrainingFlops(**part) for name, part in data.items()})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LinearUse:
     """One matrix product of the forward pass."""
 
@@ -46,9 +62,14 @@ class LinearUse:
     """Share of the positions that it is applied at: an expert sees only the tokens that are routed to it."""
 
     @property
+    def forward_flops(self) -> float:
+        """FLOPs at one position."""
+        return 2.0 * self.num_weights * self.share
+
+    @property
     def flops(self) -> float:
         """Forward and backward FLOPs at one position."""
-        return 2.0 * self.num_weights * self.share * (1 + self.input_needs_grad + self.weight_needs_grad)
+        return self.forward_flops * (1 + self.input_needs_grad + self.weight_needs_grad)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +103,16 @@ def training_flops(linears: Iterable[LinearUse], attention: AttentionUse) -> Tra
     return TrainingFlops(
         per_token=sum(use.flops for use in uses if use.per == "token"),
         per_row=sum(use.flops for use in uses if use.per == "row"),
+        per_squared_length=attention.flops,
+    )
+
+
+def recomputed_flops(linears: Iterable[LinearUse], attention: AttentionUse) -> TrainingFlops:
+    """Sum products that are computed once more; of attention, those of `attention.num_products`."""
+    uses = list(linears)
+    return TrainingFlops(
+        per_token=sum(use.forward_flops for use in uses if use.per == "token"),
+        per_row=sum(use.forward_flops for use in uses if use.per == "row"),
         per_squared_length=attention.flops,
     )
 

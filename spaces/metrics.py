@@ -36,6 +36,7 @@ TOKENS_PER_SECOND = "tokens_per_second"
 SAMPLES_PER_SECOND = "samples_per_second"
 STEP_SECONDS = "step_seconds"
 MFU = "mfu"
+HFU = "hfu"
 PEAK_MEMORY_BYTES = "peak_memory_bytes"
 PADDING_FRACTION = "padding_fraction"
 FLOPS_PER_STEP = "flops_per_step"
@@ -124,6 +125,13 @@ _TABLE = (
         unit="",
         direction="maximize",
         description="model FLOPs of the real tokens over step time over the devices' peak",
+    ),
+    Metric(
+        name=HFU,
+        section="perf",
+        unit="",
+        direction="maximize",
+        description="as mfu, with what the backward pass computes a second time",
     ),
     Metric(
         name=PEAK_MEMORY_BYTES,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -14,13 +15,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spaces import metrics
 from spaces.config import TrialConfig
-from spaces.flops import TrainingFlops
+from spaces.flops import StepFlops
 from trainables.batching import Batch, BatchPlan
 from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from trainables.data import TaskData
 from trainables.evaluation import evaluate, exact_match, summed_loss
 from trainables.mesh import World
-from trainables.meter import CountingPass, StepTimer, details, reset_peak_memory, speed
+from trainables.meter import FlopWatch, StepTimer, details, reset_peak_memory, speed
 from trainables.model import BaseModel, build, trainable
 from trainables.optim import MAX_GRAD_NORM, learning_rate, make_optimizer
 from trainables.parallelize import autocast, gradient_sync
@@ -89,7 +90,8 @@ class Trainer:
         self.config, self.data, self.base, self.world, self.checkpoints = config, data, base, world, checkpoints
         self._started = time.perf_counter()
         reset_peak_memory(world.device)
-        self.module = build(config, base, world)
+        self._watch = FlopWatch(base.shape)
+        self.module = build(config, base, world, self._watch.recomputation)
         self.module.train()
         self._parameters = trainable(self.module)
         self._optimizer = make_optimizer(self._parameters, config.recipe)
@@ -100,7 +102,7 @@ class Trainer:
         self.step = 0
         self._losses = torch.zeros(self.num_steps, device=world.device)
         self._global_losses: list[float] = []
-        self._flops: TrainingFlops | None = None
+        self._flops: StepFlops | None = None
         saved = checkpoints.latest_valid() if checkpoints else None
         self._timer = StepTimer(world.device, saved.state["step_seconds"] if saved else [])
         if saved is not None:
@@ -166,15 +168,13 @@ class Trainer:
 
     def _backward(self, batch: Batch, scale: float) -> torch.Tensor:
         """Run one micro batch forward and backward; return its part of the step's loss."""
-        with autocast(self.config, self.world):
-            if self._flops is not None:
-                loss, _, _ = summed_loss(self.module, batch, self.data.task)
-            else:
-                with CountingPass(batch, self.base.shape) as counted:
-                    loss, _, _ = summed_loss(self.module, batch, self.data.task)
-                self._flops = counted.flops()
+        watched = self._watch.forward(batch) if self._flops is None else nullcontext()
+        with autocast(self.config, self.world), watched:
+            loss, _, _ = summed_loss(self.module, batch, self.data.task)
         loss = loss * scale
         loss.backward()
+        if self._flops is None:
+            self._flops = self._watch.flops()
         return loss.detach() / self.world.world_size
 
     def _collect_losses(self) -> None:
@@ -215,7 +215,7 @@ class Trainer:
     def _restore(self, saved: Checkpoint) -> None:
         self.step = saved.state["step"]
         self._global_losses = list(saved.state["losses"])
-        self._flops = TrainingFlops(**saved.state["flops"])
+        self._flops = StepFlops.from_dict(saved.state["flops"])
         load_weights(self._parameters, saved.weights)
         for name, parameter in self._parameters.items():
             prefix = f"{name}/"

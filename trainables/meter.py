@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from spaces import metrics
 from spaces.architecture import ModelShape
-from spaces.flops import CONVENTION, AttentionUse, LinearUse, TrainingFlops, attention_products, training_flops
+from spaces.flops import CONVENTION, AttentionUse, LinearUse, StepFlops, attention_products, recomputed_flops, training_flops
 from spaces.hardware import peak_flops_per_second
 from trainables.batching import Batch, StepSizes
 from trainables.mesh import World
@@ -73,13 +73,16 @@ def train_seconds(seconds: list[float], sizes: StepSizes) -> float:
     return float(np.median(pace) * sizes.padded_tokens.sum())
 
 
-def speed(seconds: list[float], sizes: StepSizes, world: World, per_pass: TrainingFlops, precision: str) -> dict[str, float]:
-    """Return the metrics that follow from step times and shapes; no `mfu` where the device's peak is unknown."""
+def speed(seconds: list[float], sizes: StepSizes, world: World, flops: StepFlops, precision: str) -> dict[str, float]:
+    """Return the metrics that follow from step times and shapes; no `mfu` and `hfu` where the device's peak is unknown."""
     total = train_seconds(seconds, sizes)
-    flops = per_pass.total(
-        num_tokens=float(sizes.tokens.sum()),
-        num_rows=float(sizes.rows.sum()),
-        sum_of_squared_lengths=float(sizes.squared_lengths.sum()),
+    model, recomputed = (
+        part.total(
+            num_tokens=float(sizes.tokens.sum()),
+            num_rows=float(sizes.rows.sum()),
+            sum_of_squared_lengths=float(sizes.squared_lengths.sum()),
+        )
+        for part in (flops.model, flops.recomputed)
     )
     num_steps = len(sizes.rows)
     result = {
@@ -89,11 +92,12 @@ def speed(seconds: list[float], sizes: StepSizes, world: World, per_pass: Traini
         metrics.TOKENS_PER_SECOND: float(sizes.tokens.sum()) / total,
         metrics.SAMPLES_PER_SECOND: float(sizes.rows.sum()) / total,
         metrics.PADDING_FRACTION: 1 - float(sizes.tokens.sum() / sizes.padded_tokens.sum()),
-        metrics.FLOPS_PER_STEP: flops / num_steps,
+        metrics.FLOPS_PER_STEP: model / num_steps,
     }
     peak, _ = device_peak(world.device, precision)
     if peak is not None:
-        result[metrics.MFU] = flops / total / (peak * world.world_size)
+        result[metrics.MFU] = model / total / (peak * world.world_size)
+        result[metrics.HFU] = (model + recomputed) / total / (peak * world.world_size)
     return result
 
 
@@ -158,50 +162,40 @@ def gemm_flops_per_second(precision: str, threads: int) -> float:
 
 
 class CountingPass(TorchFunctionMode):
-    """Notes every matrix product of one forward pass: its weights, where it is applied, and which gradients it needs.
+    """Notes every matrix product that is computed inside it: its weights, where it is applied, and which gradients it needs.
 
     It sees the functions that are called, not the modules, so that routed experts and adapters of any kind are seen too.
-    Attention that is no `scaled_dot_product_attention` is taken from the model's shape, with every layer trained through.
     """
 
-    def __init__(self, batch: Batch, shape: ModelShape) -> None:
+    def __init__(self, batch: Batch) -> None:
         super().__init__()
         self._num_rows, self._length = batch.input_ids.shape
-        self._shape = shape
-        self._linears: list[LinearUse] = []
-        self._attention: list[int] = []
+        self.linears: list[LinearUse] = []
+        self.attention: list[int] = []
+        """Of every call of `scaled_dot_product_attention`, the products forward and backward."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = kwargs or {}
+        # Recomputation ends with an exception inside the first product whose result nothing needs: that one is none.
+        result = func(*args, **named)
         if func is functional.linear:
             self._note(args[0], args[1] if len(args) > 1 else named["weight"])
         elif func is torch.addmm:
             self._note(args[1], args[2])
         elif func is functional.scaled_dot_product_attention:
-            self._attention.append(attention_products(*(x.requires_grad for x in args[:3])))
+            self.attention.append(attention_products(*(x.requires_grad for x in args[:3])))
         elif getattr(func, "__name__", "") == "_grouped_mm":  # `functional.grouped_mm` calls it and is not seen itself
             self._note(args[0], args[1], num_experts=args[1].shape[0])
-        return func(*args, **named)
-
-    def flops(self) -> TrainingFlops:
-        """Return the FLOPs of training, from what was seen."""
-        layers = self._attention or [attention_products(True, True, True)] * self._shape.num_layers
-        attention = AttentionUse(
-            num_products=sum(layers),
-            num_heads=self._shape.num_heads,
-            head_dim=self._shape.head_dim,
-            causal=self._shape.causal,
-        )
-        return training_flops(self._linears, attention)
+        return result
 
     def _note(self, x: torch.Tensor, weight: torch.Tensor, num_experts: int = 1) -> None:
         positions = x.numel() // x.shape[-1]
         # With one token per row the two are the same number, and the same FLOPs. An expert is a slice of a parameter; it may
         # see as many tokens as there are rows.
         per_row = positions == self._num_rows and self._length > 1 and isinstance(weight, torch.nn.Parameter)
-        self._linears.append(
+        self.linears.append(
             LinearUse(
                 num_weights=weight.numel() // num_experts,
                 per="row" if per_row else "token",
@@ -209,6 +203,52 @@ class CountingPass(TorchFunctionMode):
                 weight_needs_grad=weight.requires_grad,
                 share=1.0 if per_row else positions / (self._num_rows * self._length),
             )
+        )
+
+
+class FlopWatch:
+    """Counts the FLOPs of one micro batch: those of its forward pass and their gradients, and those that are computed again.
+
+    Attention that is no `scaled_dot_product_attention` is taken from the model's shape, with every layer trained through.
+    """
+
+    def __init__(self, shape: ModelShape) -> None:
+        self._shape = shape
+        self._forward: CountingPass | None = None
+        self._again: CountingPass | None = None
+
+    def forward(self, batch: Batch) -> CountingPass:
+        """Return what is to be entered around the forward pass."""
+        self._forward, self._again = CountingPass(batch), CountingPass(batch)
+        return self._forward
+
+    def recomputation(self) -> AbstractContextManager[object]:
+        """Return what is to be entered around the recomputation of a part of the forward pass that is under way."""
+        return self._again or nullcontext()
+
+    def flops(self) -> StepFlops:
+        """Return what was seen, once the backward pass is over; nothing is watched after it."""
+        forward, again = self._forward, self._again
+        assert forward is not None
+        assert again is not None
+        self._forward = self._again = None
+        if forward.attention:
+            # Fused attention keeps no scores: its backward pass computes one of the two products of the forward pass again.
+            products_again = 2 * len(again.attention) + sum(products > 2 for products in forward.attention)
+        else:
+            products_again = 2 * self._shape.num_layers if again.linears else 0
+        layers = forward.attention or [attention_products(True, True, True)] * self._shape.num_layers
+        return StepFlops(
+            model=training_flops(forward.linears, self._attention(sum(layers))),
+            recomputed=recomputed_flops(again.linears, self._attention(products_again)),
+        )
+
+    def _attention(self, num_products: int) -> AttentionUse:
+        return AttentionUse(
+            num_products=num_products,
+            num_heads=self._shape.num_heads,
+            head_dim=self._shape.head_dim,
+            causal=self._shape.causal,
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -67,8 +69,16 @@ class BaseModel:
         )
 
 
-def build(config: TrialConfig, base: BaseModel, world: World) -> nn.Module:
+def build(
+    config: TrialConfig,
+    base: BaseModel,
+    world: World,
+    recompute_context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> nn.Module:
     """Return the model that a trial trains: a copy of the base with the trial's adapter, parallelised over its ranks.
+
+    Args:
+        recompute_context: see `parallelize`.
 
     Raises:
         TrialError: the adapter does not fit the model.
@@ -79,7 +89,7 @@ def build(config: TrialConfig, base: BaseModel, world: World) -> nn.Module:
         _initialise(module, base.new_parameters)
         if config.recipe.adapter == "lora":
             module = add_lora(module, config.recipe, base.task, base.new_parameters)
-    return parallelize(module.to(world.device), config, world)
+    return parallelize(module.to(world.device), config, world, recompute_context)
 
 
 def unwrapped(module: nn.Module) -> Any:

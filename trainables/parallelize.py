@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -16,16 +16,25 @@ from spaces.config import TrialConfig
 from trainables.mesh import World
 
 
-def parallelize(module: nn.Module, config: TrialConfig, world: World) -> nn.Module:
+def parallelize(
+    module: nn.Module,
+    config: TrialConfig,
+    world: World,
+    recompute_context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> nn.Module:
     """Switch recomputation on, then wrap in DDP or shard with FSDP2: every transformer block by itself, then what is left.
 
     Recomputation comes before sharding: what is computed again is the block without its gathering of weights. The blocks come
     before the root: what that then shards is only what no block holds (embeddings, head), so that no more than one block is
     gathered at a time. One process has nothing to share and is left as it is.
+
+    Args:
+        recompute_context: called in every block's forward pass; what it returns is entered around the block's recomputation.
     """
     if config.layout.recomputation == "full":
         # The reentrant form needs an input that requires a gradient, which a frozen embedding does not give.
-        cast("Any", module).gradient_checkpointing_enable({"use_reentrant": False})
+        options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), recompute_context())}
+        cast("Any", module).gradient_checkpointing_enable(options)
     if world.world_size == 1:
         return module
     if config.layout.strategy == "ddp":

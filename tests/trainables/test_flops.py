@@ -6,17 +6,19 @@ import pytest
 import torch
 from families import NUM_LABELS, SOME_TARGETS, config_of, make
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from spaces.architecture import ModelShape
 from spaces.blueprint import FAMILIES, blueprint
-from spaces.config import Recipe
-from spaces.flops import AttentionUse, LinearUse, TrainingFlops, attention_products, flops_of_blueprint
+from spaces.config import Layout, Recipe, TrialConfig
+from spaces.flops import AttentionUse, LinearUse, StepFlops, TrainingFlops, attention_products, flops_of_blueprint
 from spaces.hardware import DEVICES, device_of_cuda_name, peak_flops_per_second
 from trainables.adapters import add_lora
 from trainables.batching import Batch
 from trainables.evaluation import summed_loss
-from trainables.meter import CountingPass
+from trainables.mesh import World
+from trainables.meter import FlopWatch
+from trainables.parallelize import parallelize
 
 ROWS, LENGTH = 3, 24
 ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
@@ -51,14 +53,23 @@ def make_batch(task: str, lengths: list[int]) -> Batch:
 
 
 def counted(module: torch.nn.Module, task: str, batch: Batch) -> tuple[float, TrainingFlops]:
-    """Return torch's own count of one forward and backward pass, and ours."""
-    shape = ModelShape.from_config(config_of(module.base_model.model if hasattr(module, "peft_config") else module))
+    """Return torch's own count of one forward and backward pass, and our model FLOPs."""
     # The default attention kernel of the CPU is not in the counter's table: the mathematical one is.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        with CountingPass(batch, shape) as ours:
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs, ours = one_step(module, task, batch, watch_of(module), FlopCounterMode(display=False))
+    return theirs, ours.model
+
+
+def watch_of(module: torch.nn.Module) -> FlopWatch:
+    return FlopWatch(ModelShape.from_config(config_of(module.base_model.model if hasattr(module, "peft_config") else module)))
+
+
+def one_step(module: torch.nn.Module, task: str, batch: Batch, watch: FlopWatch, counter: FlopCounterMode) -> tuple[float, StepFlops]:
+    with counter:
+        with watch.forward(batch):
             loss, _, _ = summed_loss(module, batch, task)
         loss.backward()
-    return counter.get_total_flops(), ours.flops()
+    return counter.get_total_flops(), watch.flops()
 
 
 def total(flops: TrainingFlops, lengths: list[int], causal: bool) -> float:
@@ -87,6 +98,44 @@ def test_the_formula_is_what_torch_computes(family: str, adapter: str) -> None:
     theirs, measured = counted(module, task, make_batch(task, lengths))
     for ours in (measured, flops_of_blueprint(plan, trial)):
         assert total(ours, lengths, plan.shape.causal) == pytest.approx(theirs, rel=0.01)
+
+
+def flash_attention(query: list[int], key: list[int], value: list[int], *_: object, **__: object) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def flash_attention_backward(grad: list[int], query: list[int], key: list[int], value: list[int], *_: object, **__: object) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+# What training really takes on a CPU, counted as torch counts the kernels of GPUs: five products backward, the scores once more.
+FLASH = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flash_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flash_attention_backward,
+}
+
+
+@pytest.mark.parametrize("recomputation", ["none", "full"])
+@pytest.mark.parametrize(("family", "adapter"), CASES)
+def test_hardware_flops_are_all_that_torch_computes(family: str, adapter: str, recomputation: str) -> None:
+    task = task_of(family)
+    targets = {"none": None, "all-linear": ("all-linear",)}.get(adapter, SOME_TARGETS.get(family, ("q_proj", "v_proj")))
+    module = make(family, task)
+    causal = blueprint(config_of(module), task, NUM_LABELS).shape.causal  # type: ignore[arg-type]
+    if hasattr(module.config, "num_experts_per_tok"):
+        module.set_experts_implementation("eager")
+    if targets:
+        module = add_lora(module, recipe(targets), task, ())
+    watch = watch_of(module)
+    layout = Layout(world_size=1, strategy="ddp", micro_batch_size=ROWS, recomputation=recomputation)  # type: ignore[arg-type]
+    module = parallelize(module, TrialConfig(recipe=recipe(targets), layout=layout), World.alone(), watch.recomputation)
+    module.train()
+    lengths = [LENGTH] * ROWS
+    counter = FlopCounterMode(display=False, custom_mapping=FLASH)
+    theirs, ours = one_step(module, task, make_batch(task, lengths), watch, counter)
+    model, recomputed = (total(part, lengths, causal) for part in (ours.model, ours.recomputed))
+    assert model + recomputed == pytest.approx(theirs, rel=0.01)
+    assert (recomputed > 0.1 * model) == (recomputation == "full")
 
 
 @pytest.mark.parametrize("targets", [("down_proj",), ("o_proj",), ("k_proj", "up_proj")])
