@@ -34,7 +34,7 @@ class Recipe:
     weight_decay: float
     """AdamW's decoupled weight decay, on matrices only."""
     precision: Precision
-    """`bf16` is autocast; weights and optimizer state stay fp32."""
+    """`bf16`: products in bf16; weights that train and optimizer state stay fp32, frozen weights are held in bf16."""
     seed: int
     """Seeds the data order and every newly initialised weight."""
     adapter: Adapter

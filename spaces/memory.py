@@ -1,22 +1,26 @@
-"""Bytes that one rank holds while it trains, by term, from a blueprint and a trial config; fp32.
+"""Bytes that one rank holds while it trains, by term, from a blueprint and a trial config.
 
-What a layer keeps for its backward pass is read off transformers' modelling files and torch's own backward formulas (what
-`torch.autograd` saves), and tests compare every term with the tensors that really live. The peak is the largest of three
-moments: the start of the backward pass (all activations and three tensors of the size of the logits), the last block's
-backward (all activations and the gradients inside that block), and the optimizer step (all gradients).
+What a layer keeps for its backward pass is read off transformers' modelling files, torch's own backward formulas (what
+`torch.autograd` saves) and what autocast casts; what FSDP2 gathers and reduces, off `torch.distributed.fsdp`. Tests compare the sum
+with the tensors that really live. The peak is the largest of the moments below.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe, TrialConfig
 
-FP32_BYTES = 4
-# Scores of the cross entropy, the gradient of the picked one, and that of all.
+FP32_BYTES, BF16_BYTES = 4, 2
+# Scores of the cross entropy, the gradient of the picked one, and that of all; in fp32 whatever the model computes in.
 LOGITS_COPIES = 3
 ADAMW_STATES = 2
+# While FSDP2 gathers a block, it holds the flat buffer of it and that of the one before beside the weights themselves.
+GATHERED_BLOCKS = 3
+# While it reduces gradients: its flat buffer, the copy that gloo makes of it, the result of half the size over two ranks, and
+# what of the gathered weights is not freed yet. NCCL makes no copy.
+REDUCED_COPIES, GATHERED_LEFT = 2.5, 0.5
 
 
 class NoFormula(ValueError):
@@ -28,23 +32,41 @@ class RankMemory:
     """Bytes on one rank; the sum of the terms is the largest that is held at once."""
 
     weights_bytes: int
-    gradients_bytes: int
-    """Zero where the peak comes before they are all there."""
     optimizer_bytes: int
-    activations_bytes: int
-    logits_bytes: int
-    communication_bytes: int
+    gradients_bytes: int = 0
+    """Zero where the peak comes before they are all there."""
+    activations_bytes: int = 0
+    logits_bytes: int = 0
+    communication_bytes: int = 0
+    """DDP's buckets; what FSDP2 gathers, and its buffers."""
 
     @property
     def peak_bytes(self) -> int:
-        return (
-            self.weights_bytes
-            + self.gradients_bytes
-            + self.optimizer_bytes
-            + self.activations_bytes
-            + self.logits_bytes
-            + self.communication_bytes
-        )
+        return sum(int(getattr(self, f.name)) for f in fields(self))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Widths:
+    """Bytes per number."""
+
+    frozen: int
+    """Weights that do not train, as they are held."""
+    stream: int
+    """What the blocks hand on to each other."""
+    products: int
+    """What goes into the matrix products and comes out of them."""
+    is_autocast: bool
+    """Whether every product casts its own copy of its input, and trained weights are cast once a step."""
+
+
+def widths(config: TrialConfig) -> Widths:
+    """Return the number formats of a trial, as `trainables.model.build` and `trainables.parallelize` make them."""
+    if config.recipe.precision == "fp32":
+        return Widths(frozen=FP32_BYTES, stream=FP32_BYTES, products=FP32_BYTES, is_autocast=False)
+    is_autocast = not _is_sharded(config)
+    # The embedding's number format goes through the residual stream: fp32 where it trains under autocast.
+    stream = FP32_BYTES if is_autocast and config.recipe.adapter == "none" else BF16_BYTES
+    return Widths(frozen=BF16_BYTES, stream=stream, products=BF16_BYTES, is_autocast=is_autocast)
 
 
 def num_trained(plan: Blueprint, recipe: Recipe) -> int:
@@ -57,14 +79,11 @@ def num_trained(plan: Blueprint, recipe: Recipe) -> int:
 
 def num_adapter_params(plan: Blueprint, recipe: Recipe) -> int:
     """Return the parameters that LoRA adds."""
-    if recipe.adapter == "none":
-        return 0
-    wrapped = [m for m in (*plan.block * plan.shape.num_layers, *plan.head) if _is_wrapped(m, recipe)]
-    return sum((recipe.adapter_rank or 0) * (m.num_inputs + m.num_outputs) for m in wrapped)
+    return plan.shape.num_layers * _adapter_params(plan.block, recipe) + _adapter_params(plan.head, recipe)
 
 
 def rank_memory(plan: Blueprint, config: TrialConfig, length: int) -> RankMemory:
-    """Return what a rank of a replicated model holds at its peak.
+    """Return what a rank holds at its peak.
 
     Args:
         plan: the model.
@@ -72,45 +91,84 @@ def rank_memory(plan: Blueprint, config: TrialConfig, length: int) -> RankMemory
         length: padded tokens per row.
 
     Raises:
-        NoFormula: for sharded layouts, bf16, routed experts, and attention that is written out.
+        NoFormula: for routed experts, attention that is written out, and bf16 with another normalisation than RMSNorm.
     """
     _check_known(plan, config)
     recipe, rows = config.recipe, config.layout.micro_batch_size
-    tokens = rows * length
-    trained = num_trained(plan, recipe)
-    # PEFT keeps the head that it trains beside the one that was there.
-    copies = 0 if recipe.adapter == "none" else sum(m.num_params for m in plan.head if m.trains_with_adapter)
-    weights = plan.num_params + num_adapter_params(plan, recipe) + copies
+    tokens, num_layers = rows * length, plan.shape.num_layers
+    width = widths(config)
+    trained, frozen = num_trained(plan, recipe), _num_frozen(plan, recipe)
+    shards = config.layout.world_size if _is_sharded(config) else 1
+    state = RankMemory(
+        weights_bytes=(FP32_BYTES * trained + width.frozen * frozen) // shards,
+        optimizer_bytes=FP32_BYTES * ADAMW_STATES * trained // shards,
+        # DDP's buckets are a second copy of all gradients, made before the first step.
+        communication_bytes=FP32_BYTES * trained if shards == 1 and config.layout.world_size > 1 else 0,
+    )
     # With recomputation a block keeps its input, and all of it lives again while its own backward pass runs.
     recomputes = config.layout.recomputation == "full"
-    block = _kept_by_block(plan, recipe)
-    activations = _activations(plan, recipe, tokens, rows, plan.shape.hidden_size if recomputes else block)
-    in_backward = tokens * block if recomputes else 0
+    block = _kept_by_block(plan, recipe, width)
+    kept = _kept_outside(plan, recipe, width, tokens, rows) + _cast_weights(plan, recipe, width)
+    if recomputes:
+        kept += num_layers * tokens * width.stream * plan.shape.hidden_size
+    else:
+        kept += tokens * ((num_layers - 1) * block + _kept_by_block(plan, recipe, width, is_first=True))
+    again = tokens * block if recomputes else 0
     head = plan.head[-1]
     # The last token of a row predicts nothing.
-    logits = LOGITS_COPIES * head.num_outputs * (rows if head.per == "row" else rows * (length - 1))
-    moments = {
-        "loss": (0, activations, logits),
-        "last block": (0, activations + in_backward + _inside_block(plan, recipe, tokens), 0),
-        "optimizer": (trained, 0, 0),
-    }
-    gradients, activations, logits = max(moments.values(), key=sum)
-    # DDP's buckets are a second copy of all gradients, made before the first step.
-    buckets = trained if config.layout.world_size > 1 else 0
-    return RankMemory(
-        weights_bytes=FP32_BYTES * weights,
-        gradients_bytes=FP32_BYTES * gradients,
-        optimizer_bytes=FP32_BYTES * ADAMW_STATES * trained,
-        activations_bytes=FP32_BYTES * activations,
-        logits_bytes=FP32_BYTES * logits,
-        communication_bytes=FP32_BYTES * buckets,
-    )
+    logits = LOGITS_COPIES * FP32_BYTES * head.num_outputs * (rows if head.per == "row" else rows * (length - 1))
+    inside = tokens * _inside_block(plan, recipe, width)
+    at_loss = replace(state, activations_bytes=kept, logits_bytes=logits)
+    in_last_block = replace(state, activations_bytes=kept + again + inside)
+    at_update = replace(state, gradients_bytes=FP32_BYTES * trained // shards)
+    if shards == 1:
+        return max(at_loss, in_last_block, at_update, key=_peak)
+    return max(_while_sharded(plan, recipe, width, shards, at_loss, in_last_block, at_update), key=_peak)
+
+
+def _while_sharded(
+    plan: Blueprint, recipe: Recipe, width: Widths, shards: int, at_loss: RankMemory, in_last_block: RankMemory, at_update: RankMemory
+) -> list[RankMemory]:
+    """Return the moments of a sharded model: what is gathered and reduced beside the shards, block by block.
+
+    What no block holds (embedding, last normalisation, head) is gathered from the forward pass to the end of the backward pass.
+    """
+    num_layers = plan.shape.num_layers
+    trained_block = plan.num_block_params if recipe.adapter == "none" else _adapter_params(plan.block, recipe)
+    held_block = plan.num_block_params + _adapter_params(plan.block, recipe)
+    trained_root = num_trained(plan, recipe) - num_layers * trained_block
+    held_root = num_trained(plan, recipe) + _num_frozen(plan, recipe) - num_layers * held_block
+    gathered = width.products
+    root, root_gradients = gathered * held_root, gathered * trained_root
+    block = gathered * held_block
+    reducing_block = int(REDUCED_COPIES * FP32_BYTES * trained_block + GATHERED_LEFT * block)
+    reducing_root = int(REDUCED_COPIES * FP32_BYTES * trained_root + GATHERED_LEFT * root)
+    block_shards = FP32_BYTES * num_layers * trained_block // shards
+    but_one = at_loss.activations_bytes * (num_layers - 1) // num_layers
+    plain = replace(at_loss, activations_bytes=0, logits_bytes=0)
+    return [
+        replace(plain, communication_bytes=2 * root + 2 * block),
+        replace(plain, activations_bytes=but_one, communication_bytes=root + GATHERED_BLOCKS * block),
+        replace(at_loss, communication_bytes=root + block),
+        replace(in_last_block, communication_bytes=root + root_gradients + 2 * block),
+        replace(plain, activations_bytes=but_one, communication_bytes=root + root_gradients + block + reducing_block),
+        replace(plain, gradients_bytes=block_shards, communication_bytes=root + root_gradients + reducing_block),
+        replace(plain, gradients_bytes=block_shards, communication_bytes=reducing_root),
+        at_update,
+    ]
+
+
+def _peak(memory: RankMemory) -> int:
+    return memory.peak_bytes
+
+
+def _is_sharded(config: TrialConfig) -> bool:
+    return config.layout.strategy == "fsdp" and config.layout.world_size > 1
 
 
 def _check_known(plan: Blueprint, config: TrialConfig) -> None:
     unknown = {
-        "fsdp": config.layout.strategy == "fsdp" and config.layout.world_size > 1,
-        "bf16": config.recipe.precision == "bf16",
+        "bf16 with this normalisation": config.recipe.precision == "bf16" and plan.norm != "rms",
         "routed experts": any(m.num_experts > 1 for m in plan.block),
         "attention that is written out": not plan.is_attention_fused,
     }
@@ -119,58 +177,100 @@ def _check_known(plan: Blueprint, config: TrialConfig) -> None:
             raise NoFormula(f"no formula for {what}")
 
 
-def _activations(plan: Blueprint, recipe: Recipe, tokens: int, rows: int, kept_by_block: int) -> int:
-    """Return the numbers that all blocks and the embedding keep for the backward pass."""
+def _num_frozen(plan: Blueprint, recipe: Recipe) -> int:
+    """Return the parameters that are held and do not train; PEFT keeps the head that it trains beside the one that was there."""
+    return 0 if recipe.adapter == "none" else plan.num_params
+
+
+def _adapter_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
+    rank = recipe.adapter_rank or 0
+    return sum(rank * (m.num_inputs + m.num_outputs) for m in matrices if _is_wrapped(m, recipe))
+
+
+def _cast_weights(plan: Blueprint, recipe: Recipe, width: Widths) -> int:
+    """Return the bytes of the trained matrices as autocast has cast them."""
+    if not width.is_autocast:
+        return 0
+    if recipe.adapter != "none":
+        return BF16_BYTES * num_trained(plan, recipe)
+    matrices = (*plan.block * plan.shape.num_layers, *plan.head)
+    return BF16_BYTES * sum(m.num_params for m in matrices)
+
+
+def _kept_outside(plan: Blueprint, recipe: Recipe, width: Widths, tokens: int, rows: int) -> int:
+    """Return the bytes that the embedding, the last normalisation and what comes before the last layer of the head keep."""
     full = recipe.adapter == "none"
-    width = plan.shape.hidden_size
-    kept = plan.shape.num_layers * kept_by_block
+    hidden = plan.shape.hidden_size
     if plan.norm == "rms":
-        # The embedding, and the last normalisation before and after its weight.
-        kept += 3 * width + 1 if full else 0
+        # The last normalisation: its input in fp32 with the statistic, before and after its weight.
+        kept = FP32_BYTES * (hidden + 1) if full or width.products == BF16_BYTES else 0
+        kept += (width.stream + width.products) * hidden if full else 0
     elif plan.head[0].per == "row":
         # The embedding's normalisation: its input, output and two statistics; frozen, its output alone, which adapters read.
-        kept += 2 * width + 2 if full else width
+        kept = FP32_BYTES * (2 * hidden + 2 if full else hidden)
     else:
-        kept += 2 * width + 2 if full else 0
+        kept = FP32_BYTES * (2 * hidden + 2 if full else 0)
     pooled = sum(m.num_outputs for m in plan.head[:-1]) * rows
-    return kept * tokens + pooled
+    return kept * tokens + FP32_BYTES * pooled
 
 
-def _kept_by_block(plan: Blueprint, recipe: Recipe) -> int:
-    """Return the numbers that one block keeps per token."""
-    shape = plan.shape
-    full = recipe.adapter == "none"
-    width, queries, keys = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    kept = 2 * width  # the residual stream, before each half
-    # A normalisation keeps its statistics, and what its weight's gradient and the next matrix need.
-    statistics = 1 if plan.norm == "rms" else 2
-    kept += statistics * plan.num_norms_per_block
-    for stage in (plan.attention_in, plan.feed_forward_in):
-        if full or any(_is_wrapped(m, recipe) for m in stage):
-            kept += width
-        if full and plan.norm == "rms":
-            kept += width
-    if plan.num_norms_per_block == 4:
-        # Around each half a second normalisation, whose input is the half's output.
-        kept += 4 * width if full else 2 * width
-    # Attention keeps queries, keys, values, its output and the logarithm of its sums.
-    if len(plan.attention_in) > 1 or plan.norm == "layer":
-        kept += 2 * queries + 2 * keys + shape.num_heads
-    else:
-        # One matrix for all three: rotated queries and keys are copies, and so is the transposed output.
-        kept += queries + 2 * keys + queries + keys + 2 * queries + shape.num_heads
-    if plan.has_head_norms:
-        kept += (2 if full else 1) * (queries + keys) + shape.num_heads + shape.num_kv_heads
-    kept += plan.num_kept_by_activation * plan.feed_forward_out[0].num_inputs
-    if not (full or _is_wrapped(plan.feed_forward_out[0], recipe)):
-        kept -= plan.feed_forward_out[0].num_inputs
-    if not full:
-        kept += (recipe.adapter_rank or 0) * sum(_is_wrapped(m, recipe) for m in plan.block)
+def _kept_by_block(plan: Blueprint, recipe: Recipe, width: Widths, *, is_first: bool = False) -> int:
+    """Return the bytes that one block keeps per token."""
+    needs_grad = recipe.adapter == "none" or not is_first or any(_is_wrapped(m, recipe) for m in plan.attention_in)
+    kept = _kept_by_attention(plan, recipe, width) if needs_grad else 0
+    if not needs_grad and not width.is_autocast and any(_is_wrapped(m, recipe) for m in plan.attention_out):
+        kept += width.products * plan.attention_out[0].num_inputs
+    kept += _kept_by_feed_forward(plan, recipe, width)
+    wrapped = [m for m in plan.block if _is_wrapped(m, recipe)]
+    kept += width.products * (recipe.adapter_rank or 0) * len(wrapped)
+    if width.is_autocast:
+        kept += width.products * sum(m.num_inputs for m in wrapped)
     return kept
 
 
-def _inside_block(plan: Blueprint, recipe: Recipe, tokens: int) -> int:
-    """Return what the backward pass of the last block's feed-forward holds beside the activations, none of which it has freed.
+def _kept_by_attention(plan: Blueprint, recipe: Recipe, width: Widths) -> int:
+    shape, full = plan.shape, recipe.adapter == "none"
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    kept = _kept_before(plan.attention_in, plan, recipe, width)
+    # Queries, keys, values, the output and the logarithm of the sums.
+    if len(plan.attention_in) > 1 or plan.norm == "layer":
+        kept += width.products * (2 * queries + 2 * keys)
+    else:
+        # One matrix for all three: rotated queries and keys are copies, and so is the transposed output.
+        kept += width.products * (4 * queries + 3 * keys)
+    kept += FP32_BYTES * shape.num_heads
+    if plan.has_head_norms:
+        kept += (FP32_BYTES + (width.products if full else 0)) * (queries + keys)
+        kept += FP32_BYTES * (shape.num_heads + shape.num_kv_heads)
+    return kept
+
+
+def _kept_by_feed_forward(plan: Blueprint, recipe: Recipe, width: Widths) -> int:
+    last = plan.feed_forward_out[0]
+    num_inner = plan.num_kept_by_activation
+    if recipe.adapter != "none" and (width.is_autocast or not _is_wrapped(last, recipe)):
+        num_inner -= 1
+    return _kept_before(plan.feed_forward_in, plan, recipe, width) + width.products * num_inner * last.num_inputs
+
+
+def _kept_before(stage: tuple[Matrix, ...], plan: Blueprint, recipe: Recipe, width: Widths) -> int:
+    """Return the bytes per token from the residual stream to the inputs of one half's first matrices."""
+    full, hidden = recipe.adapter == "none", plan.shape.hidden_size
+    # A normalisation keeps its input, in fp32, and its statistics; around some halves there is a second one.
+    norms = plan.num_norms_per_block // 2
+    kept = FP32_BYTES * norms * (hidden + (1 if plan.norm == "rms" else 2))
+    if full and plan.norm == "rms":
+        kept += width.stream * norms * hidden
+    if width.is_autocast:
+        # Every product has a copy of its own; those of adapters are counted with them.
+        kept += width.products * hidden * len(stage) if full else 0
+    elif full or any(_is_wrapped(m, recipe) for m in stage):
+        kept += width.products * hidden
+    return kept
+
+
+def _inside_block(plan: Blueprint, recipe: Recipe, width: Widths) -> int:
+    """Return the bytes per token that the backward pass of the last block's feed-forward holds beside the activations.
 
     Gradients of the inner width: of the activation's output and input. Where a product follows the activation (gated, or GELU
     by its formula) and its result was not kept, of that too; where all trains, a plain GELU has freed the first by then.
@@ -180,7 +280,11 @@ def _inside_block(plan: Blueprint, recipe: Recipe, tokens: int) -> int:
     copies = 1 if full and is_plain else 2
     if not (full or is_plain or _is_wrapped(plan.feed_forward_out[0], recipe)):
         copies += 1
-    return tokens * copies * plan.feed_forward_out[0].num_inputs
+    inside = width.products * copies
+    if width.is_autocast and _is_wrapped(plan.feed_forward_out[0], recipe):
+        # PEFT hands the adapter its input in fp32, and gets the gradient so.
+        inside += FP32_BYTES
+    return inside * plan.feed_forward_out[0].num_inputs
 
 
 def _is_wrapped(matrix: Matrix, recipe: Recipe) -> bool:

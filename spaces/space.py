@@ -104,7 +104,7 @@ class SpaceSpec(BaseModel):
     weight_decay: FloatDomain[WeightDecay] = Fixed[WeightDecay](0.0)
     """AdamW's decoupled weight decay."""
     precision: NameDomain[Precision] = Fixed[Precision]("fp32")
-    """`bf16` is autocast; weights stay fp32."""
+    """`bf16`: products in bf16; weights that train stay fp32, frozen ones are held in bf16."""
     seed: IntDomain[Seed] = Fixed[Seed](0)
     """Seeds the data order and new weights."""
     world_size: IntDomain[WorldSize] = Fixed[WorldSize](1)

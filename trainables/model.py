@@ -89,6 +89,8 @@ def build(
         _initialise(module, base.new_parameters)
         if config.recipe.adapter == "lora":
             module = add_lora(module, config.recipe, base.task, base.new_parameters)
+    if config.recipe.precision == "bf16":
+        _halve_frozen(module)
     return parallelize(module.to(world.device), config, world, recompute_context)
 
 
@@ -100,6 +102,13 @@ def unwrapped(module: nn.Module) -> Any:
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that train, by their names without wrappers."""
     return {name: p for name, p in unwrapped(module).named_parameters() if p.requires_grad}
+
+
+def _halve_frozen(module: nn.Module) -> None:
+    """Hold in bf16 what does not train: its products are in bf16 anyway, and an fp32 copy beside would be most of the memory."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _initialise(module: nn.Module, names: tuple[str, ...]) -> None:

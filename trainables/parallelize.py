@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -60,11 +60,11 @@ def autocast(config: TrialConfig, world: World) -> AbstractContextManager[object
 
 @contextmanager
 def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
-    """Exchange gradients in this backward pass, or only accumulate them on this rank."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(enabled)
-        yield
-    elif isinstance(module, DistributedDataParallel) and not enabled:
+    """Exchange gradients in this backward pass, or only accumulate them on this rank.
+
+    FSDP2 reduces them every time: accumulated whole, they would take the memory that it is chosen to save.
+    """
+    if isinstance(module, DistributedDataParallel) and not enabled:
         with module.no_sync():
             yield
     else:
