@@ -98,13 +98,31 @@ def schema() -> None:
 
 
 @app.command()
-def plan(spec: SpecPath, set_: Set = None, json_: Json = False) -> None:
-    """Show the resolved file, and which layouts this machine can run; nothing is started."""
-    from search.plan import make_plan, render_plan
+def plan(
+    spec: SpecPath,
+    set_: Set = None,
+    device: Annotated[str | None, typer.Option(help="Plan for these GPUs instead of this machine: h100-sxm.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of such GPUs.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs in each node.")] = 1,
+    price: Annotated[float | None, typer.Option(min=0, help="Dollars per GPU and hour.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Training rows, where the data are not on this machine.")] = None,
+    json_: Json = False,
+) -> None:
+    """Show the resolved file, and which layouts this machine or rented GPUs can run; nothing is started."""
+    from search.plan import Rental, make_plan, render_plan
+    from spaces.estimate import GpuCluster
+    from spaces.hardware import UnknownDevice, device_named
     from spaces.loading import load_spec
 
     with _clear_errors():
-        planned = make_plan(load_spec(spec, set_ or ()))
+        rental = None
+        if device is not None:
+            try:
+                cluster = GpuCluster(device=device_named(device), num_nodes=nodes, gpus_per_node=gpus_per_node)
+            except UnknownDevice as error:
+                _fail(USAGE, str(error))
+            rental = Rental(cluster=cluster, price=price, num_rows=rows)
+        planned = make_plan(load_spec(spec, set_ or ()), rental)
         if json_:
             _print_json(planned)
         else:

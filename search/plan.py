@@ -3,41 +3,83 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from search.cluster import is_submitted, local_capacity
+from search.forecast import Forecaster
 from spaces.architecture import ShapeError
 from spaces.blueprint import Blueprint, blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import Limits, is_feasible, reason, violations
-from spaces.loading import LoadedSpec, dump_spec
-from spaces.memory import NoFormula, rank_memory
+from spaces.estimate import GpuCluster
+from spaces.loading import LoadedSpec, SpecError, dump_spec
+from spaces.memory import NoFormula, RankMemory, rank_memory
 from spaces.space import SpaceSpec
 from spaces.spec import SearchSpec
+from trainables.formats import DataError, read_rows
+
+# Of English text, for an estimate only: https://help.openai.com/en/articles/4936856
+CHARACTERS_PER_TOKEN = 4
+KNOB_COLUMNS = (
+    "adapter",
+    "precision",
+    "world_size",
+    "strategy",
+    "global_batch_size",
+    "micro_batch_size",
+    "num_grad_accum_steps",
+    "recomputation",
+)
 
 
-def make_plan(loaded: LoadedSpec) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rental:
+    """GPUs that are not here, and what they cost."""
+
+    cluster: GpuCluster
+    price: float | None = None
+    """Dollars per GPU and hour."""
+    num_rows: int | None = None
+    """Training rows, where the data are not on this machine."""
+
+
+def make_plan(loaded: LoadedSpec, rental: Rental | None = None) -> dict[str, Any]:
     """Return the resolved spec, where each non-default comes from, and every layout with the constraints that it violates.
 
-    The cluster is this machine, or `resources.workers` where the spec names it; an address in RAY_ADDRESS is not contacted.
+    The cluster is the rented one, this machine, or `resources.workers` where the spec names it; an address in RAY_ADDRESS is not
+    contacted. On rented GPUs every layout has its estimated time too, and the search its hours and dollars.
+
+    Raises:
+        SpecError: the model's shape is not known, from which all of an estimate follows.
     """
     spec = loaded.spec
-    capacity = spec.resources.workers if is_submitted() and spec.resources.workers else local_capacity(spec.resources)
+    if rental is not None:
+        capacity, where = rental.cluster.num_workers, _rental_text(rental.cluster)
+    else:
+        capacity = spec.resources.workers if is_submitted() and spec.resources.workers else local_capacity(spec.resources)
+        where = os.environ.get("RAY_ADDRESS", "this machine")
     plan, unknown = _blueprint(spec)
     limits = Limits(num_workers=capacity, hidden_size=None if plan is None else plan.shape.hidden_size)
-    rows = layout_rows(spec.space, spec.model.max_length, limits, plan)
+    forecaster = None
+    if rental is not None:
+        if plan is None:
+            raise SpecError([loaded.locate(unknown)])
+        num_rows = rental.num_rows or _num_rows(spec)
+        forecaster = Forecaster(spec=spec, plan=plan, cluster=rental.cluster, limits=limits, num_rows=num_rows, price=rental.price)
+    rows = layout_rows(spec.space, spec.model.max_length, limits, plan, forecaster)
     return {
         "spec": dump_spec(spec),
         "origins": _origins(loaded),
         "num_workers": capacity,
-        "cluster": os.environ.get("RAY_ADDRESS", "this machine"),
+        "cluster": where,
         "searched": spec.space.names_searched(),
         "objectives": [f"{o.direction} {o.metric}" for o in spec.resolved_objectives()],
         "trials": spec.budget.trials,
         "layouts": rows,
-        "num_feasible_layouts": sum(row["feasible"] for row in rows),
+        "num_feasible_layouts": sum(row["feasible"] and row.get("fits", True) for row in rows),
+        "forecast": None if forecaster is None else forecaster.whole(rows),
         "memory_unknown": unknown,
     }
 
@@ -69,10 +111,32 @@ def _memory(plan: Blueprint | None, config: TrialConfig, length: int) -> tuple[d
         return None, str(error)
 
 
-def layout_rows(space: SpaceSpec, max_length: int, limits: Limits, plan: Blueprint | None = None) -> list[dict[str, Any]]:
+def _rental_text(cluster: GpuCluster) -> str:
+    return f"{cluster.num_nodes} x {cluster.gpus_per_node} {cluster.device.name}"
+
+
+def _num_rows(spec: SearchSpec) -> int | None:
+    """Return the training rows of local data, or None; of plain text, those that four characters a token make."""
+    source = spec.data.train
+    if source.startswith(("hf:", "embedded:")):
+        return None
+    try:
+        rows = read_rows(source, split="train")
+    except DataError:
+        return None
+    num_rows = len(rows)
+    if source.endswith(".txt"):
+        num_rows = max(1, len(rows[0]["text"]) // (CHARACTERS_PER_TOKEN * spec.model.max_length))
+    return num_rows if spec.data.evaluation else round(num_rows * (1 - spec.data.holdout))
+
+
+def layout_rows(
+    space: SpaceSpec, max_length: int, limits: Limits, plan: Blueprint | None = None, forecaster: Forecaster | None = None
+) -> list[dict[str, Any]]:
     """Return one row per world size, strategy and global batch size of the space.
 
-    Each says whether it is feasible and by which constraint it is not, and what a rank is predicted to hold at its peak.
+    Each says whether it is feasible and by which constraint it is not, what a rank is predicted to hold at its peak, and with a
+    forecaster whether that fits and what a step takes.
     """
     rows = []
     for params in space.corners():
@@ -81,6 +145,8 @@ def layout_rows(space: SpaceSpec, max_length: int, limits: Limits, plan: Bluepri
         memory, unknown = _memory(plan, config, max_length)
         rows.append(
             {
+                "adapter": config.recipe.adapter,
+                "precision": config.recipe.precision,
                 "world_size": config.layout.world_size,
                 "strategy": config.layout.strategy,
                 "global_batch_size": config.recipe.global_batch_size,
@@ -92,6 +158,7 @@ def layout_rows(space: SpaceSpec, max_length: int, limits: Limits, plan: Bluepri
                 "memory_unknown": unknown,
                 "feasible": is_feasible(values),
                 "violated": {name: reason(name, config, limits) for name, value in values.items() if value > 0},
+                **({} if forecaster is None else forecaster.layout(config)),
             }
         )
     return rows
@@ -107,17 +174,8 @@ def render_plan(plan: Mapping[str, Any]) -> str:
         f"objectives: {', '.join(plan['objectives'])}",
         f"{plan['trials']} trials on {plan['cluster']}, which holds {plan['num_workers']} workers at once",
         "",
-        f"{'world size':>10}  {'strategy':8}  {'global batch':>12}  {'micro batch':>11}  {'accumulation':>12}  "
-        f"{'recomputation':>13}  {'GiB a rank':>10}"
-        "  runs here",
+        *_layout_table(plan["layouts"]),
     ]
-    for row in plan["layouts"]:
-        broken = "; ".join(row["violated"].values())
-        verdict = "yes" if row["feasible"] else f"no: {broken}"
-        lines.append(
-            f"{row['world_size']:>10}  {row['strategy']:8}  {row['global_batch_size']:>12}  {row['micro_batch_size']:>11}  "
-            f"{row['num_grad_accum_steps']:>12}  {row['recomputation']:>13}  {_gib(row['peak_memory_bytes']):>10}  {verdict}"
-        )
     unknown = sorted({row["memory_unknown"] for row in plan["layouts"]} | {plan["memory_unknown"]} - {""})
     lines += [
         "",
@@ -125,7 +183,74 @@ def render_plan(plan: Mapping[str, Any]) -> str:
         "without the libraries and the data" + "".join(f"; {reason}" for reason in unknown if reason),
     ]
     lines += ["", f"{plan['num_feasible_layouts']} of {len(plan['layouts'])} can run"]
+    if plan["forecast"] is not None:
+        lines += ["", *_memory_table(plan["layouts"]), "", *_forecast_lines(plan["forecast"])]
     return "\n".join(lines)
+
+
+def _layout_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    shared = [knob for knob in KNOB_COLUMNS if len({row[knob] for row in rows}) == 1]
+    table = [[*(knob.replace("_", " ") for knob in KNOB_COLUMNS if knob not in shared), "GiB a rank"]]
+    is_forecast = "fits" in rows[0]
+    if is_forecast:
+        table[0] += ["s a step", "tokens/s", "MFU"]
+    for row in rows:
+        cells = [*(str(row[knob]) for knob in KNOB_COLUMNS if knob not in shared), _gib(row["peak_memory_bytes"])]
+        if is_forecast:
+            cells += _step_cells(row["step"])
+        table.append(cells)
+    verdicts = ["runs there" if is_forecast else "runs here", *(_verdict(row) for row in rows)]
+    lines = [f"{line}  {verdict}" for line, verdict in zip(_aligned(table), verdicts, strict=True)]
+    return [*lines, "all with " + ", ".join(f"{knob.replace('_', ' ')} {rows[0][knob]}" for knob in shared)] if shared else lines
+
+
+def _step_cells(step: Mapping[str, Any] | None) -> list[str]:
+    if step is None:
+        return ["-", "-", "-"]
+    return [f"{step['seconds']:.3g}", f"{step['tokens_per_second']:,.0f}", f"{step['mfu']:.1%}"]
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    reasons = list(row["violated"].values())
+    if row.get("missing_bytes"):
+        reasons.append(f"{_gib(row['missing_bytes'])} GiB too much")
+    if row.get("unknown"):
+        reasons.append(row["unknown"])
+    return f"no: {'; '.join(reasons)}" if reasons else "yes"
+
+
+def _memory_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the predicted memory of a rank by term, once for all layouts that agree in it."""
+    terms = [f.name for f in fields(RankMemory)]
+    columns = [knob for knob in KNOB_COLUMNS if knob not in ("global_batch_size", "num_grad_accum_steps")]
+    table = [[name.removesuffix("_bytes").replace("_", " ") for name in (*columns, *terms)]]
+    for row in rows:
+        if row["memory"]:
+            table.append([*(str(row[c]) for c in columns), *(_gib(row["memory"][t]) for t in terms)])
+    return ["# GiB a rank by term", *dict.fromkeys(_aligned(table))]
+
+
+def _forecast_lines(forecast: Mapping[str, Any]) -> list[str]:
+    lines = []
+    run, search = forecast["run"], forecast["search"]
+    if forecast["num_rows"] is None:
+        lines.append("no hours: the training rows are not on this machine; say how many with --rows")
+    if run:
+        layout = ", ".join(f"{knob.replace('_', ' ')} {run[knob]}" for knob in KNOB_COLUMNS if knob in run)
+        lines.append(f"one run of the fastest layout on all the data: {_cost_text(run)} ({layout})")
+    if search:
+        lines.append(f"the whole search: {_cost_text(search)}")
+    return [*lines, "assumed, not measured: " + "; ".join(forecast["assumptions"])]
+
+
+def _cost_text(cost: Mapping[str, Any]) -> str:
+    dollars = "" if cost["dollars"] is None else f", {cost['dollars']:,.2f} dollars"
+    return f"{cost['hours']:.3g} h, {cost['device_hours']:.3g} GPU hours{dollars}"
 
 
 def _gib(num_bytes: int | None) -> str:

@@ -85,6 +85,12 @@ class Blueprint:
         return (*self.attention_in, *self.attention_out, *self.feed_forward_in, *self.feed_forward_out)
 
     @property
+    def is_last_result_needed(self) -> bool:
+        """Whether the backward pass needs the result of a block's last product: for a normalisation after it, or to weigh experts."""
+        is_normalised = self.num_norms_per_block == 4 or self.head[0].per == "row"
+        return is_normalised or self.feed_forward_out[-1].num_experts > 1
+
+    @property
     def num_block_params(self) -> int:
         return sum(m.num_params for m in self.block) + self.num_block_vector_params
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spaces.blueprint import Blueprint, Matrix
-from spaces.config import Recipe
+from spaces.config import Recipe, TrialConfig
 
 CONVENTION = "model FLOPs of real tokens; frozen weights 4N, trained 6N; causal attention halved; no recomputation"
 
@@ -150,6 +150,30 @@ def flops_of_blueprint(plan: Blueprint, recipe: Recipe) -> TrainingFlops:
     return training_flops(linears, attention)
 
 
+def recomputed_flops_of_blueprint(plan: Blueprint, config: TrialConfig) -> TrainingFlops:
+    """Return the FLOPs that the backward pass computes a second time: every block's forward pass, and attention's scores.
+
+    A block's last product is not, where nothing after it in the block needs its result: recomputation ends before it.
+    """
+    recipe, shape = config.recipe, plan.shape
+    recomputes = config.layout.recomputation == "full"
+    last = plan.feed_forward_out[-1]
+    is_last_needed = plan.is_last_result_needed or _is_wrapped(last, recipe)
+    again = plan.block if is_last_needed else plan.block[:-1]
+    uses = [use for matrix in again for use in _with_adapter(matrix, recipe, True)] * shape.num_layers
+    attention = AttentionUse(
+        num_products=((2 if recomputes else 0) + plan.is_attention_fused) * shape.num_layers,
+        num_heads=shape.num_heads,
+        head_dim=shape.head_dim,
+        causal=shape.causal,
+    )
+    return recomputed_flops(uses if recomputes else (), attention)
+
+
+def _is_wrapped(matrix: Matrix, recipe: Recipe) -> bool:
+    return recipe.adapter == "lora" and matrix.is_wrapped_by(recipe.adapter_target_modules or ())
+
+
 def _uses(matrices: Sequence[Matrix], recipe: Recipe, needs_grad: bool) -> tuple[list[LinearUse], bool]:
     """Return the products of linear layers side by side, and whether what comes out of them needs a gradient."""
     uses = [use for matrix in matrices for use in _with_adapter(matrix, recipe, needs_grad)]
@@ -159,7 +183,7 @@ def _uses(matrices: Sequence[Matrix], recipe: Recipe, needs_grad: bool) -> tuple
 def _with_adapter(matrix: Matrix, recipe: Recipe, needs_grad: bool) -> Iterator[LinearUse]:
     trains = recipe.adapter == "none" or matrix.trains_with_adapter
     yield LinearUse(num_weights=matrix.num_weights, per=matrix.per, input_needs_grad=needs_grad, weight_needs_grad=trains)
-    if recipe.adapter == "lora" and not trains and matrix.is_wrapped_by(recipe.adapter_target_modules or ()):
+    if not trains and _is_wrapped(matrix, recipe):
         rank = recipe.adapter_rank or 0
         yield LinearUse(num_weights=rank * matrix.num_inputs, per=matrix.per, input_needs_grad=needs_grad, weight_needs_grad=True)
         yield LinearUse(num_weights=rank * matrix.num_outputs, per=matrix.per, input_needs_grad=True, weight_needs_grad=True)

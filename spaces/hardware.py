@@ -6,6 +6,7 @@ rows: an H100 is an SXM module, a PCIe card or an NVL, with peaks of 989, 756 an
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -184,6 +185,24 @@ DEVICES: tuple[Device, ...] = (
         source="https://www.nvidia.com/en-us/data-center/tesla-t4/",
     ),
 )
+
+
+class UnknownDevice(ValueError):
+    """There is no data sheet of that name; the message is one line for the user."""
+
+
+def device_named(name: str) -> Device:
+    """Return the row of a name as a user gives it: `h100-sxm`.
+
+    Raises:
+        UnknownDevice: there is none.
+    """
+    names = [device.name for device in DEVICES]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise UnknownDevice(f"--device: no data sheet of '{name}'; there are: {', '.join(names)}{hint}")
+    return DEVICES[names.index(name)]
 
 
 def device_of_cuda_name(cuda_name: str) -> Device | None:

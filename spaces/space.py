@@ -175,26 +175,25 @@ class SpaceSpec(BaseModel):
             return {"what": "learning_rate depends on the adapter, which is not given", "allowed": "adapter beside it"}
         return None
 
-    def first(self) -> dict[str, Any]:
-        """Return params with the first value of every knob: the first of a choice, the low end of a range."""
+    def first(self, **given: Any) -> dict[str, Any]:
+        """Return params with the first value of every knob that is not given: the first of a choice, the low end of a range."""
         params: dict[str, Any] = {}
         for knob, _, domain in self._active(params):
-            params[knob] = domain.ends()[0]
+            params[knob] = given.get(knob, domain.ends()[0])
         return params
 
     def corners(self) -> Iterator[dict[str, Any]]:
-        """Yield params for every layout and global batch: a range's ends, and the first value elsewhere."""
-        layouts = itertools.product(
-            self.layouts(), self.global_batch_size.ends(), self.micro_batch_size.ends(), self.recomputation.ends()
-        )
-        for (world_size, strategy), global_batch_size, micro_batch_size, recomputation in layouts:
-            yield self.first() | {
-                "world_size": world_size,
-                "strategy": strategy,
-                "global_batch_size": global_batch_size,
-                "micro_batch_size": micro_batch_size,
-                "recomputation": recomputation,
-            }
+        """Yield params for every layout and what its memory and time depend on: a range's ends, and the first value elsewhere.
+
+        On one rank the strategies are the same, and one of them stands for all.
+        """
+        strategies = self.strategy.ends()
+        knobs = ("adapter", "precision", "global_batch_size", "micro_batch_size", "recomputation")
+        for world_size, strategy in self.layouts():
+            if world_size == 1 and strategy != strategies[0]:
+                continue
+            for values in itertools.product(*(getattr(self, knob).ends() for knob in knobs)):
+                yield self.first(world_size=world_size, strategy=strategy, **dict(zip(knobs, values, strict=True)))
 
     def layouts(self) -> list[tuple[int, str]]:
         """Return every combination of world size and strategy."""

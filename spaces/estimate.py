@@ -1,0 +1,134 @@
+"""Step time before any step was measured: FLOPs over an assumed share of the peak, bytes over bandwidths.
+
+What is assumed, and stands beside every number that follows from it:
+
+- the matrix units reach `ASSUMED_UTILISATION` of their dense peak, recomputation counted;
+- the exchange of gradients overlaps with the backward pass of the last micro batch under DDP, and with all of the computation
+  under FSDP2 (https://pytorch.org/blog/introducing-pytorch-fully-sharded-data-parallel-api/);
+- a ring moves 2 (N - 1) / N of the bytes to sum them on N ranks, half of that to gather or to reduce them
+  (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md);
+- between nodes every GPU has one adapter of 400 Gbit/s, as in https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spaces.blueprint import Blueprint
+from spaces.config import TrialConfig
+from spaces.flops import flops_of_blueprint, recomputed_flops_of_blueprint
+from spaces.hardware import Device
+from spaces.memory import FP32_BYTES, num_adapter_params, num_trained, widths
+
+# Of the dense peak, between published rows at 4,096 tokens on H100: Llama-3 8B with LoRA on one 12,473 tokens/s, which are 42 % as
+# counted here, and full fine-tuning on eight 6,667 tokens/s each, 33 %:
+# https://docs.nvidia.com/nemo/automodel/latest/performance-summary.html
+ASSUMED_UTILISATION = 0.38
+NETWORK_BYTES_PER_SECOND = 50e9
+# AdamW reads weight, gradient and two moments, and writes all but the gradient, in fp32.
+UPDATE_BYTES_PER_PARAM = 7 * FP32_BYTES
+# Of a device's memory, for the CUDA context, NCCL's buffers, workspaces and what the allocator cannot use: an assumption.
+MEMORY_KEPT_FREE = 0.08
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuCluster:
+    """Equal GPUs in equal nodes."""
+
+    device: Device
+    num_nodes: int
+    gpus_per_node: int
+
+    @property
+    def num_workers(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory of one GPU that tensors may take."""
+        return int(self.device.memory_bytes * (1 - MEMORY_KEPT_FREE))
+
+    def bytes_per_second(self, world_size: int) -> float:
+        """Return what a rank sends to the next, each way: within a node the link, across nodes the network."""
+        link = self.device.link_gigabytes_per_second * 1e9 / 2
+        return link if world_size <= self.gpus_per_node else min(link, NETWORK_BYTES_PER_SECOND)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepEstimate:
+    """Seconds of one optimizer step of full rows, by part, and what follows."""
+
+    compute_seconds: float
+    """Forward, backward and recomputation of all micro batches."""
+    communication_seconds: float
+    """What of the exchange does not overlap with the computation."""
+    update_seconds: float
+    num_tokens: int
+    """Of the global batch."""
+    mfu: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_seconds + self.communication_seconds + self.update_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+class NoPeak(ValueError):
+    """The device has no peak at the recipe's precision; the message says which."""
+
+
+def estimate_step(plan: Blueprint, config: TrialConfig, cluster: GpuCluster, length: int) -> StepEstimate:
+    """Return the estimated time of one optimizer step.
+
+    Args:
+        plan: the model.
+        config: recipe and layout.
+        cluster: where it would run.
+        length: tokens per row; all rows are taken to be full.
+
+    Raises:
+        NoPeak: the device's data sheet has no figure for the precision.
+    """
+    recipe, layout = config.recipe, config.layout
+    peak = cluster.device.tera_flops_per_second.get(recipe.precision)
+    if peak is None:
+        raise NoPeak(f"{cluster.device.name} has no {recipe.precision} units")
+    rows, num_ranks = recipe.global_batch_size, layout.world_size
+    model, recomputed = (
+        part.total(num_tokens=rows * length, num_rows=rows, sum_of_squared_lengths=rows * length**2)
+        for part in (flops_of_blueprint(plan, recipe), recomputed_flops_of_blueprint(plan, config))
+    )
+    peak_of_all = peak * 1e12 * num_ranks
+    compute = (model + recomputed) / (peak_of_all * ASSUMED_UTILISATION)
+    is_sharded = layout.strategy == "fsdp"
+    trained = num_trained(plan, recipe)
+    num_micro_batches = config.num_grad_accum_steps
+    exchange = _exchanged_bytes(plan, config) * (num_ranks - 1) / num_ranks / cluster.bytes_per_second(num_ranks)
+    # Two thirds of the work are the backward pass.
+    overlap = compute if is_sharded else compute * 2 / 3 / num_micro_batches
+    communication = max(0.0, exchange - overlap)
+    updated = trained / num_ranks if is_sharded else trained
+    update = UPDATE_BYTES_PER_PARAM * updated / (cluster.device.gigabytes_per_second * 1e9)
+    return StepEstimate(
+        compute_seconds=compute,
+        communication_seconds=communication,
+        update_seconds=update,
+        num_tokens=rows * length,
+        mfu=model / (compute + communication + update) / peak_of_all,
+    )
+
+
+def _exchanged_bytes(plan: Blueprint, config: TrialConfig) -> float:
+    """Return the bytes of a step's collectives, before the share of them that every rank sends."""
+    recipe = config.recipe
+    gradients = FP32_BYTES * num_trained(plan, recipe)
+    if config.layout.strategy == "ddp":
+        return 2.0 * gradients
+    held = plan.num_params + num_adapter_params(plan, recipe)
+    blocks = plan.shape.num_layers * plan.num_block_params
+    # Blocks are gathered for the forward and again for the backward pass, what no block holds once.
+    gathered = widths(config).products * (held + blocks)
+    return float(config.num_grad_accum_steps * (gathered + gradients))

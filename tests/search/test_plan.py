@@ -1,0 +1,217 @@
+"""`paretune plan --device`: public shapes and published rows, on data sheets, without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from search.cli import app
+from spaces.blueprint import Blueprint, blueprint
+from spaces.config import Layout, Recipe, TrialConfig
+from spaces.estimate import ASSUMED_UTILISATION, GpuCluster, estimate_step
+from spaces.hardware import device_named
+from spaces.memory import rank_memory
+
+_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8}
+_QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 152064}
+# What `config.json` of the public models holds, and the parameters that their pages name.
+PUBLIC: dict[str, tuple[dict[str, Any], float]] = {
+    "Llama-3 8B": (
+        {**_LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+        8.03e9,
+    ),
+    "Llama-3 70B": (
+        {**_LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+        70.6e9,
+    ),
+    "Qwen2.5 7B": (
+        {
+            **_QWEN,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+        },
+        7.61e9,
+    ),
+    "Qwen2.5 32B": (
+        {
+            **_QWEN,
+            "hidden_size": 5120,
+            "intermediate_size": 27648,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+        },
+        32.5e9,
+    ),
+}
+H100 = device_named("h100-sxm")
+LENGTH = 4096
+
+
+def shape(name: str) -> Blueprint:
+    return blueprint({**PUBLIC[name][0], "tie_word_embeddings": False}, "causal-lm")
+
+
+def config(adapter: str, world_size: int, strategy: str = "ddp", recomputation: str = "none") -> TrialConfig:
+    lora: dict[str, Any] = {"adapter_rank": 16, "adapter_alpha": 32.0, "adapter_target_modules": ("all-linear",)}
+    recipe = Recipe(
+        learning_rate=1e-4,
+        global_batch_size=16,
+        dataset_fraction=1.0,
+        epochs=1.0,
+        warmup_fraction=0.0,
+        weight_decay=0.0,
+        precision="bf16",
+        seed=0,
+        adapter=adapter,  # type: ignore[arg-type]
+        **(lora if adapter == "lora" else {}),
+    )
+    layout = Layout(world_size=world_size, strategy=strategy, micro_batch_size=1, recomputation=recomputation)  # type: ignore[arg-type]
+    return TrialConfig(recipe=recipe, layout=layout)
+
+
+def cluster(num_gpus: int, num_nodes: int = 1) -> GpuCluster:
+    return GpuCluster(device=H100, num_nodes=num_nodes, gpus_per_node=num_gpus)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_shapes_have_the_parameters_that_their_pages_name(name: str) -> None:
+    assert shape(name).num_params == pytest.approx(PUBLIC[name][1], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "trial", "published"),
+    [
+        # https://docs.nvidia.com/nemo/automodel/latest/performance-summary.html, tokens/s per GPU at 4,096 tokens
+        ("Llama-3 8B", config("lora", 1), 12_473),
+        ("Qwen2.5 7B", config("lora", 1), 14_110),
+        ("Llama-3 8B", config("none", 8, "fsdp"), 6_667),
+    ],
+)
+def test_published_rows_are_predicted_within_a_fifth(name: str, trial: TrialConfig, published: float) -> None:
+    num_gpus = trial.layout.world_size
+    step = estimate_step(shape(name), trial, cluster(num_gpus), LENGTH)
+    assert step.tokens_per_second / num_gpus == pytest.approx(published, rel=0.2)
+    assert rank_memory(shape(name), trial, LENGTH).peak_bytes < cluster(1).usable_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "trial", "fits"),
+    [
+        ("Llama-3 8B", config("none", 1), False),  # 16 bytes a parameter are 128 GB
+        ("Llama-3 70B", config("lora", 1, recomputation="full"), False),  # 141 GB of frozen weights
+        ("Llama-3 70B", config("lora", 8, "fsdp", "full"), True),  # 18 GB of them on each
+        ("Llama-3 70B", config("none", 8, "fsdp", "full"), False),  # 12 bytes a parameter on eight are 106 GB
+        ("Qwen2.5 32B", config("none", 8, "fsdp", "full"), False),  # 16 bytes a parameter are 66 GB, and what is gathered and reduced
+        ("Qwen2.5 32B", config("none", 16, "fsdp", "full"), True),
+    ],
+)
+def test_what_fits_is_told_from_what_does_not(name: str, trial: TrialConfig, fits: bool) -> None:
+    assert (rank_memory(shape(name), trial, LENGTH).peak_bytes <= cluster(8).usable_bytes) == fits
+
+
+def test_compute_reaches_what_is_assumed_and_a_slow_network_shows() -> None:
+    alone = estimate_step(shape("Llama-3 8B"), config("lora", 1), cluster(1), LENGTH)
+    assert alone.communication_seconds == 0
+    # The scores that fused attention computes again are not in MFU.
+    assert alone.mfu == pytest.approx(ASSUMED_UTILISATION, rel=0.03)
+    assert alone.mfu < ASSUMED_UTILISATION
+    full = config("none", 16)
+    inside = estimate_step(shape("Llama-3 8B"), full, cluster(16), LENGTH)
+    across = estimate_step(shape("Llama-3 8B"), full, cluster(8, num_nodes=2), LENGTH)
+    # The ring: every rank sends 2 x 15/16 of 4 bytes a parameter, over 450 GB/s within a node and 50 GB/s across.
+    sent = 2 * 15 / 16 * 4 * shape("Llama-3 8B").num_params
+    overlap = inside.compute_seconds * 2 / 3
+    assert across.communication_seconds == pytest.approx(sent / 50e9 - overlap)
+    assert inside.communication_seconds == pytest.approx(max(0.0, sent / 450e9 - overlap))
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps({**PUBLIC["Llama-3 8B"][0], "tie_word_embeddings": False}))
+    (tmp_path / "train.jsonl").write_text("".join('{"prompt": "a", "completion": "b"}\n' for _ in range(1000)))
+    content = {
+        "model": {"name": str(tmp_path / "model"), "task": "causal-lm", "max_length": LENGTH},
+        "data": {"train": str(tmp_path / "train.jsonl"), "evaluation": str(tmp_path / "train.jsonl")},
+        "space": {
+            "precision": "bf16",
+            "global_batch_size": 16,
+            "dataset_fraction": 0.5,
+            "world_size": {"choice": [1, 8]},
+            "strategy": {"choice": ["ddp", "fsdp"]},
+            "micro_batch_size": 1,
+        },
+        "budget": {"trials": 10},
+    }
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def plan(*args: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *args])
+
+
+def test_hours_and_dollars_follow_from_the_tokens(spec: Path) -> None:
+    result = plan(str(spec), "--device", "h100-sxm", "--gpus-per-node", "8", "--price", "2.5", "--json")
+    assert result.exit_code == 0, result.stderr
+    planned = json.loads(result.stdout)
+    assert len(planned["layouts"]) == 3, "on one rank the strategies are the same"
+    run = planned["forecast"]["run"]
+    fastest = max(row["step"]["tokens_per_second"] for row in planned["layouts"])
+    assert run["hours"] * 3600 == pytest.approx(1000 * 0.5 * LENGTH / fastest)
+    assert run["dollars"] == pytest.approx(run["hours"] * run["world_size"] * 2.5)
+    search = planned["forecast"]["search"]
+    one = [1000 * 0.5 * LENGTH / row["step"]["tokens_per_second"] / 3600 * row["world_size"] for row in planned["layouts"]]
+    # The plan's rows have the smallest rank of LoRA, the search all of them.
+    assert search["device_hours"] == pytest.approx(10 * sum(one) / len(one), rel=0.03)
+    assert search["hours"] * 8 == pytest.approx(search["device_hours"])
+
+
+def test_the_text_says_what_fits_by_how_much_and_what_is_assumed(spec: Path) -> None:
+    text = plan(str(spec), "--device", "h100-sxm", "--gpus-per-node", "8", "--set", "space.adapter=none").output
+    assert "GiB too much" in text
+    assert "# GiB a rank by term" in text
+    assert f"assumed, not measured: the matrix units reach {ASSUMED_UTILISATION:.0%} of the dense peak of h100-sxm" in text
+    assert "1 of 3 can run" in text
+
+
+def test_nothing_that_fits_is_exit_3(spec: Path) -> None:
+    result = plan(str(spec), "--device", "l4", "--set", "space.adapter=none")
+    assert result.exit_code == 3
+    assert "0 of 3 can run" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--device", "h100-sxn"), "did you mean 'h100-sxm'?"),
+        (("--device", "tpu"), "--device: no data sheet of 'tpu'; there are: b200"),
+    ],
+)
+def test_an_unknown_device_is_one_line_and_exit_2(spec: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = plan(str(spec), *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_no_torch_and_no_transformers_are_loaded_for_it(spec: Path) -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from search.cli import app;"
+        f"r = CliRunner().invoke(app, ['plan', {str(spec)!r}, '--device', 'h100-sxm', '--gpus-per-node', '8']);"
+        "print(r.exit_code, sorted({'torch', 'transformers', 'ray', 'mlflow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.strip() == "0 []"
