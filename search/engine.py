@@ -15,9 +15,10 @@ from typing import Any
 
 from search.ledger import Ledger, SearchState, replay
 from search.pareto import front
+from search.provenance import reproduce_command
 from search.record import TrialRecord, TrialState
 from search.store import Store
-from search.study import Study
+from search.study import Proposal, Study
 from spaces import constraints
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
@@ -163,7 +164,8 @@ class Engine:
             values = constraints.violations(config, self._limits)
             known = {"number": proposal.number, "params": proposal.params, "config": config.to_dict()}
             if constraints.is_feasible(values):
-                self._record("trial_started", **known)
+                command = self._reproduce(proposal)
+                self._record("trial_started", **known, command=command)
                 return Assignment(number=proposal.number, params=proposal.params, config=config)
             self._record("trial_infeasible", **known, constraints=values)
             self._study.tell_infeasible(proposal.number, values)
@@ -172,6 +174,9 @@ class Engine:
             + ", ".join(f"{name} = {value:g}" for name, value in values.items() if value > 0)
             + "); `paretune plan` shows which layouts this cluster can run"
         )
+
+    def _reproduce(self, proposal: Proposal) -> str:
+        return reproduce_command(self._spec, str(self._store.spec_path), self._store.name, proposal.number, proposal.params)
 
     def _record(self, event: str, **fields: Any) -> None:
         line = self._ledger.append(event, **fields)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from search.ledger import SearchState
@@ -94,7 +95,7 @@ class Mirror:
                 tags = {REFERENCE_TAG: json.dumps(event["metrics"])}
                 self._runs.log(self._parent, metrics=metrics, tags=tags, time_ms=time_ms)
             case "trial_started" if record:
-                self._run_id(record)
+                self._run_id(record, self._origin(event))
             case "trial_reported" if record:
                 self._report(record, event["report"], time_ms)
             case "trial_infeasible" | "trial_finished" if record:
@@ -150,12 +151,12 @@ class Mirror:
         )
         self._runs.tag_experiment(key, value)
 
-    def _run_id(self, record: TrialRecord) -> str:
-        """Return the trial's run: known, or there from before a resume or a lost answer, or new."""
+    def _run_id(self, record: TrialRecord, tags: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Return the trial's run: known, or there from before a resume or a lost answer, or new, with these tags."""
         number = record.number
         if number not in self._run_ids:
             found = self._runs.find(self._parent, number)
-            run_id = self._create(record) if found is None else found.run_id
+            run_id = self._create(record, tags) if found is None else found.run_id
             if found is not None and found.is_ended:
                 self._ended.add(number)
             else:
@@ -164,8 +165,9 @@ class Mirror:
             self._run_ids[number] = run_id
         return self._run_ids[number]
 
-    def _create(self, record: TrialRecord) -> str:
+    def _create(self, record: TrialRecord, tags: Mapping[str, str]) -> str:
         tags = {
+            **tags,
             "mlflow.parentRunId": self._parent,
             "kind": "trial",
             SEARCH_TAG: self.search,
@@ -173,6 +175,17 @@ class Mirror:
         }
         begun = record.started_at or record.finished_at or time.time()
         return self._runs.create(f"trial-{record.number:04d}", tags, time_ms=int(begun * 1000))
+
+    def _origin(self, event: Event) -> dict[str, str]:
+        """Return what is needed to train the trial again, beside its params; its device is in the record."""
+        started = self._state.started or {}
+        commit, versions = started.get("git_commit"), started.get("versions")
+        return {
+            "paretune.command": event.get("command", "")[:MAX_TAG_CHARACTERS],
+            "paretune.data_fingerprint": str(started.get("data_fingerprint", "")),
+            **({"mlflow.source.git.commit": commit} if commit else {}),
+            **({"paretune.versions": json.dumps(versions)} if versions else {}),
+        }
 
     def _report(self, record: TrialRecord, report: Mapping[str, Any], time_ms: int) -> None:
         run_id = self._run_id(record)

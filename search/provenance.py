@@ -1,11 +1,16 @@
-"""Where a result comes from: the machine in words, the versions, the commit."""
+"""Where a result comes from: the machine in words, the versions, the commit, and the command that gives it again."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
+from typing import Any
+
+from spaces.spec import SearchSpec
 
 
 def machine() -> str:
@@ -27,3 +32,12 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def reproduce_command(spec: SearchSpec, spec_path: str, name: str, number: int, params: Mapping[str, Any]) -> str:
+    """Return the command that trains one trial of the search `name` again."""
+    searched = {knob: params[knob] for knob in spec.space.names_searched() if knob in params}
+    pins = [*spec.space.fixed_to(searched), "budget.trials=1", f"name={name}-again-{number}"]
+    if spec.sampler.points_to_evaluate:
+        pins.append("sampler.points_to_evaluate=[]")
+    return shlex.join(["paretune", "search", spec_path, *(part for pin in pins for part in ("--set", pin))])

@@ -13,6 +13,7 @@ from search.engine import objectives_of
 from search.formatting import number_text, short_text
 from search.ledger import Ledger, SearchState, replay
 from search.pareto import front, hypervolume_of, knee, pick
+from search.provenance import reproduce_command
 from search.record import TrialRecord, TrialState
 from search.report import recommendation, write_report
 from search.store import Store, StoreError
@@ -77,15 +78,6 @@ def load_results(name: str, directory: Path, tracking_uri: str | None = None) ->
         state=state,
         objectives=objectives_of(spec, state),
     )
-
-
-def reproduce_command(spec: SearchSpec, spec_path: str, record: TrialRecord) -> str:
-    """Return the command that trains this one trial again."""
-    searched = {knob: record.params[knob] for knob in spec.space.names_searched() if knob in record.params}
-    pins = [*spec.space.fixed_to(searched), "budget.trials=1", f"name={spec.name}-again-{record.number}"]
-    if spec.sampler.points_to_evaluate:
-        pins.append("sampler.points_to_evaluate=[]")
-    return shlex.join(["paretune", "search", spec_path, *(part for pin in pins for part in ("--set", pin))])
 
 
 def pick_one(results: Results, limits: Mapping[str, tuple[str, float]], *, at_knee: bool) -> TrialRecord:
@@ -195,7 +187,7 @@ def render_pick(results: Results, record: TrialRecord) -> str:
 
 
 def _command(results: Results, record: TrialRecord) -> str:
-    return results.fetch_spec + reproduce_command(results.spec, results.spec_path, record)
+    return results.fetch_spec + reproduce_command(results.spec, results.spec_path, results.name, record.number, record.params)
 
 
 def write_results(results: Results) -> list[Path]:

@@ -18,10 +18,9 @@ from search.interruption import Interrupted, Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
 from search.ledger import Ledger, LedgerError, replay
 from search.pareto import hypervolume_of, knee
-from search.provenance import git_commit, machine, versions
+from search.provenance import git_commit, machine, reproduce_command, versions
 from search.record import TrialState
 from search.report import recommendation, write_report
-from search.results import reproduce_command
 from search.store import Store
 from search.study import Study
 from search.tracking import Tracker, TrackingError
@@ -290,7 +289,7 @@ def _publish(engine: Engine, store: Store, prepared: Prepared) -> None:
     """Write the report and send the front to MLflow; what the server does not take now, a resume delivers."""
     members, objectives, spec = engine.front(), engine.objectives, store.load_spec().spec
     chosen = knee(members, objectives)
-    command = reproduce_command(spec, str(store.spec_path), chosen) if chosen else ""
+    command = reproduce_command(spec, str(store.spec_path), store.name, chosen.number, chosen.params) if chosen else ""
     paths = write_report(engine.state, spec, objectives, store.report_path, command=command)
     volume = hypervolume_of(list(engine.state.records.values()), objectives)
     try:

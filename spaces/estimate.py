@@ -20,9 +20,9 @@ from spaces.flops import flops_of_blueprint, recomputed_flops_of_blueprint
 from spaces.hardware import Device
 from spaces.memory import FP32_BYTES, num_adapter_params, num_trained, widths
 
-# Of the dense peak, between published rows at 4,096 tokens on H100: Llama-3 8B with LoRA on one 12,473 tokens/s, which are 42 % as
-# counted here, and full fine-tuning on eight 6,667 tokens/s each, 33 %:
-# https://docs.nvidia.com/nemo/automodel/latest/performance-summary.html
+# Of the dense peak, between published rows on H100, as counted here: Llama-3 8B with LoRA on one at 4,096 tokens, 12,473 tokens/s
+# (42 %; https://github.com/NVIDIA-NeMo/Automodel/blob/main/docs/performance-summary.mdx), in full on eight at 8,192, 6,667 tokens/s
+# each (35 %; https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md).
 ASSUMED_UTILISATION = 0.38
 NETWORK_BYTES_PER_SECOND = 50e9
 # AdamW reads weight, gradient and two moments, and writes all but the gradient, in fp32.

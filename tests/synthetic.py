@@ -29,6 +29,9 @@ def synthetic_events(num_trials: int = 12, *, name: str = "synthetic", seed: int
             name=name,
             mlflow_run_id=None,
             machine="made up",
+            data_fingerprint="f00d",
+            git_commit="c0ffee",
+            versions={"torch": "2.11"},
             num_workers=2,
             data={"format": "made up", "rows": 9},
         ),
@@ -42,7 +45,7 @@ def synthetic_events(num_trials: int = 12, *, name: str = "synthetic", seed: int
         if number % 11 == 5:
             events.append(_event("trial_infeasible", clock[worker], **known, constraints={"world_size_within_cluster": 2.0}))
             continue
-        events.append(_event("trial_started", clock[worker], **known))
+        events.append(_event("trial_started", clock[worker], **known, command=f"train {number} again"))
         ended = _train(number, params, clock[worker] + 1, random_)
         events += ended
         clock[worker] = ended[-1]["time"] + 0.5

@@ -108,6 +108,17 @@ def test_every_trial_is_a_run_with_its_knobs_curve_and_record() -> None:
         assert TrialRecord.from_dict(json.loads(run["tags"]["paretune.record"])) == record
 
 
+def test_a_trial_says_what_is_needed_to_train_it_again() -> None:
+    runs = mirrored(EVENTS)
+    for record in RECORDS:
+        if record.started_at is not None:
+            tags = runs.runs[f"trial-{record.number:04d}"]["tags"]
+            assert tags["paretune.command"] == f"train {record.number} again"
+            assert tags["paretune.data_fingerprint"] == "f00d"
+            assert tags["mlflow.source.git.commit"] == "c0ffee"
+            assert json.loads(tags["paretune.versions"]) == {"torch": "2.11"}
+
+
 def test_states_map_as_in_mlflows_own_bridge() -> None:
     runs = mirrored(EVENTS).runs
     seen = set()

@@ -90,19 +90,19 @@ def test_the_shapes_have_the_parameters_that_their_pages_name(name: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "trial", "published"),
+    ("name", "trial", "length", "published"),
     [
-        # https://docs.nvidia.com/nemo/automodel/latest/performance-summary.html, tokens/s per GPU at 4,096 tokens
-        ("Llama-3 8B", config("lora", 1), 12_473),
-        ("Qwen2.5 7B", config("lora", 1), 14_110),
-        ("Llama-3 8B", config("none", 8, "fsdp"), 6_667),
+        # Tokens/s per GPU; https://github.com/NVIDIA-NeMo/Automodel/blob/main/docs/performance-summary.mdx
+        ("Llama-3 8B", config("lora", 1), 4096, 12_473),
+        ("Qwen2.5 7B", config("lora", 1), 4096, 14_110),
+        # https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md
+        ("Llama-3 8B", config("none", 8, "fsdp"), 8192, 6_667),
     ],
 )
-def test_published_rows_are_predicted_within_a_fifth(name: str, trial: TrialConfig, published: float) -> None:
+def test_published_rows_are_predicted_within_a_fifth(name: str, trial: TrialConfig, length: int, published: float) -> None:
     num_gpus = trial.layout.world_size
-    step = estimate_step(shape(name), trial, cluster(num_gpus), LENGTH)
+    step = estimate_step(shape(name), trial, cluster(num_gpus), length)
     assert step.tokens_per_second / num_gpus == pytest.approx(published, rel=0.2)
-    assert rank_memory(shape(name), trial, LENGTH).peak_bytes < cluster(1).usable_bytes
 
 
 @pytest.mark.parametrize(
