@@ -105,6 +105,7 @@ class SearchView:
                 return f"trial {number:04d} {report['fidelity']:8.0%}   {self._metrics(report['metrics'])}"
             case "trial_finished" if record:
                 why = f" {record.error['kind']}: {record.error['message']}" if record.error else ""
+                why += f" NOISY: {record.noise}" if record.noise else ""
                 return f"trial {number:04d} {record.state.value:9} {self._metrics(record.values)}{why} | {self._summary()}"
             case "trial_infeasible" if record:
                 broken = ", ".join(f"{k} = {v:g}" for k, v in record.constraints.items() if v > 0)

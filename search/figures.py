@@ -122,7 +122,8 @@ def _hover(record: TrialRecord, knobs: Sequence[str]) -> tuple[str, ...]:
     measured = [f"{m} {number_text(m, v)}" for m, v in record.values.items() if m in METRICS]
     tested = [f"test {m} {number_text(m, v)}" for m, v in record.test.items() if m in METRICS]
     chosen = [f"{k} = {short_text(record.params[k])}" for k in knobs if k in record.params]
-    return (f"trial {record.number}", *measured, *tested, *chosen)
+    noisy = [f"noisy: {record.noise}"] if record.noise else []
+    return (f"trial {record.number}", *noisy, *measured, *tested, *chosen)
 
 
 def _steps(members: Sequence[TrialRecord], shown: Sequence[TrialRecord], x: str, y: str) -> tuple[tuple[float, float], ...]:

@@ -205,6 +205,8 @@ class Mirror:
         tags = {RECORD_TAG: record_tag(record), "paretune.state": record.state.value}
         if record.error is not None:
             tags["paretune.error"] = f"{record.error['kind']}: {record.error['message']}"[:500]
+        if record.noise:
+            tags["paretune.noisy"] = record.noise
         if not record.feasible:
             tags["paretune.infeasible"] = ", ".join(name for name, value in record.constraints.items() if value > 0)
         self._runs.log(run_id, tags=tags, time_ms=time_ms)

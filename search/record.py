@@ -7,6 +7,11 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
+from spaces.metrics import RANK_SPREAD, TIME_DRIFT
+
+# Trials that nothing disturbs stay below, one beside which other workers start is far above: docs/metering.md.
+NOISY = 0.25
+
 
 class TrialState(StrEnum):
     """Where a trial stands; Optuna's words."""
@@ -56,6 +61,17 @@ class TrialRecord:
     def feasible_before_launch(self) -> bool:
         """Whether the trial was launched: one that ran out of memory was, one that the cluster cannot hold was not."""
         return self.feasible or self.started_at is not None
+
+    @property
+    def noise(self) -> str:
+        """Why the trial's times are not to be trusted, in words; empty where nothing speaks against them."""
+        drift, spread = self.values.get(TIME_DRIFT, 0.0), self.values.get(RANK_SPREAD, 0.0)
+        reasons = []
+        if drift > NOISY:
+            reasons.append(f"its pace changed by {drift:.0%} while it trained")
+        if spread > NOISY:
+            reasons.append(f"its slowest rank was {spread:.0%} behind the fastest")
+        return " and ".join(reasons)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""

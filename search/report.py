@@ -65,6 +65,15 @@ def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objectiv
     return f"{text}, {ratio:.1f} times the price." if ratio > 1 else f"{text}."
 
 
+def noise_lines(members: Sequence[TrialRecord]) -> list[str]:
+    """Return one line for every member whose times are not to be trusted."""
+    return [
+        f"trial {record.number} is noisy: {record.noise}; train it again before you trust its times"
+        for record in members
+        if record.noise
+    ]
+
+
 def _reached(record: TrialRecord, quality: Objective, price: Objective) -> str:
     text = f"{quality.metric} {number_text(quality.metric, record.values[quality.metric])}"
     if quality.metric in record.test:
@@ -178,6 +187,7 @@ def draw_html(figure: FrontFigure, state: SearchState, spec: SearchSpec, objecti
         f"<p>{html.escape(' '.join(facts))}</p>",
         "<h2>The front</h2>",
         _html_table(members, spec, objectives, figure.knee_number),
+        *(f"<p class='note'>{html.escape(line)}</p>" for line in noise_lines(members)),
     ]
     for number, (title, note, drawing) in enumerate(_drawings(figure, state, spec, objectives)):
         # The library is embedded once, in the first figure; it is most of the file's 5 MB.

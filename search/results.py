@@ -15,7 +15,7 @@ from search.ledger import Ledger, SearchState, replay
 from search.pareto import front, hypervolume_of, knee, pick
 from search.provenance import reproduce_command
 from search.record import TrialRecord, TrialState
-from search.report import recommendation, write_report
+from search.report import noise_lines, recommendation, write_report
 from search.store import Store, StoreError
 from spaces.loading import parse_spec
 from spaces.spec import Objective, SearchSpec
@@ -170,6 +170,7 @@ def render_front(results: Results) -> str:
         shown = {m: results.state.reference[m] for m in columns if m in results.state.reference}
         lines.append("untrained model: " + ", ".join(f"{m} {number_text(m, v)}" for m, v in shown.items()))
     lines.append(recommendation(members, results.objectives, results.name))
+    lines += noise_lines(members)
     link = (results.state.started or {}).get("mlflow_url")
     if link:
         lines += [f"MLflow: {link}", f"        (after `paretune ui --directory {Path(results.spec.directory)}`)"]

@@ -35,11 +35,15 @@ TOTAL_SECONDS = "total_seconds"
 TOKENS_PER_SECOND = "tokens_per_second"
 SAMPLES_PER_SECOND = "samples_per_second"
 STEP_SECONDS = "step_seconds"
+TIME_DRIFT = "time_drift"
+RANK_SPREAD = "rank_spread"
 MFU = "mfu"
 HFU = "hfu"
 PEAK_MEMORY_BYTES = "peak_memory_bytes"
 PADDING_FRACTION = "padding_fraction"
 FLOPS_PER_STEP = "flops_per_step"
+# By the part of a step; the exchange of gradients is in the backward pass, FSDP2's gathering in both passes.
+PART_SECONDS = {part: f"{part}_seconds" for part in ("data", "forward", "backward", "optimizer")}
 
 _TABLE = (
     Metric(
@@ -118,6 +122,30 @@ _TABLE = (
         unit="s",
         direction="minimize",
         description="median seconds of an optimizer step in the steady state",
+    ),
+    *(
+        Metric(
+            name=name,
+            section="perf",
+            unit="s",
+            direction="minimize",
+            description=f"mean seconds of a steady step in its part {part}",
+        )
+        for part, name in PART_SECONDS.items()
+    ),
+    Metric(
+        name=TIME_DRIFT,
+        section="perf",
+        unit="",
+        direction="minimize",
+        description="range of the pace over the quarters of the trial, relative: how much something else took from it",
+    ),
+    Metric(
+        name=RANK_SPREAD,
+        section="perf",
+        unit="",
+        direction="minimize",
+        description="range of the ranks' forward seconds, relative: how much the slowest holds up the others",
     ),
     Metric(
         name=MFU,

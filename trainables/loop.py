@@ -104,25 +104,27 @@ class Trainer:
         self._global_losses: list[float] = []
         self._flops: StepFlops | None = None
         saved = checkpoints.latest_valid() if checkpoints else None
-        self._timer = StepTimer(world.device, saved.state["step_seconds"] if saved else [])
+        self._timer = StepTimer(world.device, saved.state["step_parts"] if saved else [])
         if saved is not None:
             self._restore(saved)
 
     def train_step(self) -> None:
         """Train one global batch: this rank's micro batches, one exchange of gradients, one update."""
         recipe = self.config.recipe
-        with self._timer.step():
+        with self._timer.step() as mark:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, self.step, self.num_steps)
             # DDP and FSDP2 average gradients over the ranks; the loss is a mean over the whole global batch.
             scale = self.world.world_size / self._plan.num_targets(self.step)
-            micro_batches = self._plan.micro_batches(self.step, self.world.rank)
+            micro_batches = [b.to(self.world.device) for b in self._plan.micro_batches(self.step, self.world.rank)]
+            mark("data")
             for i, batch in enumerate(micro_batches, start=1):
                 with gradient_sync(self.module, i == len(micro_batches)):
-                    self._losses[self.step] += self._backward(batch.to(self.world.device), scale)
+                    self._losses[self.step] += self._backward(batch, scale, mark)
             torch.nn.utils.clip_grad_norm_(self._parameters.values(), MAX_GRAD_NORM)
             self._optimizer.step()
             self._optimizer.zero_grad()
+            mark("optimizer")
         self.step += 1
         if self.step % CHECK_STEPS == 0 or self.step in self.rungs:
             self._collect_losses()
@@ -160,19 +162,21 @@ class Trainer:
         state = {
             "step": self.step,
             "losses": self._global_losses,
-            "step_seconds": self._timer.seconds(),
+            "step_parts": self._timer.parts(),
             "flops": asdict(self._flops),
         }
         if self.world.rank == 0:
             self.checkpoints.save(self.step, Checkpoint(weights=weights, optimizer=optimizer, state=state))
 
-    def _backward(self, batch: Batch, scale: float) -> torch.Tensor:
+    def _backward(self, batch: Batch, scale: float, mark: Callable[[str], None]) -> torch.Tensor:
         """Run one micro batch forward and backward; return its part of the step's loss."""
         watched = self._watch.forward(batch) if self._flops is None else nullcontext()
         with autocast(self.config, self.world), watched:
             loss, _, _ = summed_loss(self.module, batch, self.data.task)
+        mark("forward")
         loss = loss * scale
         loss.backward()
+        mark("backward")
         if self._flops is None:
             self._flops = self._watch.flops()
         return loss.detach() / self.world.world_size
@@ -193,9 +197,8 @@ class Trainer:
             raise Diverged(f"the evaluation loss is {scores[metrics.EVAL_LOSS]} at step {self.step} of {self.num_steps}")
         self._collect_losses()
         earlier = max((rung for rung in self.rungs if rung < self.step), default=0)
-        seconds = self._timer.seconds()
         assert self._flops is not None  # a step was trained, here or before the checkpoint
-        cost = speed(seconds, self._sizes, self.world, self._flops, self.config.recipe.precision)
+        cost = speed(self._timer.parts(), self._sizes, self.world, self._flops, self.config.recipe.precision)
         recent = self._global_losses[earlier : self.step]
         tokens = self._sizes.tokens
         return TrialReport(

@@ -6,10 +6,11 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +29,44 @@ from trainables.mesh import World
 
 # Steps until caches, allocator and clocks have settled: a tenth of the trial, at least three where there are enough.
 WARMUP_SHARE, WARMUP_STEPS = 0.1, 3
+STEP_PARTS = tuple(metrics.PART_SECONDS)
+# Five steady steps a quarter: the median of fewer is that of single steps.
+DRIFT_STEPS = 20
 
 
 class StepTimer:
-    """Seconds of every optimizer step; on a GPU by events, so that timing never waits for the device."""
+    """Seconds of every optimizer step, by part; on a GPU by events, so that timing never waits for the device."""
 
-    def __init__(self, device: torch.device, seconds: list[float]) -> None:
+    def __init__(self, device: torch.device, parts: Sequence[Sequence[float]]) -> None:
         self._cuda = device.type == "cuda"
-        self._seconds = list(seconds)
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._parts = [list(step) for step in parts]
+        self._marks: list[list[tuple[int, Any]]] = []
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Time one step."""
-        if self._cuda:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            yield
-            end.record()
-            self._events.append((begin, end))
-            return
-        started = time.perf_counter()
-        yield
-        self._seconds.append(time.perf_counter() - started)
+    def step(self) -> Iterator[Callable[[str], None]]:
+        """Time one step; what it gives books the time since it was last called on one of `STEP_PARTS`."""
+        marks = [(-1, self._now())]
+        yield lambda part: marks.append((STEP_PARTS.index(part), self._now()))
+        self._marks.append(marks)
 
-    def seconds(self) -> list[float]:
-        """Return the seconds of all steps so far."""
-        if self._events:
+    def parts(self) -> list[list[float]]:
+        """Return the seconds of all steps so far, by part."""
+        if self._marks and self._cuda:
             torch.cuda.synchronize()
-            self._seconds += [begin.elapsed_time(end) / 1000 for begin, end in self._events]
-            self._events.clear()
-        return list(self._seconds)
+        for marks in self._marks:
+            seconds = [0.0] * len(STEP_PARTS)
+            for (_, begin), (part, end) in pairwise(marks):
+                seconds[part] += begin.elapsed_time(end) / 1000 if self._cuda else end - begin
+            self._parts.append(seconds)
+        self._marks.clear()
+        return [list(step) for step in self._parts]
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def train_seconds(seconds: list[float], sizes: StepSizes) -> float:
@@ -67,14 +75,49 @@ def train_seconds(seconds: list[float], sizes: StepSizes) -> float:
     The median over the steady steps of seconds per padded token, times all padded tokens: where batches have unequal lengths
     this is the robust form of steps times median step time, and equal to it where they are alike.
     """
-    done = len(seconds)
-    skipped = min(max(WARMUP_STEPS, round(WARMUP_SHARE * done)), done // 2)
-    pace = np.asarray(seconds)[skipped:] / sizes.padded_tokens[skipped:done]
-    return float(np.median(pace) * sizes.padded_tokens.sum())
+    return float(np.median(_steady_pace(seconds, sizes)) * sizes.padded_tokens.sum())
 
 
-def speed(seconds: list[float], sizes: StepSizes, world: World, flops: StepFlops, precision: str) -> dict[str, float]:
-    """Return the metrics that follow from step times and shapes; no `mfu` and `hfu` where the device's peak is unknown."""
+def _num_warmup(num_done: int) -> int:
+    return min(max(WARMUP_STEPS, round(WARMUP_SHARE * num_done)), num_done // 2)
+
+
+def _steady_pace(seconds: Sequence[float], sizes: StepSizes) -> np.ndarray:
+    """Return the seconds per padded token of every step after the warm-up."""
+    skipped = _num_warmup(len(seconds))
+    return np.asarray(seconds)[skipped:] / sizes.padded_tokens[skipped : len(seconds)]
+
+
+def time_drift(seconds: Sequence[float], sizes: StepSizes) -> float | None:
+    """Return how much the pace changed while the trial ran: the range of its quarters' medians over their mean.
+
+    None for a trial with fewer than `DRIFT_STEPS` steady steps, whose quarters say nothing.
+    """
+    pace = _steady_pace(seconds, sizes)
+    if len(pace) < DRIFT_STEPS:
+        return None
+    medians = [float(np.median(quarter)) for quarter in np.array_split(pace, 4)]
+    return (max(medians) - min(medians)) / float(np.mean(medians))
+
+
+def rank_spread(parts: Sequence[Sequence[float]], world: World) -> float | None:
+    """Return how much slower the slowest rank is: the range of the ranks' median forward seconds over their mean.
+
+    The forward pass is what a rank does before it waits for others. None at world size 1; every rank must call it.
+    """
+    if world.world_size == 1:
+        return None
+    forward = np.asarray(parts)[_num_warmup(len(parts)) :, STEP_PARTS.index("forward")]
+    medians = world.gather(float(np.median(forward)))
+    return float((max(medians) - min(medians)) / np.mean(medians))
+
+
+def speed(parts: Sequence[Sequence[float]], sizes: StepSizes, world: World, flops: StepFlops, precision: str) -> dict[str, float]:
+    """Return the metrics that follow from step times and shapes; every rank must call it.
+
+    No `mfu` and `hfu` where the device's peak is unknown.
+    """
+    seconds = [sum(step) for step in parts]
     total = train_seconds(seconds, sizes)
     model, recomputed = (
         part.total(
@@ -94,6 +137,10 @@ def speed(seconds: list[float], sizes: StepSizes, world: World, flops: StepFlops
         metrics.PADDING_FRACTION: 1 - float(sizes.tokens.sum() / sizes.padded_tokens.sum()),
         metrics.FLOPS_PER_STEP: model / num_steps,
     }
+    steady = np.asarray(parts)[_num_warmup(len(parts)) :].mean(axis=0)
+    result |= {metrics.PART_SECONDS[part]: float(mean) for part, mean in zip(STEP_PARTS, steady, strict=True)}
+    spreads = {metrics.TIME_DRIFT: time_drift(seconds, sizes), metrics.RANK_SPREAD: rank_spread(parts, world)}
+    result |= {name: spread for name, spread in spreads.items() if spread is not None}
     peak, _ = device_peak(world.device, precision)
     if peak is not None:
         result[metrics.MFU] = model / total / (peak * world.world_size)

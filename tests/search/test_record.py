@@ -47,3 +47,19 @@ def test_zero_is_feasible_and_launched_trials_stay_launched() -> None:
     out_of_memory = record(constraints={"memory": 1.0}, started_at=5.0)
     assert not out_of_memory.feasible
     assert out_of_memory.feasible_before_launch
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, ""),
+        ({"time_drift": 0.1, "rank_spread": 0.2}, ""),
+        ({"time_drift": 0.4}, "its pace changed by 40% while it trained"),
+        (
+            {"time_drift": 0.4, "rank_spread": 1.5},
+            "its pace changed by 40% while it trained and its slowest rank was 150% behind the fastest",
+        ),
+    ],
+)
+def test_a_noisy_trial_says_why(values: dict[str, float], words: str) -> None:
+    assert record(values=values).noise == words

@@ -18,6 +18,7 @@ from trainables.meter import (
     gemm_flops_per_second,
     peak_memory_bytes,
     reset_peak_memory,
+    time_drift,
     train_seconds,
 )
 
@@ -42,12 +43,35 @@ def test_a_trial_that_is_not_done_is_extrapolated_to_all_its_steps() -> None:
 
 
 def test_a_timer_goes_on_from_a_checkpoint() -> None:
-    timer = StepTimer(torch.device("cpu"), [1.5])
-    with timer.step():
-        pass
-    first, second = timer.seconds()
-    assert first == 1.5
-    assert 0 <= second < 1
+    timer = StepTimer(torch.device("cpu"), [[0.1, 0.5, 0.8, 0.1]])
+    with timer.step() as mark:
+        for part in ("data", "forward", "backward", "forward", "backward", "optimizer"):
+            mark(part)
+    first, second = timer.parts()
+    assert first == [0.1, 0.5, 0.8, 0.1]
+    assert timer.parts() == [first, second]
+    assert len(second) == len(first)
+
+
+def test_the_parts_of_a_step_are_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 3.0, 6.0, 7.0, 11.0, 11.5])
+    monkeypatch.setattr("trainables.meter.time.perf_counter", lambda: next(clock))
+    timer = StepTimer(torch.device("cpu"), [])
+    with timer.step() as mark:
+        for part in ("data", "forward", "backward", "forward", "backward", "optimizer"):
+            mark(part)
+    assert timer.parts() == [[1.0, 2.0 + 1.0, 3.0 + 4.0, 0.5]]
+
+
+def test_a_trial_that_was_disturbed_shows_it() -> None:
+    padded = np.random.default_rng(0).integers(100, 900, size=60)
+    quiet = [p * 1e-3 for p in padded]
+    assert time_drift(quiet, sizes(list(padded))) == pytest.approx(0)
+    disturbed = [s * (2 if step > 40 else 1) for step, s in enumerate(quiet)]
+    assert time_drift(disturbed, sizes(list(padded))) == pytest.approx((2 - 1) / 1.25, rel=0.2)
+    single = [s * (9 if step == 30 else 1) for step, s in enumerate(quiet)]
+    assert time_drift(single, sizes(list(padded))) == pytest.approx(0)
+    assert time_drift(quiet[:12], sizes(list(padded))) is None
 
 
 def test_the_peak_of_memory_is_that_since_the_reset() -> None:
