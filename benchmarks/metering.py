@@ -1,9 +1,10 @@
-"""How right the meters are: model FLOPs against torch's own counter, over model families, adapters and ragged batches.
+"""How right the meters are: model FLOPs against torch's own counter, predicted memory against the tensors that really live.
 
 Run `python benchmarks/metering.py --results benchmarks/results/metering.json` in the project's environment. Every case is a small
-random model; the reference is `torch.utils.flop_counter.FlopCounterMode` around one real forward and backward pass with the
-mathematical attention kernel (the default one of the CPU is not in its table). Both counts of paretune are compared: the one
-that is seen in a forward pass, which a search reports, and the one from `config.json` alone.
+random model. The reference of the FLOPs is `torch.utils.flop_counter.FlopCounterMode` around one real forward and backward pass with
+the mathematical attention kernel (the default one of the CPU is not in its table). Both counts of paretune are compared: the one
+that is seen in a forward pass, which a search reports, and the one from `config.json` alone. The reference of the memory is the
+largest sum of all tensors' storages, followed through every operation of two steps.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import distributed  # noqa: E402
 from families import NUM_LABELS, SOME_TARGETS, config_of, make  # noqa: E402
+from memory_grid import ALONE, SHARDED, error, measured, peaks_of  # noqa: E402
 
 from spaces.architecture import ModelShape  # noqa: E402
 from spaces.blueprint import FAMILIES, blueprint  # noqa: E402
@@ -35,6 +39,7 @@ from spaces.flops import TrainingFlops, flops_of_blueprint  # noqa: E402
 from trainables.adapters import add_lora  # noqa: E402
 from trainables.batching import Batch  # noqa: E402
 from trainables.evaluation import summed_loss  # noqa: E402
+from trainables.mesh import World  # noqa: E402
 from trainables.meter import FlopWatch  # noqa: E402
 
 ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
@@ -106,6 +111,26 @@ def total(flops: TrainingFlops, lengths: list[int], causal: bool) -> float:
     return flops.total(num_tokens=sum(lengths), num_rows=len(lengths), sum_of_squared_lengths=squares)
 
 
+def memory_rows() -> list[dict[str, Any]]:
+    """Return measured and predicted peaks, on one rank and with FSDP2 on two."""
+    peaks = {1: [measured(case, case.config(1), World.alone())[0] for case in ALONE], 2: distributed.run(2, peaks_of, SHARDED)[0]}
+    rows = []
+    for num_ranks, cases in ((1, ALONE), (2, SHARDED)):
+        for case, peak in zip(cases, peaks[num_ranks], strict=True):
+            off = error(case, num_ranks, peak)
+            what = {k: v for k, v in asdict(case).items() if k != "changes"} | dict(case.changes)
+            rows.append({"num_ranks": num_ranks, **what, "peak_bytes": peak, "error": off})
+            shape = f"{case.rows:2} x {case.length} {case.precision} recomputation {case.recomputation} on {num_ranks}"
+            print(f"{case.family:11} {case.adapter:10} {shape}: {peak:10,} bytes  {off:+.1%}")
+    return rows
+
+
+def spread(errors: list[float]) -> dict[str, float]:
+    """Return how large errors are, without their sign."""
+    sizes = [abs(e) for e in errors]
+    return {"cases": len(sizes), "median": statistics.median(sizes), "worst": max(sizes)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, help="where the results are written as JSON")
@@ -127,21 +152,25 @@ def main() -> None:
         print(
             f"{family:11} {adapter:10} {batch:6} {theirs:12.4g}  {seen / theirs - 1:+.3%} seen  {planned / theirs - 1:+.3%} planned"
         )
+    memory = memory_rows()
     summary = {
-        kind: {"median": statistics.median(errors), "worst": max(errors)}
-        for kind in ("seen", "planned")
-        if (errors := [abs(float(row[f"error_{kind}"])) for row in rows])
+        "flops_seen": spread([row["error_seen"] for row in rows]),
+        "flops_planned": spread([row["error_planned"] for row in rows]),
+        **{
+            f"memory_on_{ranks}": spread([row["error"] for row in memory if row["num_ranks"] == ranks])
+            for ranks in sorted({row["num_ranks"] for row in memory})
+        },
     }
     result = {
         "command": "python benchmarks/metering.py --results benchmarks/results/metering.json",
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.system()} {platform.machine()}, one thread of a CPU",
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")} | {"python": platform.python_version()},
-        "cases": len(rows),
         "absolute_error": summary,
-        "rows": rows,
+        "flops": rows,
+        "memory": memory,
     }
-    print(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=2))
+    print(json.dumps({k: v for k, v in result.items() if k not in ("flops", "memory")}, indent=2))
     if arguments.results:
         arguments.results.write_text(json.dumps(result, indent=1) + "\n")
 
