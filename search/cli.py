@@ -116,6 +116,14 @@ def plan(
 
     with _clear_errors():
         rental = None
+        given = {
+            "--nodes": nodes != 1,
+            "--gpus-per-node": gpus_per_node != 1,
+            "--price": price is not None,
+            "--rows": rows is not None,
+        }
+        if device is None and any(given.values()):
+            _fail(USAGE, f"{', '.join(option for option, there in given.items() if there)}: says nothing without --device")
         if device is not None:
             try:
                 cluster = GpuCluster(device=device_named(device), num_nodes=nodes, gpus_per_node=gpus_per_node)

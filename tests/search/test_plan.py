@@ -207,6 +207,12 @@ def test_an_unknown_device_is_one_line_and_exit_2(spec: Path, arguments: tuple[s
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_options_of_a_device_without_one_are_one_line_and_exit_2(spec: Path) -> None:
+    result = plan(str(spec), "--nodes", "2", "--price", "2.5")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == ["error: --nodes, --price: says nothing without --device"]
+
+
 def test_no_torch_and_no_transformers_are_loaded_for_it(spec: Path) -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from search.cli import app;"
