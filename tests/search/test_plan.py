@@ -187,6 +187,14 @@ def test_the_text_says_what_fits_by_how_much_and_what_is_assumed(spec: Path) -> 
     assert "1 of 3 can run" in text
 
 
+def test_a_small_model_is_said_to_reach_less(spec: Path, tmp_path: Path) -> None:
+    small = "a model this small is bound by kernel launches"
+    assert small not in plan(str(spec), "--device", "h100-sxm").output
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "num_hidden_layers": 1, "vocab_size": 1000}))
+    assert small in plan(str(spec), "--device", "h100-sxm").output
+
+
 def test_nothing_that_fits_is_exit_3(spec: Path) -> None:
     result = plan(str(spec), "--device", "l4", "--set", "space.adapter=none")
     assert result.exit_code == 3
