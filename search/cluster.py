@@ -101,6 +101,19 @@ def _capacity(resources: ResourcesSpec, cluster: dict[str, float]) -> int:
     return min(held, resources.workers) if resources.workers else held
 
 
+def bytes_per_worker(resources: ResourcesSpec) -> int:
+    """Return a worker's share of the memory that Ray found on its node, on the node with the least."""
+    import ray
+
+    shares = []
+    for node in ray.nodes():
+        has = node["Resources"]
+        held = _capacity(resources, has)
+        if node["Alive"] and held:
+            shares.append(has.get("memory", 0) / held)
+    return int(min(shares, default=0))
+
+
 def group_environment() -> dict[str, str]:
     """Return the environment of the dispatcher and of all that it starts."""
     import ray

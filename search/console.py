@@ -96,6 +96,8 @@ class SearchView:
             case "search_started":
                 data = event["data"]
                 return f"search {event['name']}: {event['machine']}; {event['num_workers']} workers; data: {_brief(data)}"
+            case "device_examined":
+                return _device_text(event["device"])
             case "reference":
                 return f"untrained model: {self._metrics(event['metrics'])}"
             case "trial_started" if record:
@@ -174,3 +176,8 @@ class SearchView:
 
 def _brief(data: Mapping[str, Any]) -> str:
     return ", ".join([str(data["format"]), *(f"{v} {k.replace('_', ' ')}" for k, v in data.items() if isinstance(v, int))])
+
+
+def _device_text(device: Mapping[str, Any]) -> str:
+    what = device["name"] if device["type"] == "cuda" else f"{device['threads']} threads of {device['name']}"
+    return f"device of a worker: {what}; its tensors may take {device['usable_bytes'] / 2**30:.1f} GiB"

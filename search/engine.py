@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from search.ledger import Ledger, SearchState, replay
@@ -53,6 +53,7 @@ class Engine:
         ledger: Ledger,
         study: Study,
         limits: Limits,
+        predict: Callable[[TrialConfig], Mapping[str, Any]] = lambda _: {},
         on_event: Callable[[dict[str, Any]], None],
     ) -> None:
         self._store = store
@@ -60,8 +61,11 @@ class Engine:
         self._ledger = ledger
         self._study = study
         self._limits = limits
+        self._predict = predict
         self._on_event = on_event
         self._state = replay(ledger.events())
+        for record in self._state.records.values():
+            self._lower_memory_limit(record)
         self._pending = self._reconcile()
         self._live: set[int] = set()
 
@@ -130,11 +134,13 @@ class Engine:
             state=state.value,
             values=values,
             error=error,
-            constraints={"memory": 1.0} if over_memory else {},
+            constraints={constraints.memory_within_device.__name__: 1.0} if over_memory else {},
             attempts=outcome.get("attempts", 0),
             details={**(final["details"] if final else {}), "job_seconds": outcome.get("job_seconds")},
         )
-        self._tell(self._state.records[number])
+        record = self._state.records[number]
+        self._lower_memory_limit(record)
+        self._tell(record)
         self._sweep(number)
 
     def referenced(self, metrics: Mapping[str, float]) -> None:
@@ -144,10 +150,6 @@ class Engine:
     def test_scored(self, number: int, metrics: Mapping[str, float]) -> None:
         """Record the score of a member of the front on the test file."""
         self._record("test_scored", number=number, metrics=dict(metrics))
-
-    def cut_short(self, reason: str) -> None:
-        """Record that the search leaves before its end; its trials stay in flight."""
-        self._record("search_cut_short", reason=reason)
 
     def finished(self, reason: str) -> None:
         """Record the end of the search."""
@@ -164,8 +166,8 @@ class Engine:
             values = constraints.violations(config, self._limits)
             known = {"number": proposal.number, "params": proposal.params, "config": config.to_dict()}
             if constraints.is_feasible(values):
-                command = self._reproduce(proposal)
-                self._record("trial_started", **known, command=command)
+                command, predicted = self._reproduce(proposal), dict(self._predict(config))
+                self._record("trial_started", **known, command=command, predicted=predicted)
                 return Assignment(number=proposal.number, params=proposal.params, config=config)
             self._record("trial_infeasible", **known, constraints=values)
             self._study.tell_infeasible(proposal.number, values)
@@ -174,6 +176,16 @@ class Engine:
             + ", ".join(f"{name} = {value:g}" for name, value in values.items() if value > 0)
             + "); `paretune plan` shows which layouts this cluster can run"
         )
+
+    def _lower_memory_limit(self, record: TrialRecord) -> None:
+        """Where a trial ran out of memory, whatever is predicted to hold as much would too."""
+        if record.error is None or record.error["kind"] != "out_of_memory":
+            return
+        predicted = constraints.predicted_memory(TrialConfig.from_dict(record.config or {}), self._limits)
+        if predicted is not None:
+            known = self._limits.memory_bytes
+            below = predicted.peak_bytes - 1
+            self._limits = replace(self._limits, memory_bytes=below if known is None else min(known, below))
 
     def _reproduce(self, proposal: Proposal) -> str:
         return reproduce_command(self._spec, str(self._store.spec_path), self._store.name, proposal.number, proposal.params)

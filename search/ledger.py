@@ -1,6 +1,6 @@
 """The append-only record of a search that nothing may lose: one JSON event a line, on the disk before all else.
 
-Every line has `event` and `time` (Unix seconds). The events are `search_started`, `resumed`, `reference`,
+Every line has `event` and `time` (Unix seconds). The events are `search_started`, `resumed`, `device_examined`, `reference`,
 `search_cut_short`, `search_finished`, and with the `number` of a trial `trial_started`, `trial_infeasible`, `trial_reported`,
 `trial_finished`, `test_scored`.
 """
@@ -119,6 +119,8 @@ class SearchState:
     """By trial number, in the order of the proposals."""
     reference: dict[str, float] | None = None
     """The untrained model's metrics."""
+    device: dict[str, Any] | None = None
+    """What a worker's device can do, as `trainables.device.examine` found it."""
     started: dict[str, Any] | None = None
     """The `search_started` event."""
     finished: bool = False
@@ -141,6 +143,8 @@ class SearchState:
                 self.finished = False
             case "search_finished":
                 self.finished = True
+            case "device_examined":
+                self.device = dict(event["device"])
             case "reference":
                 self.reference = dict(event["metrics"])
             case "trial_started" | "trial_infeasible":
@@ -193,6 +197,7 @@ def _proposed(event: Mapping[str, Any]) -> TrialRecord:
         state=TrialState.RUNNING if launched else TrialState.PRUNED,
         params=dict(event["params"]),
         config=event.get("config"),
+        predicted=dict(event.get("predicted", {})),
         constraints=dict(event.get("constraints", {})),
         started_at=event["time"] if launched else None,
         finished_at=None if launched else event["time"],

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from spaces.metrics import RANK_SPREAD, TIME_DRIFT
+from spaces.metrics import RANK_SPREAD, TIME_DRIFT, TRAIN_SECONDS
 
 # Trials that nothing disturbs stay below, one beside which other workers start is far above: docs/metering.md.
 NOISY = 0.25
@@ -39,6 +39,8 @@ class TrialRecord:
     """`TrialReport.to_dict()` of every evaluation point, by ascending step."""
     constraints: dict[str, float] = field(default_factory=dict)
     """Named constraints, each feasible when <= 0."""
+    predicted: dict[str, Any] = field(default_factory=dict)
+    """What `search.outlook` said before it ran."""
     error: dict[str, str] | None = None
     """`{"kind": ..., "message": ...}` of a trial that failed."""
     attempts: int = 0
@@ -69,9 +71,20 @@ class TrialRecord:
         reasons = []
         if drift > NOISY:
             reasons.append(f"its pace changed by {drift:.0%} while it trained")
+        late = self.late
+        if late is not None and late > NOISY:
+            reasons.append(f"it took {late:.0%} longer than its step profile says")
         if spread > NOISY:
             reasons.append(f"its slowest rank was {spread:.0%} behind the fastest")
         return " and ".join(reasons)
+
+    @property
+    def late(self) -> float | None:
+        """How much longer than its step profile says, relative; None without a profile."""
+        predicted, measured = self.predicted.get(TRAIN_SECONDS), self.values.get(TRAIN_SECONDS)
+        if predicted is None or measured is None or self.predicted.get("time_source") != "profile":
+            return None
+        return float(measured / predicted - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""

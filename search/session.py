@@ -25,6 +25,7 @@ from search.store import Store
 from search.study import Study
 from search.tracking import Tracker, TrackingError
 from spaces.architecture import ModelShape, ShapeError
+from spaces.blueprint import Blueprint, blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
 from spaces.loading import LoadedSpec, SpecError, check_local_data
@@ -62,7 +63,11 @@ class Prepared:
 
     loaded: LoadedSpec
     data: TaskData
+    model: dict[str, Any]
+    """Its `config.json`."""
     shape: ModelShape
+    plan: Blueprint | None
+    """What the model is made of; None for a family without formulas."""
     tracker: Tracker
 
     @property
@@ -87,11 +92,19 @@ def prepare(loaded: LoadedSpec) -> Prepared:
         shape = ModelShape.from_config(config)
         tracker = Tracker(tracking_uri(spec), spec.tracking.experiment, artifact_root=artifact_root(spec))
         tracker.connect(timeout_seconds=10)
-        return Prepared(loaded=loaded, data=task_data.prepare(spec.model, spec.data), shape=shape, tracker=tracker)
+        data = task_data.prepare(spec.model, spec.data)
+        plan = _blueprint(config, spec, len(data.label_names))
+        return Prepared(loaded=loaded, data=data, model=config, shape=shape, plan=plan, tracker=tracker)
     except ShapeError as error:
         raise SpecError([loaded.locate(f"model.name: {spec.model.name}: {error}")]) from error
     except (DataError, ModelError, TrackingError) as error:
         raise SpecError([loaded.locate(str(error))]) from error
+
+
+def _blueprint(config: Mapping[str, Any], spec: SearchSpec, num_labels: int) -> Blueprint | None:
+    with suppress(ShapeError):
+        return blueprint(config, spec.model.task, num_labels)
+    return None
 
 
 def tracking_uri(spec: SearchSpec) -> str:
@@ -133,6 +146,9 @@ def resume(store: Store, emit: Emit) -> Store:
 
 
 def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
+    from search.outlook import Outlook
+    from search.profiles import ProfileCache
+
     spec = prepared.spec
     with store.lock(), cluster.connected(spec.resources) as capacity, Interruption(store.name) as interruption:
         limits = _check_fit(prepared, capacity)
@@ -143,26 +159,31 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
             prepared.tracker.submit(event)
             emit(event)
 
-        engine = Engine(
-            store=store,
-            spec=spec,
-            ledger=ledger,
-            study=Study(
-                path=store.study_path,
-                name=store.name,
-                space=spec.space,
-                objectives=objectives_of(spec, replay(ledger.events())),
-                sampler=spec.sampler.method,
-                seed=spec.sampler.seed,
-                startup_trials=spec.sampler.startup_trials,
-                points_to_evaluate=spec.sampler.points_to_evaluate,
-            ),
-            limits=limits,
-            on_event=on_event,
-        )
         for event in ledger.events():
             on_event(event)
-        with _cut_short(engine, prepared.tracker), DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
+        with _cut_short(ledger, on_event, prepared.tracker), DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
+            device = _examined(dispatcher, store, spec, interruption)
+            on_event(ledger.append("device_examined", device=device))
+            engine = Engine(
+                store=store,
+                spec=spec,
+                ledger=ledger,
+                study=Study(
+                    path=store.study_path,
+                    name=store.name,
+                    space=spec.space,
+                    objectives=objectives_of(spec, replay(ledger.events())),
+                    sampler=spec.sampler.method,
+                    seed=spec.sampler.seed,
+                    startup_trials=spec.sampler.startup_trials,
+                    points_to_evaluate=spec.sampler.points_to_evaluate,
+                ),
+                limits=replace(limits, memory_bytes=device["usable_bytes"]),
+                predict=Outlook(
+                    spec, prepared.data, model=prepared.model, plan=prepared.plan, device=device, profiles=ProfileCache()
+                ),
+                on_event=on_event,
+            )
             reason = _search(engine, dispatcher, store, spec, capacity, interruption)
             if prepared.data.test is not None:
                 _score_on_test(engine, dispatcher, store, interruption)
@@ -175,7 +196,12 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
 
 def _check_fit(prepared: Prepared, capacity: int) -> Limits:
     """Return the limits that proposals are held against, if anything at all is feasible within them."""
-    limits = Limits(num_workers=capacity, hidden_size=prepared.shape.hidden_size)
+    limits = Limits(
+        num_workers=capacity,
+        hidden_size=prepared.shape.hidden_size,
+        plan=prepared.plan,
+        max_length=int(prepared.data.train.lengths.max()),
+    )
     sizes = sorted({world_size for world_size, _ in prepared.spec.space.layouts()})
     if min(sizes) > capacity:
         given = f"space.world_size: every allowed value ({', '.join(map(str, sizes))}) needs more workers than the cluster holds"
@@ -218,14 +244,14 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
 
 
 @contextmanager
-def _cut_short(engine: Engine, tracker: Tracker) -> Iterator[None]:
-    """Record why a search leaves before its end: its MLflow run must not look as if it went on."""
+def _cut_short(ledger: Ledger, on_event: Emit, tracker: Tracker) -> Iterator[None]:
+    """Record why a search leaves before its end, with its trials in flight: its MLflow run must not look as if it went on."""
     try:
         yield
     except BaseException as error:
         # A disk that is full may be why it ends.
         with suppress(LedgerError):
-            engine.cut_short(f"{type(error).__name__}: {error}")
+            on_event(ledger.append("search_cut_short", reason=f"{type(error).__name__}: {error}"))
         tracker.leave("KILLED" if isinstance(error, Interrupted) else "FAILED", LEAVING_FLUSH_SECONDS)
         raise
 
@@ -236,7 +262,7 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
 
     if engine.state.reference is None:
         try:
-            engine.referenced(run_job(dispatcher, _reference_job(store, spec), interruption)["metrics"])
+            engine.referenced(run_job(dispatcher, _first_job("reference", store, spec), interruption)["metrics"])
         except JobFailed as error:
             raise NoResult(f"the untrained model cannot be evaluated: {error}") from error
     smallest = min(world_size for world_size, _ in spec.space.layouts())
@@ -258,12 +284,23 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
     return "trials" if engine.num_left == 0 else "minutes"
 
 
-def _reference_job(store: Store, spec: SearchSpec) -> Job:
-    """Return the job that scores the untrained model, with the smallest layout and the first value of every knob."""
+def _examined(dispatcher: Any, store: Store, spec: SearchSpec, interruption: Interruption) -> dict[str, Any]:
+    """Return what a worker's device can do; nothing else runs yet, so this is the time to see it."""
+    try:
+        device = run_job(dispatcher, _first_job("device", store, spec), interruption)["device"]
+    except JobFailed as error:
+        raise NoResult(f"the workers' device cannot be examined: {error}") from error
+    from search.outlook import usable_bytes
+
+    return {**device, "usable_bytes": usable_bytes(device, cluster.bytes_per_worker(spec.resources))}
+
+
+def _first_job(kind: str, store: Store, spec: SearchSpec) -> Job:
+    """Return a job on the smallest layout, with the first value of every knob."""
     params = spec.space.first()
     params["world_size"] = min(world_size for world_size, _ in spec.space.layouts())
     config = TrialConfig.from_params(params, max_length=spec.model.max_length)
-    return Job(job_id=f"{store.name}/reference", kind="reference", config=config.to_dict(), directory=str(store.root))
+    return Job(job_id=f"{store.name}/{kind}", kind=kind, config=config.to_dict(), directory=str(store.root))
 
 
 def _score_on_test(engine: Engine, dispatcher: Any, store: Store, interruption: Interruption) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
+from spaces.memory import NoFormula, RankMemory, rank_memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +18,12 @@ class Limits:
     """Workers that the cluster holds at once."""
     hidden_size: int | None
     """Width of the model's layers; None if it is not known yet."""
+    plan: Blueprint | None = None
+    """What the model is made of; None for a family without formulas."""
+    max_length: int = 0
+    """Tokens of the longest row."""
+    memory_bytes: int | None = None
+    """What the tensors of one rank may take; None where it is not known."""
 
 
 def global_batch_divisible(config: TrialConfig, limits: Limits) -> float:
@@ -36,7 +44,25 @@ def adapter_rank_within_width(config: TrialConfig, limits: Limits) -> float:
     return config.recipe.adapter_rank - limits.hidden_size
 
 
-CONSTRAINTS = (global_batch_divisible, world_size_within_cluster, adapter_rank_within_width)
+def memory_within_device(config: TrialConfig, limits: Limits) -> float:
+    """Bytes that a rank lacks at its peak; 0 where there is no formula, since only running it then tells."""
+    predicted = predicted_memory(config, limits)
+    if predicted is None or limits.memory_bytes is None:
+        return 0.0
+    return predicted.peak_bytes - limits.memory_bytes
+
+
+def predicted_memory(config: TrialConfig, limits: Limits) -> RankMemory | None:
+    """Return what a rank would hold with the longest rows, or None if there is no formula for it."""
+    if limits.plan is None:
+        return None
+    try:
+        return rank_memory(limits.plan, config, limits.max_length)
+    except NoFormula:
+        return None
+
+
+CONSTRAINTS = (global_batch_divisible, world_size_within_cluster, adapter_rank_within_width, memory_within_device)
 
 
 def reason(name: str, config: TrialConfig, limits: Limits) -> str:
@@ -47,6 +73,7 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         f"{layout.world_size} ranks of {layout.micro_batch_size}",
         world_size_within_cluster.__name__: f"needs {layout.world_size} workers, and there are {limits.num_workers}",
         adapter_rank_within_width.__name__: f"rank {recipe.adapter_rank} exceeds the model's width of {limits.hidden_size}",
+        memory_within_device.__name__: f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
     }
     return words[name]
 

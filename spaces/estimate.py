@@ -12,7 +12,9 @@ What is assumed, and stands beside every number that follows from it:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
@@ -29,6 +31,49 @@ NETWORK_BYTES_PER_SECOND = 50e9
 UPDATE_BYTES_PER_PARAM = 7 * FP32_BYTES
 # Of a device's memory, for the CUDA context, NCCL's buffers, workspaces and what the allocator cannot use: an assumption.
 MEMORY_KEPT_FREE = 0.08
+
+
+class Machine(Protocol):
+    """What the time of a step follows from."""
+
+    def peak_flops_per_second(self, precision: str) -> float:
+        """Return the dense peak of one rank's device.
+
+        Raises:
+            NoPeak: it is not known at this precision.
+        """
+
+    def memory_bytes_per_second(self) -> float:
+        """Return what a device reads and writes of its own memory."""
+
+    def link_bytes_per_second(self, world_size: int) -> float:
+        """Return what a rank sends to the next, each way."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredMachine:
+    """The device of a worker as `trainables.device.examine` found it; all ranks are taken to be alike."""
+
+    name: str
+    peaks: Mapping[str, float]
+    """FLOP/s by precision."""
+    bytes_per_second: float
+    link: float
+    """Bytes per second from a rank to the next."""
+
+    def peak_flops_per_second(self, precision: str) -> float:
+        """See `Machine`."""
+        if precision not in self.peaks:
+            raise NoPeak(f"{self.name} has no known peak at {precision}")
+        return self.peaks[precision]
+
+    def memory_bytes_per_second(self) -> float:
+        """See `Machine`."""
+        return self.bytes_per_second
+
+    def link_bytes_per_second(self, world_size: int) -> float:
+        """See `Machine`."""
+        return self.link
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +93,19 @@ class GpuCluster:
         """Memory of one GPU that tensors may take."""
         return int(self.device.memory_bytes * (1 - MEMORY_KEPT_FREE))
 
-    def bytes_per_second(self, world_size: int) -> float:
-        """Return what a rank sends to the next, each way: within a node the link, across nodes the network."""
+    def peak_flops_per_second(self, precision: str) -> float:
+        """See `Machine`."""
+        peak = self.device.tera_flops_per_second.get(precision)
+        if peak is None:
+            raise NoPeak(f"{self.device.name} has no {precision} units")
+        return peak * 1e12
+
+    def memory_bytes_per_second(self) -> float:
+        """See `Machine`."""
+        return self.device.gigabytes_per_second * 1e9
+
+    def link_bytes_per_second(self, world_size: int) -> float:
+        """See `Machine`: within a node the link, across nodes the network."""
         link = self.device.link_gigabytes_per_second * 1e9 / 2
         return link if world_size <= self.gpus_per_node else min(link, NETWORK_BYTES_PER_SECOND)
 
@@ -80,43 +136,40 @@ class NoPeak(ValueError):
     """The device has no peak at the recipe's precision; the message says which."""
 
 
-def estimate_step(plan: Blueprint, config: TrialConfig, cluster: GpuCluster, length: int) -> StepEstimate:
+def estimate_step(plan: Blueprint, config: TrialConfig, machine: Machine, length: float) -> StepEstimate:
     """Return the estimated time of one optimizer step.
 
     Args:
         plan: the model.
         config: recipe and layout.
-        cluster: where it would run.
-        length: tokens per row; all rows are taken to be full.
+        machine: where it would run.
+        length: tokens per row; all rows are taken to be equal.
 
     Raises:
         NoPeak: the device's data sheet has no figure for the precision.
     """
     recipe, layout = config.recipe, config.layout
-    peak = cluster.device.tera_flops_per_second.get(recipe.precision)
-    if peak is None:
-        raise NoPeak(f"{cluster.device.name} has no {recipe.precision} units")
     rows, num_ranks = recipe.global_batch_size, layout.world_size
     model, recomputed = (
         part.total(num_tokens=rows * length, num_rows=rows, sum_of_squared_lengths=rows * length**2)
         for part in (flops_of_blueprint(plan, recipe), recomputed_flops_of_blueprint(plan, config))
     )
-    peak_of_all = peak * 1e12 * num_ranks
+    peak_of_all = machine.peak_flops_per_second(recipe.precision) * num_ranks
     compute = (model + recomputed) / (peak_of_all * ASSUMED_UTILISATION)
     is_sharded = layout.strategy == "fsdp"
     trained = num_trained(plan, recipe)
     num_micro_batches = config.num_grad_accum_steps
-    exchange = _exchanged_bytes(plan, config) * (num_ranks - 1) / num_ranks / cluster.bytes_per_second(num_ranks)
+    exchange = _exchanged_bytes(plan, config) * (num_ranks - 1) / num_ranks / machine.link_bytes_per_second(num_ranks)
     # Two thirds of the work are the backward pass.
     overlap = compute if is_sharded else compute * 2 / 3 / num_micro_batches
     communication = max(0.0, exchange - overlap)
     updated = trained / num_ranks if is_sharded else trained
-    update = UPDATE_BYTES_PER_PARAM * updated / (cluster.device.gigabytes_per_second * 1e9)
+    update = UPDATE_BYTES_PER_PARAM * updated / machine.memory_bytes_per_second()
     return StepEstimate(
         compute_seconds=compute,
         communication_seconds=communication,
         update_seconds=update,
-        num_tokens=rows * length,
+        num_tokens=round(rows * length),
         mfu=model / (compute + communication + update) / peak_of_all,
     )
 

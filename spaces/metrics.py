@@ -42,8 +42,8 @@ HFU = "hfu"
 PEAK_MEMORY_BYTES = "peak_memory_bytes"
 PADDING_FRACTION = "padding_fraction"
 FLOPS_PER_STEP = "flops_per_step"
-# By the part of a step; the exchange of gradients is in the backward pass, FSDP2's gathering in both passes.
-PART_SECONDS = {part: f"{part}_seconds" for part in ("data", "forward", "backward", "optimizer")}
+# By the part of a step; communication is what of the exchange the computation waits for, and in no other part.
+PART_SECONDS = {part: f"{part}_seconds" for part in ("data", "forward", "backward", "communication", "optimizer")}
 
 _TABLE = (
     Metric(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from families import NUM_LABELS, SOME_TARGETS, config_of, make
-from live import LiveBytes
 
 from spaces.architecture import ModelShape
 from spaces.blueprint import FAMILIES, Blueprint, blueprint
@@ -14,6 +13,7 @@ from spaces.config import Layout, Recipe, TrialConfig
 from spaces.memory import rank_memory
 from trainables.batching import Batch
 from trainables.evaluation import summed_loss
+from trainables.memory_meter import LiveBytes
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
 from trainables.optim import make_optimizer

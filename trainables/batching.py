@@ -103,7 +103,8 @@ class BatchPlan:
                 for step in range(self.num_steps)
             ]
         )
-        return StepSizes(rows=rows, tokens=tokens, padded_tokens=padded, squared_lengths=squares)
+        longest = np.array([int(lengths[batch].max()) for batch in self._batches])
+        return StepSizes(rows=rows, tokens=tokens, padded_tokens=padded, squared_lengths=squares, longest=longest)
 
     def _dealt(self, step: int) -> list[list[np.ndarray]]:
         """Return rows by accumulation step and rank.
@@ -125,6 +126,8 @@ class StepSizes:
     tokens: np.ndarray
     padded_tokens: np.ndarray
     squared_lengths: np.ndarray
+    longest: np.ndarray
+    """Tokens of the longest row."""
 
 
 def evaluation_batches(table: TokenTable, world: World) -> list[np.ndarray]:

@@ -34,7 +34,8 @@ class Job:
 
     job_id: str
     kind: str
-    """`train`, `reference` (score the untrained model) or `test` (score saved weights on the test file)."""
+    """`train`, `device` (say what the device can do), `reference` (score the untrained model), `profile` (time some steps) or `test`
+    (score saved weights on the test file)."""
     config: dict[str, Any]
     """`TrialConfig.to_dict()`."""
     directory: str

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -20,8 +21,9 @@ from trainables.batching import Batch, BatchPlan
 from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from trainables.data import TaskData
 from trainables.evaluation import evaluate, exact_match, summed_loss
+from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
-from trainables.meter import FlopWatch, StepTimer, details, reset_peak_memory, speed
+from trainables.meter import FlopWatch, StepTimer, details, speed
 from trainables.model import BaseModel, build, trainable
 from trainables.optim import MAX_GRAD_NORM, learning_rate, make_optimizer
 from trainables.parallelize import autocast, gradient_sync
@@ -62,7 +64,7 @@ def train(
         Diverged: the loss is not finite any more; on all ranks at the same step.
         OutOfMemory: on the rank that ran out.
     """
-    try:
+    with memory_errors():
         trainer = Trainer(config, data, base, world, checkpoints)
         while trainer.step < trainer.num_steps:
             trainer.train_step()
@@ -77,6 +79,17 @@ def train(
             if is_rung and trainer.step < trainer.num_steps:
                 yield trainer.report()
         yield trainer.final_report(exact_match_rows)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn torch's error of a device without memory into that of a trial.
+
+    Raises:
+        OutOfMemory: the device has no memory left.
+    """
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(str(error).splitlines()[0]) from error
 
@@ -89,29 +102,30 @@ class Trainer:
     ) -> None:
         self.config, self.data, self.base, self.world, self.checkpoints = config, data, base, world, checkpoints
         self._started = time.perf_counter()
-        reset_peak_memory(world.device)
         self._watch = FlopWatch(base.shape)
-        self.module = build(config, base, world, self._watch.recomputation)
+        saved = checkpoints.latest_valid() if checkpoints else None
+        self._timer = StepTimer(world.device, saved.state["step_parts"] if saved else [])
+        self.module = build(config, base, world, self._watch.recomputation, self._timer)
         self.module.train()
         self._parameters = trainable(self.module)
         self._optimizer = make_optimizer(self._parameters, config.recipe)
         self._plan = BatchPlan(config, data)
-        self._sizes = self._plan.sizes()
+        self.sizes = self._plan.sizes()
         self.num_steps = self._plan.num_steps
         self.rungs = {max(1, round(share * self.num_steps)) for share in RUNGS}
         self.step = 0
         self._losses = torch.zeros(self.num_steps, device=world.device)
         self._global_losses: list[float] = []
         self._flops: StepFlops | None = None
-        saved = checkpoints.latest_valid() if checkpoints else None
-        self._timer = StepTimer(world.device, saved.state["step_parts"] if saved else [])
+        self._memory = MemoryMeter(world.device, self.module, self._optimizer)
         if saved is not None:
             self._restore(saved)
 
     def train_step(self) -> None:
         """Train one global batch: this rank's micro batches, one exchange of gradients, one update."""
         recipe = self.config.recipe
-        with self._timer.step() as mark:
+        followed = self._memory.follow() if self.step >= self._largest_step else nullcontext(False)
+        with followed as is_disturbed, self._timer.step(is_disturbed=is_disturbed) as mark:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, self.step, self.num_steps)
             # DDP and FSDP2 average gradients over the ranks; the loss is a mean over the whole global batch.
@@ -129,22 +143,28 @@ class Trainer:
         if self.step % CHECK_STEPS == 0 or self.step in self.rungs:
             self._collect_losses()
 
+    def step_parts(self) -> list[list[float]]:
+        """Return the seconds of every step so far, by `STEP_PARTS`."""
+        return self._timer.parts()
+
     def report(self) -> TrialReport:
         """Evaluate and report."""
-        return self._report(evaluate(self.module, self.config, self.data, self.data.evaluation, self.world))
+        return self._report(self._evaluate())
 
     def final_report(self, exact_match_rows: int) -> TrialReport:
         """Evaluate all that is asked for, save the weights, and report what the trial cost."""
-        scores = evaluate(self.module, self.config, self.data, self.data.evaluation, self.world)
+        scores = self._evaluate()
         if self.data.answers is not None and exact_match_rows:
             tokenizer = load_tokenizer(self.base.name, self.base.revision)
-            scores[metrics.EXACT_MATCH] = exact_match(self.module, self.config, self.data, self.world, tokenizer, exact_match_rows)
+            with self._memory.pause():
+                score = exact_match(self.module, self.config, self.data, self.world, tokenizer, exact_match_rows)
+            scores[metrics.EXACT_MATCH] = score
         if self.checkpoints is not None:
             weights = {name: _whole(p) for name, p in self._parameters.items()}
             if self.world.rank == 0:
                 state = {"config": self.config.to_dict(), "step": self.step}
                 self.checkpoints.save_final(Checkpoint(weights=weights, optimizer={}, state=state))
-        facts = details(self.world, self.config.recipe.precision)
+        facts = details(self.world, self.config, self._memory)
         scores[metrics.PEAK_MEMORY_BYTES] = float(max(facts["peak_memory_bytes_by_rank"]))
         return self._report(scores, facts)
 
@@ -162,11 +182,20 @@ class Trainer:
         state = {
             "step": self.step,
             "losses": self._global_losses,
-            "step_parts": self._timer.parts(),
+            "step_parts": self.step_parts(),
             "flops": asdict(self._flops),
         }
         if self.world.rank == 0:
             self.checkpoints.save(self.step, Checkpoint(weights=weights, optimizer=optimizer, state=state))
+
+    @property
+    def _largest_step(self) -> int:
+        """The step with the most padded tokens; the first one comes before the optimizer's state is there."""
+        return 1 + int(np.argmax(self.sizes.padded_tokens[1:])) if self.num_steps > 1 else 1
+
+    def _evaluate(self) -> dict[str, float]:
+        with self._memory.pause():
+            return evaluate(self.module, self.config, self.data, self.data.evaluation, self.world)
 
     def _backward(self, batch: Batch, scale: float, mark: Callable[[str], None]) -> torch.Tensor:
         """Run one micro batch forward and backward; return its part of the step's loss."""
@@ -176,6 +205,7 @@ class Trainer:
         mark("forward")
         loss = loss * scale
         loss.backward()
+        self._timer.end_exchange()
         mark("backward")
         if self._flops is None:
             self._flops = self._watch.flops()
@@ -198,9 +228,9 @@ class Trainer:
         self._collect_losses()
         earlier = max((rung for rung in self.rungs if rung < self.step), default=0)
         assert self._flops is not None  # a step was trained, here or before the checkpoint
-        cost = speed(self._timer.parts(), self._sizes, self.world, self._flops, self.config.recipe.precision)
+        cost = speed(self.step_parts(), self.sizes, self.world, self._flops, self.config.recipe.precision)
         recent = self._global_losses[earlier : self.step]
-        tokens = self._sizes.tokens
+        tokens = self.sizes.tokens
         return TrialReport(
             step=self.step,
             num_steps=self.num_steps,

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from spaces.config import Strategy
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
@@ -48,11 +50,12 @@ class World:
         dist.all_gather_object(values, value, group=self.control_group)
         return values
 
-    def place(self) -> dict[str, Any]:
-        """Return where this rank runs, for the process map."""
+    def place(self, strategy: Strategy) -> dict[str, Any]:
+        """Return where this rank runs and its coordinates in the device mesh, for the process map."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         return {
             "rank": self.rank,
+            "mesh": {"dp_shard" if strategy == "fsdp" and self.world_size > 1 else "dp_replicate": self.rank},
             "node_id": self.node_id,
             "host": platform.node(),
             "device": str(self.device),

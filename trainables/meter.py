@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import cache
-from importlib.metadata import version
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from spaces import metrics
 from spaces.architecture import ModelShape
+from spaces.config import TrialConfig
 from spaces.flops import CONVENTION, AttentionUse, LinearUse, StepFlops, attention_products, recomputed_flops, training_flops
-from spaces.hardware import peak_flops_per_second
 from trainables.batching import Batch, StepSizes
+from trainables.device import device_peak, package_versions
+from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
+from trainables.step_time import fit, fit_steady, num_warmup, steady
 
-# Steps until caches, allocator and clocks have settled: a tenth of the trial, at least three where there are enough.
-WARMUP_SHARE, WARMUP_STEPS = 0.1, 3
 STEP_PARTS = tuple(metrics.PART_SECONDS)
 # Five steady steps a quarter: the median of fewer is that of single steps.
 DRIFT_STEPS = 20
@@ -40,26 +36,54 @@ class StepTimer:
     def __init__(self, device: torch.device, parts: Sequence[Sequence[float]]) -> None:
         self._cuda = device.type == "cuda"
         self._parts = [list(step) for step in parts]
-        self._marks: list[list[tuple[int, Any]]] = []
+        self._steps: list[_StepMarks] = []
+        self._step: _StepMarks | None = None
+        self._begun: Any = None
 
     @contextmanager
-    def step(self) -> Iterator[Callable[[str], None]]:
-        """Time one step; what it gives books the time since it was last called on one of `STEP_PARTS`."""
-        marks = [(-1, self._now())]
-        yield lambda part: marks.append((STEP_PARTS.index(part), self._now()))
-        self._marks.append(marks)
+    def step(self, *, is_disturbed: bool = False) -> Iterator[Callable[[str], None]]:
+        """Time one step; what it gives books the time since it was last called on one of `STEP_PARTS`.
+
+        Args:
+            is_disturbed: something is done in this step that others do not do: its time counts nowhere.
+        """
+        marks = self._step = _StepMarks(is_disturbed=is_disturbed, stamps=[(-1, self._now())], exchanges=[])
+        yield lambda part: marks.stamps.append((STEP_PARTS.index(part), self._now()))
+        self._step = None
+        self._steps.append(marks)
+
+    def begin_exchange(self) -> None:
+        """From now on, the computation waits for other ranks; outside a step, as in an evaluation, nobody counts it."""
+        self._begun = self._now()
+
+    def end_exchange(self) -> None:
+        """It goes on; without a begin, nothing."""
+        if self._begun is not None and self._step is not None:
+            self._step.exchanges.append((len(self._step.stamps), self._begun, self._now()))
+        self._begun = None
 
     def parts(self) -> list[list[float]]:
-        """Return the seconds of all steps so far, by part."""
-        if self._marks and self._cuda:
+        """Return the seconds of all steps so far, by part; NaN for a step that was disturbed."""
+        if self._steps and self._cuda:
             torch.cuda.synchronize()
-        for marks in self._marks:
-            seconds = [0.0] * len(STEP_PARTS)
-            for (_, begin), (part, end) in pairwise(marks):
-                seconds[part] += begin.elapsed_time(end) / 1000 if self._cuda else end - begin
-            self._parts.append(seconds)
-        self._marks.clear()
+        self._parts += [self._seconds(marks) for marks in self._steps]
+        self._steps.clear()
         return [list(step) for step in self._parts]
+
+    def _seconds(self, marks: _StepMarks) -> list[float]:
+        if marks.is_disturbed:
+            return [math.nan] * len(STEP_PARTS)
+        seconds = [0.0] * len(STEP_PARTS)
+        for (_, begin), (part, end) in pairwise(marks.stamps):
+            seconds[part] += self._between(begin, end)
+        for position, begin, end in marks.exchanges:
+            waited = self._between(begin, end)
+            seconds[marks.stamps[position][0]] -= waited
+            seconds[STEP_PARTS.index("communication")] += waited
+        return seconds
+
+    def _between(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1000 if self._cuda else end - begin
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -69,33 +93,45 @@ class StepTimer:
         return event
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _StepMarks:
+    """The clock's readings in one step."""
+
+    is_disturbed: bool
+    stamps: list[tuple[int, Any]]
+    """The part that ended, and when; first the begin of the step."""
+    exchanges: list[tuple[int, Any, Any]]
+    """The position of the next stamp, and begin and end."""
+
+
 def train_seconds(seconds: list[float], sizes: StepSizes) -> float:
     """Return the time of all steps of the trial at its steady pace.
 
-    The median over the steady steps of seconds per padded token, times all padded tokens: where batches have unequal lengths
-    this is the robust form of steps times median step time, and equal to it where they are alike.
+    What `step_time` fits to the steady steps, summed over all: steps times the median step where all are alike.
     """
-    return float(np.median(_steady_pace(seconds, sizes)) * sizes.padded_tokens.sum())
+    return float(fit_steady(seconds, sizes).of(sizes.padded_tokens).sum())
 
 
-def _num_warmup(num_done: int) -> int:
-    return min(max(WARMUP_STEPS, round(WARMUP_SHARE * num_done)), num_done // 2)
+def mean_parts(parts: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Return the mean seconds of steps by part, without those that were disturbed.
 
-
-def _steady_pace(seconds: Sequence[float], sizes: StepSizes) -> np.ndarray:
-    """Return the seconds per padded token of every step after the warm-up."""
-    skipped = _num_warmup(len(seconds))
-    return np.asarray(seconds)[skipped:] / sizes.padded_tokens[skipped : len(seconds)]
+    No `communication` where there is none: on one rank, or unknown: of FSDP2 on GPUs.
+    """
+    means = np.nanmean(np.asarray(parts), axis=0)
+    return {part: float(mean) for part, mean in zip(STEP_PARTS, means, strict=True) if part != "communication" or mean}
 
 
 def time_drift(seconds: Sequence[float], sizes: StepSizes) -> float | None:
     """Return how much the pace changed while the trial ran: the range of its quarters' medians over their mean.
 
+    The pace of a step is its time over that of an even trial: a long batch is no slow one.
+
     None for a trial with fewer than `DRIFT_STEPS` steady steps, whose quarters say nothing.
     """
-    pace = _steady_pace(seconds, sizes)
-    if len(pace) < DRIFT_STEPS:
+    times, padded_tokens = steady(seconds, sizes)
+    if len(times) < DRIFT_STEPS:
         return None
+    pace = times / fit(times, padded_tokens).of(padded_tokens)
     medians = [float(np.median(quarter)) for quarter in np.array_split(pace, 4)]
     return (max(medians) - min(medians)) / float(np.mean(medians))
 
@@ -107,8 +143,8 @@ def rank_spread(parts: Sequence[Sequence[float]], world: World) -> float | None:
     """
     if world.world_size == 1:
         return None
-    forward = np.asarray(parts)[_num_warmup(len(parts)) :, STEP_PARTS.index("forward")]
-    medians = world.gather(float(np.median(forward)))
+    forward = np.asarray(parts)[num_warmup(len(parts)) :, STEP_PARTS.index("forward")]
+    medians = world.gather(float(np.nanmedian(forward)))
     return float((max(medians) - min(medians)) / np.mean(medians))
 
 
@@ -137,8 +173,7 @@ def speed(parts: Sequence[Sequence[float]], sizes: StepSizes, world: World, flop
         metrics.PADDING_FRACTION: 1 - float(sizes.tokens.sum() / sizes.padded_tokens.sum()),
         metrics.FLOPS_PER_STEP: model / num_steps,
     }
-    steady = np.asarray(parts)[_num_warmup(len(parts)) :].mean(axis=0)
-    result |= {metrics.PART_SECONDS[part]: float(mean) for part, mean in zip(STEP_PARTS, steady, strict=True)}
+    result |= {metrics.PART_SECONDS[part]: mean for part, mean in mean_parts(parts[num_warmup(len(parts)) :]).items()}
     spreads = {metrics.TIME_DRIFT: time_drift(seconds, sizes), metrics.RANK_SPREAD: rank_spread(parts, world)}
     result |= {name: spread for name, spread in spreads.items() if spread is not None}
     peak, _ = device_peak(world.device, precision)
@@ -146,66 +181,6 @@ def speed(parts: Sequence[Sequence[float]], sizes: StepSizes, world: World, flop
         result[metrics.MFU] = model / total / (peak * world.world_size)
         result[metrics.HFU] = (model + recomputed) / total / (peak * world.world_size)
     return result
-
-
-def device_peak(device: torch.device, precision: str) -> tuple[float | None, str]:
-    """Return a device's peak FLOP/s at a precision and where the number is from."""
-    if device.type == "cuda":
-        peak = peak_flops_per_second(torch.cuda.get_device_name(device), precision)
-        return peak, "data_sheet" if peak else f"unknown device {torch.cuda.get_device_name(device)}"
-    return _cpu_peak(precision, torch.get_num_threads()), "measured_gemm"
-
-
-@cache
-def _cpu_peak(precision: str, threads: int) -> float:
-    """Return the best FLOP/s that any process of this user has measured here: cores that are busy get in each other's way.
-
-    The first job of a search measures while nothing else runs. The file is in the user's cache directory; without one that can be
-    written to, the measurement of this process counts.
-    """
-    path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "paretune" / "cpu_peaks.json"
-    key = f"{_cpu_name()}, torch {version('torch')}, {precision}, {threads} threads"
-    peaks: dict[str, float] = {}
-    with suppress(OSError, ValueError):
-        peaks = json.loads(path.read_text())
-    best = max(gemm_flops_per_second(precision, threads), float(peaks.get(key, 0.0)))
-    if best > peaks.get(key, 0.0):
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_suffix(f".{os.getpid()}")
-            fresh.write_text(json.dumps({**peaks, key: best}, indent=1))
-            fresh.replace(path)
-    return best
-
-
-def _cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def gemm_flops_per_second(precision: str, threads: int) -> float:
-    """Return the best FLOP/s of nine products of 1024 x 1024 matrices; a CPU's data sheet says nothing that holds.
-
-    Seconds are those that the threads had on their cores: other workers start while this one measures, and what they take
-    must not lower the peak. A CPU without bf16 instructions emulates them, slower than its fp32: what it can do is then the
-    fp32 product.
-    """
-    dtypes = (torch.float32, torch.bfloat16) if precision == "bf16" else (torch.float32,)
-    size = 1024
-    best = float("inf")
-    for dtype in dtypes:
-        a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-        for _ in range(9):
-            started = time.process_time()
-            torch.mm(a, b)
-            seconds = (time.process_time() - started) / threads
-            if seconds > 5 * best:
-                break  # emulated: eight more would take seconds and change nothing
-            best = min(best, seconds)
-    return 2 * size**3 / best
 
 
 class CountingPass(TorchFunctionMode):
@@ -299,39 +274,17 @@ class FlopWatch:
         )
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Start to measure the peak anew: the worker has trained other trials before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif (control := Path("/proc/self/clear_refs")).exists():
-        control.write_text("5")
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak since the reset: of the allocator on a GPU, of the resident set on a CPU.
-
-    Without Linux's high-water mark, the resident set of now.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
-
-
-def details(world: World, precision: str) -> dict[str, Any]:
+def details(world: World, config: TrialConfig, memory: MemoryMeter) -> dict[str, Any]:
     """Return what a reader needs to trust the numbers; every rank calls it, and all get the same."""
-    peak, source = device_peak(world.device, precision)
-    ranks = world.gather({**world.place(), "peak_memory_bytes": peak_memory_bytes(world.device)})
+    peak, source = device_peak(world.device, config.recipe.precision)
+    measured = memory.measured()
     return {
-        "process_map": [{k: v for k, v in rank.items() if k != "peak_memory_bytes"} for rank in ranks],
-        "peak_memory_bytes_by_rank": [rank["peak_memory_bytes"] for rank in ranks],
+        "process_map": world.gather(world.place(config.layout.strategy)),
+        "peak_memory_bytes_by_rank": world.gather(memory.peak_bytes()),
+        "memory_by_rank": world.gather(None if measured is None else measured.to_dict()),
         "mfu_convention": CONVENTION,
         "peak_flops_per_second": peak,
         "peak_source": source,
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")} | {"python": platform.python_version()},
+        "versions": package_versions(),
     }

@@ -17,6 +17,7 @@ from spaces.architecture import ModelShape
 from spaces.config import TrialConfig
 from trainables.adapters import add_lora
 from trainables.mesh import World
+from trainables.meter import StepTimer
 from trainables.parallelize import parallelize
 
 CLASSES = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
@@ -74,11 +75,12 @@ def build(
     base: BaseModel,
     world: World,
     recompute_context: Callable[[], AbstractContextManager[object]] = nullcontext,
+    timer: StepTimer | None = None,
 ) -> nn.Module:
     """Return the model that a trial trains: a copy of the base with the trial's adapter, parallelised over its ranks.
 
     Args:
-        recompute_context: see `parallelize`.
+        recompute_context, timer: see `parallelize`.
 
     Raises:
         TrialError: the adapter does not fit the model.
@@ -91,7 +93,7 @@ def build(
             module = add_lora(module, config.recipe, base.task, base.new_parameters)
     if config.recipe.precision == "bf16":
         _halve_frozen(module)
-    return parallelize(module.to(world.device), config, world, recompute_context)
+    return parallelize(module.to(world.device), config, world, recompute_context, timer)
 
 
 def unwrapped(module: nn.Module) -> Any:

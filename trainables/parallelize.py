@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spaces.config import TrialConfig
 from trainables.mesh import World
+from trainables.meter import StepTimer
 
 
 def parallelize(
@@ -21,6 +24,7 @@ def parallelize(
     config: TrialConfig,
     world: World,
     recompute_context: Callable[[], AbstractContextManager[object]] = nullcontext,
+    timer: StepTimer | None = None,
 ) -> nn.Module:
     """Switch recomputation on, then wrap in DDP or shard with FSDP2: every transformer block by itself, then what is left.
 
@@ -30,6 +34,7 @@ def parallelize(
 
     Args:
         recompute_context: called in every block's forward pass; what it returns is entered around the block's recomputation.
+        timer: is told where the computation waits for other ranks.
     """
     if config.layout.recomputation == "full":
         # The reentrant form needs an input that requires a gradient, which a frozen embedding does not give.
@@ -38,7 +43,11 @@ def parallelize(
     if world.world_size == 1:
         return module
     if config.layout.strategy == "ddp":
-        return DistributedDataParallel(module)
+        replica = DistributedDataParallel(module)
+        if timer is not None:
+            # A lambda: DDP refuses annotations that are strings.
+            replica.register_comm_hook(timer, lambda timer, bucket: _timed_all_reduce(timer, bucket))  # noqa: PLW0108
+        return replica
     mesh = world.mesh()
     policy = MixedPrecisionPolicy()
     if config.recipe.precision == "bf16":
@@ -48,7 +57,36 @@ def parallelize(
         if isinstance(block, GradientCheckpointingLayer):
             fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
+    # On a GPU the exchange is on streams of its own, and what the computation waits for it is not to be seen from here.
+    if timer is not None and world.device.type == "cpu":
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.set_custom_all_gather(cast("Any", _TimedExchange(timer, dist.all_gather_into_tensor)))
+                part.set_custom_reduce_scatter(cast("Any", _TimedExchange(timer, dist.reduce_scatter_tensor)))
     return module
+
+
+def _timed_all_reduce(timer: StepTimer, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    """Exchange a bucket of gradients as DDP does by itself; behind the last one nothing is left to compute."""
+    if bucket.is_last():
+        timer.begin_exchange()
+    return allreduce_hook(cast("dist.ProcessGroup", dist.group.WORLD), bucket)
+
+
+class _TimedExchange:
+    """What FSDP2 calls for a collective: its default, timed; the computation waits for it."""
+
+    def __init__(self, timer: StepTimer, collective: Callable[..., dist.Work | None]) -> None:
+        self._timer, self._collective = timer, collective
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, **options: Any) -> dist.Work | None:
+        self._timer.begin_exchange()
+        work = self._collective(output_tensor, input_tensor, **options)
+        self._timer.end_exchange()
+        return work
 
 
 def autocast(config: TrialConfig, world: World) -> AbstractContextManager[object]:

@@ -18,13 +18,14 @@ import torch.distributed as dist
 from spaces.config import TrialConfig
 from trainables.checkpoint import CheckpointStore
 from trainables.data import TaskData
+from trainables.device import examine
 from trainables.hub import resolve_model
 from trainables.job import Ask, Job, Task
 from trainables.loop import Command, evaluate_saved, evaluate_untrained, train
 from trainables.mesh import World
-from trainables.meter import device_peak
 from trainables.model import BaseModel
 from trainables.report import OutOfMemory, TrialError, TrialReport
+from trainables.step_profile import measure_step
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +117,11 @@ def _run_job(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
 def _execute(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: World, inbox: Inbox) -> dict[str, Any]:
     config = TrialConfig.from_dict(job.config)
     directory = Path(job.directory)
+    if job.kind == "device":
+        return {"state": "complete", "device": examine(world)}
+    if job.kind == "profile":
+        return {"state": "complete", "profile": measure_step(config, data, base, world)}
     if job.kind == "reference":
-        # The first job of a search: nothing else runs yet, so this is the time to see what a core can do.
-        device_peak(world.device, config.recipe.precision)
         return {"state": "complete", "metrics": evaluate_untrained(config, data, base, world)}
     if job.kind == "test":
         return {"state": "complete", "metrics": evaluate_saved(config, data, base, world, directory / "final")}

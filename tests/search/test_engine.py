@@ -13,6 +13,7 @@ from search.ledger import Ledger, replay
 from search.record import TrialState
 from search.store import Store
 from search.study import Study
+from spaces.blueprint import blueprint
 from spaces.constraints import Limits
 from spaces.loading import load_spec
 
@@ -110,8 +111,30 @@ def test_out_of_memory_is_a_violated_constraint_and_no_failure_that_the_sampler_
     assert assignment is not None
     engine.ended(assignment.number, {"state": "failed", "kind": "out_of_memory", "message": "x"})
     (trial,) = optuna.load_study(storage=f"sqlite:///{store.study_path}", study_name="s").trials
-    assert trial.constraints == {"memory": 1.0}
+    assert trial.constraints == {"memory_within_device": 1.0}
     assert not engine.state.records[assignment.number].feasible
+
+
+def test_where_a_trial_ran_out_of_memory_nothing_as_large_is_started_again_not_even_after_a_resume(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 97}
+    plan = blueprint({"model_type": "bert", **sizes}, "sequence-classification", 3)
+    limits = Limits(num_workers=1, hidden_size=64, plan=plan, max_length=32, memory_bytes=10**9)
+    space = {"micro_batch_size": {"choice": [2, 4, 8]}, "global_batch_size": 8, "lora_rank": 4}
+    engine, seen, _ = make(tmp_path, limits=limits, trials=12, **space)
+    ran_out = 0
+    while (assignment := engine.next()) is not None:
+        is_large = assignment.config.layout.micro_batch_size >= 4
+        ran_out += is_large
+        failed = {"state": "failed", "kind": "out_of_memory", "message": "x"}
+        engine.ended(assignment.number, failed if is_large else {"state": "stopped"})
+    assert 1 <= ran_out <= 2, "once for each size at most"
+    large = [e for e in seen if e["event"] == "trial_infeasible"]
+    assert large
+    assert all(e["constraints"]["memory_within_device"] > 0 for e in large)
+    resumed, seen, _ = make(tmp_path, limits=limits, trials=24, **space)
+    while (assignment := resumed.next()) is not None:
+        assert assignment.config.layout.micro_batch_size < (8 if ran_out == 1 else 4) or ran_out == 0
+        resumed.ended(assignment.number, {"state": "stopped"})
 
 
 def test_infeasible_proposals_cost_none_of_the_budget(tmp_path: Path) -> None:

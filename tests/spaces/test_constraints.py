@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spaces.blueprint import blueprint
 from spaces.config import TrialConfig
-from spaces.constraints import Limits, is_feasible, violations
+from spaces.constraints import Limits, is_feasible, reason, violations
+from spaces.memory import rank_memory
 from spaces.space import SpaceSpec
 
 ROOMY = Limits(num_workers=8, hidden_size=384)
@@ -17,7 +21,8 @@ def config(**params: object) -> TrialConfig:
 
 def test_the_default_space_is_feasible():
     values = violations(config(), ROOMY)
-    assert list(values) == ["global_batch_divisible", "world_size_within_cluster", "adapter_rank_within_width"]
+    names = ["global_batch_divisible", "world_size_within_cluster", "adapter_rank_within_width", "memory_within_device"]
+    assert list(values) == names
     assert is_feasible(values)
 
 
@@ -35,6 +40,19 @@ def test_each_constraint_alone(params, limits, name, value):
     values = violations(config(**params), limits)
     assert {k: v for k, v in values.items() if v > 0} == {name: value}
     assert not is_feasible(values)
+
+
+def test_what_is_predicted_to_need_more_memory_than_a_rank_may_take_is_infeasible_by_as_much():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 97}
+    plan = blueprint({"model_type": "llama", **sizes}, "causal-lm")
+    limits = Limits(num_workers=1, hidden_size=64, plan=plan, max_length=32)
+    made = config(adapter="none", micro_batch_size=8, global_batch_size=16)
+    needed = rank_memory(plan, made, 32).peak_bytes
+    for given_bytes, missing in ((None, 0), (needed, 0), (needed - 5, 5)):
+        values = violations(made, replace(limits, memory_bytes=given_bytes))
+        assert max(0, values["memory_within_device"]) == missing
+    assert violations(made, replace(limits, plan=None, memory_bytes=1))["memory_within_device"] == 0
+    assert "GiB a rank beyond what fits" in reason("memory_within_device", made, replace(limits, memory_bytes=1))
 
 
 def test_the_edges_are_feasible():

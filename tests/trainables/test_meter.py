@@ -11,21 +11,16 @@ import pytest
 import torch
 
 from trainables.batching import StepSizes
-from trainables.meter import (
-    StepTimer,
-    _cpu_peak,
-    device_peak,
-    gemm_flops_per_second,
-    peak_memory_bytes,
-    reset_peak_memory,
-    time_drift,
-    train_seconds,
-)
+from trainables.device import _cpu_peak, device_peak, gemm_flops_per_second
+from trainables.memory_meter import MemoryMeter
+from trainables.meter import StepTimer, time_drift, train_seconds
 
 
 def sizes(padded: list[int]) -> StepSizes:
     array = np.array(padded)
-    return StepSizes(rows=np.ones_like(array), tokens=array, padded_tokens=array, squared_lengths=array.astype(float) ** 2)
+    return StepSizes(
+        rows=np.ones_like(array), tokens=array, padded_tokens=array, squared_lengths=array.astype(float) ** 2, longest=array
+    )
 
 
 def test_equal_steps_give_steps_times_the_median_step() -> None:
@@ -43,12 +38,12 @@ def test_a_trial_that_is_not_done_is_extrapolated_to_all_its_steps() -> None:
 
 
 def test_a_timer_goes_on_from_a_checkpoint() -> None:
-    timer = StepTimer(torch.device("cpu"), [[0.1, 0.5, 0.8, 0.1]])
+    timer = StepTimer(torch.device("cpu"), [[0.1, 0.5, 0.8, 0.0, 0.1]])
     with timer.step() as mark:
         for part in ("data", "forward", "backward", "forward", "backward", "optimizer"):
             mark(part)
     first, second = timer.parts()
-    assert first == [0.1, 0.5, 0.8, 0.1]
+    assert first == [0.1, 0.5, 0.8, 0.0, 0.1]
     assert timer.parts() == [first, second]
     assert len(second) == len(first)
 
@@ -60,17 +55,17 @@ def test_the_parts_of_a_step_are_its_time(monkeypatch: pytest.MonkeyPatch) -> No
     with timer.step() as mark:
         for part in ("data", "forward", "backward", "forward", "backward", "optimizer"):
             mark(part)
-    assert timer.parts() == [[1.0, 2.0 + 1.0, 3.0 + 4.0, 0.5]]
+    assert timer.parts() == [[1.0, 2.0 + 1.0, 3.0 + 4.0, 0.0, 0.5]]
 
 
 def test_a_trial_that_was_disturbed_shows_it() -> None:
     padded = np.random.default_rng(0).integers(100, 900, size=60)
     quiet = [p * 1e-3 for p in padded]
-    assert time_drift(quiet, sizes(list(padded))) == pytest.approx(0)
+    assert time_drift(quiet, sizes(list(padded))) == pytest.approx(0, abs=1e-6)
     disturbed = [s * (2 if step > 40 else 1) for step, s in enumerate(quiet)]
     assert time_drift(disturbed, sizes(list(padded))) == pytest.approx((2 - 1) / 1.25, rel=0.2)
     single = [s * (9 if step == 30 else 1) for step, s in enumerate(quiet)]
-    assert time_drift(single, sizes(list(padded))) == pytest.approx(0)
+    assert time_drift(single, sizes(list(padded))) == pytest.approx(0, abs=1e-6)
     assert time_drift(quiet[:12], sizes(list(padded))) is None
 
 
@@ -78,11 +73,12 @@ def test_the_peak_of_memory_is_that_since_the_reset() -> None:
     device = torch.device("cpu")
     before = torch.ones(80_000_000)  # 320 MB
     del before
-    reset_peak_memory(device)
-    low = peak_memory_bytes(device)
+    module = torch.nn.Linear(1, 1)
+    meter = MemoryMeter(device, module, torch.optim.AdamW(module.parameters()))
+    low = meter.peak_bytes()
     held = torch.ones(60_000_000)  # 240 MB
     del held
-    assert 200e6 < peak_memory_bytes(device) - low < 300e6
+    assert 200e6 < meter.peak_bytes() - low < 300e6
 
 
 def test_a_cpu_is_measured_at_the_precision_of_the_trial_and_never_below_fp32() -> None:
@@ -113,7 +109,7 @@ def test_the_best_peak_that_was_seen_is_kept(tmp_path: Path, monkeypatch: pytest
     file = tmp_path / "paretune/cpu_peaks.json"
     seen = []
     for measured in (5e10, 7e10, 6e10):
-        monkeypatch.setattr("trainables.meter.gemm_flops_per_second", lambda *_, m=measured: m)
+        monkeypatch.setattr("trainables.device.gemm_flops_per_second", lambda *_, m=measured: m)
         seen.append(_cpu_peak.__wrapped__("fp32", 1))
     assert seen == [5e10, 7e10, 7e10]
     assert list(json.loads(file.read_text()).values()) == [7e10]

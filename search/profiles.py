@@ -1,0 +1,80 @@
+"""Step profiles that were measured here, on disk and found again by all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from spaces.config import TrialConfig
+from trainables.device import cache_directory
+from trainables.step_time import StepTime
+
+# What of a recipe changes the time of a step; what it learns with (rate, decay, alpha, seed) does not.
+TIMED_KNOBS = ("global_batch_size", "precision", "adapter", "adapter_rank", "adapter_target_modules")
+
+
+class ProfileCache:
+    """One small file for each profile; two searches may write at once."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._directory = directory or cache_directory() / "step_profiles"
+
+    def get(self, key: Mapping[str, Any]) -> StepTime | None:
+        """Return the step time that was measured under this key, or None; a file that cannot be read is none."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            entry = json.loads(self._path(key).read_text())
+            if entry["key"] == json.loads(_text(key)):
+                profile = entry["profile"]
+                return StepTime(fixed_seconds=profile["fixed_seconds"], seconds_per_token=profile["seconds_per_token"])
+        return None
+
+    def put(self, key: Mapping[str, Any], profile: Mapping[str, Any]) -> Path:
+        """Keep a profile, in place of an older one; return its file.
+
+        Raises:
+            OSError: the directory cannot be written to.
+        """
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}")
+        entry = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "key": key, "profile": profile}
+        fresh.write_text(json.dumps(entry, indent=1))
+        return fresh.replace(path)
+
+    def _path(self, key: Mapping[str, Any]) -> Path:
+        return self._directory / f"{hashlib.sha256(_text(key).encode()).hexdigest()[:24]}.json"
+
+
+def profile_key(
+    config: TrialConfig, *, model: Mapping[str, Any], data_fingerprint: str, max_length: int, device: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return all that the time of a step depends on; another value of any of it is another profile.
+
+    Args:
+        config: recipe and layout.
+        model: its `config.json`.
+        data_fingerprint: of the token tables, whose lengths are the shapes.
+        max_length: tokens at which rows are cut.
+        device: as `trainables.device.examine` found it.
+    """
+    return {
+        "model": model,
+        "data": data_fingerprint,
+        "max_length": max_length,
+        "recipe": {knob: getattr(config.recipe, knob) for knob in TIMED_KNOBS},
+        "layout": asdict(config.layout),
+        "device": {name: device[name] for name in ("type", "name", "threads")},
+        "versions": {**device["versions"], "paretune": version("paretune")},
+    }
+
+
+def _text(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True)

@@ -1,0 +1,127 @@
+"""What is said of a trial before it runs: from a profile where there is one, else from an estimate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_data import token_data
+
+from search.outlook import Outlook, usable_bytes
+from search.profiles import ProfileCache
+from spaces.blueprint import blueprint
+from spaces.config import TrialConfig
+from spaces.estimate import ASSUMED_UTILISATION
+from spaces.flops import flops_of_blueprint
+from spaces.memory import rank_memory
+from spaces.space import SpaceSpec
+from spaces.spec import SearchSpec
+from trainables.batching import BatchPlan
+
+MODEL = {
+    "model_type": "bert",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+}
+DEVICE = {
+    "type": "cpu",
+    "name": "a processor",
+    "threads": 1,
+    "versions": {"torch": "2.13.0"},
+    "peak_flops_per_second": {"fp32": 1e10},
+    "bytes_per_second": 1e10,
+    "link_bytes_per_second": 5e9,
+    "process_bytes": 500,
+}
+SPEC = SearchSpec.model_validate(
+    {"model": {"name": "m", "task": "sequence-classification", "max_length": 32}, "data": {"train": "t"}}
+)
+
+
+def config(**params: Any) -> TrialConfig:
+    return TrialConfig.from_params({**SpaceSpec().first(), "dataset_fraction": 1.0, **params}, max_length=32)
+
+
+def outlook(cache: ProfileCache, **changes: Any) -> Outlook:
+    plan = blueprint(MODEL, "sequence-classification", 3)
+    given: dict[str, Any] = {"model": MODEL, "plan": plan, "device": DEVICE, "profiles": cache, **changes}
+    return Outlook(SPEC, token_data(), **given)
+
+
+def test_without_a_profile_the_time_is_an_estimate_from_flops_and_the_memory_that_of_the_largest_batch(tmp_path: Path) -> None:
+    predicted = outlook(ProfileCache(tmp_path))(config())
+    sizes = BatchPlan(config(), token_data()).sizes()
+    plan = blueprint(MODEL, "sequence-classification", 3)
+    length = sizes.padded_tokens.sum() / sizes.rows.sum()
+    flops = flops_of_blueprint(plan, config().recipe).total(
+        num_tokens=16 * length, num_rows=16, sum_of_squared_lengths=16 * length**2
+    )
+    compute = len(sizes.rows) * flops / (1e10 * ASSUMED_UTILISATION)
+    assert predicted["time_source"] == "estimate"
+    assert compute < predicted["train_seconds"] < 1.2 * compute, "the update comes on top"
+    largest = int(np.argmax(sizes.padded_tokens))
+    assert sum(predicted["memory"].values()) == rank_memory(plan, config(), int(sizes.longest[largest])).peak_bytes
+
+
+def test_with_a_profile_the_time_is_that_of_its_line_over_all_steps(tmp_path: Path) -> None:
+    cache = ProfileCache(tmp_path)
+    says = outlook(cache)
+    cache.put(says.key(config()), {"fixed_seconds": 0.5, "seconds_per_token": 0.01})
+    for fraction in (1.0, 0.5):
+        sizes = BatchPlan(config(dataset_fraction=fraction), token_data()).sizes()
+        predicted = says(config(dataset_fraction=fraction, learning_rate=1e-4, seed=0))
+        assert predicted["time_source"] == "profile"
+        assert predicted["train_seconds"] == pytest.approx(0.5 * len(sizes.rows) + 0.01 * sizes.padded_tokens.sum())
+
+
+def test_whatever_changes_the_time_of_a_step_is_another_profile(tmp_path: Path) -> None:
+    cache = ProfileCache(tmp_path)
+    cache.put(outlook(cache).key(config()), {"fixed_seconds": 0.5, "seconds_per_token": 0.01})
+    for other in (
+        {"lora_rank": 8},
+        {"adapter": "none"},
+        {"world_size": 2},
+        {"strategy": "fsdp"},
+        {"micro_batch_size": 4},
+        {"global_batch_size": 32},
+        {"recomputation": "full"},
+        {"precision": "bf16"},
+    ):
+        assert cache.get(outlook(cache).key(config(**other))) is None, other
+    for device in ({"name": "another"}, {"threads": 2}, {"versions": {"torch": "2.14.0"}}):
+        assert cache.get(outlook(cache, device={**DEVICE, **device}).key(config())) is None, device
+    wider = {**MODEL, "hidden_size": 128}
+    assert cache.get(outlook(cache, model=wider).key(config())) is None
+    other_data = Outlook(SPEC, replace(token_data(), fingerprint="other"), model=MODEL, plan=None, device=DEVICE, profiles=cache)
+    assert cache.get(other_data.key(config())) is None
+    assert cache.get(outlook(cache).key(config(learning_rate=1e-5))) is not None, "the rate costs nothing"
+
+
+def test_a_damaged_profile_is_none(tmp_path: Path) -> None:
+    cache = ProfileCache(tmp_path)
+    key = outlook(cache).key(config())
+    path = cache.put(key, {"fixed_seconds": 0.5, "seconds_per_token": 0.01})
+    assert cache.get(key) is not None
+    path.write_text('{"key": ')
+    assert cache.get(key) is None
+
+
+def test_what_is_not_known_is_not_said(tmp_path: Path) -> None:
+    assert outlook(ProfileCache(tmp_path), plan=None)(config()) == {}
+    slow = {k: v for k, v in DEVICE.items() if k != "bytes_per_second"}
+    assert set(outlook(ProfileCache(tmp_path), device=slow)(config())) == {"memory"}
+    assert set(outlook(ProfileCache(tmp_path))(config(precision="bf16"))) == set(), "neither a peak nor a formula"
+
+
+def test_a_rank_may_take_what_the_device_or_its_share_of_the_host_leaves() -> None:
+    assert usable_bytes(DEVICE, 2000) == 1500
+    assert usable_bytes(DEVICE, 100) == 0
+    assert usable_bytes({"type": "cuda", "memory_bytes": 1000}, 0) == 920

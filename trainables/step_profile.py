@@ -1,0 +1,45 @@
+"""The time of a trial's step, measured before the trial: the real step at the real shapes, a few dozen times."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from spaces.config import TrialConfig
+from trainables.data import TaskData
+from trainables.loop import Trainer, memory_errors
+from trainables.mesh import World
+from trainables.meter import mean_parts
+from trainables.model import BaseModel
+from trainables.step_time import fit_steady
+
+NUM_WARMUP, NUM_STEADY = 5, 25
+
+
+def measure_step(config: TrialConfig, data: TaskData, base: BaseModel, world: World) -> dict[str, Any]:
+    """Train some steps of a trial and return what they took, in plain values; nothing is kept of what was learned.
+
+    The steps are those of a trial on all the data, whose batches are as long as those of any share of it, and as many epochs as it
+    takes. Every rank must call it.
+
+    Raises:
+        OutOfMemory: on the rank that ran out.
+    """
+    num_steps = NUM_WARMUP + NUM_STEADY
+    recipe = config.recipe
+    rows_per_epoch = len(data.subset(1.0))
+    epochs = math.ceil(num_steps * recipe.global_batch_size / rows_per_epoch)
+    long_enough = replace(config, recipe=replace(recipe, dataset_fraction=1.0, epochs=float(epochs)))
+    with memory_errors():
+        trainer = Trainer(long_enough, data, base, world, checkpoints=None)
+        for _ in range(num_steps):
+            trainer.train_step()
+    parts = trainer.step_parts()
+    time = fit_steady([sum(step) for step in parts], trainer.sizes)
+    return {
+        "fixed_seconds": time.fixed_seconds,
+        "seconds_per_token": time.seconds_per_token,
+        "num_steps": NUM_STEADY,
+        "part_seconds": mean_parts(parts[NUM_WARMUP:]),
+    }

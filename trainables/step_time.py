@@ -1,0 +1,67 @@
+"""How long an optimizer step takes: a fixed part, and one that goes by its padded tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainables.batching import StepSizes
+
+# Steps until caches, allocator and clocks have settled: a tenth of the trial, at least three where there are enough.
+WARMUP_SHARE, WARMUP_STEPS = 0.1, 3
+# Steps of the fit below; it has settled long before.
+MAX_ROUNDS = 50
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """Seconds of a step of n padded tokens, all ranks together: `fixed_seconds + seconds_per_token * n`."""
+
+    fixed_seconds: float
+    """The update, the exchange of gradients, the launch of kernels."""
+    seconds_per_token: float
+
+    def of(self, padded_tokens: np.ndarray) -> np.ndarray:
+        """Return the seconds of steps: float64 (num_steps,)."""
+        return self.fixed_seconds + self.seconds_per_token * np.asarray(padded_tokens, dtype=np.float64)
+
+
+def fit(seconds: np.ndarray, padded_tokens: np.ndarray) -> StepTime:
+    """Return the line with the least sum of absolute errors, which single slow steps do not move.
+
+    By least squares with every step weighed by the inverse of its error, again and again (Schlossmacher, Journal of the American
+    Statistical Association 68, 1973, 857-859); where all steps are alike this is their median.
+
+    Args:
+        seconds: float64 (num_steps,)
+        padded_tokens: (num_steps,)
+    """
+    # In units of their means, so that the two columns are of one size.
+    size, pace = float(np.mean(padded_tokens)), float(np.mean(seconds))
+    inputs = np.column_stack([np.ones(len(seconds)), padded_tokens / size])
+    weights = np.ones(len(seconds))
+    for _ in range(MAX_ROUNDS):
+        root = np.sqrt(weights)
+        line, *_ = np.linalg.lstsq(inputs * root[:, None], seconds / pace * root, rcond=None)
+        weights = 1 / np.maximum(np.abs(seconds / pace - inputs @ line), 1e-9)
+    return StepTime(fixed_seconds=float(line[0]) * pace, seconds_per_token=float(line[1]) * pace / size)
+
+
+def num_warmup(num_done: int) -> int:
+    """Return how many of the first steps say nothing about the others."""
+    return min(max(WARMUP_STEPS, round(WARMUP_SHARE * num_done)), num_done // 2)
+
+
+def steady(seconds: Sequence[float], sizes: StepSizes) -> tuple[np.ndarray, np.ndarray]:
+    """Return seconds and padded tokens of the undisturbed steps after the warm-up; the seconds of a disturbed one are NaN."""
+    skipped = num_warmup(len(seconds))
+    times = np.asarray(seconds, dtype=np.float64)[skipped:]
+    is_good = ~np.isnan(times)
+    return times[is_good], sizes.padded_tokens[skipped : len(seconds)][is_good]
+
+
+def fit_steady(seconds: Sequence[float], sizes: StepSizes) -> StepTime:
+    """Return the line through the steady steps."""
+    return fit(*steady(seconds, sizes))
