@@ -140,6 +140,20 @@ def plan(
 
 
 @app.command()
+def profile(spec: SpecPath, set_: Set = None, quiet: Quiet = False, json_: Json = False) -> None:
+    """Time the step of all that the space can propose, each alone; searches then predict a trial's time from it."""
+    from search.profiling import profile_space, render_profiles
+    from spaces.loading import load_spec
+
+    with _clear_errors():
+        rows = profile_space(load_spec(spec, set_ or ()), lambda line: None if quiet else print(line, file=sys.stderr))
+        if json_:
+            _print_json(rows)
+        else:
+            print(render_profiles(rows))
+
+
+@app.command()
 def search(spec: SpecPath, set_: Set = None, quiet: Quiet = False, json_: Json = False) -> None:
     """Search: train the trials, and record them and their front in MLflow."""
     from search.console import SearchView

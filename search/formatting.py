@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from spaces.metrics import METRICS
@@ -26,3 +27,9 @@ def number_text(metric: str, value: float | None) -> str:
 def short_text(value: Any) -> str:
     """Return a knob's value for people."""
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as lines, every column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]

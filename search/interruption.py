@@ -14,8 +14,8 @@ HINT = b"\ninterrupted: the trials in flight are being saved; once more leaves a
 class Interrupted(Exception):
     """The user or the machine asked the search to leave; it can be resumed."""
 
-    def __init__(self, signum: int, name: str) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signum).name}; `paretune resume {name}` goes on")
+    def __init__(self, signum: int, command: str) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}; `{command}` goes on")
         self.exit_code = 128 + signum
 
 
@@ -25,8 +25,9 @@ class Interruption:
     Only the main thread of a process can take signals; in another one it notes none.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, command: str) -> None:
+        """Take the command that goes on later."""
+        self._command = command
         self._signum: int | None = None
 
     def __enter__(self) -> Interruption:
@@ -52,7 +53,7 @@ class Interruption:
             Interrupted: one did.
         """
         if self._signum is not None:
-            raise Interrupted(self._signum, self._name)
+            raise Interrupted(self._signum, self._command)
 
     def _take(self, signum: int, _: FrameType | None) -> None:
         if self.is_asked:

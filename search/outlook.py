@@ -13,6 +13,7 @@ from spaces.memory import NoFormula, rank_memory
 from spaces.metrics import TRAIN_SECONDS
 from spaces.spec import SearchSpec
 from trainables.batching import BatchPlan, StepSizes
+from trainables.step_time import StepTime
 
 if TYPE_CHECKING:
     from spaces.blueprint import Blueprint
@@ -56,9 +57,10 @@ class Outlook:
         memory = self._memory(config, sizes)
         if memory is not None:
             predicted["memory"] = memory
-        measured = self._profiles.get(self.key(config))
-        if measured is not None:
-            return {**predicted, TRAIN_SECONDS: float(measured.of(sizes.padded_tokens).sum()), "time_source": "profile"}
+        profile = self._profiles.get(self.key(config))
+        if profile is not None:
+            time = StepTime(fixed_seconds=profile["fixed_seconds"], seconds_per_token=profile["seconds_per_token"])
+            return {**predicted, TRAIN_SECONDS: float(time.of(sizes.padded_tokens).sum()), "time_source": "profile"}
         estimated = self._estimated_seconds(config, sizes)
         return predicted if estimated is None else {**predicted, TRAIN_SECONDS: estimated, "time_source": "estimate"}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from search.cluster import is_submitted, local_capacity
 from search.forecast import Forecaster
+from search.formatting import aligned
 from spaces.architecture import ShapeError
 from spaces.blueprint import Blueprint, blueprint
 from spaces.config import TrialConfig
@@ -200,7 +201,7 @@ def _layout_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             cells += _step_cells(row["step"])
         table.append(cells)
     verdicts = ["runs there" if is_forecast else "runs here", *(_verdict(row) for row in rows)]
-    lines = [f"{line}  {verdict}" for line, verdict in zip(_aligned(table), verdicts, strict=True)]
+    lines = [f"{line}  {verdict}" for line, verdict in zip(aligned(table), verdicts, strict=True)]
     return [*lines, "all with " + ", ".join(f"{knob.replace('_', ' ')} {rows[0][knob]}" for knob in shared)] if shared else lines
 
 
@@ -208,11 +209,6 @@ def _step_cells(step: Mapping[str, Any] | None) -> list[str]:
     if step is None:
         return ["-", "-", "-"]
     return [f"{step['seconds']:.3g}", f"{step['tokens_per_second']:,.0f}", f"{step['mfu']:.1%}"]
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
@@ -232,7 +228,7 @@ def _memory_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         if row["memory"]:
             table.append([*(str(row[c]) for c in columns), *(_gib(row["memory"][t]) for t in terms)])
-    return ["# GiB a rank by term", *dict.fromkeys(_aligned(table))]
+    return ["# GiB a rank by term", *dict.fromkeys(aligned(table))]
 
 
 def _forecast_lines(forecast: Mapping[str, Any]) -> list[str]:

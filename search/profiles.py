@@ -15,7 +15,6 @@ from typing import Any
 
 from spaces.config import TrialConfig
 from trainables.device import cache_directory
-from trainables.step_time import StepTime
 
 # What of a recipe changes the time of a step; what it learns with (rate, decay, alpha, seed) does not.
 TIMED_KNOBS = ("global_batch_size", "precision", "adapter", "adapter_rank", "adapter_target_modules")
@@ -27,13 +26,12 @@ class ProfileCache:
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory or cache_directory() / "step_profiles"
 
-    def get(self, key: Mapping[str, Any]) -> StepTime | None:
-        """Return the step time that was measured under this key, or None; a file that cannot be read is none."""
+    def get(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return what `trainables.step_profile` measured under this key, or None; a file that cannot be read is none."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             entry = json.loads(self._path(key).read_text())
             if entry["key"] == json.loads(_text(key)):
-                profile = entry["profile"]
-                return StepTime(fixed_seconds=profile["fixed_seconds"], seconds_per_token=profile["seconds_per_token"])
+                return dict(entry["profile"])
         return None
 
     def put(self, key: Mapping[str, Any], profile: Mapping[str, Any]) -> Path:

@@ -132,7 +132,7 @@ def start(loaded: LoadedSpec, emit: Emit) -> Store:
     prepared = prepare(loaded)
     # A local cluster's size is known before it is started, so a space that cannot run starts nothing.
     if not cluster.is_submitted():
-        _check_fit(prepared, cluster.local_capacity(loaded.spec.resources))
+        check_fit(prepared, cluster.local_capacity(loaded.spec.resources))
     store = Store.create(loaded)
     return _drive(store, prepared, emit)
 
@@ -150,8 +150,8 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
     from search.profiles import ProfileCache
 
     spec = prepared.spec
-    with store.lock(), cluster.connected(spec.resources) as capacity, Interruption(store.name) as interruption:
-        limits = _check_fit(prepared, capacity)
+    with store.lock(), cluster.connected(spec.resources) as capacity, Interruption(f"paretune resume {store.name}") as interruption:
+        limits = check_fit(prepared, capacity)
         ledger = Ledger(store.ledger_path)
         _open_record(ledger, store, prepared, limits)
 
@@ -162,7 +162,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
         for event in ledger.events():
             on_event(event)
         with _cut_short(ledger, on_event, prepared.tracker), DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
-            device = _examined(dispatcher, store, spec, interruption)
+            device = examine(dispatcher, store, spec, interruption)
             on_event(ledger.append("device_examined", device=device))
             engine = Engine(
                 store=store,
@@ -194,7 +194,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
     return store
 
 
-def _check_fit(prepared: Prepared, capacity: int) -> Limits:
+def check_fit(prepared: Prepared, capacity: int) -> Limits:
     """Return the limits that proposals are held against, if anything at all is feasible within them."""
     limits = Limits(
         num_workers=capacity,
@@ -284,7 +284,7 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
     return "trials" if engine.num_left == 0 else "minutes"
 
 
-def _examined(dispatcher: Any, store: Store, spec: SearchSpec, interruption: Interruption) -> dict[str, Any]:
+def examine(dispatcher: Any, store: Store, spec: SearchSpec, interruption: Interruption) -> dict[str, Any]:
     """Return what a worker's device can do; nothing else runs yet, so this is the time to see it."""
     try:
         device = run_job(dispatcher, _first_job("device", store, spec), interruption)["device"]

@@ -37,9 +37,12 @@ def measure_step(config: TrialConfig, data: TaskData, base: BaseModel, world: Wo
             trainer.train_step()
     parts = trainer.step_parts()
     time = fit_steady([sum(step) for step in parts], trainer.sizes)
+    step_seconds = float(time.of(trainer.sizes.padded_tokens[:num_steps]).mean())
     return {
         "fixed_seconds": time.fixed_seconds,
         "seconds_per_token": time.seconds_per_token,
+        "step_seconds": step_seconds,
+        "tokens_per_second": float(trainer.sizes.tokens[:num_steps].mean()) / step_seconds,
         "num_steps": NUM_STEADY,
         "part_seconds": mean_parts(parts[NUM_WARMUP:]),
     }

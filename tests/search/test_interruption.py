@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_is_noted_and_raised_where_it_is_asked_for(signum: signal.Signals, exit_code: int) -> None:
     before = signal.getsignal(signum)
-    with Interruption("mine") as interruption:
+    with Interruption("paretune resume mine") as interruption:
         interruption.check()
         os.kill(os.getpid(), signum)
         assert interruption.is_asked
@@ -32,7 +32,7 @@ def test_the_second_signal_ends_the_process_at_once() -> None:
     code = (
         "import os, signal\n"
         "from search.interruption import Interruption\n"
-        "with Interruption('mine'):\n"
+        "with Interruption('paretune resume mine'):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('still here', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"

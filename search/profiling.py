@@ -1,0 +1,97 @@
+"""`paretune profile`: measure the step of everything that a space can propose, one after the other, before a search."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from search import cluster
+from search.formatting import aligned
+from search.interruption import Interruption
+from search.jobs import DispatcherSession, JobFailed, run_job
+from search.outlook import Outlook
+from search.profiles import ProfileCache
+from search.session import check_fit, examine, prepare
+from search.store import Store
+from spaces.config import TrialConfig
+from spaces.constraints import is_feasible, violations
+from spaces.loading import LoadedSpec, check_local_data
+from spaces.space import SpaceSpec
+from trainables.job import Job
+
+COLUMNS = ("adapter", "adapter_rank", "precision", "world_size", "strategy", "global_batch_size", "micro_batch_size", "recomputation")
+
+
+def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Measure what is not in the cache yet, with nothing else running; return a row for each step of the space.
+
+    Raises:
+        NothingFits: no layout of the space can run here.
+        search.interruption.Interrupted: a signal came; what was measured stays.
+    """
+    check_local_data(loaded)
+    prepared, spec, profiles = prepare(loaded), loaded.spec, ProfileCache()
+    with tempfile.TemporaryDirectory() as directory, cluster.connected(spec.resources) as capacity:
+        limits = check_fit(prepared, capacity)
+        store = Store(root=Path(directory))
+        with (
+            Interruption(f"paretune profile {loaded.path}") as interruption,
+            DispatcherSession(store, spec, prepared.data, capacity) as dispatcher,
+        ):
+            device = examine(dispatcher, store, spec, interruption)
+            limits = replace(limits, memory_bytes=device["usable_bytes"])
+            outlook = Outlook(spec, prepared.data, model=prepared.model, plan=prepared.plan, device=device, profiles=profiles)
+            configs = [c for c in timed_configs(spec.space, spec.model.max_length) if is_feasible(violations(c, limits))]
+            rows = []
+            for config in configs:
+                job = Job(job_id=f"profile-{config.key()}", kind="profile", config=config.to_dict(), directory=directory)
+                row = {name: config.flat().get(name) for name in COLUMNS}
+                known = profiles.get(outlook.key(config))
+                row |= {**known, "is_new": False} if known is not None else _measured(dispatcher, job, interruption)
+                if row.get("is_new"):
+                    profiles.put(outlook.key(config), {k: v for k, v in row.items() if k not in (*COLUMNS, "is_new")})
+                rows.append(row)
+                say(f"{len(rows)} of {len(configs)}: {_text(row)}")
+    return rows
+
+
+def timed_configs(space: SpaceSpec, max_length: int) -> Iterator[TrialConfig]:
+    """Yield one config for each step of the space that takes a time of its own; of a range its two ends."""
+    for corner in space.corners():
+        if corner["adapter"] != "lora":
+            yield TrialConfig.from_params(corner, max_length=max_length)
+            continue
+        for rank in space.lora_rank.ends():
+            for targets in space.lora_target_modules.ends():
+                yield TrialConfig.from_params({**corner, "lora_rank": rank, "lora_target_modules": targets}, max_length=max_length)
+
+
+def render_profiles(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows as a table for people."""
+    varied = [name for name in COLUMNS if len({row[name] for row in rows}) > 1]
+    table = [[*(name.replace("_", " ") for name in varied), "s a step", "tokens/s", "waits", "measured"]]
+    for row in rows:
+        cells = ["-" if row[name] is None else str(row[name]) for name in varied]
+        if "error" in row:
+            table.append([*cells, "-", "-", "-", row["error"]])
+            continue
+        waits = row["part_seconds"].get("communication", 0.0) / row["step_seconds"]
+        when = "now" if row["is_new"] else "before"
+        table.append([*cells, f"{row['step_seconds']:.3g}", f"{row['tokens_per_second']:,.0f}", f"{waits:.0%}", when])
+    return "\n".join([*aligned(table), "waits: share of a step in which the computation waits for other ranks"])
+
+
+def _measured(dispatcher: Any, job: Job, interruption: Interruption) -> dict[str, Any]:
+    """Return the profile, or the error of a step that cannot be trained: others can."""
+    try:
+        return {**run_job(dispatcher, job, interruption)["profile"], "is_new": True}
+    except JobFailed as error:
+        return {"error": str(error)}
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    knobs = " ".join(f"{name}={row[name]}" for name in COLUMNS if row[name] is not None)
+    return f"{knobs}: {row['error'] if 'error' in row else format(row['step_seconds'], '.3g') + ' s a step'}"
