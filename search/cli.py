@@ -7,9 +7,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from search.store import Store
 
 app = typer.Typer(
     name="paretune",
@@ -164,6 +167,7 @@ def search(spec: SpecPath, set_: Set = None, quiet: Quiet = False, json_: Json =
         loaded = load_spec(spec, set_ or ())
         with SearchView(loaded.spec, quiet=quiet) as view:
             store = start(loaded, view)
+        _show_calibration(store, json_)
         _show_front(store.name, Path(loaded.spec.directory), json_)
 
 
@@ -178,7 +182,17 @@ def resume(name: Name, directory: Directory = RUNS, quiet: Quiet = False, json_:
         store = Store.open(name, directory)
         with SearchView(store.load_spec().spec, quiet=quiet) as view:
             resume_search(store, view)
+        _show_calibration(store, json_)
         _show_front(str(store.root), directory, json_)
+
+
+def _show_calibration(store: Store, json_: bool) -> None:
+    from search.calibration import render_calibration
+    from search.ledger import Ledger, replay
+
+    text = render_calibration(list(replay(Ledger(store.ledger_path).events()).records.values()))
+    if text and not json_:
+        print(f"{text}\n")
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from search.formatting import number_text, short_text
@@ -52,6 +52,16 @@ class Span:
     """Both since the search began."""
     state: str
     world_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryBar:
+    """The memory of one rank."""
+
+    number: int
+    label: str
+    num_bytes: Mapping[str, float]
+    """By term, from the bottom up."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,10 +180,16 @@ def rung_curves(records: Sequence[TrialRecord], metric: str) -> dict[int, list[t
     return {number: curve for number, curve in curves.items() if curve}
 
 
-def memory_by_rank(records: Sequence[TrialRecord]) -> dict[int, list[float]]:
-    """Return the peak bytes of every rank of every trial that measured them."""
-    peaks = {record.number: list(record.details.get("peak_memory_bytes_by_rank", ())) for record in records}
-    return {number: peak for number, peak in peaks.items() if peak}
+def memory_bars(records: Sequence[TrialRecord]) -> list[MemoryBar]:
+    """Return what was predicted of every trial's rank, and what each of its ranks held."""
+    bars = []
+    for record in records:
+        held = [(rank, terms) for rank, terms in enumerate(record.details.get("memory_by_rank", ())) if terms]
+        predicted = record.predicted.get("memory")
+        if predicted and held:
+            bars.append(MemoryBar(number=record.number, label="predicted", num_bytes=predicted))
+        bars += [MemoryBar(number=record.number, label=f"rank {rank}", num_bytes=terms) for rank, terms in held]
+    return bars
 
 
 def parallel_axes(records: Sequence[TrialRecord], knobs: Sequence[str], objectives: Sequence[Objective]) -> list[Axis]:

@@ -20,7 +20,7 @@ from search.record import TrialRecord, TrialState
 from search.saved_view import FRONT_COLOR, OTHER_COLOR, saved_view
 from search.spool import Event
 from spaces.config import TrialConfig
-from spaces.metrics import METRICS, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND
+from spaces.metrics import METRICS, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, TRAIN_SECONDS
 
 SEARCH_TAG, TRIAL_TAG, RECORD_TAG = "paretune.search", "paretune.trial", "paretune.record"
 REFERENCE_TAG, SPEC_TAG, NOTE_TAG = "paretune.reference", "paretune.spec", "mlflow.note.content"
@@ -94,8 +94,13 @@ class Mirror:
                 metrics = {f"reference/{name}": value for name, value in event["metrics"].items()}
                 tags = {REFERENCE_TAG: json.dumps(event["metrics"])}
                 self._runs.log(self._parent, metrics=metrics, tags=tags, time_ms=time_ms)
+            case "device_examined":
+                self._runs.log(self._parent, tags={"paretune.device": json.dumps(event["device"])[:MAX_TAG_CHARACTERS]})
             case "trial_started" if record:
-                self._run_id(record, self._origin(event))
+                run_id = self._run_id(record, self._origin(event))
+                if record.predicted and record.number not in self._ended:
+                    source = {"paretune.time_source": record.predicted["time_source"]} if "time_source" in record.predicted else {}
+                    self._runs.log(run_id, metrics=_predicted_metrics(record), tags=source, time_ms=time_ms)
             case "trial_reported" if record:
                 self._report(record, event["report"], time_ms)
             case "trial_infeasible" | "trial_finished" if record:
@@ -209,7 +214,9 @@ class Mirror:
             tags["paretune.noisy"] = record.noise
         if not record.feasible:
             tags["paretune.infeasible"] = ", ".join(name for name, value in record.constraints.items() if value > 0)
-        self._runs.log(run_id, tags=tags, time_ms=time_ms)
+        if "process_map" in record.details:
+            tags["paretune.process_map"] = json.dumps(record.details["process_map"])[:MAX_TAG_CHARACTERS]
+        self._runs.log(run_id, metrics=_memory_metrics(record), tags=tags, time_ms=time_ms)
         self._runs.end(run_id, STATUS[record.state], time_ms=time_ms)
         self._ended.add(record.number)
 
@@ -223,13 +230,30 @@ def record_tag(record: TrialRecord) -> str:
     """Return the record as JSON that a tag can hold, if it must be without its bulky parts and with its message cut."""
     data = record.to_dict()
     error = None if record.error is None else {**record.error, "message": record.error["message"][:500]}
-    cuts: tuple[dict[str, Any], ...] = ({}, {"details": {}}, {"reports": []}, {"error": error})
+    brief = {name: value for name, value in record.details.items() if name != "train_losses"}
+    cuts: tuple[dict[str, Any], ...] = ({}, {"details": brief}, {"details": {}}, {"reports": []}, {"error": error})
     for shorter in cuts:
         data.update(shorter)
         text = json.dumps(data)
         if len(text) <= MAX_TAG_CHARACTERS:
             break
     return text
+
+
+def _predicted_metrics(record: TrialRecord) -> dict[str, float]:
+    """Return what was said of a trial before it ran."""
+    metrics = {f"predicted/{term}": float(value) for term, value in record.predicted.get("memory", {}).items()}
+    seconds = record.predicted.get(TRAIN_SECONDS)
+    return metrics if seconds is None else {**metrics, f"predicted/{TRAIN_SECONDS}": seconds}
+
+
+def _memory_metrics(record: TrialRecord) -> dict[str, float]:
+    """Return what every rank held, and why."""
+    return {
+        f"memory/rank{rank}/{term}": float(value)
+        for rank, terms in enumerate(record.details.get("memory_by_rank", ()))
+        for term, value in (terms or {}).items()
+    }
 
 
 def _knobs(record: TrialRecord) -> dict[str, Any]:

@@ -101,13 +101,13 @@ class Outlook:
         return step.seconds * len(sizes.rows)
 
 
-def usable_bytes(device: Mapping[str, Any], host_bytes: int) -> int:
+def usable_bytes(device: Mapping[str, Any], capacity_bytes: int) -> int:
     """Return what the tensors of one rank may take: of a GPU what is left of its memory, of a host what the process leaves.
 
     Args:
         device: as `trainables.device.examine` found it.
-        host_bytes: a worker's share of the memory of its node.
+        capacity_bytes: the GPU's memory, or a worker's share of its node's.
     """
     if device["type"] == "cuda":
-        return int(device["memory_bytes"] * (1 - MEMORY_KEPT_FREE))
-    return max(0, host_bytes - int(device["process_bytes"]))
+        return int(capacity_bytes * (1 - MEMORY_KEPT_FREE))
+    return max(0, capacity_bytes - int(device["process_bytes"]))

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from search.calibration import Calibration, calibrate, summary_lines
 from search.figures import (
     FrontFigure,
+    MemoryBar,
     axis_label,
     front_figure,
     hypervolume_history,
     log_ticks,
-    memory_by_rank,
+    memory_bars,
     parallel_axes,
     rung_curves,
     timeline,
@@ -94,7 +96,7 @@ def write_report(
         command: what trains the recommended trial again.
 
     Returns:
-        The files by what they are: `html`, `png`, `front_csv`, `trials_csv`, `json`.
+        The files by what they are: `html`, `png`, `front_csv`, `trials_csv`, `calibration_csv`, `json`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     paths = write_tables(state, spec, objectives, directory)
@@ -239,10 +241,16 @@ def _drawings(
     if timeline(state):
         note = "From start to end of every trial; the width of its group stands in the label."
         drawings.append(("When did which trial run?", note, _timeline_plot(state)))
-    peaks = memory_by_rank(members)
-    if peaks:
-        note = "Peak memory of every rank of the trials on the front."
-        drawings.append(("How much memory does it take?", note, _memory_plot(peaks)))
+    bars = memory_bars(members)
+    if bars:
+        note = "What every rank of the trials on the front held, beside what its tensors were predicted to take."
+        capacity = (state.device or {}).get("capacity_bytes")
+        note += " The line is what there is for one rank." if capacity else ""
+        drawings.append(("How much memory does it take, and why?", note, _memory_plot(bars, capacity)))
+    predictions = calibrate(records)
+    if predictions:
+        note = ". ".join(summary_lines(predictions)) + ". All rows: calibration.csv."
+        drawings.append(("How right were the predictions?", note, _calibration_plot(predictions)))
     return drawings
 
 
@@ -336,15 +344,43 @@ def _timeline_plot(state: SearchState) -> Figure:
     return _styled(drawing.update_xaxes(title="wall time [s]"))
 
 
-def _memory_plot(peaks: dict[int, list[float]]) -> Figure:
+def _memory_plot(bars: Sequence[MemoryBar], capacity: float | None) -> Figure:
     from plotly import graph_objects as go
 
     drawing = go.Figure()
-    for rank in range(max(map(len, peaks.values()))):
-        having = {number: ranks[rank] for number, ranks in peaks.items() if rank < len(ranks)}
-        names = [f"trial {number}" for number in having]
-        drawing.add_bar(x=names, y=[value / 2**30 for value in having.values()], name=f"rank {rank}")
-    return _styled(drawing.update_yaxes(title="peak memory [GiB]"))
+    places = [[f"trial {bar.number}" for bar in bars], [bar.label for bar in bars]]
+    for term in dict.fromkeys(term for bar in bars for term in bar.num_bytes):
+        gib = [bar.num_bytes.get(term, 0) / 2**30 for bar in bars]
+        drawing.add_bar(x=places, y=gib, name=term.removesuffix("_bytes").replace("_", " "))
+    if capacity:
+        drawing.add_hline(y=capacity / 2**30, line_dash="dot", annotation_text="device")
+    drawing.update_layout(barmode="stack")
+    return _styled(drawing.update_yaxes(title="memory [GiB]"))
+
+
+def _calibration_plot(rows: Sequence[Calibration]) -> Figure:
+    from plotly.subplots import make_subplots
+
+    kinds = list(dict.fromkeys(row.what for row in rows))
+    drawing = make_subplots(cols=len(kinds), subplot_titles=[kind.replace("_", " ") for kind in kinds])
+    for column, kind in enumerate(kinds, start=1):
+        chosen = [row for row in rows if row.what == kind]
+        ends = [f(v for row in chosen for v in (row.predicted, row.measured)) for f in (min, max)]
+        line = {"color": OTHER_COLOR, "dash": "dot"}
+        drawing.add_scatter(x=ends, y=ends, mode="lines", line=line, hoverinfo="skip", showlegend=False, row=1, col=column)
+        for source in dict.fromkeys(row.source for row in chosen):
+            points = [row for row in chosen if row.source == source]
+            drawing.add_scatter(
+                x=[row.measured for row in points],
+                y=[row.predicted for row in points],
+                mode="markers",
+                hovertext=[f"trial {row.number}: {row.error:+.1%}" for row in points],
+                name=f"{kind.replace('_', ' ')} from a {source}",
+                row=1,
+                col=column,
+            )
+    drawing.update_xaxes(title="measured", type="log").update_yaxes(title="predicted", type="log")
+    return _styled(drawing)
 
 
 def _styled(drawing: Figure) -> Figure:

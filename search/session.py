@@ -292,7 +292,8 @@ def examine(dispatcher: Any, store: Store, spec: SearchSpec, interruption: Inter
         raise NoResult(f"the workers' device cannot be examined: {error}") from error
     from search.outlook import usable_bytes
 
-    return {**device, "usable_bytes": usable_bytes(device, cluster.bytes_per_worker(spec.resources))}
+    capacity = device.get("memory_bytes") or cluster.bytes_per_worker(spec.resources)
+    return {**device, "capacity_bytes": capacity, "usable_bytes": usable_bytes(device, capacity)}
 
 
 def _first_job(kind: str, store: Store, spec: SearchSpec) -> Job:

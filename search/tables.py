@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from search.calibration import calibrate
 from search.figures import outcome
 from search.formatting import number_text, short_text
 from search.ledger import SearchState
@@ -17,16 +18,18 @@ from spaces.spec import Objective, SearchSpec
 
 
 def write_tables(state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], directory: Path) -> dict[str, Path]:
-    """Write the front and all trials as CSV, and the front as JSON; return the files."""
+    """Write the front, all trials and what was predicted of them as CSV, and the front as JSON; return the files."""
     records = list(state.records.values())
     members = front(records, objectives)
     paths = {
         "front_csv": directory / "front.csv",
         "trials_csv": directory / "trials.csv",
+        "calibration_csv": directory / "calibration.csv",
         "json": directory / "front.json",
     }
     _write_csv(paths["front_csv"], members)
     _write_csv(paths["trials_csv"], records)
+    _write_calibration(paths["calibration_csv"], records)
     data = {
         "search": search_name(state, spec),
         "objectives": [{"metric": o.metric, "direction": o.direction, "reference": o.reference} for o in objectives],
@@ -48,6 +51,14 @@ def _write_csv(path: Path, records: Sequence[TrialRecord]) -> None:
         for r in records:
             values = [r.values.get(m, "") for m in metrics] + [r.test.get(m, "") for m in tested]
             writer.writerow([r.number, outcome(r), *values, *(r.params.get(k, "") for k in knobs)])
+
+
+def _write_calibration(path: Path, records: Sequence[TrialRecord]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["trial", "what", "source", "predicted", "measured", "error"])
+        for row in calibrate(records):
+            writer.writerow([row.number, row.what, row.source, row.predicted, row.measured, row.error])
 
 
 def search_name(state: SearchState, spec: SearchSpec) -> str:

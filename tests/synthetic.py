@@ -17,6 +17,10 @@ SECONDS = Objective(metric="train_seconds", direction="minimize", reference=120.
 OBJECTIVES = (ACCURACY, SECONDS)
 RUNGS = (12, 36, 108)
 
+DEVICE = {"type": "cpu", "name": "made up", "threads": 1, "capacity_bytes": 2 * 10**9, "usable_bytes": 10**9}
+PREDICTED_MEMORY = {"weights_bytes": 300, "optimizer_bytes": 100, "gradients_bytes": 0, "activations_bytes": 110}
+HELD_MEMORY = {"weights_bytes": 300, "optimizer_bytes": 100, "working_bytes": 100, "around_bytes": 700}
+
 
 def synthetic_events(num_trials: int = 12, *, name: str = "synthetic", seed: int = 0) -> list[dict[str, Any]]:
     """Return the events of a finished search; most trials are complete, some pruned, failed or infeasible."""
@@ -35,6 +39,7 @@ def synthetic_events(num_trials: int = 12, *, name: str = "synthetic", seed: int
             num_workers=2,
             data={"format": "made up", "rows": 9},
         ),
+        _event("device_examined", BEGIN + 0.5, device=DEVICE),
         _event("reference", BEGIN + 1, metrics={"accuracy": 0.04, "eval_loss": 3.2}),
     ]
     for number in range(num_trials):
@@ -45,7 +50,8 @@ def synthetic_events(num_trials: int = 12, *, name: str = "synthetic", seed: int
         if number % 11 == 5:
             events.append(_event("trial_infeasible", clock[worker], **known, constraints={"world_size_within_cluster": 2.0}))
             continue
-        events.append(_event("trial_started", clock[worker], **known, command=f"train {number} again"))
+        predicted = {"memory": PREDICTED_MEMORY, "train_seconds": 50.0, "time_source": "estimate" if number % 2 else "profile"}
+        events.append(_event("trial_started", clock[worker], **known, command=f"train {number} again", predicted=predicted))
         ended = _train(number, params, clock[worker] + 1, random_)
         events += ended
         clock[worker] = ended[-1]["time"] + 0.5
@@ -99,7 +105,7 @@ def _train(number: int, params: dict[str, Any], begin: float, random_: random.Ra
             "mfu": 0.31,
             "peak_memory_bytes": 1.1e9 / params["world_size"],
         }
-        details = {"peak_memory_bytes_by_rank": [1.1e9 / params["world_size"]] * params["world_size"]} if final else {}
+        details = {"memory_by_rank": [HELD_MEMORY] * params["world_size"]} if final else {}
         report = {
             "step": step,
             "num_steps": 108,
@@ -114,7 +120,7 @@ def _train(number: int, params: dict[str, Any], begin: float, random_: random.Ra
         end = {"state": "PRUNED", "values": {}, "error": None}
     elif number % 7 == 6:
         error = {"kind": "out_of_memory", "message": "tried to allocate 2.0 GiB"}
-        end = {"state": "FAIL", "values": {}, "error": error, "constraints": {"memory": 1.0}}
+        end = {"state": "FAIL", "values": {}, "error": error, "constraints": {"memory_within_device": 1.0}}
     elif number % 9 == 8:
         end = {"state": "FAIL", "values": {}, "error": {"kind": "diverged", "message": "the loss is not finite"}}
     events.append(_event("trial_finished", events[-1]["time"] + 0.2, number=number, attempts=1, **end))

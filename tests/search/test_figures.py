@@ -4,14 +4,14 @@ import math
 from typing import Any
 
 import pytest
-from synthetic import OBJECTIVES, numbers_on_front, synthetic_events
+from synthetic import HELD_MEMORY, OBJECTIVES, PREDICTED_MEMORY, numbers_on_front, synthetic_events
 
 from search.figures import (
     axis_label,
     front_figure,
     hypervolume_history,
     log_ticks,
-    memory_by_rank,
+    memory_bars,
     outcome,
     parallel_axes,
     rung_curves,
@@ -98,9 +98,12 @@ def test_curves_and_memory_come_from_the_reports() -> None:
     curves = rung_curves(RECORDS, "accuracy")
     assert curves[0][-1] == (1.0, STATE.records[0].values["accuracy"])
     assert 5 not in curves, "an infeasible trial never reported"
-    peaks = memory_by_rank(front(RECORDS, OBJECTIVES))
-    for number, by_rank in peaks.items():
-        assert len(by_rank) == STATE.records[number].params["world_size"]
+    bars = memory_bars(front(RECORDS, OBJECTIVES))
+    for number in {bar.number for bar in bars}:
+        first, *ranks = [bar for bar in bars if bar.number == number]
+        assert (first.label, first.num_bytes) == ("predicted", PREDICTED_MEMORY)
+        assert [bar.label for bar in ranks] == [f"rank {rank}" for rank in range(STATE.records[number].params["world_size"])]
+        assert all(bar.num_bytes == HELD_MEMORY for bar in ranks)
 
 
 def test_axes_place_numbers_words_and_orders_of_magnitude() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import OBJECTIVES, numbers_on_front, synthetic_events
+from synthetic import DEVICE, HELD_MEMORY, OBJECTIVES, PREDICTED_MEMORY, numbers_on_front, synthetic_events
 
 from search.ledger import replay
 from search.mirror import MAX_TAG_CHARACTERS, FoundRun, Mirror, record_tag
@@ -119,6 +119,19 @@ def test_a_trial_says_what_is_needed_to_train_it_again() -> None:
             assert json.loads(tags["paretune.versions"]) == {"torch": "2.11"}
 
 
+def test_a_trial_says_what_each_rank_held_and_what_was_predicted() -> None:
+    runs = mirrored(EVENTS)
+    record = next(r for r in RECORDS if r.state is TrialState.COMPLETE and r.params["world_size"] == 2)
+    run = runs.runs[f"trial-{record.number:04d}"]
+    values = {key: value for key, _, _, value in run["metrics"]}
+    for rank in range(2):
+        assert {term: values[f"memory/rank{rank}/{term}"] for term in HELD_MEMORY} == HELD_MEMORY
+    assert {term: values[f"predicted/{term}"] for term in PREDICTED_MEMORY} == PREDICTED_MEMORY
+    assert values["predicted/train_seconds"] == 50.0
+    assert run["tags"]["paretune.time_source"] == record.predicted["time_source"]
+    assert json.loads(runs.runs["parent"]["tags"]["paretune.device"]) == DEVICE
+
+
 def test_states_map_as_in_mlflows_own_bridge() -> None:
     runs = mirrored(EVENTS).runs
     seen = set()
@@ -146,7 +159,7 @@ def test_a_resume_tells_everything_again_and_nothing_is_there_twice(cut: int) ->
     assert mirrored(EVENTS, runs).runs == once
     num_calls = runs.num_calls
     assert mirrored(EVENTS, runs).runs == once
-    assert runs.num_calls - num_calls == 2, "of an ended trial only its test score is told again, and the reference"
+    assert runs.num_calls - num_calls == 3, "of ended trials only test scores are told again, beside device and reference"
 
 
 def test_a_lost_answer_is_asked_for_again_and_nothing_is_there_twice() -> None:
@@ -206,7 +219,7 @@ def test_the_front_is_tagged_painted_and_in_a_view_of_this_search(tmp_path: Path
 def test_a_record_that_is_too_long_for_a_tag_loses_its_bulk_first() -> None:
     report = {"step": 1, "metrics": {"accuracy": 0.5}}
     known: dict[str, Any] = {"state": TrialState.FAIL, "params": {"learning_rate": 1e-3}, "values": {"accuracy": 0.5}}
-    details = {"train_losses": [0.1] * 3000}
+    details = {"train_losses": [0.1] * 3000, "threads": 1}
 
     def kept(**fields: Any) -> TrialRecord:
         text = record_tag(TrialRecord(number=1, **known, **fields))
@@ -214,7 +227,7 @@ def test_a_record_that_is_too_long_for_a_tag_loses_its_bulk_first() -> None:
         return TrialRecord.from_dict(json.loads(text))
 
     assert kept(reports=(report,)) == TrialRecord(number=1, **known, reports=(report,))
-    assert kept(reports=(report,), details=details) == TrialRecord(number=1, **known, reports=(report,))
+    assert kept(reports=(report,), details=details) == TrialRecord(number=1, **known, reports=(report,), details={"threads": 1})
     assert kept(reports=(report,) * 500, details=details) == TrialRecord(number=1, **known)
     long_error = {"kind": "error", "message": "m" * 9000}
     assert kept(error=long_error).error == {"kind": "error", "message": "m" * 500}

@@ -124,4 +124,4 @@ def test_what_is_not_known_is_not_said(tmp_path: Path) -> None:
 def test_a_rank_may_take_what_the_device_or_its_share_of_the_host_leaves() -> None:
     assert usable_bytes(DEVICE, 2000) == 1500
     assert usable_bytes(DEVICE, 100) == 0
-    assert usable_bytes({"type": "cuda", "memory_bytes": 1000}, 0) == 920
+    assert usable_bytes({"type": "cuda"}, 1000) == 920

@@ -63,3 +63,12 @@ def test_zero_is_feasible_and_launched_trials_stay_launched() -> None:
 )
 def test_a_noisy_trial_says_why(values: dict[str, float], words: str) -> None:
     assert record(values=values).noise == words
+
+
+def test_a_trial_that_took_longer_than_its_profile_says_is_noisy() -> None:
+    measured = {"train_seconds": 15.0}
+    late = record(values=measured, predicted={"train_seconds": 10.0, "time_source": "profile"})
+    assert late.noise == "it took 50% longer than its step profile says"
+    assert not record(values=measured, predicted={"train_seconds": 10.0, "time_source": "estimate"}).noise, "assumed"
+    assert not record(values=measured, predicted={"train_seconds": 14.0, "time_source": "profile"}).noise
+    assert not record(predicted={"train_seconds": 14.0, "time_source": "profile"}).noise

@@ -64,7 +64,7 @@ def test_the_page_needs_no_network_and_carries_plotly_once(written: dict[str, Pa
     page = written["html"].read_text(encoding="utf-8")
     assert not re.search(r"<(script|link|img)[^>]*(src|href)=", page)
     assert page.count("plotly.js v") == 1
-    assert page.count("Plotly.newPlot(") == 6
+    assert page.count("Plotly.newPlot(") == 7
     assert 1e6 < len(page) < 1e7
 
 
@@ -104,6 +104,20 @@ def test_the_tables_hold_what_is_known(written: dict[str, Path]) -> None:
     assert data["hypervolume"] > 0
 
 
+def test_what_was_predicted_stands_beside_what_was_measured(written: dict[str, Path]) -> None:
+    with written["calibration_csv"].open() as file:
+        rows = list(csv.DictReader(file))
+    complete = [r for r in RECORDS if r.state is TrialState.COMPLETE]
+    assert [int(row["trial"]) for row in rows if row["what"] == "train_seconds"] == [r.number for r in complete]
+    for row in rows:
+        assert float(row["error"]) == pytest.approx(float(row["predicted"]) / float(row["measured"]) - 1)
+    memory = [float(row["error"]) for row in rows if row["what"] == "tensor_bytes"]
+    assert memory == pytest.approx([510 / 500 - 1] * len(complete)), "without what is around the tensors"
+    page = written["html"].read_text(encoding="utf-8")
+    assert f"tensor bytes from a formula: {len(complete)} trials, median error 2.0%, largest 2.0%" in page
+    assert "How much memory does it take, and why?" in page
+
+
 def test_the_picture_is_a_picture(written: dict[str, Path]) -> None:
     header = written["png"].read_bytes()[:24]
     assert header.startswith(b"\x89PNG")
@@ -131,7 +145,7 @@ def test_three_objectives_and_prices_of_zero_can_be_drawn(tmp_path: Path) -> Non
     }
     memory = Objective(metric="peak_memory_bytes", direction="minimize", reference=None)
     paths = write_report(SearchState(records=records), SPEC, (*OBJECTIVES, memory), tmp_path)
-    assert len(paths) == 5
+    assert len(paths) == 6
 
 
 def test_a_noisy_member_is_named() -> None:

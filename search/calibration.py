@@ -1,0 +1,79 @@
+"""Predicted against measured: how far the seconds and the bytes that were said before each trial were off."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from search.formatting import aligned, number_text
+from search.record import TrialRecord, TrialState
+from spaces.metrics import PEAK_MEMORY_BYTES, TRAIN_SECONDS
+
+# A terminal shows as many, the newest ones; the table in the report's folder has all.
+MAX_ROWS = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """One predicted number of one trial, and what it was."""
+
+    number: int
+    what: Literal["train_seconds", "tensor_bytes"]
+    source: str
+    """`profile` or `estimate` of a time, `formula` of memory."""
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """Relative to what was measured."""
+        return self.predicted / self.measured - 1
+
+
+def calibrate(records: Sequence[TrialRecord]) -> list[Calibration]:
+    """Return every number that was predicted and measured, of the complete trials in their order."""
+    rows = []
+    for record in records:
+        if record.state is not TrialState.COMPLETE:
+            continue
+        seconds, measured = record.predicted.get(TRAIN_SECONDS), record.values.get(TRAIN_SECONDS)
+        if seconds and measured:
+            source = str(record.predicted["time_source"])
+            rows.append(Calibration(number=record.number, what="train_seconds", source=source, predicted=seconds, measured=measured))
+        terms, held = record.predicted.get("memory"), tensor_bytes(record)
+        if terms and held:
+            predicted = float(sum(terms.values()))
+            rows.append(Calibration(number=record.number, what="tensor_bytes", source="formula", predicted=predicted, measured=held))
+    return rows
+
+
+def tensor_bytes(record: TrialRecord) -> float | None:
+    """Return the tensors' peak on the rank that held most, or None where it was not measured."""
+    ranks = [rank for rank in record.details.get("memory_by_rank", ()) if rank]
+    return max((float(r["weights_bytes"] + r["optimizer_bytes"] + r["working_bytes"]) for r in ranks), default=None)
+
+
+def summary_lines(rows: Sequence[Calibration]) -> list[str]:
+    """Return one line for each kind of prediction: how many there were, and their median and largest error."""
+    lines = []
+    for what, source in dict.fromkeys((row.what, row.source) for row in rows):
+        errors = [abs(row.error) for row in rows if (row.what, row.source) == (what, source)]
+        spread = f"median error {statistics.median(errors):.1%}, largest {max(errors):.1%}"
+        assumed = " (an assumption: `paretune profile` measures it)" if source == "estimate" else ""
+        lines.append(f"{what.replace('_', ' ')} from a {source}{assumed}: {len(errors)} trials, {spread}")
+    return lines
+
+
+def render_calibration(records: Sequence[TrialRecord]) -> str:
+    """Return the newest trials' predictions as a table, and the errors of all; empty where nothing was predicted."""
+    rows = calibrate(records)
+    if not rows:
+        return ""
+    table = [["trial", "predicted", "", "from a", "measured", "error"]]
+    for row in rows[-MAX_ROWS:]:
+        metric = TRAIN_SECONDS if row.what == "train_seconds" else PEAK_MEMORY_BYTES
+        shown = [number_text(metric, value) for value in (row.predicted, row.measured)]
+        table.append([str(row.number), row.what.replace("_", " "), shown[0], row.source, shown[1], f"{row.error:+.1%}"])
+    return "\n".join(["predicted and measured", *aligned(table), *summary_lines(rows)])
