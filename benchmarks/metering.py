@@ -1,10 +1,12 @@
-"""How right the meters are: model FLOPs against torch's own counter, predicted memory against the tensors that really live.
+"""How right the meters are: model FLOPs against torch's own counter, memory against the tensors that live, time against the clock.
 
 Run `python benchmarks/metering.py --results benchmarks/results/metering.json` in the project's environment. Every case is a small
 random model. The reference of the FLOPs is `torch.utils.flop_counter.FlopCounterMode` around one real forward and backward pass with
 the mathematical attention kernel (the default one of the CPU is not in its table). Both counts of paretune are compared: the one
 that is seen in a forward pass, which a search reports, and the one from `config.json` alone. The reference of the memory is the
-largest sum of all tensors' storages, followed through every operation of two steps.
+largest sum of all tensors' storages, followed through every operation of two steps. The times are of the embedded model on the
+embedded data: 30 steps of every trial are profiled, then all trials are trained whole, each alone on the machine; the reference is
+the sum of the seconds of all steps.
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import distributed  # noqa: E402
 from families import NUM_LABELS, SOME_TARGETS, config_of, make  # noqa: E402
 from memory_grid import ALONE, SHARDED, error, measured, peaks_of  # noqa: E402
+from time_grid import ALONE as TIMED_ALONE  # noqa: E402
+from time_grid import ON_TWO as TIMED_ON_TWO  # noqa: E402
+from time_grid import predicted_and_measured  # noqa: E402
 
 from spaces.architecture import ModelShape  # noqa: E402
 from spaces.blueprint import FAMILIES, blueprint  # noqa: E402
@@ -125,6 +130,19 @@ def memory_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def time_rows() -> list[dict[str, Any]]:
+    """Return the predicted and the measured seconds of trials on one rank and on two."""
+    rows = []
+    results = {1: predicted_and_measured(World.alone(), TIMED_ALONE), 2: distributed.run(2, predicted_and_measured, TIMED_ON_TWO)[0]}
+    for num_ranks, cases in ((1, TIMED_ALONE), (2, TIMED_ON_TWO)):
+        for case, seconds in zip(cases, results[num_ranks], strict=True):
+            off = seconds["predicted_seconds"] / seconds["measured_seconds"] - 1
+            knobs = " ".join(f"{k}={v}" for k, v in case.params if k != "world_size")
+            rows.append({"num_ranks": num_ranks, "max_length": case.max_length, **dict(case.params), **seconds, "error": off})
+            print(f"{num_ranks} x {case.max_length} {knobs}: {seconds['measured_seconds']:.2f} s measured, {off:+.1%} predicted")
+    return rows
+
+
 def spread(errors: list[float]) -> dict[str, float]:
     """Return how large errors are, without their sign."""
     sizes = [abs(e) for e in errors]
@@ -152,7 +170,8 @@ def main() -> None:
         print(
             f"{family:11} {adapter:10} {batch:6} {theirs:12.4g}  {seen / theirs - 1:+.3%} seen  {planned / theirs - 1:+.3%} planned"
         )
-    memory = memory_rows()
+    memory, times = memory_rows(), time_rows()
+    time_errors = [row["error"] for row in times]
     summary = {
         "flops_seen": spread([row["error_seen"] for row in rows]),
         "flops_planned": spread([row["error_planned"] for row in rows]),
@@ -160,6 +179,8 @@ def main() -> None:
             f"memory_on_{ranks}": spread([row["error"] for row in memory if row["num_ranks"] == ranks])
             for ranks in sorted({row["num_ranks"] for row in memory})
         },
+        "time": {**spread(time_errors), "share_within_10_percent": sum(abs(e) <= 0.1 for e in time_errors) / len(time_errors)},
+        "time_reported": spread([row["reported_seconds"] / row["measured_seconds"] - 1 for row in times]),
     }
     result = {
         "command": "python benchmarks/metering.py --results benchmarks/results/metering.json",
@@ -169,8 +190,9 @@ def main() -> None:
         "absolute_error": summary,
         "flops": rows,
         "memory": memory,
+        "time": times,
     }
-    print(json.dumps({k: v for k, v in result.items() if k not in ("flops", "memory")}, indent=2))
+    print(json.dumps({k: v for k, v in result.items() if k not in ("flops", "memory", "time")}, indent=2))
     if arguments.results:
         arguments.results.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -114,7 +114,15 @@ def losses(world: World, name: str, task: str, trial: TrialConfig) -> tuple[list
     data = make_data(task)
     base = BaseModel.load(name, None, task, data.label_names)
     reports = list(train(trial, data, base, world, control=go_on, checkpoints=None))
-    return reports[-1].details["train_losses"], dict(reports[-1].metrics)
+    details = reports[-1].details
+    assert [rank["mesh"] for rank in details["process_map"]] == [
+        {"dp_shard" if trial.layout.strategy == "fsdp" and world.world_size > 1 else "dp_replicate": rank}
+        for rank in range(world.world_size)
+    ]
+    assert all(rank["working_bytes"] > 0 for rank in details["memory_by_rank"])
+    metrics = dict(reports[-1].metrics)
+    assert ("communication_seconds" in metrics) == (world.world_size > 1)
+    return details["train_losses"], metrics
 
 
 def all_layouts(world: World, names: dict[str, str]) -> dict[tuple[str, ...], Any]:

@@ -13,19 +13,11 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
+from command import environment, paretune
 from tiny import make_spec
 from waiting import wait_for
 
 BIN = Path(sys.executable).parent
-ENVIRONMENT = {**os.environ, "RAY_TMPDIR": "/tmp"}
-
-
-def paretune(*args: str, cwd: Path, check: int = 0, timeout: float = 400) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "search.cli", *args]
-    env = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
 
 
 def shows_mlflow(url: str) -> bool:
@@ -94,7 +86,7 @@ def test_the_same_front_comes_from_the_ledger_and_from_mlflow_alone(finished: Pa
     there = json.loads(paretune("front", "tiny", "--tracking-uri", uri, "--json", cwd=finished).stdout)
     command = there["front"][0]["command"]
     fetch, _, again = command.partition(" && ")
-    subprocess.run(fetch, shell=True, check=True, cwd=finished, env={**ENVIRONMENT, "PATH": f"{BIN}:{os.environ['PATH']}"})
+    subprocess.run(fetch, shell=True, check=True, cwd=finished, env={**environment(), "PATH": f"{BIN}:{os.environ['PATH']}"})
     paretune("validate", *shlex.split(again)[2:], cwd=finished)
     report = (finished / "runs/tiny/report/report.html").read_bytes()
     paretune("report", "tiny", "--tracking-uri", uri, cwd=finished)
@@ -134,7 +126,7 @@ def test_the_interface_opens_on_the_searches_and_ends_with_all_that_it_started(f
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "search.cli", "ui", "--directory", "runs", "--port", str(port)]
-    env = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])}
+    env = environment()
     log = (finished / "ui.log").open("wb")
     server = subprocess.Popen(command, cwd=finished, env=env, stdout=log, stderr=log)
     try:

@@ -13,7 +13,7 @@ import torch
 from trainables.batching import StepSizes
 from trainables.device import _cpu_peak, device_peak, gemm_flops_per_second
 from trainables.memory_meter import MemoryMeter
-from trainables.meter import StepTimer, time_drift, train_seconds
+from trainables.meter import StepTimer, mean_parts, time_drift, train_seconds
 
 
 def sizes(padded: list[int]) -> StepSizes:
@@ -56,6 +56,41 @@ def test_the_parts_of_a_step_are_its_time(monkeypatch: pytest.MonkeyPatch) -> No
         for part in ("data", "forward", "backward", "forward", "backward", "optimizer"):
             mark(part)
     assert timer.parts() == [[1.0, 2.0 + 1.0, 3.0 + 4.0, 0.0, 0.5]]
+
+
+def test_what_the_computation_waits_for_is_in_no_other_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("trainables.meter.time.perf_counter", lambda: now[0])
+    timer = StepTimer(torch.device("cpu"), [])
+
+    def takes(seconds: float) -> None:
+        now[0] += seconds
+
+    with timer.step() as mark:
+        mark("data")
+        takes(2.0)
+        timer.begin_exchange()
+        takes(0.5)
+        timer.end_exchange()
+        takes(1.0)
+        mark("forward")
+        takes(4.0)
+        timer.begin_exchange()
+        takes(0.25)
+        timer.end_exchange()
+        timer.end_exchange()  # the second says nothing
+        mark("backward")
+        mark("optimizer")
+    timer.begin_exchange()  # an evaluation between steps
+    takes(9.0)
+    timer.end_exchange()
+    with timer.step(is_disturbed=True) as mark:
+        takes(7.0)
+        mark("optimizer")
+    assert timer.parts()[0] == [0.0, 3.0, 4.0, 0.75, 0.0]
+    assert np.isnan(timer.parts()[1]).all()
+    assert mean_parts(timer.parts()) == {"data": 0.0, "forward": 3.0, "backward": 4.0, "communication": 0.75, "optimizer": 0.0}
+    assert "communication" not in mean_parts([[0.0, 3.0, 4.0, 0.0, 0.0]])
 
 
 def test_a_trial_that_was_disturbed_shows_it() -> None:

@@ -1,0 +1,78 @@
+"""What a rank holds, against torch's own tracker and closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from memory_grid import Case
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from trainables.batching import Batch
+from trainables.evaluation import summed_loss
+from trainables.memory_meter import LiveBytes, MemoryMeter
+from trainables.mesh import World
+from trainables.model import build, trainable
+from trainables.optim import make_optimizer
+
+CPU = torch.device("cpu")
+
+
+def train_step(case: Case, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    ids = torch.arange(case.rows * case.length).reshape(case.rows, case.length) % 90 + 3
+    batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), targets=ids)
+    loss = summed_loss(module, batch, case.task)[0]
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("adapter", ["none", "all-linear"])
+@pytest.mark.parametrize("recomputation", ["none", "full"])
+def test_the_tensors_of_a_step_are_those_that_torchs_own_tracker_sees(adapter: str, recomputation: str) -> None:
+    case = Case(family="llama", adapter=adapter, recomputation=recomputation)
+    config = case.config(1)
+    module = build(config, case.base(), World.alone())
+    optimizer = make_optimizer(trainable(module), config.recipe)
+    train_step(case, module, optimizer)
+    tracker = MemTracker()
+    tracker.track_external(module, optimizer)
+    with tracker:
+        train_step(case, module, optimizer)
+    theirs = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
+    meter = MemoryMeter(CPU, module, optimizer)
+    with meter.follow():
+        train_step(case, module, optimizer)
+    measured = meter.measured()
+    assert measured is not None
+    assert measured.tensor_bytes == pytest.approx(theirs, rel=0.02)
+    trained = sum(p.numel() for p in trainable(module).values())
+    assert measured.weights_bytes == sum(4 * t.numel() for t in {t.data_ptr(): t for t in state(module)}.values())
+    assert measured.optimizer_bytes == pytest.approx(8 * trained, rel=0.01), "two moments, and a step count each"
+    assert measured.around_bytes > 50e6, "the libraries alone"
+
+
+def state(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def test_a_step_is_followed_once() -> None:
+    module = torch.nn.Linear(4, 4)
+    meter = MemoryMeter(CPU, module, torch.optim.AdamW(module.parameters()))
+    assert meter.measured() is None, "nothing was followed yet"
+    followed = []
+    for _ in range(3):
+        with meter.follow() as is_followed:
+            followed.append(is_followed)
+            module(torch.ones(2, 4)).sum().backward()
+    assert followed == [True, False, False]
+
+
+def test_a_storage_counts_once_and_only_while_it_lives() -> None:
+    with LiveBytes() as tensors:
+        kept = torch.ones(1000)
+        for _ in range(5):
+            view = kept.view(10, 100)[0]
+            passing = torch.ones(500)
+            del passing
+        assert view.numel() == 100
+    assert tensors.peak == 4 * (1000 + 500)

@@ -1,0 +1,85 @@
+"""The line through the times of steps, and what a profile makes of it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic_data import token_data
+from tiny import make_model
+
+from spaces.config import TrialConfig
+from spaces.space import SpaceSpec
+from trainables.batching import BatchPlan, StepSizes
+from trainables.mesh import World
+from trainables.model import BaseModel
+from trainables.step_profile import NUM_STEADY, measure_step
+from trainables.step_time import StepTime, fit, fit_steady, num_warmup
+
+RNG = np.random.default_rng(0)
+
+
+def sizes(padded: np.ndarray) -> StepSizes:
+    return StepSizes(rows=np.ones_like(padded), tokens=padded, padded_tokens=padded, squared_lengths=padded**2.0, longest=padded)
+
+
+def test_a_line_is_found_whatever_some_slow_steps_took() -> None:
+    padded = RNG.integers(100, 900, size=40)
+    seconds = 0.3 + 0.002 * padded
+    assert fit(seconds, padded) == StepTime(fixed_seconds=pytest.approx(0.3), seconds_per_token=pytest.approx(0.002))
+    slow = seconds * np.where(RNG.random(40) < 0.25, RNG.uniform(2, 9, size=40), 1)
+    assert fit(slow, padded).of(padded).sum() == pytest.approx(seconds.sum(), rel=1e-6)
+
+
+def test_it_has_the_least_sum_of_absolute_errors() -> None:
+    """Against all lines through two of the points, one of which is the best there is."""
+    padded = RNG.integers(100, 900, size=25)
+    seconds = 0.3 + 0.002 * padded + RNG.exponential(0.2, size=25)
+
+    def cost(fixed: float, slope: float) -> float:
+        return float(np.abs(seconds - fixed - slope * padded).sum())
+
+    pairs = itertools.combinations(range(25), 2)
+    slopes = {(i, j): (seconds[i] - seconds[j]) / (padded[i] - padded[j]) for i, j in pairs if padded[i] != padded[j]}
+    best = min(cost(seconds[i] - slope * padded[i], slope) for (i, _), slope in slopes.items())
+    found = fit(seconds, padded)
+    assert cost(found.fixed_seconds, found.seconds_per_token) == pytest.approx(best, rel=1e-3)
+
+
+def test_equal_steps_give_their_median() -> None:
+    seconds = np.array([1.0, 1.2, 0.9, 7.0, 1.1])
+    assert fit(seconds, np.full(5, 64)).of(np.full(5, 64)).sum() == pytest.approx(5 * 1.1)
+
+
+def test_warm_up_and_disturbed_steps_count_nowhere() -> None:
+    padded = np.full(20, 64)
+    seconds = [9.0] * num_warmup(20) + [1.0] * (20 - num_warmup(20))
+    seconds[10] = float("nan")
+    assert fit_steady(seconds, sizes(padded)).of(padded).sum() == pytest.approx(20.0)
+
+
+def test_a_profile_is_the_line_of_the_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that goes by what is computed: a second a step and a hundredth a token."""
+    data, clock = token_data(), [0.0]
+    base = BaseModel.load(str(make_model(tmp_path)), None, data.task, data.label_names)
+    weights = {name: value.clone() for name, value in base.module.state_dict().items()}
+    params = {**SpaceSpec().first(), "dataset_fraction": 0.1, "global_batch_size": 8, "lora_rank": 2}
+    config = TrialConfig.from_params(params, max_length=32)
+    collated = BatchPlan.micro_batches
+
+    def slow(self: BatchPlan, step: int, rank: int) -> list[object]:
+        batches = collated(self, step, rank)
+        clock[0] += 1 + 0.01 * sum(batch.input_ids.numel() for batch in batches)
+        return batches
+
+    monkeypatch.setattr(BatchPlan, "micro_batches", slow)
+    monkeypatch.setattr("trainables.meter.time.perf_counter", lambda: clock[0])
+    profile = measure_step(config, data, base, World.alone())
+    assert profile["num_steps"] == NUM_STEADY
+    assert profile["fixed_seconds"] == pytest.approx(1.0)
+    assert profile["seconds_per_token"] == pytest.approx(0.01)
+    assert profile["part_seconds"]["data"] == pytest.approx(sum(profile["part_seconds"].values()))
+    assert all(torch.equal(value, weights[name]) for name, value in base.module.state_dict().items()), "nothing is learned"
