@@ -33,8 +33,13 @@ def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[s
         search.interruption.Interrupted: a signal came; what was measured stays.
     """
     check_local_data(loaded)
+    if cluster.is_submitted():
+        cluster.check_reachable()
     prepared, spec, profiles = prepare(loaded), loaded.spec, ProfileCache()
-    with tempfile.TemporaryDirectory() as directory, cluster.connected(spec.resources) as capacity:
+    # Where the searches are, because all nodes of a cluster see it.
+    searches = Path(spec.directory).absolute()
+    searches.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".profile-", dir=searches) as directory, cluster.connected(spec.resources) as capacity:
         limits = check_fit(prepared, capacity)
         store = Store(root=Path(directory))
         with (

@@ -13,7 +13,7 @@ def token_data(num_rows: int = 90) -> TaskData:
     rng = np.random.default_rng(0)
 
     def table(rows: int) -> TokenTable:
-        encoded = [Encoded(input_ids=rng.integers(1, 61, size=rng.integers(4, 30)).tolist(), targets=None) for _ in range(rows)]
+        encoded = [Encoded(input_ids=rng.integers(1, 30, size=rng.integers(4, 30)).tolist(), targets=None) for _ in range(rows)]
         return TokenTable.build(encoded, rng.integers(0, 3, size=rows).tolist())
 
     return TaskData(
