@@ -55,6 +55,11 @@ def tensor_bytes(record: TrialRecord) -> float | None:
     return max((float(r["weights_bytes"] + r["optimizer_bytes"] + r["working_bytes"]) for r in ranks), default=None)
 
 
+def kind(what: str, source: str) -> str:
+    """Return what was predicted and from what, in words."""
+    return f"{what.replace('_', ' ')} from {'an' if source == 'estimate' else 'a'} {source}"
+
+
 def summary_lines(rows: Sequence[Calibration]) -> list[str]:
     """Return one line for each kind of prediction: how many there were, and their median and largest error."""
     lines = []
@@ -62,7 +67,7 @@ def summary_lines(rows: Sequence[Calibration]) -> list[str]:
         errors = [abs(row.error) for row in rows if (row.what, row.source) == (what, source)]
         spread = f"median error {statistics.median(errors):.1%}, largest {max(errors):.1%}"
         assumed = " (an assumption: `paretune profile` measures it)" if source == "estimate" else ""
-        lines.append(f"{what.replace('_', ' ')} from a {source}{assumed}: {len(errors)} trials, {spread}")
+        lines.append(f"{kind(what, source)}{assumed}: {len(errors)} trials, {spread}")
     return lines
 
 
@@ -71,7 +76,7 @@ def render_calibration(records: Sequence[TrialRecord]) -> str:
     rows = calibrate(records)
     if not rows:
         return ""
-    table = [["trial", "predicted", "", "from a", "measured", "error"]]
+    table = [["trial", "predicted", "", "from", "measured", "error"]]
     for row in rows[-MAX_ROWS:]:
         metric = TRAIN_SECONDS if row.what == "train_seconds" else PEAK_MEMORY_BYTES
         shown = [number_text(metric, value) for value in (row.predicted, row.measured)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.profiles import ProfileCache, profile_key
 from spaces.config import TrialConfig
-from spaces.estimate import MEMORY_KEPT_FREE, MeasuredMachine, NoPeak, estimate_step
+from spaces.estimate import MeasuredMachine, NoPeak, estimate_step
 from spaces.memory import NoFormula, rank_memory
 from spaces.metrics import TRAIN_SECONDS
 from spaces.spec import SearchSpec
@@ -99,15 +99,3 @@ class Outlook:
         except NoPeak:
             return None
         return step.seconds * len(sizes.rows)
-
-
-def usable_bytes(device: Mapping[str, Any], capacity_bytes: int) -> int:
-    """Return what the tensors of one rank may take: of a GPU what is left of its memory, of a host what the process leaves.
-
-    Args:
-        device: as `trainables.device.examine` found it.
-        capacity_bytes: the GPU's memory, or a worker's share of its node's.
-    """
-    if device["type"] == "cuda":
-        return int(capacity_bytes * (1 - MEMORY_KEPT_FREE))
-    return max(0, capacity_bytes - int(device["process_bytes"]))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.calibration import Calibration, calibrate, summary_lines
+from search.calibration import Calibration, calibrate, kind, summary_lines
 from search.figures import (
     FrontFigure,
     MemoryBar,
@@ -361,10 +361,10 @@ def _memory_plot(bars: Sequence[MemoryBar], capacity: float | None) -> Figure:
 def _calibration_plot(rows: Sequence[Calibration]) -> Figure:
     from plotly.subplots import make_subplots
 
-    kinds = list(dict.fromkeys(row.what for row in rows))
-    drawing = make_subplots(cols=len(kinds), subplot_titles=[kind.replace("_", " ") for kind in kinds])
-    for column, kind in enumerate(kinds, start=1):
-        chosen = [row for row in rows if row.what == kind]
+    predicted = list(dict.fromkeys(row.what for row in rows))
+    drawing = make_subplots(cols=len(predicted), subplot_titles=[what.replace("_", " ") for what in predicted])
+    for column, what in enumerate(predicted, start=1):
+        chosen = [row for row in rows if row.what == what]
         ends = [f(v for row in chosen for v in (row.predicted, row.measured)) for f in (min, max)]
         line = {"color": OTHER_COLOR, "dash": "dot"}
         drawing.add_scatter(x=ends, y=ends, mode="lines", line=line, hoverinfo="skip", showlegend=False, row=1, col=column)
@@ -375,7 +375,7 @@ def _calibration_plot(rows: Sequence[Calibration]) -> Figure:
                 y=[row.predicted for row in points],
                 mode="markers",
                 hovertext=[f"trial {row.number}: {row.error:+.1%}" for row in points],
-                name=f"{kind.replace('_', ' ')} from a {source}",
+                name=kind(what, source),
                 row=1,
                 col=column,
             )

@@ -28,6 +28,7 @@ from spaces.architecture import ModelShape, ShapeError
 from spaces.blueprint import Blueprint, blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
+from spaces.estimate import usable_bytes
 from spaces.loading import LoadedSpec, SpecError, check_local_data
 from spaces.spec import SearchSpec
 from trainables.job import Job
@@ -290,8 +291,6 @@ def examine(dispatcher: Any, store: Store, spec: SearchSpec, interruption: Inter
         device = run_job(dispatcher, _first_job("device", store, spec), interruption)["device"]
     except JobFailed as error:
         raise NoResult(f"the workers' device cannot be examined: {error}") from error
-    from search.outlook import usable_bytes
-
     capacity = device.get("memory_bytes") or cluster.bytes_per_worker(spec.resources)
     return {**device, "capacity_bytes": capacity, "usable_bytes": usable_bytes(device, capacity)}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
@@ -130,6 +130,18 @@ class StepEstimate:
     @property
     def tokens_per_second(self) -> float:
         return self.num_tokens / self.seconds
+
+
+def usable_bytes(device: Mapping[str, Any], capacity_bytes: int) -> int:
+    """Return what the tensors of one rank may take: of a GPU what is left of its memory, of a host what the process leaves.
+
+    Args:
+        device: as `trainables.device.examine` found it.
+        capacity_bytes: the GPU's memory, or a worker's share of its node's.
+    """
+    if device["type"] == "cuda":
+        return int(capacity_bytes * (1 - MEMORY_KEPT_FREE))
+    return max(0, capacity_bytes - int(device["process_bytes"]))
 
 
 class NoPeak(ValueError):

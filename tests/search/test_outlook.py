@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from synthetic_data import token_data
 
-from search.outlook import Outlook, usable_bytes
+from search.outlook import Outlook
 from search.profiles import ProfileCache
 from spaces.blueprint import blueprint
 from spaces.config import TrialConfig
-from spaces.estimate import ASSUMED_UTILISATION
+from spaces.estimate import ASSUMED_UTILISATION, usable_bytes
 from spaces.flops import flops_of_blueprint
 from spaces.memory import rank_memory
 from spaces.space import SpaceSpec
