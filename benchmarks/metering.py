@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import distributed  # noqa: E402
-from families import NUM_LABELS, SOME_TARGETS, config_of, make  # noqa: E402
+from families import NUM_LABELS, SOME_TARGETS, batch_of, config_of, make  # noqa: E402
 from memory_grid import ALONE, SHARDED, error, measured, peaks_of  # noqa: E402
 from time_grid import ALONE as TIMED_ALONE  # noqa: E402
 from time_grid import ON_TWO as TIMED_ON_TWO  # noqa: E402
@@ -42,7 +42,6 @@ from spaces.blueprint import FAMILIES, blueprint  # noqa: E402
 from spaces.config import Recipe  # noqa: E402
 from spaces.flops import TrainingFlops, flops_of_blueprint  # noqa: E402
 from trainables.adapters import add_lora  # noqa: E402
-from trainables.batching import Batch  # noqa: E402
 from trainables.evaluation import summed_loss  # noqa: E402
 from trainables.mesh import World  # noqa: E402
 from trainables.meter import FlopWatch  # noqa: E402
@@ -99,13 +98,11 @@ def measure(family: str, targets: tuple[str, ...] | None, lengths: list[int]) ->
 
 
 def one_row(module: Any, config: dict[str, Any], task: str, length: int) -> tuple[float, TrainingFlops]:
-    ids = torch.randint(3, 97, (1, length))
-    targets = ids if task == "causal-lm" else torch.zeros(1, dtype=torch.long)
-    batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), targets=targets)
+    batch = batch_of(task, torch.randint(3, 97, (1, length)))
     watch = FlopWatch(ModelShape.from_config(config))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         with watch.forward(batch):
-            loss, _, _ = summed_loss(module, batch, task)
+            loss, _ = summed_loss(module, batch, task)
         loss.backward()
     return float(counter.get_total_flops()), watch.flops().model
 
@@ -113,7 +110,9 @@ def one_row(module: Any, config: dict[str, Any], task: str, length: int) -> tupl
 def total(flops: TrainingFlops, lengths: list[int], causal: bool) -> float:
     """Return FLOPs in torch's convention, which does not halve causal attention."""
     squares = sum(n**2 for n in lengths) * (2 if causal else 1)
-    return flops.total(num_tokens=sum(lengths), num_rows=len(lengths), sum_of_squared_lengths=squares)
+    return flops.total(
+        num_tokens=sum(lengths), num_targets=sum(n - 1 for n in lengths) if causal else len(lengths), sum_of_squared_lengths=squares
+    )
 
 
 def memory_rows() -> list[dict[str, Any]]:

@@ -79,7 +79,8 @@ class Outlook:
         if self._plan is None:
             return None
         try:
-            return asdict(rank_memory(self._plan, config, int(sizes.longest[sizes.padded_tokens.argmax()])))
+            largest = sizes.padded_tokens.argmax()
+            return asdict(rank_memory(self._plan, config, int(sizes.longest[largest]), int(sizes.micro_targets[largest])))
         except NoFormula:
             return None
 
@@ -95,7 +96,7 @@ class Outlook:
         )
         length = float(sizes.padded_tokens.sum() / sizes.rows.sum())
         try:
-            step = estimate_step(self._plan, config, machine, length)
+            step = estimate_step(self._plan, config, machine, length, float(sizes.targets.sum() / sizes.rows.sum()))
         except NoPeak:
             return None
         return step.seconds * len(sizes.rows)

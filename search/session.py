@@ -202,6 +202,7 @@ def check_fit(prepared: Prepared, capacity: int) -> Limits:
         hidden_size=prepared.shape.hidden_size,
         plan=prepared.plan,
         max_length=int(prepared.data.train.lengths.max()),
+        max_targets=int(prepared.data.train.num_targets.max()),
     )
     sizes = sorted({world_size for world_size, _ in prepared.spec.space.layouts()})
     if min(sizes) > capacity:

@@ -24,7 +24,8 @@ class Matrix:
     num_inputs: int
     num_outputs: int
     has_bias: bool = False
-    per: Literal["token", "row"] = "token"
+    per: Literal["token", "target"] = "token"
+    """Whether it is applied at every position, or where the loss counts: target tokens, or once a classified row."""
     num_experts: int = 1
     num_active: int = 1
     """Experts that one token meets."""
@@ -85,9 +86,18 @@ class Blueprint:
         return (*self.attention_in, *self.attention_out, *self.feed_forward_in, *self.feed_forward_out)
 
     @property
+    def is_post_norm(self) -> bool:
+        """Whether a normalisation follows the embedding and every half of a block: BERT and what descends from it."""
+        return self.norm == "layer" and not self.shape.causal
+
+    def targets_per_row(self, length: float) -> float:
+        """Return how many positions of a row of plain text the loss counts: its last token predicts nothing; a class is one."""
+        return length - 1 if self.head[-1].is_output else 1
+
+    @property
     def is_last_result_needed(self) -> bool:
         """Whether the backward pass needs the result of a block's last product: for a normalisation after it, or to weigh experts."""
-        is_normalised = self.num_norms_per_block == 4 or self.head[0].per == "row"
+        is_normalised = self.num_norms_per_block == 4 or self.is_post_norm
         return is_normalised or self.feed_forward_out[-1].num_experts > 1
 
     @property
@@ -183,7 +193,7 @@ def _feed_forward(c: Mapping[str, Any], s: ModelShape) -> tuple[tuple[Matrix, ..
 
 def _output(task: Task, width: int, outputs: int) -> Matrix:
     if task == "causal-lm":
-        return Matrix(name="lm_head", num_inputs=width, num_outputs=outputs, is_output=True)
+        return Matrix(name="lm_head", num_inputs=width, num_outputs=outputs, per="target", is_output=True)
     return Matrix(name="score", num_inputs=width, num_outputs=outputs, trains_with_adapter=True)
 
 
@@ -232,13 +242,15 @@ def _encoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -
         num_final_vector_params=0,
         head=(
             # BERT's pooler is pretrained; the others' first layer of the head is new, and so trained whole.
-            Matrix(name=dense, num_inputs=width, num_outputs=width, has_bias=True, per="row", trains_with_adapter=family != "bert"),
+            Matrix(
+                name=dense, num_inputs=width, num_outputs=width, has_bias=True, per="target", trains_with_adapter=family != "bert"
+            ),
             Matrix(
                 name="out_proj" if is_roberta else "classifier",
                 num_inputs=width,
                 num_outputs=num_labels,
                 has_bias=True,
-                per="row",
+                per="target",
                 trains_with_adapter=True,
             ),
         ),

@@ -22,6 +22,8 @@ class Limits:
     """What the model is made of; None for a family without formulas."""
     max_length: int = 0
     """Tokens of the longest row."""
+    max_targets: int | None = None
+    """Positions that the loss counts in the row that has the most; by default those of plain text or of a class."""
     memory_bytes: int | None = None
     """What the tensors of one rank may take; None where it is not known."""
 
@@ -57,7 +59,8 @@ def predicted_memory(config: TrialConfig, limits: Limits) -> RankMemory | None:
     if limits.plan is None:
         return None
     try:
-        return rank_memory(limits.plan, config, limits.max_length)
+        most = None if limits.max_targets is None else limits.max_targets * config.layout.micro_batch_size
+        return rank_memory(limits.plan, config, limits.max_length, most)
     except NoFormula:
         return None
 

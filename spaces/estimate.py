@@ -148,7 +148,9 @@ class NoPeak(ValueError):
     """The device has no peak at the recipe's precision; the message says which."""
 
 
-def estimate_step(plan: Blueprint, config: TrialConfig, machine: Machine, length: float) -> StepEstimate:
+def estimate_step(
+    plan: Blueprint, config: TrialConfig, machine: Machine, length: float, targets_per_row: float | None = None
+) -> StepEstimate:
     """Return the estimated time of one optimizer step.
 
     Args:
@@ -156,14 +158,16 @@ def estimate_step(plan: Blueprint, config: TrialConfig, machine: Machine, length
         config: recipe and layout.
         machine: where it would run.
         length: tokens per row; all rows are taken to be equal.
+        targets_per_row: positions that the loss counts; by default those of plain text or of a class.
 
     Raises:
         NoPeak: the device's data sheet has no figure for the precision.
     """
     recipe, layout = config.recipe, config.layout
+    targets = plan.targets_per_row(length) if targets_per_row is None else targets_per_row
     rows, num_ranks = recipe.global_batch_size, layout.world_size
     model, recomputed = (
-        part.total(num_tokens=rows * length, num_rows=rows, sum_of_squared_lengths=rows * length**2)
+        part.total(num_tokens=rows * length, num_targets=rows * targets, sum_of_squared_lengths=rows * length**2)
         for part in (flops_of_blueprint(plan, recipe), recomputed_flops_of_blueprint(plan, config))
     )
     peak_of_all = machine.peak_flops_per_second(recipe.precision) * num_ranks

@@ -25,13 +25,14 @@ class TrainingFlops:
     """Model FLOPs of forward and backward, by what they grow with."""
 
     per_token: float
-    per_row: float
+    per_target: float
+    """Of what is applied only where the loss counts: target tokens, or once a classified row."""
     per_squared_length: float
     """Attention's, per token pair of a row."""
 
-    def total(self, *, num_tokens: float, num_rows: float, sum_of_squared_lengths: float) -> float:
+    def total(self, *, num_tokens: float, num_targets: float, sum_of_squared_lengths: float) -> float:
         """Return the FLOPs of training on these rows once."""
-        return self.per_token * num_tokens + self.per_row * num_rows + self.per_squared_length * sum_of_squared_lengths
+        return self.per_token * num_tokens + self.per_target * num_targets + self.per_squared_length * sum_of_squared_lengths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +55,8 @@ class LinearUse:
     """One matrix product of the forward pass."""
 
     num_weights: int
-    per: Literal["token", "row"]
-    """Whether it is applied at every position, or once per row (a classification head)."""
+    per: Literal["token", "target"]
+    """Whether it is applied at every position, or only where the loss counts."""
     input_needs_grad: bool
     weight_needs_grad: bool
     share: float = 1.0
@@ -102,7 +103,7 @@ def training_flops(linears: Iterable[LinearUse], attention: AttentionUse) -> Tra
     uses = list(linears)
     return TrainingFlops(
         per_token=sum(use.flops for use in uses if use.per == "token"),
-        per_row=sum(use.flops for use in uses if use.per == "row"),
+        per_target=sum(use.flops for use in uses if use.per == "target"),
         per_squared_length=attention.flops,
     )
 
@@ -112,7 +113,7 @@ def recomputed_flops(linears: Iterable[LinearUse], attention: AttentionUse) -> T
     uses = list(linears)
     return TrainingFlops(
         per_token=sum(use.forward_flops for use in uses if use.per == "token"),
-        per_row=sum(use.forward_flops for use in uses if use.per == "row"),
+        per_target=sum(use.forward_flops for use in uses if use.per == "target"),
         per_squared_length=attention.flops,
     )
 

@@ -82,13 +82,14 @@ def num_adapter_params(plan: Blueprint, recipe: Recipe) -> int:
     return plan.shape.num_layers * _adapter_params(plan.block, recipe) + _adapter_params(plan.head, recipe)
 
 
-def rank_memory(plan: Blueprint, config: TrialConfig, length: int) -> RankMemory:
+def rank_memory(plan: Blueprint, config: TrialConfig, length: int, num_targets: int | None = None) -> RankMemory:
     """Return what a rank holds at its peak.
 
     Args:
         plan: the model.
         config: recipe and layout; the layout's micro batch counts.
         length: padded tokens per row.
+        num_targets: positions of a micro batch that the loss counts; by default those of plain text or of a class.
 
     Raises:
         NoFormula: for routed experts, attention that is written out, and bf16 with another normalisation than RMSNorm.
@@ -96,6 +97,7 @@ def rank_memory(plan: Blueprint, config: TrialConfig, length: int) -> RankMemory
     _check_known(plan, config)
     recipe, rows = config.recipe, config.layout.micro_batch_size
     tokens, num_layers = rows * length, plan.shape.num_layers
+    targets = int(rows * plan.targets_per_row(length)) if num_targets is None else num_targets
     width = widths(config)
     trained, frozen = num_trained(plan, recipe), _num_frozen(plan, recipe)
     shards = config.layout.world_size if _is_sharded(config) else 1
@@ -108,15 +110,14 @@ def rank_memory(plan: Blueprint, config: TrialConfig, length: int) -> RankMemory
     # With recomputation a block keeps its input, and all of it lives again while its own backward pass runs.
     recomputes = config.layout.recomputation == "full"
     block = _kept_by_block(plan, recipe, width)
-    kept = _kept_outside(plan, recipe, width, tokens, rows) + _cast_weights(plan, recipe, width)
+    kept = _kept_outside(plan, recipe, width, tokens, targets) + _cast_weights(plan, recipe, width)
     if recomputes:
         kept += num_layers * tokens * width.stream * plan.shape.hidden_size
     else:
         kept += tokens * ((num_layers - 1) * block + _kept_by_block(plan, recipe, width, is_first=True))
     again = tokens * block if recomputes else 0
     head = plan.head[-1]
-    # The last token of a row predicts nothing.
-    logits = LOGITS_COPIES * FP32_BYTES * head.num_outputs * (rows if head.per == "row" else rows * (length - 1))
+    logits = LOGITS_COPIES * FP32_BYTES * head.num_outputs * (targets if head.per == "target" else tokens)
     inside = tokens * _inside_block(plan, recipe, width)
     at_loss = replace(state, activations_bytes=kept, logits_bytes=logits)
     in_last_block = replace(state, activations_bytes=kept + again + inside)
@@ -197,21 +198,23 @@ def _cast_weights(plan: Blueprint, recipe: Recipe, width: Widths) -> int:
     return BF16_BYTES * sum(m.num_params for m in matrices)
 
 
-def _kept_outside(plan: Blueprint, recipe: Recipe, width: Widths, tokens: int, rows: int) -> int:
-    """Return the bytes that the embedding, the last normalisation and what comes before the last layer of the head keep."""
+def _kept_outside(plan: Blueprint, recipe: Recipe, width: Widths, tokens: int, targets: int) -> int:
+    """Return the bytes that the embedding, the last normalisation and the input of the head's layers keep."""
     full = recipe.adapter == "none"
     hidden = plan.shape.hidden_size
+    # What a head of target positions multiplies is a copy of them.
+    picked = width.products * hidden * targets if full and plan.head[-1].is_output else 0
     if plan.norm == "rms":
-        # The last normalisation: its input in fp32 with the statistic, before and after its weight.
+        # The last normalisation: its input in fp32 with the statistic, before its weight, and after it what a `score` reads.
         kept = FP32_BYTES * (hidden + 1) if full or width.products == BF16_BYTES else 0
-        kept += (width.stream + width.products) * hidden if full else 0
-    elif plan.head[0].per == "row":
+        kept += (width.stream + (0 if picked else width.products)) * hidden if full else 0
+    elif plan.is_post_norm:
         # The embedding's normalisation: its input, output and two statistics; frozen, its output alone, which adapters read.
         kept = FP32_BYTES * (2 * hidden + 2 if full else hidden)
     else:
-        kept = FP32_BYTES * (2 * hidden + 2 if full else 0)
-    pooled = sum(m.num_outputs for m in plan.head[:-1]) * rows
-    return kept * tokens + FP32_BYTES * pooled
+        kept = FP32_BYTES * ((1 if picked else 2) * hidden + 2 if full else 0)
+    pooled = sum(m.num_outputs for m in plan.head[:-1]) * targets
+    return kept * tokens + picked + FP32_BYTES * pooled
 
 
 def _kept_by_block(plan: Blueprint, recipe: Recipe, width: Widths, *, is_first: bool = False) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+
+from trainables.batching import Batch
 
 NUM_LABELS = 5
 SOME_TARGETS = {
@@ -53,3 +56,22 @@ def make(family: str, task: str, **changes: Any) -> nn.Module:
 def config_of(module: Any) -> dict[str, Any]:
     """Return the `config.json` that the model would be saved with."""
     return {**module.config.to_dict(), "architectures": [type(module).__name__]}
+
+
+def batch_of(task: str, ids: torch.Tensor, lengths: list[int] | None = None, num_prompt: int = 1) -> Batch:
+    """Return rows as a batch: of text every token behind the prompt is a target, of a class every row.
+
+    Args:
+        ids: int64 (rows, length), padded at the right.
+        lengths: real tokens of every row.
+        num_prompt: tokens of a row that are given; at least one is.
+    """
+    real = torch.arange(ids.shape[1])[None] < torch.tensor(lengths or [ids.shape[1]] * len(ids))[:, None]
+    if task == "causal-lm":
+        counts = real.clone()
+        counts[:, :num_prompt] = False
+        positions, targets = counts.flatten().nonzero()[:, 0] - 1, ids[counts]
+    else:
+        positions = torch.arange(len(ids))
+        targets = positions % NUM_LABELS
+    return Batch(input_ids=ids, attention_mask=real.long(), positions=positions, targets=targets)

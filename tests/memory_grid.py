@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from families import NUM_LABELS, SOME_TARGETS, config_of, make
+from families import NUM_LABELS, SOME_TARGETS, batch_of, config_of, make
 
 from spaces.architecture import ModelShape
 from spaces.blueprint import FAMILIES, Blueprint, blueprint
 from spaces.config import Layout, Recipe, TrialConfig
 from spaces.memory import rank_memory
-from trainables.batching import Batch
 from trainables.evaluation import summed_loss
 from trainables.memory_meter import LiveBytes
 from trainables.mesh import World
@@ -35,6 +34,7 @@ class Case:
     adapter: str = "none"
     rows: int = 8
     length: int = 32
+    num_prompt: int = 1
     precision: str = "fp32"
     recomputation: str = "none"
     changes: tuple[tuple[str, int], ...] = ()
@@ -81,6 +81,12 @@ ALONE = [Case(family=f, adapter=a, rows=r, length=n) for f in KNOWN for a in ADA
 ALONE += [Case(family=f, adapter=a, recomputation="full") for f in KNOWN for a in ("none", "all-linear")]
 ALONE += [Case(family=f, adapter=a, precision="bf16", recomputation=r) for f in RMS for a in ADAPTERS for r in ("none", "full")]
 ALONE += [Case(family=f, adapter=a, precision="bf16", rows=2, length=16) for f in RMS for a in ADAPTERS]
+WIDE = (("vocab_size", 2000),)
+ALONE += [
+    Case(family=f, adapter=a, precision=p, num_prompt=24, changes=WIDE)
+    for f, p in (("llama", "fp32"), ("llama", "bf16"), ("gpt2", "fp32"))
+    for a in ("none", "all-linear")
+]
 SHARDED = [
     Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation=c, changes=v)
     for f, p in [(f, p) for f in ("llama", "qwen3", "phi3") for p in ("fp32", "bf16")] + [("bert", "fp32"), ("gpt2", "fp32")]
@@ -99,8 +105,7 @@ def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
     module = build(config, case.base(), world)
     module.train()
     ids = torch.randint(3, 97, (case.rows, case.length))
-    targets = ids if case.task == "causal-lm" else torch.arange(case.rows) % NUM_LABELS
-    batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), targets=targets)
+    batch = batch_of(case.task, ids, num_prompt=case.num_prompt)
     trained = trainable(module)
     optimizer = make_optimizer(trained, config.recipe)
     with LiveBytes() as tensors:
@@ -123,4 +128,6 @@ def peaks_of(world: World, cases: list[Case]) -> list[int]:
 
 def error(case: Case, world_size: int, peak: int) -> float:
     """Return the relative error of the prediction against a measured peak; several ranks share the model with FSDP2."""
-    return rank_memory(case.blueprint(), case.config(world_size, "fsdp"), case.length).peak_bytes / peak - 1
+    plan = case.blueprint()
+    num_targets = case.rows * (case.length - case.num_prompt if case.task == "causal-lm" else 1)
+    return rank_memory(plan, case.config(world_size, "fsdp"), case.length, num_targets).peak_bytes / peak - 1

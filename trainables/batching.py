@@ -27,8 +27,11 @@ class Batch:
     """int64 (rows, length)"""
     attention_mask: torch.Tensor
     """int64 (rows, length), 1 for real tokens"""
+    positions: torch.Tensor
+    """int64 (targets,): where a target is predicted; causal-lm: index into the flat (rows x length) positions, of the token before;
+    classification: the row"""
     targets: torch.Tensor
-    """causal-lm: int64 (rows, length), -100 where the loss does not count; classification: int64 (rows,)"""
+    """int64 (targets,): the token or class that is expected there"""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
@@ -39,7 +42,7 @@ class Batch:
 def collate(table: TokenTable, rows: np.ndarray, pad_token_id: int) -> Batch:
     """Pad rows at the right to the longest of them.
 
-    No rows at all become one row whose targets do not count: a rank without work must still take part in the collectives.
+    No rows at all become one row without targets: a rank without work must still take part in the collectives.
     """
     is_dummy = len(rows) == 0
     indices = np.zeros(1, dtype=np.int64) if is_dummy else rows
@@ -47,18 +50,23 @@ def collate(table: TokenTable, rows: np.ndarray, pad_token_id: int) -> Batch:
     width = int(lengths.max())
     input_ids = np.full((len(indices), width), pad_token_id, dtype=np.int64)
     mask = np.zeros((len(indices), width), dtype=np.int64)
-    targets: np.ndarray = np.full((len(indices), width), IGNORE, dtype=np.int64)
+    # The token at i is predicted from the tokens before it.
+    expected = np.full((len(indices), width), IGNORE, dtype=np.int64)
     for i, index in enumerate(indices):
         ids, row_targets = table.row(int(index))
         input_ids[i, : len(ids)] = ids
         mask[i, : len(ids)] = 1
         if row_targets is not None and not is_dummy:
-            targets[i, : len(ids)] = row_targets
-    if table.labels is not None:
-        targets = np.full(1, IGNORE) if is_dummy else table.labels[indices]
+            expected[i, : len(ids) - 1] = row_targets[1:]
+    if table.labels is None:
+        positions = np.flatnonzero(expected != IGNORE)
+        targets = expected.ravel()[positions]
+    else:
+        positions, targets = np.arange(len(rows)), table.labels[rows]
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(mask),
+        positions=torch.from_numpy(positions),
         targets=torch.from_numpy(targets),
     )
 
@@ -104,7 +112,20 @@ class BatchPlan:
             ]
         )
         longest = np.array([int(lengths[batch].max()) for batch in self._batches])
-        return StepSizes(rows=rows, tokens=tokens, padded_tokens=padded, squared_lengths=squares, longest=longest)
+        num_targets = self._table.num_targets
+        targets = np.array([num_targets[batch].sum() for batch in self._batches])
+        micro_targets = np.array(
+            [max(int(num_targets[part].sum()) for parts in self._dealt(step) for part in parts) for step in range(self.num_steps)]
+        )
+        return StepSizes(
+            rows=rows,
+            tokens=tokens,
+            targets=targets,
+            padded_tokens=padded,
+            squared_lengths=squares,
+            longest=longest,
+            micro_targets=micro_targets,
+        )
 
     def _dealt(self, step: int) -> list[list[np.ndarray]]:
         """Return rows by accumulation step and rank.
@@ -124,10 +145,14 @@ class StepSizes:
 
     rows: np.ndarray
     tokens: np.ndarray
+    targets: np.ndarray
+    """Positions that the loss counts."""
     padded_tokens: np.ndarray
     squared_lengths: np.ndarray
     longest: np.ndarray
     """Tokens of the longest row."""
+    micro_targets: np.ndarray
+    """Positions that the loss counts, in the micro batch that has the most of them."""
 
 
 def evaluation_batches(table: TokenTable, world: World) -> list[np.ndarray]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,24 +24,36 @@ from trainables.tokenization import IGNORE
 GENERATION_ROWS = 32
 
 
-def summed_loss(module: nn.Module, batch: Batch, task: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the summed cross entropy of a batch (a scalar, in fp32), its logits and its targets, where targets count.
+def summed_loss(module: nn.Module, batch: Batch, task: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed cross entropy of a batch, in fp32, and the logits where it has targets.
+
+    Without a target it is zero, but connected to every parameter, so that the collectives of the backward pass run.
 
     Returns:
-        loss (), logits (n, classes or vocabulary), targets (n,)
+        loss (), logits (targets, classes or vocabulary)
     """
-    logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    targets = batch.targets
-    if task == "causal-lm":
-        # The token at i is predicted from the tokens before it. Positions that do not count are left out before the
-        # cross entropy, which over a large vocabulary is the most expensive thing after the model itself.
-        logits, targets = logits[:, :-1], targets[:, 1:]
-    counted = targets != IGNORE
-    if not bool(counted.any()):
-        # A dummy batch: zero, but connected to every parameter, so that the collectives of the backward pass run.
-        return logits.float().sum() * 0.0, logits.flatten(0, -2)[:0], targets.flatten()[:0]
-    logits, targets = logits[counted].float(), targets[counted]
-    return functional.cross_entropy(logits, targets, reduction="sum"), logits, targets
+    # Over a large vocabulary the head is the most expensive layer, and of a prompt nobody asks what comes next.
+    picked = picking(unwrapped(module).get_output_embeddings(), batch.positions) if task == "causal-lm" else nullcontext()
+    with picked:
+        logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    if task != "causal-lm":
+        logits = logits[batch.positions]
+    logits = logits.float()
+    return functional.cross_entropy(logits, batch.targets, reduction="sum"), logits
+
+
+@contextmanager
+def picking(head: nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Have a head compute some positions alone: of what it is given, (rows, length, width), it sees (positions, width)."""
+
+    def pick(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0].flatten(0, 1).index_select(0, positions),)
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
@@ -52,8 +66,8 @@ def evaluate(module: nn.Module, config: TrialConfig, data: TaskData, table: Toke
     for rows in evaluation_batches(table, world):
         batch = collate(table, rows, data.pad_token_id).to(world.device)
         with autocast(config, world):
-            loss, logits, targets = summed_loss(module, batch, data.task)
-        predicted = logits.argmax(-1)
+            loss, logits = summed_loss(module, batch, data.task)
+        predicted, targets = logits.argmax(-1), batch.targets
         right = (predicted == targets).sum()
         totals += torch.stack([loss.double(), right.double(), torch.tensor(float(len(targets))).to(loss)]).cpu()
         if num_classes:

@@ -158,7 +158,7 @@ def speed(parts: Sequence[Sequence[float]], sizes: StepSizes, world: World, flop
     model, recomputed = (
         part.total(
             num_tokens=float(sizes.tokens.sum()),
-            num_rows=float(sizes.rows.sum()),
+            num_targets=float(sizes.targets.sum()),
             sum_of_squared_lengths=float(sizes.squared_lengths.sum()),
         )
         for part in (flops.model, flops.recomputed)
@@ -191,7 +191,9 @@ class CountingPass(TorchFunctionMode):
 
     def __init__(self, batch: Batch) -> None:
         super().__init__()
-        self._num_rows, self._length = batch.input_ids.shape
+        num_rows, self._num_positions = len(batch.input_ids), batch.input_ids.numel()
+        # The head of a classifier is applied to every row, that of a language model to every target.
+        self._num_targets = {num_rows, len(batch.targets)}
         self.linears: list[LinearUse] = []
         self.attention: list[int] = []
         """Of every call of `scaled_dot_product_attention`, the products forward and backward."""
@@ -215,15 +217,16 @@ class CountingPass(TorchFunctionMode):
     def _note(self, x: torch.Tensor, weight: torch.Tensor, num_experts: int = 1) -> None:
         positions = x.numel() // x.shape[-1]
         # With one token per row the two are the same number, and the same FLOPs. An expert is a slice of a parameter; it may
-        # see as many tokens as there are rows.
-        per_row = positions == self._num_rows and self._length > 1 and isinstance(weight, torch.nn.Parameter)
+        # see as many tokens as there are targets.
+        is_elsewhere = positions != self._num_positions and isinstance(weight, torch.nn.Parameter)
+        per_target = is_elsewhere and positions in self._num_targets
         self.linears.append(
             LinearUse(
                 num_weights=weight.numel() // num_experts,
-                per="row" if per_row else "token",
+                per="target" if per_target else "token",
                 input_needs_grad=x.requires_grad,
                 weight_needs_grad=weight.requires_grad,
-                share=1.0 if per_row else positions / (self._num_rows * self._length),
+                share=1.0 if per_target else positions / self._num_positions,
             )
         )
 

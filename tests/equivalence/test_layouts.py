@@ -202,7 +202,10 @@ def test_one_step_is_that_of_plain_transformers(names: dict[str, str]) -> None:
     )
     (batch,) = trainer._plan.micro_batches(0, 0)
     plain = LlamaForCausalLM.from_pretrained(names["causal-lm"], dtype=torch.float32)
-    expected = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.targets).loss
+    # transformers wants the target at its own position, and -100 where none is.
+    labels = torch.full_like(batch.input_ids, IGNORE)
+    labels.view(-1)[batch.positions + 1] = batch.targets
+    expected = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
     trainer.train_step()
     assert float(trainer._losses[0]) == pytest.approx(expected.item(), rel=1e-6)
 

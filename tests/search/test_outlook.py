@@ -62,7 +62,7 @@ def test_without_a_profile_the_time_is_an_estimate_from_flops_and_the_memory_tha
     plan = blueprint(MODEL, "sequence-classification", 3)
     length = sizes.padded_tokens.sum() / sizes.rows.sum()
     flops = flops_of_blueprint(plan, config().recipe).total(
-        num_tokens=16 * length, num_rows=16, sum_of_squared_lengths=16 * length**2
+        num_tokens=16 * length, num_targets=16, sum_of_squared_lengths=16 * length**2
     )
     compute = len(sizes.rows) * flops / (1e10 * ASSUMED_UTILISATION)
     assert predicted["time_source"] == "estimate"

@@ -11,7 +11,7 @@ from spaces.config import Layout, Recipe, TrialConfig
 from trainables.batching import BatchPlan, collate, evaluation_batches
 from trainables.data import TaskData, TokenTable
 from trainables.mesh import World
-from trainables.tokenization import IGNORE, Encoded
+from trainables.tokenization import Encoded
 
 NUM_ROWS = 53
 
@@ -57,7 +57,7 @@ def rows_of_step(plan: BatchPlan, step: int, world_size: int) -> list[int]:
     rows = []
     for rank in range(world_size):
         for batch in plan.micro_batches(step, rank):
-            rows += [int(ids[0]) for ids, target in zip(batch.input_ids, batch.targets, strict=True) if target != IGNORE]
+            rows += [int(batch.input_ids[row, 0]) for row in batch.positions]
     return sorted(rows)
 
 
@@ -89,8 +89,10 @@ def test_the_sizes_are_those_of_the_batches() -> None:
     plan = BatchPlan(config(2, 2), data())
     sizes = plan.sizes()
     for step in range(plan.num_steps):
-        real = [b for rank in range(2) for b in plan.micro_batches(step, rank) if (b.targets != IGNORE).any()]
+        real = [b for rank in range(2) for b in plan.micro_batches(step, rank) if len(b.targets)]
         assert sizes.rows[step] == sum(len(b.input_ids) for b in real)
+        assert sizes.targets[step] == sum(len(b.targets) for b in real) == plan.num_targets(step)
+        assert sizes.micro_targets[step] == max(len(b.targets) for b in real)
         assert sizes.tokens[step] == sum(int(b.attention_mask.sum()) for b in real)
         assert sizes.padded_tokens[step] == sum(b.input_ids.numel() for b in real)
         assert sizes.squared_lengths[step] == sum(float((b.attention_mask.sum(1).double() ** 2).sum()) for b in real)
@@ -119,4 +121,4 @@ def test_evaluation_rows_are_disjoint_and_complete(world_size: int) -> None:
 def test_a_batch_without_rows_is_one_row_that_counts_nothing() -> None:
     batch = collate(data().train, np.zeros(0, dtype=np.int64), 0)
     assert batch.input_ids.shape[0] == 1
-    assert (batch.targets == IGNORE).all()
+    assert len(batch.targets) == len(batch.positions) == 0

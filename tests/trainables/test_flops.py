@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import NUM_LABELS, SOME_TARGETS, config_of, make
+from families import NUM_LABELS, SOME_TARGETS, batch_of, config_of, make
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -53,11 +53,9 @@ def recipe(targets: tuple[str, ...] | None) -> Recipe:
     )
 
 
-def make_batch(task: str, lengths: list[int]) -> Batch:
+def make_batch(task: str, lengths: list[int], num_prompt: int = 1) -> Batch:
     ids = torch.randint(3, 97, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
-    targets = ids.where(mask.bool(), -100) if task == "causal-lm" else torch.arange(len(lengths)) % NUM_LABELS
-    return Batch(input_ids=ids, attention_mask=mask, targets=targets)
+    return batch_of(task, ids, lengths, num_prompt)
 
 
 def counted(module: torch.nn.Module, task: str, batch: Batch) -> tuple[float, TrainingFlops]:
@@ -75,15 +73,17 @@ def watch_of(module: torch.nn.Module) -> FlopWatch:
 def one_step(module: torch.nn.Module, task: str, batch: Batch, watch: FlopWatch, counter: FlopCounterMode) -> tuple[float, StepFlops]:
     with counter:
         with watch.forward(batch):
-            loss, _, _ = summed_loss(module, batch, task)
+            loss, _ = summed_loss(module, batch, task)
         loss.backward()
     return counter.get_total_flops(), watch.flops()
 
 
-def total(flops: TrainingFlops, lengths: list[int], causal: bool) -> float:
+def total(flops: TrainingFlops, lengths: list[int], causal: bool, num_targets: int | None = None) -> float:
     """Return all FLOPs in torch's convention, which does not halve causal attention."""
     squares = sum(n**2 for n in lengths) * (2 if causal else 1)
-    return flops.total(num_tokens=sum(lengths), num_rows=len(lengths), sum_of_squared_lengths=squares)
+    if num_targets is None:
+        num_targets = sum(n - 1 for n in lengths) if causal else len(lengths)
+    return flops.total(num_tokens=sum(lengths), num_targets=num_targets, sum_of_squared_lengths=squares)
 
 
 # Around stacked experts PEFT's all-linear adds the whole product of its two matrices to the weight: an overhead, no model FLOPs.
@@ -180,7 +180,22 @@ def test_rows_of_unequal_length_cost_what_each_costs_alone(family: str) -> None:
     alone = sum(counted(module, task, make_batch(task, [n]))[0] for n in lengths)
     padded, ours = counted(module, task, make_batch(task, lengths))
     assert total(ours, lengths, causal) == pytest.approx(alone, rel=0.01)
-    assert total(ours, [24] * 3, causal) == pytest.approx(padded, rel=0.01), "the padded pass costs what padded rows cost"
+    num_targets = len(make_batch(task, lengths).targets)
+    costs = total(ours, [24] * 3, causal, num_targets)
+    assert costs == pytest.approx(padded, rel=0.01), "the padded pass costs what padded rows cost, but for its targets"
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ENCODERS | STACKED])
+@pytest.mark.parametrize("targets", [None, ("all-linear",)])
+def test_the_head_costs_what_its_targets_cost(family: str, targets: tuple[str, ...] | None) -> None:
+    module = make(family, "causal-lm", vocab_size=500)
+    plan = blueprint(config_of(module), "causal-lm")
+    if targets:
+        module = add_lora(module, recipe(targets), "causal-lm", ())
+    lengths, batch = [LENGTH] * ROWS, make_batch("causal-lm", [LENGTH] * ROWS, num_prompt=20)
+    theirs, measured = counted(module, "causal-lm", batch)
+    for ours in (measured, flops_of_blueprint(plan, recipe(targets))):
+        assert total(ours, lengths, causal=True, num_targets=4 * ROWS) == pytest.approx(theirs, rel=0.01)
 
 
 def test_causal_attention_costs_half_and_a_frozen_weight_four() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import batch_of
 from memory_grid import Case
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from trainables.batching import Batch
 from trainables.evaluation import summed_loss
 from trainables.memory_meter import LiveBytes, MemoryMeter
 from trainables.mesh import World
@@ -19,8 +19,7 @@ CPU = torch.device("cpu")
 
 def train_step(case: Case, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     ids = torch.arange(case.rows * case.length).reshape(case.rows, case.length) % 90 + 3
-    batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), targets=ids)
-    loss = summed_loss(module, batch, case.task)[0]
+    loss = summed_loss(module, batch_of(case.task, ids), case.task)[0]
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
