@@ -1,11 +1,11 @@
-"""The pretrained model: loaded once per process, copied for every trial."""
+"""The pretrained model: loaded once per process; a trial copies what it trains and shares what stays frozen."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -34,6 +34,8 @@ class BaseModel:
     new_parameters: tuple[str, ...]
     """Names of the parameters that the pretrained weights lack, such as a classification head's."""
     shape: ModelShape
+    _held: dict[tuple[torch.dtype, torch.device], dict[int, torch.Tensor]] = field(default_factory=dict)
+    """Weights that trials leave frozen, where and as they compute, by the address of the base's own."""
 
     @staticmethod
     @cache
@@ -69,6 +71,28 @@ class BaseModel:
             shape=ModelShape.from_config({**config.to_dict(), "architectures": [type(module).__name__]}),
         )
 
+    def copy(self, *, is_frozen: bool) -> nn.Module:
+        """Return a copy of the model; frozen, its pretrained weights are the base's own and must not change."""
+        memo = {}
+        if is_frozen:
+            own = {n: p for n, p in self.module.named_parameters() if n not in self.new_parameters}
+            # What deepcopy finds in its memo, it takes instead of a copy.
+            memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in own.values()}
+        else:
+            self._held.clear()  # memory that this trial may need
+        return copy.deepcopy(self.module, memo)
+
+    def hold_frozen(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        """Put what does not train where it computes, once for all trials; one number format on one device is kept at a time."""
+        if (dtype, device) not in self._held:
+            self._held.clear()
+            own = {p.data_ptr(): p.detach() for p in self.module.parameters()}
+            self._held[dtype, device] = {pointer: weights.to(device, dtype) for pointer, weights in own.items()}
+        held = self._held[dtype, device]
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                parameter.data = held[parameter.data_ptr()] if parameter.data_ptr() in held else parameter.data.to(device, dtype)
+
 
 def build(
     config: TrialConfig,
@@ -77,7 +101,7 @@ def build(
     recompute_context: Callable[[], AbstractContextManager[object]] = nullcontext,
     timer: StepTimer | None = None,
 ) -> nn.Module:
-    """Return the model that a trial trains: a copy of the base with the trial's adapter, parallelised over its ranks.
+    """Return the model that a trial trains: the base with the trial's adapter, parallelised over its ranks.
 
     Args:
         recompute_context, timer: see `parallelize`.
@@ -85,15 +109,19 @@ def build(
     Raises:
         TrialError: the adapter does not fit the model.
     """
-    module = copy.deepcopy(base.module)
+    recipe = config.recipe
+    is_sharded = config.layout.strategy == "fsdp" and world.world_size > 1
+    # FSDP2 moves what it shards block by block: a whole model may not fit the device.
+    device = torch.device("cpu") if is_sharded else world.device
+    module = base.copy(is_frozen=recipe.adapter != "none")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.recipe.seed)
+        torch.manual_seed(recipe.seed)
         _initialise(module, base.new_parameters)
-        if config.recipe.adapter == "lora":
-            module = add_lora(module, config.recipe, base.task, base.new_parameters)
-    if config.recipe.precision == "bf16":
-        _halve_frozen(module)
-    return parallelize(module.to(world.device), config, world, recompute_context, timer)
+        if recipe.adapter == "lora":
+            module = add_lora(module, recipe, base.task, base.new_parameters)
+            # Products of a bf16 recipe are in bf16 anyway, and an fp32 copy beside would be most of the memory.
+            base.hold_frozen(module, torch.bfloat16 if recipe.precision == "bf16" else torch.float32, device)
+    return parallelize(module.to(device), config, world, recompute_context, timer)
 
 
 def unwrapped(module: nn.Module) -> Any:
@@ -104,13 +132,6 @@ def unwrapped(module: nn.Module) -> Any:
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that train, by their names without wrappers."""
     return {name: p for name, p in unwrapped(module).named_parameters() if p.requires_grad}
-
-
-def _halve_frozen(module: nn.Module) -> None:
-    """Hold in bf16 what does not train: its products are in bf16 anyway, and an fp32 copy beside would be most of the memory."""
-    for parameter in module.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _initialise(module: nn.Module, names: tuple[str, ...]) -> None:

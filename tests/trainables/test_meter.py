@@ -19,7 +19,13 @@ from trainables.meter import StepTimer, mean_parts, time_drift, train_seconds
 def sizes(padded: list[int]) -> StepSizes:
     array = np.array(padded)
     return StepSizes(
-        rows=np.ones_like(array), tokens=array, padded_tokens=array, squared_lengths=array.astype(float) ** 2, longest=array
+        rows=np.ones_like(array),
+        tokens=array,
+        targets=array,
+        padded_tokens=array,
+        squared_lengths=array.astype(float) ** 2,
+        longest=array,
+        micro_targets=array,
     )
 
 

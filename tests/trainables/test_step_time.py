@@ -23,7 +23,15 @@ RNG = np.random.default_rng(0)
 
 
 def sizes(padded: np.ndarray) -> StepSizes:
-    return StepSizes(rows=np.ones_like(padded), tokens=padded, padded_tokens=padded, squared_lengths=padded**2.0, longest=padded)
+    return StepSizes(
+        rows=np.ones_like(padded),
+        tokens=padded,
+        targets=padded,
+        padded_tokens=padded,
+        squared_lengths=padded**2.0,
+        longest=padded,
+        micro_targets=padded,
+    )
 
 
 def test_a_line_is_found_whatever_some_slow_steps_took() -> None:
