@@ -23,7 +23,7 @@ from trainables.batching import Batch, StepSizes
 from trainables.device import device_peak, package_versions
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
-from trainables.step_time import fit, fit_steady, num_warmup, steady
+from trainables.step_time import fit, fit_steady, steady_steps
 
 STEP_PARTS = tuple(metrics.PART_SECONDS)
 # Five steady steps a quarter: the median of fewer is that of single steps.
@@ -113,11 +113,11 @@ def train_seconds(seconds: list[float], sizes: StepSizes) -> float:
 
 
 def mean_parts(parts: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Return the mean seconds of steps by part, without those that were disturbed.
+    """Return the mean seconds of the steady steps by part.
 
     No `communication` where there is none: on one rank, or unknown: of FSDP2 on GPUs.
     """
-    means = np.nanmean(np.asarray(parts), axis=0)
+    means = np.asarray(parts)[steady_steps([sum(step) for step in parts])].mean(axis=0)
     return {part: float(mean) for part, mean in zip(STEP_PARTS, means, strict=True) if part != "communication" or mean}
 
 
@@ -128,9 +128,10 @@ def time_drift(seconds: Sequence[float], sizes: StepSizes) -> float | None:
 
     None for a trial with fewer than `DRIFT_STEPS` steady steps, whose quarters say nothing.
     """
-    times, padded_tokens = steady(seconds, sizes)
-    if len(times) < DRIFT_STEPS:
+    steps = steady_steps(seconds)
+    if len(steps) < DRIFT_STEPS:
         return None
+    times, padded_tokens = np.asarray(seconds)[steps], sizes.padded_tokens[steps]
     pace = times / fit(times, padded_tokens).of(padded_tokens)
     medians = [float(np.median(quarter)) for quarter in np.array_split(pace, 4)]
     return (max(medians) - min(medians)) / float(np.mean(medians))
@@ -143,8 +144,9 @@ def rank_spread(parts: Sequence[Sequence[float]], world: World) -> float | None:
     """
     if world.world_size == 1:
         return None
-    forward = np.asarray(parts)[num_warmup(len(parts)) :, STEP_PARTS.index("forward")]
-    medians = world.gather(float(np.nanmedian(forward)))
+    steps = steady_steps([sum(step) for step in parts])
+    forward = np.asarray(parts)[steps, STEP_PARTS.index("forward")]
+    medians = world.gather(float(np.median(forward)))
     return float((max(medians) - min(medians)) / np.mean(medians))
 
 
@@ -173,7 +175,7 @@ def speed(parts: Sequence[Sequence[float]], sizes: StepSizes, world: World, flop
         metrics.PADDING_FRACTION: 1 - float(sizes.tokens.sum() / sizes.padded_tokens.sum()),
         metrics.FLOPS_PER_STEP: model / num_steps,
     }
-    result |= {metrics.PART_SECONDS[part]: mean for part, mean in mean_parts(parts[num_warmup(len(parts)) :]).items()}
+    result |= {metrics.PART_SECONDS[part]: mean for part, mean in mean_parts(parts).items()}
     spreads = {metrics.TIME_DRIFT: time_drift(seconds, sizes), metrics.RANK_SPREAD: rank_spread(parts, world)}
     result |= {name: spread for name, spread in spreads.items() if spread is not None}
     peak, _ = device_peak(world.device, precision)

@@ -12,9 +12,9 @@ from trainables.loop import Trainer, memory_errors
 from trainables.mesh import World
 from trainables.meter import mean_parts
 from trainables.model import BaseModel
-from trainables.step_time import fit_steady
+from trainables.step_time import fit_steady, steady_steps
 
-NUM_WARMUP, NUM_STEADY = 5, 25
+NUM_STEPS = 30
 
 
 def measure_step(config: TrialConfig, data: TaskData, base: BaseModel, world: World) -> dict[str, Any]:
@@ -26,23 +26,23 @@ def measure_step(config: TrialConfig, data: TaskData, base: BaseModel, world: Wo
     Raises:
         OutOfMemory: on the rank that ran out.
     """
-    num_steps = NUM_WARMUP + NUM_STEADY
     recipe = config.recipe
     rows_per_epoch = len(data.subset(1.0))
-    epochs = math.ceil(num_steps * recipe.global_batch_size / rows_per_epoch)
+    epochs = math.ceil(NUM_STEPS * recipe.global_batch_size / rows_per_epoch)
     long_enough = replace(config, recipe=replace(recipe, dataset_fraction=1.0, epochs=float(epochs)))
     with memory_errors():
         trainer = Trainer(long_enough, data, base, world, checkpoints=None)
-        for _ in range(num_steps):
+        for _ in range(NUM_STEPS):
             trainer.train_step()
     parts = trainer.step_parts()
-    time = fit_steady([sum(step) for step in parts], trainer.sizes)
-    step_seconds = float(time.of(trainer.sizes.padded_tokens[:num_steps]).mean())
+    seconds = [sum(step) for step in parts]
+    time = fit_steady(seconds, trainer.sizes)
+    step_seconds = float(time.of(trainer.sizes.padded_tokens[:NUM_STEPS]).mean())
     return {
         "fixed_seconds": time.fixed_seconds,
         "seconds_per_token": time.seconds_per_token,
         "step_seconds": step_seconds,
-        "tokens_per_second": float(trainer.sizes.tokens[:num_steps].mean()) / step_seconds,
-        "num_steps": NUM_STEADY,
-        "part_seconds": mean_parts(parts[NUM_WARMUP:]),
+        "tokens_per_second": float(trainer.sizes.tokens[:NUM_STEPS].mean()) / step_seconds,
+        "num_steps": len(steady_steps(seconds)),
+        "part_seconds": mean_parts(parts),
     }

@@ -54,14 +54,17 @@ def num_warmup(num_done: int) -> int:
     return min(max(WARMUP_STEPS, round(WARMUP_SHARE * num_done)), num_done // 2)
 
 
-def steady(seconds: Sequence[float], sizes: StepSizes) -> tuple[np.ndarray, np.ndarray]:
-    """Return seconds and padded tokens of the undisturbed steps after the warm-up; the seconds of a disturbed one are NaN."""
-    skipped = num_warmup(len(seconds))
-    times = np.asarray(seconds, dtype=np.float64)[skipped:]
-    is_good = ~np.isnan(times)
-    return times[is_good], sizes.padded_tokens[skipped : len(seconds)][is_good]
+def steady_steps(seconds: Sequence[float]) -> np.ndarray:
+    """Return the steps whose time counts: of the undisturbed ones those after the warm-up, one at least; int64 (num_steady,).
+
+    Args:
+        seconds: of every step; NaN for one that was disturbed.
+    """
+    undisturbed = np.flatnonzero(~np.isnan(np.asarray(seconds, dtype=np.float64)))
+    return undisturbed[num_warmup(len(undisturbed)) :]
 
 
 def fit_steady(seconds: Sequence[float], sizes: StepSizes) -> StepTime:
     """Return the line through the steady steps."""
-    return fit(*steady(seconds, sizes))
+    steps = steady_steps(seconds)
+    return fit(np.asarray(seconds)[steps], sizes.padded_tokens[steps])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from spaces.space import SpaceSpec
 from trainables.batching import BatchPlan, StepSizes
 from trainables.mesh import World
 from trainables.model import BaseModel
-from trainables.step_profile import NUM_STEADY, measure_step
-from trainables.step_time import StepTime, fit, fit_steady, num_warmup
+from trainables.step_profile import NUM_STEPS, measure_step
+from trainables.step_time import StepTime, fit, fit_steady, num_warmup, steady_steps
 
 RNG = np.random.default_rng(0)
 
@@ -62,6 +63,15 @@ def test_equal_steps_give_their_median() -> None:
     assert fit(seconds, np.full(5, 64)).of(np.full(5, 64)).sum() == pytest.approx(5 * 1.1)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 5, 8])
+def test_the_shortest_trial_has_a_step_that_counts(num_steps: int) -> None:
+    for disturbed in range(1, num_steps + 1):  # the first step is never followed
+        seconds = [math.nan if step == disturbed else 1.0 for step in range(num_steps)]
+        steps = steady_steps(seconds)
+        assert len(steps) >= 1
+        assert disturbed not in steps
+
+
 def test_warm_up_and_disturbed_steps_count_nowhere() -> None:
     padded = np.full(20, 64)
     seconds = [9.0] * num_warmup(20) + [1.0] * (20 - num_warmup(20))
@@ -86,7 +96,7 @@ def test_a_profile_is_the_line_of_the_real_step(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(BatchPlan, "micro_batches", slow)
     monkeypatch.setattr("trainables.meter.time.perf_counter", lambda: clock[0])
     profile = measure_step(config, data, base, World.alone())
-    assert profile["num_steps"] == NUM_STEADY
+    assert profile["num_steps"] == NUM_STEPS - 1 - num_warmup(NUM_STEPS - 1)
     assert profile["fixed_seconds"] == pytest.approx(1.0)
     assert profile["seconds_per_token"] == pytest.approx(0.01)
     assert profile["part_seconds"]["data"] == pytest.approx(sum(profile["part_seconds"].values()))
