@@ -1,30 +1,26 @@
 """What one knob may be: a fixed value, a choice, an integer range, or a uniform or log-uniform range.
 
 In the user's file a bare scalar is a fixed value; everything else is a mapping with one key:
-`{choice: [4, 8]}`, `{int: [1, 3]}`, `{uniform: [0.1, 1.0]}`, `{log_uniform: [1e-5, 1e-3]}`, and for the learning rate
-`{by_adapter: {none: ..., lora: ...}}`.
+`{choice: [4, 8]}`, `{int: [1, 3]}`, `{uniform: [0.1, 1.0]}`, `{log_uniform: [1e-5, 1e-3]}`, for the learning rate
+`{by_adapter: {none: ..., lora: ...}}`, and for what only changes how fast a trial runs `{profile: [1, 2]}`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
     GetCoreSchemaHandler,
     RootModel,
-    Tag,
     field_validator,
-    model_serializer,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
-from typing_extensions import TypeAliasType
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -131,30 +127,62 @@ class Fixed(RootModel[T], Generic[T]):
         return [self.root]
 
 
-class _OneKey(BaseModel):
+class OneKey(BaseModel):
+    """A mapping with one key."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, model_title_generator=_title)
 
 
-class Choice(_OneKey, Generic[T]):
-    """One of several values. Numbers stay ordered: the sampler is asked for an index into the ascending values."""
+class _Values(OneKey, Generic[T]):
+    """Several values, each once."""
 
-    kind: ClassVar[str] = "choice"
-    choice: tuple[T, ...] = Field(min_length=1)
-    """The values."""
-
-    @field_validator("choice", mode="before")
+    @field_validator("*", mode="before")
     @classmethod
     def _is_list(cls, values: Any) -> Any:
         if not isinstance(values, list | tuple) or not values:
             raise PydanticCustomError("not_a_list", "not a list of values", {"allowed": "a list with at least one value"})
         return values
 
-    @field_validator("choice")
+    @field_validator("*")
     @classmethod
     def _distinct(cls, values: tuple[T, ...]) -> tuple[T, ...]:
         if len(set(values)) < len(values):
             raise PydanticCustomError("repeated", "a value stands twice", {"allowed": "each value once"})
         return values
+
+
+class Profile(_Values[T], Generic[T]):
+    """Several values that are all measured, instead of one that is proposed."""
+
+    kind: ClassVar[str] = "profile"
+    profile: tuple[T, ...] = Field(min_length=1)
+    """The values."""
+
+    @property
+    def is_searched(self) -> bool:
+        return len(self.profile) > 1
+
+    def suggest(self, name: str, suggester: Suggester) -> T:
+        """Return the first value: nothing is asked, and each of the others gets its turn."""
+        return self.profile[0]
+
+    def encode(self, name: str, value: T) -> dict[str, Any]:
+        """Return nothing: nothing is asked."""
+        if value not in self.profile:
+            raise ValueError(f"{name} is one of {list(self.profile)}, got {value!r}")
+        return {}
+
+    def ends(self) -> list[T]:
+        """Return all values, in the user's order."""
+        return list(self.profile)
+
+
+class Choice(_Values[T], Generic[T]):
+    """One of several values. Numbers stay ordered: the sampler is asked for an index into the ascending values."""
+
+    kind: ClassVar[str] = "choice"
+    choice: tuple[T, ...] = Field(min_length=1)
+    """The values."""
 
     @property
     def is_searched(self) -> bool:
@@ -190,7 +218,7 @@ class Choice(_OneKey, Generic[T]):
         return sorted(self.choice)  # type: ignore[type-var]
 
 
-class _Range(_OneKey, Generic[T]):
+class _Range(OneKey, Generic[T]):
     """A low and a high end, both included."""
 
     kind: ClassVar[str]
@@ -281,101 +309,3 @@ class LogUniform(_Range[T], Generic[T]):
         """Return a number."""
         low, high = self.bounds
         return suggester.suggest_float(name, low, high, log=True)
-
-
-def kind_of(value: Any) -> str:
-    """Return the union tag of a domain as the user wrote it; one that no union knows where the form itself is wrong."""
-    if isinstance(value, Mapping):
-        return TAG_PREFIX + (str(next(iter(value))) if len(value) == 1 else "several")
-    if isinstance(value, list | tuple):
-        return f"{TAG_PREFIX}list"
-    return TAG_PREFIX + str(getattr(value, "kind", "fixed"))
-
-
-# `TypeAliasType`, since typing puts no type argument into a pydantic class inside `Annotated`.
-NameDomain = TypeAliasType(
-    "NameDomain",
-    Annotated[Annotated[Fixed[V], Tag("kind:fixed")] | Annotated[Choice[V], Tag("kind:choice")], Discriminator(kind_of)],
-    type_params=(V,),
-)
-"""Unordered values."""
-IntDomain = TypeAliasType(
-    "IntDomain",
-    Annotated[
-        Annotated[Fixed[V], Tag("kind:fixed")] | Annotated[Choice[V], Tag("kind:choice")] | Annotated[IntRange[V], Tag("kind:int")],
-        Discriminator(kind_of),
-    ],
-    type_params=(V,),
-)
-"""Whole numbers."""
-FloatDomain = TypeAliasType(
-    "FloatDomain",
-    Annotated[
-        Annotated[Fixed[V], Tag("kind:fixed")]
-        | Annotated[Choice[V], Tag("kind:choice")]
-        | Annotated[Uniform[V], Tag("kind:uniform")]
-        | Annotated[LogUniform[V], Tag("kind:log_uniform")],
-        Discriminator(kind_of),
-    ],
-    type_params=(V,),
-)
-"""Real numbers."""
-NumberDomain = TypeAliasType(
-    "NumberDomain",
-    Annotated[
-        Annotated[Fixed[V], Tag("kind:fixed")]
-        | Annotated[Choice[V], Tag("kind:choice")]
-        | Annotated[IntRange[N], Tag("kind:int")]
-        | Annotated[Uniform[V], Tag("kind:uniform")]
-        | Annotated[LogUniform[V], Tag("kind:log_uniform")],
-        Discriminator(kind_of),
-    ],
-    type_params=(V, N),
-)
-"""Real numbers `V` of which whole ones `N` make a sensible range too."""
-
-LearningRate = Annotated[float, Within(gt=0, le=10)]
-
-
-class PerAdapter(_OneKey):
-    """A domain for each adapter that the space holds."""
-
-    none: FloatDomain[LearningRate] | None = None
-    """Full fine-tuning."""
-    lora: FloatDomain[LearningRate] | None = None
-    """LoRA, whose best learning rate is about ten times that of full fine-tuning."""
-
-    @model_serializer
-    def _without_absent(self) -> dict[str, Any]:
-        domains = {"none": self.none, "lora": self.lora}
-        return {name: domain.model_dump() for name, domain in domains.items() if domain is not None}
-
-
-class ByAdapter(_OneKey):
-    """A domain that depends on the adapter."""
-
-    kind: ClassVar[str] = "by_adapter"
-    by_adapter: PerAdapter
-    """The domain for each adapter."""
-
-    def of(self, adapter: str) -> Domain:
-        """Return the domain for an adapter.
-
-        Raises:
-            KeyError: there is none.
-        """
-        domain: Domain | None = getattr(self.by_adapter, adapter)
-        if domain is None:
-            raise KeyError(adapter)
-        return domain
-
-
-LearningRateDomain = Annotated[
-    Annotated[Fixed[LearningRate], Tag("kind:fixed")]
-    | Annotated[Choice[LearningRate], Tag("kind:choice")]
-    | Annotated[Uniform[LearningRate], Tag("kind:uniform")]
-    | Annotated[LogUniform[LearningRate], Tag("kind:log_uniform")]
-    | Annotated[ByAdapter, Tag("kind:by_adapter")],
-    Discriminator(kind_of),
-]
-"""The learning rate, which may depend on the adapter."""

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from spaces.domains import TAG_PREFIX, ByAdapter
+from spaces.domains import TAG_PREFIX
+from spaces.forms import ByAdapter
 from spaces.spec import SearchSpec
 from spaces.yaml_text import Path
 
@@ -22,6 +23,7 @@ _FORMS = {
     "int": "{int: [low, high]}",
     "uniform": "{uniform: [low, high]}",
     "log_uniform": "{log_uniform: [low, high]}",
+    "profile": "{profile: [...]}",
     "by_adapter": "{by_adapter: {none: ..., lora: ...}}",
 }
 

@@ -21,23 +21,18 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from spaces.config import Adapter, Precision, Recomputation, Strategy
-from spaces.domains import (
+from spaces.domains import Choice, Domain, Fixed, IntRange, LogUniform, Profile, Suggester, Uniform, Within
+from spaces.forms import (
     ByAdapter,
-    Choice,
-    Domain,
-    Fixed,
     FloatDomain,
     IntDomain,
-    IntRange,
+    LayoutIntDomain,
+    LayoutNameDomain,
     LearningRate,
     LearningRateDomain,
-    LogUniform,
     NameDomain,
     NumberDomain,
     PerAdapter,
-    Suggester,
-    Uniform,
-    Within,
 )
 
 Count = Annotated[int, Within(ge=1, le=1_000_000)]
@@ -50,6 +45,14 @@ Epochs = Annotated[float, Within(gt=0, le=1000)]
 WholeEpochs = Annotated[int, Within(ge=1, le=1000)]
 Alpha = Annotated[float, Within(gt=0, le=100_000)]
 WeightDecay = Annotated[float, Within(ge=0, le=100)]
+
+LAYOUT_KNOBS = ("world_size", "strategy", "micro_batch_size", "recomputation")
+# What `profile` alone stands for.
+EVERY: dict[str, list[Any]] = {
+    "world_size": [2**i for i in range(13)],
+    "strategy": ["ddp", "fsdp"],
+    "recomputation": ["none", "full"],
+}
 
 
 _MODULE_NAMES = re.compile(r"[A-Za-z0-9_.-]+( *, *[A-Za-z0-9_.-]+)*")
@@ -107,14 +110,19 @@ class SpaceSpec(BaseModel):
     """`bf16`: products in bf16; weights that train stay fp32, frozen ones are held in bf16."""
     seed: IntDomain[Seed] = Fixed[Seed](0)
     """Seeds the data order and new weights."""
-    world_size: IntDomain[WorldSize] = Fixed[WorldSize](1)
-    """Ranks that train one trial together."""
-    strategy: NameDomain[Strategy] = Fixed[Strategy]("ddp")
-    """`ddp` replicates the weights, `fsdp` shards them."""
-    micro_batch_size: NameDomain[MicroBatch] = Fixed[MicroBatch]("auto")
+    world_size: LayoutIntDomain[WorldSize] = Fixed[WorldSize](1)
+    """Ranks that train one trial together; `profile`: 1, 2, 4 and so on, as many as the cluster holds."""
+    strategy: LayoutNameDomain[Strategy] = Fixed[Strategy]("ddp")
+    """`ddp` replicates the weights, `fsdp` shards them; `profile`: both."""
+    micro_batch_size: LayoutNameDomain[MicroBatch] = Fixed[MicroBatch]("auto")
     """Rows per rank and forward pass; `auto` takes what fits a fixed number of tokens."""
-    recomputation: NameDomain[Recomputation] = Fixed[Recomputation]("none")
+    recomputation: LayoutNameDomain[Recomputation] = Fixed[Recomputation]("none")
     """`full` computes the activations of each block again in the backward pass: less memory, about a third more work."""
+
+    @field_validator(*EVERY, mode="before")
+    @classmethod
+    def _profile_alone_is_all_values(cls, value: Any, info: ValidationInfo) -> Any:
+        return {"profile": EVERY[info.field_name or ""]} if value == "profile" else value
 
     @field_validator("learning_rate")
     @classmethod
@@ -200,6 +208,15 @@ class SpaceSpec(BaseModel):
         ends = self.world_size.ends()
         sizes = range(ends[0], ends[1] + 1) if isinstance(self.world_size, IntRange) else sorted(ends)
         return list(itertools.product(sizes, self.strategy.ends()))
+
+    def measured_layouts(self, params: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the params under every layout that is to be measured for them; on one rank the strategies are the same."""
+        knobs = [knob for knob in LAYOUT_KNOBS if isinstance(getattr(self, knob), Profile)]
+        values = itertools.product(*(getattr(self, knob).ends() for knob in knobs))
+        layouts = [{**params, **dict(zip(knobs, each, strict=True))} for each in values]
+        first = self.strategy.ends()[0]
+        is_measured = "strategy" in knobs
+        return [p for p in layouts if not (is_measured and p["world_size"] == 1 and p["strategy"] != first)]
 
     def names_searched(self) -> list[str]:
         """Return the knobs that have more than one value."""

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from spaces.domains import Choice, Fixed, FloatDomain, IntDomain, IntRange, LogUniform, Uniform, Within
+from spaces.domains import Choice, Fixed, IntRange, LogUniform, Uniform, Within
+from spaces.forms import FloatDomain, IntDomain
 
 Positive = Annotated[float, Within(gt=0, le=10)]
 Count = Annotated[int, Within(ge=1, le=1000)]

@@ -178,7 +178,7 @@ LINES = {
         "space:\n",
         "space:\n  strategy: {uniform: [ddp, fsdp]}\n",
         r'spec.yaml:7: space.strategy.uniform: not a form of this knob, got \["ddp", "fsdp"\]; '
-        r"allowed: a value, {choice: \[...\]}",
+        r"allowed: a value, {choice: \[...\]}, {profile: \[...\]}",
     ),
     "two forms": (
         "{log_uniform: [1e-4, 1e-2]}",

@@ -176,3 +176,22 @@ def test_out_of_range_is_refused(knobs):
 
 def test_the_edges_of_the_ranges_are_inside():
     space(dataset_fraction=1, warmup_fraction=0, weight_decay=0, world_size=1, epochs=0.5, micro_batch_size=1)
+
+
+def test_a_profiled_layout_is_asked_of_nobody_and_every_one_gets_its_turn() -> None:
+    space = SpaceSpec.model_validate(
+        {"world_size": {"profile": [1, 2]}, "strategy": "profile", "recomputation": {"choice": ["none", "full"]}}
+    )
+    params = space.first()
+    layouts = space.measured_layouts(params)
+    assert [(p["world_size"], p["strategy"]) for p in layouts] == [(1, "ddp"), (2, "ddp"), (2, "fsdp")], "one rank has no strategy"
+    assert all(p["learning_rate"] == params["learning_rate"] and p["recomputation"] == "none" for p in layouts)
+    assert space.encode({"world_size": 2}) == {}
+    assert {"world_size", "strategy"} <= set(space.names_searched())
+    assert SpaceSpec().measured_layouts(params) == [params]
+
+
+def test_profile_alone_is_every_value() -> None:
+    space = SpaceSpec.model_validate({"world_size": "profile", "recomputation": "profile"})
+    assert space.world_size.ends()[:4] == [1, 2, 4, 8]
+    assert space.recomputation.ends() == ["none", "full"]
