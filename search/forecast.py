@@ -19,7 +19,7 @@ from spaces.estimate import (
     StepEstimate,
     estimate_step,
 )
-from spaces.memory import NoFormula, rank_memory
+from spaces.memory import rank_memory
 from spaces.spec import SearchSpec
 
 # Proposals over which the mean trial is taken; its standard error is then a few percent.
@@ -46,7 +46,7 @@ class Forecaster:
         try:
             missing = max(0, self._peak_bytes(config) - self.cluster.usable_bytes)
             step = estimate_step(self.plan, config, self.cluster, self.spec.model.max_length)
-        except (NoFormula, NoPeak) as error:
+        except NoPeak as error:
             return {"fits": False, "missing_bytes": None, "step": None, "unknown": str(error)}
         parts = {**asdict(step), "seconds": step.seconds, "tokens_per_second": step.tokens_per_second}
         return {"fits": missing == 0, "missing_bytes": missing, "step": parts, "unknown": ""}
@@ -91,7 +91,7 @@ class Forecaster:
             if self._peak_bytes(config) > self.cluster.usable_bytes:
                 return None
             return estimate_step(self.plan, config, self.cluster, self.spec.model.max_length)
-        except (NoFormula, NoPeak):
+        except NoPeak:
             return None
 
     def _peak_bytes(self, config: TrialConfig) -> int:

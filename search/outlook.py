@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from search.profiles import ProfileCache, profile_key
 from spaces.config import TrialConfig
 from spaces.estimate import MeasuredMachine, NoPeak, estimate_step
-from spaces.memory import NoFormula, rank_memory
+from spaces.memory import rank_memory
 from spaces.metrics import TRAIN_SECONDS
 from spaces.spec import SearchSpec
 from trainables.batching import BatchPlan, StepSizes
@@ -78,11 +78,8 @@ class Outlook:
         """Return the bytes of the step with the most padded tokens, by term."""
         if self._plan is None:
             return None
-        try:
-            largest = sizes.padded_tokens.argmax()
-            return asdict(rank_memory(self._plan, config, int(sizes.longest[largest]), int(sizes.micro_targets[largest])))
-        except NoFormula:
-            return None
+        largest = sizes.padded_tokens.argmax()
+        return asdict(rank_memory(self._plan, config, int(sizes.longest[largest]), int(sizes.micro_targets[largest])))
 
     def _estimated_seconds(self, config: TrialConfig, sizes: StepSizes) -> float | None:
         device = self._device

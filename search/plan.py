@@ -16,7 +16,7 @@ from spaces.config import TrialConfig
 from spaces.constraints import Limits, is_feasible, reason, violations
 from spaces.estimate import GpuCluster
 from spaces.loading import LoadedSpec, SpecError, dump_spec
-from spaces.memory import NoFormula, RankMemory, rank_memory
+from spaces.memory import RankMemory, rank_memory
 from spaces.space import SpaceSpec
 from spaces.spec import SearchSpec
 from trainables.formats import DataError, read_rows
@@ -102,16 +102,6 @@ def _blueprint(spec: SearchSpec) -> tuple[Blueprint | None, str]:
         return None, str(error)
 
 
-def _memory(plan: Blueprint | None, config: TrialConfig, length: int) -> tuple[dict[str, int] | None, str]:
-    """Return the predicted bytes by term of a rank that trains full rows, or why there are none."""
-    if plan is None:
-        return None, ""
-    try:
-        return asdict(rank_memory(plan, config, length)), ""
-    except NoFormula as error:
-        return None, str(error)
-
-
 def _rental_text(cluster: GpuCluster) -> str:
     return f"{cluster.num_nodes} x {cluster.gpus_per_node} {cluster.device.name}"
 
@@ -143,7 +133,7 @@ def layout_rows(
     for params in space.corners():
         config = TrialConfig.from_params(params, max_length=max_length)
         values = violations(config, limits)
-        memory, unknown = _memory(plan, config, max_length)
+        memory = None if plan is None else asdict(rank_memory(plan, config, max_length))
         rows.append(
             {
                 "adapter": config.recipe.adapter,
@@ -156,7 +146,6 @@ def layout_rows(
                 "recomputation": config.layout.recomputation,
                 "peak_memory_bytes": None if memory is None else sum(memory.values()),
                 "memory": memory,
-                "memory_unknown": unknown,
                 "feasible": is_feasible(values),
                 "violated": {name: reason(name, config, limits) for name, value in values.items() if value > 0},
                 **({} if forecaster is None else forecaster.layout(config)),
@@ -177,11 +166,10 @@ def render_plan(plan: Mapping[str, Any]) -> str:
         "",
         *_layout_table(plan["layouts"]),
     ]
-    unknown = sorted({row["memory_unknown"] for row in plan["layouts"]} | {plan["memory_unknown"]} - {""})
     lines += [
         "",
         "GiB a rank: predicted tensors at the peak, with rows of model.max_length tokens and the first value of every other knob; "
-        "without the libraries and the data" + "".join(f"; {reason}" for reason in unknown if reason),
+        "without the libraries and the data" + (f"; {plan['memory_unknown']}" if plan["memory_unknown"] else ""),
     ]
     lines += ["", f"{plan['num_feasible_layouts']} of {len(plan['layouts'])} can run"]
     if plan["forecast"] is not None:

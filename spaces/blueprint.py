@@ -79,6 +79,12 @@ class Blueprint:
     """Whether queries and keys are normalised head by head."""
     num_kept_by_activation: int
     """Tensors of the feed-forward's inner width that its backward pass needs: before and after every product and function."""
+    are_logits_capped: bool = False
+    """Whether the scores of the tokens go through a tanh."""
+    is_norm_weighed_in_fp32: bool = False
+    """Whether normalisation returns to the model's number format after its weight and not before."""
+    are_experts_weighed_in_fp32: bool = False
+    """Whether the router's probabilities stay in fp32 whatever the model computes in."""
 
     @property
     def block(self) -> tuple[Matrix, ...]:
@@ -166,6 +172,9 @@ def _decoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -
         has_head_norms=head_norms > 0,
         # Gate, its activation, the other branch, and their product.
         num_kept_by_activation=4,
+        are_logits_capped=task == "causal-lm" and bool(c.get("final_logit_softcapping")),
+        is_norm_weighed_in_fp32=family.startswith("gemma"),
+        are_experts_weighed_in_fp32=family == "mixtral",
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
-from spaces.memory import NoFormula, RankMemory, rank_memory
+from spaces.memory import RankMemory, rank_memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ def adapter_rank_within_width(config: TrialConfig, limits: Limits) -> float:
 
 
 def memory_within_device(config: TrialConfig, limits: Limits) -> float:
-    """Bytes that a rank lacks at its peak; 0 where there is no formula, since only running it then tells."""
+    """Bytes that a rank lacks at its peak; 0 for a family without formulas, where only running it tells."""
     predicted = predicted_memory(config, limits)
     if predicted is None or limits.memory_bytes is None:
         return 0.0
@@ -55,14 +55,11 @@ def memory_within_device(config: TrialConfig, limits: Limits) -> float:
 
 
 def predicted_memory(config: TrialConfig, limits: Limits) -> RankMemory | None:
-    """Return what a rank would hold with the longest rows, or None if there is no formula for it."""
+    """Return what a rank would hold with the longest rows, or None for a family without formulas."""
     if limits.plan is None:
         return None
-    try:
-        most = None if limits.max_targets is None else limits.max_targets * config.layout.micro_batch_size
-        return rank_memory(limits.plan, config, limits.max_length, most)
-    except NoFormula:
-        return None
+    most = None if limits.max_targets is None else limits.max_targets * config.layout.micro_batch_size
+    return rank_memory(limits.plan, config, limits.max_length, most)
 
 
 CONSTRAINTS = (global_batch_divisible, world_size_within_cluster, adapter_rank_within_width, memory_within_device)

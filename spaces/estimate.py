@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from spaces.activations import FP32_BYTES, widths
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
 from spaces.flops import flops_of_blueprint, recomputed_flops_of_blueprint
 from spaces.hardware import Device
-from spaces.memory import FP32_BYTES, num_adapter_params, num_trained, widths
+from spaces.memory import num_adapter_params, num_trained
 
 # Of the dense peak, between published rows on H100, as counted here: Llama-3 8B with LoRA on one at 4,096 tokens, 12,473 tokens/s
 # (42 %; https://github.com/NVIDIA-NeMo/Automodel/blob/main/docs/performance-summary.mdx), in full on eight at 8,192, 6,667 tokens/s

@@ -19,11 +19,9 @@ from trainables.optim import make_optimizer
 from trainables.parallelize import autocast
 
 ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
-# Routed experts and attention that is written out keep what depends on the routing and on the square of the length.
-WITHOUT_FORMULA = {"mixtral", "qwen3_moe", "gemma2"}
-KNOWN = [f for f in FAMILIES if f not in WITHOUT_FORMULA]
-RMS = [f for f in KNOWN if f not in ENCODERS | {"gpt2"}]
-ADAPTERS = ("none", "all-linear", "some")
+# One of every modelling file that keeps something of its own; the others repeat one of these.
+DISTINCT = ("llama", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2", "bert", "distilbert")
+ADAPTERS, PRECISIONS = ("none", "all-linear", "some"), ("fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +75,43 @@ class Case:
         return blueprint(config_of(make(self.family, self.task, **dict(self.changes))), self.task, NUM_LABELS)  # type: ignore[arg-type]
 
 
-ALONE = [Case(family=f, adapter=a, rows=r, length=n) for f in KNOWN for a in ADAPTERS for r, n in ((2, 16), (8, 32), (16, 48))]
-ALONE += [Case(family=f, adapter=a, recomputation="full") for f in KNOWN for a in ("none", "all-linear")]
-ALONE += [Case(family=f, adapter=a, precision="bf16", recomputation=r) for f in RMS for a in ADAPTERS for r in ("none", "full")]
-ALONE += [Case(family=f, adapter=a, precision="bf16", rows=2, length=16) for f in RMS for a in ADAPTERS]
+ALONE = [
+    Case(family=f, adapter=a, precision=p, rows=r, length=n)
+    for f in FAMILIES
+    for p in PRECISIONS
+    for a in ADAPTERS
+    for r, n in ((2, 16), (8, 32), (16, 48))
+]
+ALONE += [
+    Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation="full")
+    for f in FAMILIES
+    for p in PRECISIONS
+    for a in ADAPTERS
+    for r, n in ((8, 32), (16, 48))
+]
 WIDE = (("vocab_size", 2000),)
 ALONE += [
     Case(family=f, adapter=a, precision=p, num_prompt=24, changes=WIDE)
-    for f, p in (("llama", "fp32"), ("llama", "bf16"), ("gpt2", "fp32"))
+    for f in ("llama", "gpt2", "gemma2")
+    for p in PRECISIONS
     for a in ("none", "all-linear")
+]
+# What grows with the square of the length, with the experts that a token meets, and with those that it does not.
+ALONE += [
+    Case(family=f, adapter=a, precision=p, rows=2, length=120, recomputation=c, changes=v)
+    for f, v in (
+        ("gemma2", (("num_key_value_heads", 4),)),
+        ("mixtral", (("num_local_experts", 8), ("num_experts_per_tok", 1))),
+        ("qwen3_moe", (("num_experts", 16), ("num_experts_per_tok", 8), ("moe_intermediate_size", 24))),
+    )
+    for p in PRECISIONS
+    for a in ADAPTERS
+    for c in ("none", "full")
 ]
 SHARDED = [
     Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation=c, changes=v)
-    for f, p in [(f, p) for f in ("llama", "qwen3", "phi3") for p in ("fp32", "bf16")] + [("bert", "fp32"), ("gpt2", "fp32")]
+    for f in DISTINCT
+    for p in PRECISIONS
     for a in ("none", "all-linear")
     for r, n, c, v in (
         (8, 32, "none", ()),
@@ -98,6 +120,15 @@ SHARDED = [
         (4, 32, "none", (("vocab_size", 1000),)),
     )
 ]
+# Of both grids what a test run has time for: every family in every precision, every modelling file with every adapter and
+# recomputation; on two ranks every kind of block, and either precision.
+ALONE_IN_SHORT = [
+    c for c in ALONE if (c.rows == 8 and c.family in DISTINCT) or (c.rows == 16 and c.recomputation == c.adapter == "none")
+]
+ALONE_IN_SHORT += [c for c in ALONE if c.length == 120 and c.adapter != "some" and c.recomputation == "none"]
+_SHARDED_IN_SHORT = {"llama": ("fp32", "bf16"), "bert": ("fp32",), "qwen3_moe": ("fp32",)}
+_SHARDED_IN_SHORT |= dict.fromkeys(("gpt2", "gemma2", "mixtral"), ("bf16",))
+SHARDED_IN_SHORT = [c for c in SHARDED if c.precision in _SHARDED_IN_SHORT.get(c.family, ())]
 
 
 def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:

@@ -9,8 +9,9 @@ import distributed
 import pytest
 import torch
 from families import make
-from memory_grid import ALONE, SHARDED, Case, error, measured, peaks_of
+from memory_grid import ALONE, ALONE_IN_SHORT, SHARDED, SHARDED_IN_SHORT, Case, error, measured, peaks_of
 
+from spaces.blueprint import FAMILIES
 from spaces.memory import num_trained, rank_memory
 from trainables.adapters import add_lora
 from trainables.mesh import World
@@ -18,28 +19,46 @@ from trainables.model import build
 from trainables.parallelize import parallelize
 
 
-def check(errors: dict[Case, float], worst_allowed: float) -> None:
-    assert statistics.median(map(abs, errors.values())) < 0.03
-    worst = max(errors, key=lambda case: abs(errors[case]))
-    assert abs(errors[worst]) < worst_allowed, f"{worst}: {errors[worst]:+.1%}"
+def check(errors: dict[Case, float]) -> None:
+    """Hold the errors to what the grids have: what is too low is worse, since it then does not fit."""
+    assert statistics.median(map(abs, errors.values())) < 0.02
+    worst, least = max(errors, key=lambda case: errors[case]), min(errors, key=lambda case: errors[case])
+    assert errors[worst] < 0.08, f"{worst}: {errors[worst]:+.1%}"
+    assert errors[least] > -0.06, f"{least}: {errors[least]:+.1%}"
 
 
-def test_every_family_adapter_shape_and_precision_is_predicted() -> None:
+def check_alone(cases: list[Case]) -> None:
     errors = {}
-    for case in ALONE:
+    for case in cases:
         config, plan = case.config(1), case.blueprint()
         peak, trained = measured(case, config, World.alone())
         assert trained == num_trained(plan, config.recipe), case
         errors[case] = error(case, 1, peak)
-    assert len(errors) >= 180
-    check(errors, 0.06)
+    check(errors)
+
+
+def check_sharded(cases: list[Case]) -> None:
+    peaks = distributed.run(2, peaks_of, cases)[0]
+    check({case: error(case, 2, peak) for case, peak in zip(cases, peaks, strict=True)})
+
+
+def test_every_family_and_precision_is_predicted() -> None:
+    assert {(c.family, c.precision) for c in ALONE_IN_SHORT} == {(f, p) for f in FAMILIES for p in ("fp32", "bf16")}
+    check_alone(ALONE_IN_SHORT)
 
 
 def test_sharded_layouts_are_predicted() -> None:
-    peaks = distributed.run(2, peaks_of, SHARDED)[0]
-    errors = {case: error(case, 2, peak) for case, peak in zip(SHARDED, peaks, strict=True)}
-    assert len(errors) >= 60
-    check(errors, 0.12)
+    check_sharded(SHARDED_IN_SHORT)
+
+
+@pytest.mark.slow
+def test_the_rest_of_the_grid_is_predicted() -> None:
+    check_alone([case for case in ALONE if case not in ALONE_IN_SHORT])
+
+
+@pytest.mark.slow
+def test_the_rest_of_the_sharded_grid_is_predicted() -> None:
+    check_sharded([case for case in SHARDED if case not in SHARDED_IN_SHORT])
 
 
 def test_a_wide_vocabulary_and_a_wide_layer_move_the_peak() -> None:

@@ -1,0 +1,302 @@
+"""Bytes that a step of training holds for its backward pass, block by block, from a blueprint and a recipe.
+
+What a layer keeps is read off transformers' modelling files, torch's own backward formulas (what `torch.autograd` saves) and what
+autocast casts on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spaces.blueprint import Blueprint, Matrix
+from spaces.config import Recipe, TrialConfig
+
+FP32_BYTES, BF16_BYTES, INT64_BYTES = 4, 2, 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Widths:
+    """Bytes per number."""
+
+    frozen: int
+    """Weights that do not train, as they are held."""
+    stream: int
+    """What the blocks hand on to each other."""
+    products: int
+    """What goes into the matrix products and comes out of them."""
+    is_autocast: bool
+    """Whether every product casts its own copy of its input, and trained weights are cast once a step."""
+
+
+def widths(config: TrialConfig) -> Widths:
+    """Return the number formats of a trial, as `trainables.model.build` and `trainables.parallelize` make them."""
+    if config.recipe.precision == "fp32":
+        return Widths(frozen=FP32_BYTES, stream=FP32_BYTES, products=FP32_BYTES, is_autocast=False)
+    is_autocast = config.layout.strategy != "fsdp" or config.layout.world_size == 1  # FSDP2 casts by itself
+    # The embedding's number format goes through the residual stream: fp32 where it trains under autocast.
+    stream = FP32_BYTES if is_autocast and config.recipe.adapter == "none" else BF16_BYTES
+    return Widths(frozen=BF16_BYTES, stream=stream, products=BF16_BYTES, is_autocast=is_autocast)
+
+
+def is_wrapped(matrix: Matrix, recipe: Recipe) -> bool:
+    """Return whether LoRA wraps a matrix; `all-linear` finds the router and the stacked experts too, a name only the router."""
+    targets = recipe.adapter_target_modules or ()
+    if recipe.adapter != "lora" or matrix.trains_with_adapter:
+        return False
+    if matrix.is_module:
+        return matrix.is_wrapped_by(targets)
+    return targets == ("all-linear",) or (matrix.num_experts == 1 and any(t.rsplit(".", 1)[-1] == matrix.name for t in targets))
+
+
+def adapter_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
+    """Return the parameters that LoRA adds: one pair of factors for each expert, and of twice the rank for gate and up in one."""
+    rank, params = recipe.adapter_rank or 0, 0
+    for m in matrices:
+        if is_wrapped(m, recipe):
+            is_fused_pair = m.num_experts > 1 and m.name == "gate_up_proj"
+            params += rank * m.num_experts * (m.num_inputs + m.num_outputs) * (2 if is_fused_pair else 1)
+    return params
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Activations:
+    """What one step keeps. `..._per_token` are bytes per padded token."""
+
+    plan: Blueprint
+    recipe: Recipe
+    width: Widths
+    num_tokens: int
+    """Padded tokens of a micro batch."""
+    length: int
+    """Padded tokens per row."""
+    num_targets: int
+    """Positions of a micro batch that the loss counts."""
+    recomputes: bool
+    """Whether a block keeps its input alone, and lives again while its own backward pass runs."""
+
+    @property
+    def _is_full(self) -> bool:
+        return self.recipe.adapter == "none"
+
+    def before_blocks(self) -> int:
+        """Return what the embedding keeps: of an encoder, its normalisation's input, output and two statistics.
+
+        Frozen, its output alone, which adapters read; but for recomputation PEFT makes its look-up require a gradient, and so
+        all that follows on it is kept.
+        """
+        plan, hidden, kept = self.plan, self.plan.shape.hidden_size, 0
+        is_frozen = not (self._is_full or self.recomputes)
+        if self.plan.is_post_norm:
+            kept = hidden if is_frozen else 2 * hidden + 2
+        elif plan.norm == "layer" and self.recomputes and not self._is_full:
+            kept = hidden  # GPT-2 adds positions to what it has looked up
+        # Attention that is written out adds a mask to its scores: one for all tokens before, one for those in the window.
+        kept += 0 if plan.is_attention_fused else 2 * self.length
+        return self.num_tokens * self.width.stream * kept
+
+    def after_blocks(self) -> int:
+        """Return what the last normalisation and the inputs of the head's layers keep."""
+        plan, hidden, full, width = self.plan, self.plan.shape.hidden_size, self._is_full, self.width
+        # What a head of target positions multiplies is a copy of them.
+        picked = width.products * hidden * self.num_targets if full and plan.head[-1].is_output else 0
+        kept = 0
+        if plan.norm == "rms":
+            # Its input in fp32 with the statistic, before its weight, and after it what a `score` reads.
+            kept = FP32_BYTES * (hidden + 1) if full or width.products == BF16_BYTES else 0
+            weighed = FP32_BYTES if plan.is_norm_weighed_in_fp32 else width.stream
+            kept += (weighed + (0 if picked else width.products)) * hidden if full else 0
+        elif not plan.is_post_norm:
+            kept = width.stream * ((1 if picked else 2) * hidden + 2) if full else 0
+        pooled = sum(m.num_outputs for m in plan.head[:-1]) * self.num_targets
+        return kept * self.num_tokens + picked + FP32_BYTES * pooled
+
+    def block_inputs(self) -> int:
+        """Return what one block keeps that is computed again."""
+        return self.num_tokens * self.width.stream * self.plan.shape.hidden_size
+
+    def again(self) -> int:
+        """Return what lives beside its input while a block is computed again; what keeps that input too has no copy of it."""
+        if self.plan.is_post_norm:
+            shares = not self.width.is_autocast and (self._is_full or any(is_wrapped(m, self.recipe) for m in self.plan.attention_in))
+        else:
+            shares = self.plan.norm == "layer" or self.width.stream == FP32_BYTES
+        return self.block() - (self.block_inputs() if shares else 0)
+
+    def block(self, *, is_first: bool = False) -> int:
+        """Return what one block keeps, but for cast weights."""
+        plan, recipe, width = self.plan, self.recipe, self.width
+        needs_grad = self._is_full or not is_first or any(is_wrapped(m, recipe) for m in plan.attention_in)
+        kept = self._attention_per_token() if needs_grad else 0
+        if not needs_grad and not width.is_autocast and any(is_wrapped(m, recipe) for m in plan.attention_out):
+            kept += width.products * plan.attention_out[0].num_inputs
+        kept += self._before_per_token(plan.feed_forward_in)
+        kept += self._experts_per_token() if self._has_experts else self._activation_per_token()
+        wrapped = [m for m in plan.block if is_wrapped(m, recipe) and m.num_experts == 1]
+        # A router's adapter is multiplied out, and has no result of its own.
+        kept += width.products * (recipe.adapter_rank or 0) * sum(m.is_module for m in wrapped)
+        if width.is_autocast:
+            kept += width.products * sum(m.num_inputs for m in wrapped)
+        # Around stacked experts PEFT adds the product of its factors to the weight, and the sum is what the tokens meet.
+        experts = [m for m in plan.block if m.num_experts > 1 and is_wrapped(m, recipe)]
+        return self.num_tokens * kept + width.products * sum(m.num_params for m in experts)
+
+    def cast_block_weights(self) -> int:
+        """Return one block's weights as autocast has cast them; grouped products are not autocast."""
+        if not self.width.is_autocast:
+            return 0
+        matrices = self.plan.block
+        full = sum(m.num_params for m in matrices if m.num_experts == 1)
+        return BF16_BYTES * (full if self._is_full else adapter_params(matrices, self.recipe))
+
+    def cast_head_weights(self) -> int:
+        """Return the head's weights as autocast has cast them."""
+        if not self.width.is_autocast:
+            return 0
+        trained = sum(m.num_params for m in self.plan.head if self._is_full or m.trains_with_adapter)
+        return BF16_BYTES * (trained + adapter_params(self.plan.head, self.recipe))
+
+    def inside_block(self) -> int:
+        """Return the most that is held beside what a block keeps, late in its forward pass or early in its backward pass."""
+        backward = self._weighing_or_activation_per_token() if self._has_experts else self._backward_per_token()
+        # From the backward pass on, and so when a block is computed again, there is the gradient of its result.
+        gradient = self.width.stream * self.plan.shape.hidden_size
+        inside = max(self._forward_per_token() + (gradient if self.recomputes else 0), backward + gradient)
+        # What PEFT has multiplied out has a gradient as large, before that becomes those of the factors.
+        last = self.plan.feed_forward_out[0]
+        merged = last.num_params if self._has_experts and is_wrapped(last, self.recipe) else 0
+        return self.num_tokens * inside + self.width.products * merged
+
+    @property
+    def _has_experts(self) -> bool:
+        return self.plan.feed_forward_out[0].num_experts > 1
+
+    @property
+    def _expert_width(self) -> int:
+        """Bytes of the numbers in the experts: grouped products are not autocast, and cast their input to their weights' format."""
+        return FP32_BYTES if self.width.is_autocast and self._is_full else self.width.products
+
+    @property
+    def _weight_width(self) -> int:
+        """Bytes of the numbers that the experts' results become once they are weighed."""
+        return FP32_BYTES if self.plan.are_experts_weighed_in_fp32 else self._expert_width
+
+    def _attention_per_token(self) -> int:
+        plan, shape, width = self.plan, self.plan.shape, self.width
+        queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        kept = self._before_per_token(plan.attention_in)
+        if not plan.is_attention_fused:
+            kept += self._written_out_per_token(queries)
+        elif len(plan.attention_in) > 1 or plan.norm == "layer":
+            # Queries, keys, values, the output and the logarithm of the sums.
+            kept += width.products * (2 * queries + 2 * keys) + FP32_BYTES * shape.num_heads
+        else:
+            # One matrix for all three: rotated queries and keys are copies, and so is the transposed output.
+            kept += width.products * (4 * queries + 3 * keys) + FP32_BYTES * shape.num_heads
+        if plan.has_head_norms:
+            weighed = FP32_BYTES if plan.is_norm_weighed_in_fp32 else width.products
+            kept += (FP32_BYTES + (weighed if self._is_full else 0)) * (queries + keys)
+            kept += FP32_BYTES * (shape.num_heads + shape.num_kv_heads)
+        return kept
+
+    def _written_out_per_token(self, queries: int) -> int:
+        """Return what attention keeps whose scores are tensors, one row of them per token and head.
+
+        Queries, and keys and values repeated for every head, are copies for the batched products. The cap keeps the tanh of the
+        scores, the softmax its result in fp32, and the product with the values that in its own format.
+        """
+        products = self.width.products
+        weights = FP32_BYTES + (products if products != FP32_BYTES else 0)
+        kept = 3 * products * queries + (products + weights) * self.plan.shape.num_heads * self.length
+        # The output is the input of the next product; under autocast an adapter's copy is counted with it.
+        wrapped = any(is_wrapped(m, self.recipe) for m in self.plan.attention_out)
+        is_output_kept = self._is_full or (wrapped and not self.width.is_autocast)
+        return kept + (products * queries if is_output_kept else 0)
+
+    def _activation_per_token(self) -> int:
+        last, num_inner = self.plan.feed_forward_out[0], self.plan.num_kept_by_activation
+        if not self._is_full and (self.width.is_autocast or not is_wrapped(last, self.recipe)):
+            num_inner -= 1
+        return self.width.products * num_inner * last.num_inputs
+
+    def _experts_per_token(self) -> int:
+        """Return what the router and the experts that a token meets keep, sorted by expert as the grouped products want them."""
+        last = self.plan.feed_forward_out[0]
+        trains = self._is_full or is_wrapped(last, self.recipe)
+        # All probabilities and their sum; of those chosen the probability twice, the index, and three orders of the pairs.
+        kept = FP32_BYTES * (last.num_experts + 1) + last.num_active * (2 * FP32_BYTES + 4 * INT64_BYTES)
+        # The result, for its weighing, and what the activation keeps; the inputs of both products where their weights train.
+        num_inner = self.plan.num_kept_by_activation - (0 if trains else 1)
+        numbers = last.num_outputs * (2 if trains else 1) + num_inner * last.num_inputs
+        return kept + self._expert_width * last.num_active * numbers
+
+    def _before_per_token(self, stage: tuple[Matrix, ...]) -> int:
+        """Return the bytes from the residual stream to the inputs of one half's first matrices."""
+        plan, width, full, hidden = self.plan, self.width, self._is_full, self.plan.shape.hidden_size
+        norms = plan.num_norms_per_block // 2  # around some halves there is a second one
+        if plan.norm == "layer":
+            # One kernel: its input as it comes, and two statistics.
+            kept = width.stream * norms * (hidden + 2)
+        else:
+            # Written out: its input in fp32 and its statistic, and before its weight where that trains.
+            weighed = FP32_BYTES if plan.is_norm_weighed_in_fp32 else width.stream
+            kept = norms * (FP32_BYTES * (hidden + 1) + (weighed * hidden if full else 0))
+        if width.is_autocast:
+            # Every product has a copy of its own but the grouped ones; those of adapters are counted with them.
+            kept += width.products * hidden * sum(m.num_experts == 1 for m in stage) if full else 0
+        elif full or any(is_wrapped(m, self.recipe) for m in stage):
+            kept += width.products * hidden
+        return kept
+
+    def _forward_per_token(self) -> int:
+        """Return what is held beside as a block ends: the input and the result of its last product, and what is added to it."""
+        plan, width, hidden, last = self.plan, self.width, self.plan.shape.hidden_size, self.plan.feed_forward_out[0]
+        wrapped = is_wrapped(last, self.recipe)
+        if self._has_experts:
+            # The weighed results (computed again, their gradient too), and the inputs of the experts where they are not kept.
+            results = self._weight_width * (2 if self.recomputes else 1)
+            inputs = 0 if self._is_full or wrapped else self._expert_width
+            return last.num_active * last.num_outputs * (results + inputs) + (width.stream * hidden if inputs else 0)
+        inside = 0 if self._is_full or (wrapped and not width.is_autocast) else width.products * last.num_inputs
+        if wrapped and width.is_autocast:
+            inside += FP32_BYTES * last.num_inputs  # PEFT hands the adapter its input in fp32
+        # An adapter's result, that scaled, and that of what it wraps.
+        results = width.products * hidden * (3 if wrapped else 1)
+        if not self.plan.is_post_norm:
+            return inside + results
+        # Normalised after the sum: the residual is no input of a normalisation, and so not kept unless it is that of a product.
+        is_residual_kept = not width.is_autocast and (self._is_full or any(is_wrapped(m, self.recipe) for m in plan.feed_forward_in))
+        inside += 0 if is_residual_kept else width.stream * hidden
+        return inside + max(results, width.products * hidden + width.stream * hidden)
+
+    def _backward_per_token(self) -> int:
+        """Return what the backward pass of a block's feed-forward holds beside the activations.
+
+        Gradients of the inner width: of the activation's output and input. Where a product follows the activation (gated, or GELU
+        by its formula) and its result was not kept, of that too; where all trains, a plain GELU has freed the first by then.
+        """
+        last, full = self.plan.feed_forward_out[0], self._is_full
+        wrapped = is_wrapped(last, self.recipe)
+        is_plain = self.plan.num_kept_by_activation == 2
+        copies = 1 if full and is_plain else 2
+        if not (full or is_plain or wrapped):
+            copies += 1
+        inside = self.width.products * copies
+        if self.width.is_autocast and wrapped:
+            # PEFT hands the adapter its input in fp32, and gets the gradient so.
+            inside += FP32_BYTES
+        # Where the last product is normalised, that comes first: five tensors of its backward pass, written out in fp32.
+        norm = 5 * FP32_BYTES * last.num_outputs if self.plan.num_norms_per_block == 4 else 0
+        return max(inside * last.num_inputs, norm)
+
+    def _weighing_or_activation_per_token(self) -> int:
+        """Return what the backward pass of the experts holds beside the activations, at the larger of two moments.
+
+        The weighing, in the format of the probabilities: gradients of the sorted results, of the unweighted ones (and those cast),
+        and their products with the results. The activation: gradients of its output and of both factors; the results are gone by
+        then, and the input of the last product too, where that was kept.
+        """
+        last, width = self.plan.feed_forward_out[0], self._expert_width
+        trains = self._is_full or is_wrapped(last, self.recipe)
+        weighing = last.num_outputs * (3 * self._weight_width + (width if self._weight_width != width else 0))
+        activation = width * ((2 if trains else 3) * last.num_inputs - last.num_outputs)
+        return last.num_active * max(weighing, activation)
