@@ -95,9 +95,14 @@ def rank_memory(plan: Blueprint, config: TrialConfig, length: int, num_targets: 
     at_loss, in_last_block, in_first_block = _while_computing(step, state)
     at_loss = replace(at_loss, logits_bytes=logits)
     at_update = replace(state, gradients_bytes=FP32_BYTES * trained // shards)
-    if shards == 1:
-        return max(at_loss, in_last_block, in_first_block, at_update, key=_peak)
-    return max(_while_sharded(step, shards, at_loss, in_last_block, in_first_block, at_update), key=_peak)
+    moments = [at_loss, in_last_block, in_first_block, at_update]
+    if shards > 1:
+        moments = _while_sharded(step, shards, *moments)
+    if config.num_grad_accum_steps > 1:
+        # Those of the micro batches before are all there, beside that of the product whose backward pass runs.
+        summed = at_update.gradients_bytes + FP32_BYTES * _num_trained_of(plan.feed_forward_out, recipe)
+        moments = [replace(m, gradients_bytes=summed) if m is not at_update else m for m in moments]
+    return max(moments, key=_peak)
 
 
 def _while_computing(step: Activations, state: RankMemory) -> tuple[RankMemory, RankMemory, RankMemory]:

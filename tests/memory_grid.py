@@ -33,6 +33,7 @@ class Case:
     rows: int = 8
     length: int = 32
     num_prompt: int = 1
+    num_micro_batches: int = 1
     precision: str = "fp32"
     recomputation: str = "none"
     changes: tuple[tuple[str, int], ...] = ()
@@ -45,7 +46,7 @@ class Case:
         targets = {"none": None, "all-linear": ("all-linear",)}.get(self.adapter, SOME_TARGETS.get(self.family, ("q_proj", "v_proj")))
         recipe = Recipe(
             learning_rate=1e-3,
-            global_batch_size=self.rows * world_size,
+            global_batch_size=self.rows * world_size * self.num_micro_batches,
             dataset_fraction=1,
             epochs=1,
             warmup_fraction=0,
@@ -108,6 +109,14 @@ ALONE += [
     for a in ADAPTERS
     for c in ("none", "full")
 ]
+ACCUMULATED = [
+    Case(family=f, adapter=a, precision=p, num_micro_batches=2, recomputation=c)
+    for f in ("llama", "gpt2", "bert", "mixtral")
+    for p in PRECISIONS
+    for a in ("none", "all-linear")
+    for c in ("none", "full")
+]
+ALONE += ACCUMULATED
 SHARDED = [
     Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation=c, changes=v)
     for f in DISTINCT
@@ -120,6 +129,7 @@ SHARDED = [
         (4, 32, "none", (("vocab_size", 1000),)),
     )
 ]
+SHARDED += [c for c in ACCUMULATED if c.recomputation == "none"]
 # Of both grids what a test run has time for: every family in every precision, every modelling file with every adapter and
 # recomputation; on two ranks every kind of block, and either precision.
 ALONE_IN_SHORT = [
@@ -143,10 +153,11 @@ def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
         for part in (*module.parameters(), *module.buffers()):
             tensors.hold(part)
         for _ in range(2):  # the optimizer's state is there from the second step on
-            with autocast(config, world):
-                loss = summed_loss(module, batch, case.task)[0]
-            loss.backward()
-            del loss
+            for _ in range(case.num_micro_batches):
+                with autocast(config, world):
+                    loss = summed_loss(module, batch, case.task)[0]
+                loss.backward()
+                del loss
             torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
