@@ -104,9 +104,12 @@ class SearchView:
                 return f"trial {number:04d} RUNNING   {self._knob_text(record)}"
             case "trial_reported" if record and not event["report"]["final"]:
                 report = event["report"]
-                return f"trial {number:04d} {report['fidelity']:8.0%}   {self._metrics(report['metrics'])}"
+                verdict = event.get("verdict")
+                place = f" | place {verdict['place']} of {verdict['num_entries']}" if verdict else ""
+                return f"trial {number:04d} {report['fidelity']:8.0%}   {self._metrics(report['metrics'])}{place}"
             case "trial_finished" if record:
                 why = f" {record.error['kind']}: {record.error['message']}" if record.error else ""
+                why += record.why_stopped
                 why += f" NOISY: {record.noise}" if record.noise else ""
                 return f"trial {number:04d} {record.state.value:9} {self._metrics(record.values)}{why} | {self._summary()}"
             case "trial_infeasible" if record:

@@ -101,7 +101,10 @@ class Dispatcher:
         return events
 
     async def stop(self, job_id: str) -> None:
-        """Ask a job to leave at its next step, or take it out of the queue; unknown and ended jobs are left alone."""
+        """Ask a job to leave at its next step, or take it out of the queue; unknown and ended jobs are left alone.
+
+        Its Tune trial is over: nobody polls for it any more, and once it ends it is forgotten.
+        """
         state = self._jobs.get(job_id)
         if state is None or state.ended:
             return
@@ -205,6 +208,8 @@ class Dispatcher:
     def _end(self, state: _JobState, outcome: dict[str, Any]) -> None:
         state.ended = True
         state.events.append({"event": "ended", "attempts": state.attempts, **outcome})
+        if state.asked is Ask.STOP:
+            self._jobs.pop(state.job.job_id, None)
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -293,7 +298,7 @@ class Dispatcher:
                 self._end(state, {"state": "failed", "kind": "worker_lost", "message": str(error)})
         if self._failed_starts >= MAX_FAILED_STARTS:
             message = f"no worker group could be started: {error}"
-            for state in self._jobs.values():
+            for state in list(self._jobs.values()):
                 if not state.ended:
                     self._end(state, {"state": "failed", "kind": "no_workers", "message": message})
         await self._place()

@@ -17,6 +17,7 @@ from search.ledger import Ledger, SearchState, replay
 from search.pareto import front
 from search.provenance import reproduce_command
 from search.record import TrialRecord, TrialState
+from search.rungs import shares_of
 from search.store import Store
 from search.study import Proposal, Study
 from spaces import constraints
@@ -66,8 +67,8 @@ class Engine:
         self._state = replay(ledger.events())
         for record in self._state.records.values():
             self._lower_memory_limit(record)
-        self._pending = self._reconcile()
         self._live: set[int] = set()
+        self._pending = self._reconcile()
 
     @property
     def state(self) -> SearchState:
@@ -113,11 +114,13 @@ class Engine:
             kind="train",
             config=assignment.config.to_dict(),
             directory=str(self._store.trial_path(assignment.number)),
+            rungs=shares_of(self._spec, assignment.number),
         )
 
-    def reported(self, number: int, report: Mapping[str, Any]) -> None:
-        """Record a report at an evaluation point or the last one."""
-        self._record("trial_reported", number=number, report=dict(report))
+    def reported(self, number: int, report: Mapping[str, Any], verdict: Mapping[str, Any] | None = None) -> None:
+        """Record a report at an evaluation point or the last one, with what its rung says."""
+        known = {} if verdict is None else {"verdict": dict(verdict)}
+        self._record("trial_reported", number=number, report=dict(report), **known)
 
     def ended(self, number: int, outcome: Mapping[str, Any]) -> None:
         """Record the end of a trial as the dispatcher told it, and tell the study what it is; a second end changes nothing."""
@@ -152,8 +155,12 @@ class Engine:
         self._record("test_scored", number=number, metrics=dict(metrics))
 
     def finished(self, reason: str) -> None:
-        """Record the end of the search."""
+        """Record the end of the search; no worker writes any more, so that what is kept is the front's weights alone."""
         self._record("search_finished", reason=reason)
+        members = {record.number for record in self.front()}
+        for record in self._state.records.values():
+            if record.state is not TrialState.RUNNING:
+                self._clean(record.number, keeps_weights=record.number in members)
 
     def front(self) -> list[TrialRecord]:
         """Return the non-dominated, complete, feasible trials."""
@@ -206,10 +213,16 @@ class Engine:
             self._study.tell_failed(record.number)
 
     def _reconcile(self) -> list[int]:
-        """Bring the study up to the ledger, which was written first; return the trials that were cut off in flight."""
-        for record in self._state.records.values():
+        """Bring the study up to the ledger, which was written first; return the trials that were cut off in flight.
+
+        One that a rung had stopped is not among them, but ended.
+        """
+        for record in list(self._state.records.values()):
             if record.state is not TrialState.RUNNING:
                 self._tell(record)
+            elif record.stopped is not None:
+                self._live.add(record.number)
+                self.ended(record.number, {"state": "stopped"})
         for number in self._study.running():
             if number not in self._state.records:
                 self._study.tell_failed(number)
@@ -219,13 +232,18 @@ class Engine:
         """Keep weights only where the front needs them; checkpoints served their purpose when the trial ended."""
         members = {record.number for record in self.front()}
         for other, record in self._state.records.items():
-            if record.state is TrialState.RUNNING:
-                continue
-            if other not in members or other == number:
-                keep = other in members
-                for part in self._store.trial_path(other).glob("*"):
-                    if not (keep and part.name == "final"):
-                        shutil.rmtree(part, ignore_errors=True)
+            if not _may_be_written(record) and (other not in members or other == number):
+                self._clean(other, keeps_weights=other in members)
+
+    def _clean(self, number: int, *, keeps_weights: bool) -> None:
+        for part in self._store.trial_path(number).glob("*"):
+            if not (keeps_weights and part.name == "final"):
+                shutil.rmtree(part, ignore_errors=True)
+
+
+def _may_be_written(record: TrialRecord) -> bool:
+    """A worker is still at a trial that runs, and for a step or so at one that was ended from here; that one it cleans up itself."""
+    return record.state in (TrialState.RUNNING, TrialState.PRUNED) or (record.error or {}).get("kind") == "driver_lost"
 
 
 def objectives_of(spec: SearchSpec, state: SearchState) -> tuple[Objective, ...]:

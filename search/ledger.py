@@ -2,7 +2,8 @@
 
 Every line has `event` and `time` (Unix seconds). The events are `search_started`, `resumed`, `device_examined`, `reference`,
 `search_cut_short`, `search_finished`, and with the `number` of a trial `trial_started`, `trial_infeasible`, `trial_reported`,
-`trial_finished`, `test_scored`.
+`trial_finished`, `test_scored`. A report at a rung carries the rung's `verdict`: a trial that it stops ends as PRUNED, even if a
+crash comes between.
 """
 
 from __future__ import annotations
@@ -164,7 +165,9 @@ class SearchState:
         elif event["event"] == "trial_reported":
             # After lost workers steps are trained again from the last checkpoint, and reported again.
             earlier = [r for r in record.reports if r["step"] < event["report"]["step"]]
-            self.records[number] = replace(record, reports=(*earlier, dict(event["report"])))
+            verdict = event.get("verdict")
+            stopped = verdict if verdict and not verdict["goes_on"] else None
+            self.records[number] = replace(record, reports=(*earlier, dict(event["report"])), stopped=stopped)
         else:
             self.records[number] = _finished(record, event)
 

@@ -210,6 +210,8 @@ class Mirror:
         tags = {RECORD_TAG: record_tag(record), "paretune.state": record.state.value}
         if record.error is not None:
             tags["paretune.error"] = f"{record.error['kind']}: {record.error['message']}"[:500]
+        if record.why_stopped:
+            tags["paretune.stopped"] = record.why_stopped
         if record.noise:
             tags["paretune.noisy"] = record.noise
         if not record.feasible:

@@ -1,12 +1,13 @@
 """The front: which trials no other trial beats, and which of them a user wants.
 
-Objectives are turned to "minimise" once, in `costs`; everything below it only minimises.
+Objectives are turned to "minimise" once, in `cost_vector`; everything below it only minimises.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -40,19 +41,51 @@ def eligible(records: Sequence[TrialRecord], objectives: Sequence[Objective]) ->
 
 def costs(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> Points:
     """Return the objectives' values, all turned to minimise: (num_records, num_objectives)."""
-    rows = [[_sign(o) * record.values[o.metric] for o in objectives] for record in records]
+    rows = [cost_vector(record.values, objectives) for record in records]
     return np.asarray(rows, dtype=np.float64).reshape(len(records), len(objectives))
+
+
+def cost_vector(values: Mapping[str, float], objectives: Sequence[Objective]) -> tuple[float, ...]:
+    """Return the objectives' values, all turned to minimise."""
+    return tuple(_sign(o) * values[o.metric] for o in objectives)
+
+
+def front_indices(rows: Points) -> np.ndarray:
+    """Sort rows into fronts: 0 where nothing dominates a row, else one more than the worst front among its dominators.
+
+    Efficient non-dominated sort (Zhang et al. 2015) on bit sets: 10,000 rows take some hundredths of a second.
+
+    Args:
+        rows: costs to be minimised, (num_rows, num_objectives); equal rows share a front.
+
+    Returns:
+        int (num_rows,)
+    """
+    # In lexicographic order whatever dominates a row stands before it.
+    distinct, where = np.unique(rows, axis=0, return_inverse=True)
+    dominators = [(1 << i) - 1 for i in range(len(distinct))]
+    for column in distinct.T[1:]:
+        no_worse = 0
+        for i in np.argsort(column, kind="stable").tolist():
+            dominators[i] &= no_worse
+            no_worse |= 1 << i
+    members: list[int] = []
+    indices = np.zeros(len(distinct), dtype=np.int64)
+    for i, rivals in enumerate(dominators):
+        # Who has a dominator in a front has one in every better front.
+        index = bisect_left(members, True, key=lambda bits, rivals=rivals: not bits & rivals)  # type: ignore[misc]
+        if index == len(members):
+            members.append(0)
+        members[index] |= 1 << i
+        indices[i] = index
+    return indices[where.reshape(-1)]
 
 
 def front(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
     """Return the non-dominated trials, cheapest first; trials with equal values all stay."""
     candidates = eligible(records, objectives)
-    rows = costs(candidates, objectives)
-    members = [
-        record
-        for record, row in zip(candidates, rows, strict=True)
-        if not ((rows <= row).all(axis=1) & (rows < row).any(axis=1)).any()
-    ]
+    indices = front_indices(costs(candidates, objectives))
+    members = [record for record, index in zip(candidates, indices, strict=True) if index == 0]
     order = [cost_objective(objectives), *objectives]
     return sorted(members, key=lambda r: ([_sign(o) * r.values[o.metric] for o in order], r.number))
 

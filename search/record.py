@@ -49,6 +49,8 @@ class TrialRecord:
     """Unix seconds; None for a trial that was never launched."""
     finished_at: float | None = None
     """Unix seconds; None while it runs."""
+    stopped: dict[str, Any] | None = None
+    """The verdict of the rung that stopped it early: `search.rungs.Verdict` with the rung's `share` of the trial's steps."""
     details: dict[str, Any] = field(default_factory=dict)
     """Process map, memory by rank, MFU convention and the like, from the final report."""
     test: dict[str, float] = field(default_factory=dict)
@@ -79,6 +81,11 @@ class TrialRecord:
         return " and ".join(reasons)
 
     @property
+    def why_stopped(self) -> str:
+        """Where a rung stopped the trial and why, in words; empty where none did."""
+        return "" if self.stopped is None else f"stopped {place_text(self.stopped)}"
+
+    @property
     def late(self) -> float | None:
         """How much longer than its step profile says, relative; None without a profile."""
         predicted, measured = self.predicted.get(TRAIN_SECONDS), self.values.get(TRAIN_SECONDS)
@@ -99,3 +106,11 @@ class TrialRecord:
             TypeError, KeyError, ValueError: the data are not those of a record.
         """
         return cls(**{**data, "state": TrialState(data["state"]), "reports": tuple(data.get("reports", ()))})
+
+
+def place_text(verdict: Mapping[str, Any]) -> str:
+    """Return a rung's verdict in words."""
+    text = f"at {verdict['share']:.0%} of its steps, place {verdict['place']} of {verdict['num_entries']}"
+    if verdict["goes_on"] or verdict["place"] > verdict["quota"]:
+        return f"{text} where {verdict['quota']} may go on"
+    return f"{text} but dominated and in the last front"

@@ -25,7 +25,7 @@ from search.formatting import number_text
 from search.ledger import SearchState
 from search.pareto import cost_objective, eligible, front, hypervolume_of, knee
 from search.record import TrialRecord
-from search.tables import front_table, search_name, write_tables
+from search.tables import front_table, search_name, stopped_line, stopped_table, write_tables
 from spaces.metrics import METRICS, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND
 from spaces.spec import Objective, SearchSpec
 
@@ -188,7 +188,9 @@ def draw_html(figure: FrontFigure, state: SearchState, spec: SearchSpec, objecti
         f"<p class='note'>This trains it again:</p><pre>{html.escape(command)}</pre>" if command else "",
         f"<p>{html.escape(' '.join(facts))}</p>",
         "<h2>The front</h2>",
-        _html_table(members, spec, objectives, figure.knee_number),
+        _html_table(
+            *front_table(members, spec, objectives, (TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES)), marked=str(figure.knee_number)
+        ),
         *(f"<p class='note'>{html.escape(line)}</p>" for line in noise_lines(members)),
     ]
     for number, (title, note, drawing) in enumerate(_drawings(figure, state, spec, objectives)):
@@ -197,18 +199,21 @@ def draw_html(figure: FrontFigure, state: SearchState, spec: SearchSpec, objecti
             drawing, full_html=False, include_plotlyjs=number == 0, config={"displaylogo": False, "responsive": True}
         )
         parts += [f"<h2>{html.escape(title)}</h2><p class='note'>{html.escape(note)}</p>", body]
+    if stopped_line(records):
+        table = _html_table(*stopped_table(records, spec, objectives))
+        parts.append(f"<h2>Which trials were stopped early?</h2><p class='note'>{stopped_line(records)}</p>{table}")
     if "data" in started:
         parts.append(f"<h2>Data</h2><pre>{html.escape(json.dumps(started['data'], indent=2, ensure_ascii=False))}</pre>")
     head = f"<meta charset='utf-8'><title>{html.escape(name)}</title><style>{_STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>"
 
 
-def _html_table(members: Sequence[TrialRecord], spec: SearchSpec, objectives: Sequence[Objective], knee_number: int | None) -> str:
-    heading, rows = front_table(members, spec, objectives, (TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES))
+def _html_table(heading: Sequence[str], rows: Sequence[Sequence[str]], marked: str = "") -> str:
+    """Return a table; the row whose first cell is `marked` is in bold."""
     lines = ["<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in heading) + "</tr>"]
-    for record, row in zip(members, rows, strict=True):
-        marked = " class='knee'" if record.number == knee_number else ""
-        lines.append(f"<tr{marked}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+    for row in rows:
+        knee = " class='knee'" if row[0] == marked else ""
+        lines.append(f"<tr{knee}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
     return f"<div class='wide'><table>{''.join(lines)}</table></div>"
 
 

@@ -17,6 +17,7 @@ from search.provenance import reproduce_command
 from search.record import TrialRecord, TrialState
 from search.report import noise_lines, recommendation, write_report
 from search.store import Store, StoreError
+from search.tables import stopped_line
 from spaces.loading import parse_spec
 from spaces.spec import Objective, SearchSpec
 
@@ -169,6 +170,8 @@ def render_front(results: Results) -> str:
     if results.state.reference:
         shown = {m: results.state.reference[m] for m in columns if m in results.state.reference}
         lines.append("untrained model: " + ", ".join(f"{m} {number_text(m, v)}" for m, v in shown.items()))
+    stopped = stopped_line(list(results.state.records.values()))
+    lines += [stopped] if stopped else []
     lines.append(recommendation(members, results.objectives, results.name))
     lines += noise_lines(members)
     link = (results.state.started or {}).get("mlflow_url")

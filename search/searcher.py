@@ -12,10 +12,12 @@ from search.engine import Assignment, Engine
 
 # A Tune result is flattened on its way here, so reports travel as one JSON string under this key.
 MESSAGE = "message"
+# Keys of a Tune trial's config: the job that it hands in, and the number of the trial that the job trains.
+JOB, NUMBER = "job", "number"
 
 
 class EngineSearcher(Searcher):
-    """Hands out the engine's trials and records every result and every end, whoever caused it.
+    """Hands out the engine's trials and records every end, whoever caused it; reports are the scheduler's.
 
     Tune's own snapshots hold nothing of it: the ledger is what a resume reads.
     """
@@ -39,20 +41,17 @@ class EngineSearcher(Searcher):
         if assignment is None:
             return Searcher.FINISHED
         self._assignments[trial_id] = assignment
-        return {"job": self._engine.job(assignment)}
+        return {JOB: self._engine.job(assignment), NUMBER: assignment.number}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Record a report, or the end that the worker group told."""
+        """Record the end that the worker group told."""
         message = json.loads(result[MESSAGE])
-        number = self._assignments[trial_id].number
-        match message["event"]:
-            case "report":
-                self._engine.reported(number, message["report"])
-            case "ended":
-                self._engine.ended(number, message)
+        if message["event"] == "ended":
+            self._engine.ended(self._assignments[trial_id].number, message)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Record a trial that Tune ended before its worker group did: stopped, or lost with the process that relayed it.
+        """Record a trial that Tune ended before its worker group did: stopped at a rung or because the time is over, or lost with the
+        process that relayed it.
 
         When the whole search is interrupted, its trials stay in flight, for a resume.
         """

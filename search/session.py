@@ -21,6 +21,7 @@ from search.pareto import hypervolume_of, knee
 from search.provenance import git_commit, machine, reproduce_command, versions
 from search.record import TrialState
 from search.report import recommendation, write_report
+from search.rungs import Rungs
 from search.store import Store
 from search.study import Study
 from search.tracking import Tracker, TrackingError
@@ -275,6 +276,7 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
         tuner.run(
             engine,
             dispatcher,
+            rungs=Rungs(spec, engine.state.records.values()),
             max_concurrent=WAITING_PER_RUNNING * max(1, capacity // smallest),
             storage=store.root,
             seconds_left=seconds_left,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,10 +48,10 @@ def _write_csv(path: Path, records: Sequence[TrialRecord]) -> None:
     tested = [m for m in METRICS if any(m in r.test for r in records)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["trial", "outcome", *metrics, *(f"test_{m}" for m in tested), *knobs])
+        writer.writerow(["trial", "outcome", "stopped", *metrics, *(f"test_{m}" for m in tested), *knobs])
         for r in records:
             values = [r.values.get(m, "") for m in metrics] + [r.test.get(m, "") for m in tested]
-            writer.writerow([r.number, outcome(r), *values, *(r.params.get(k, "") for k in knobs)])
+            writer.writerow([r.number, outcome(r), r.why_stopped, *values, *(r.params.get(k, "") for k in knobs)])
 
 
 def _write_calibration(path: Path, records: Sequence[TrialRecord]) -> None:
@@ -64,6 +65,35 @@ def _write_calibration(path: Path, records: Sequence[TrialRecord]) -> None:
 def search_name(state: SearchState, spec: SearchSpec) -> str:
     """Return the name of the search, which the spec may leave open."""
     return spec.name or (state.started or {}).get("name") or "search"
+
+
+def stopped_line(records: Sequence[TrialRecord]) -> str:
+    """Return in one sentence how many trials were stopped at which rung; empty of none."""
+    shares = Counter(r.stopped["share"] for r in records if r.stopped is not None)
+    counts = ", ".join(f"{count} at {share:.0%} of their steps" for share, count in sorted(shares.items()))
+    return f"Stopped early, because too many others were better there: {counts}." if counts else ""
+
+
+def stopped_table(
+    records: Sequence[TrialRecord], spec: SearchSpec, objectives: Sequence[Objective]
+) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of the trials that were stopped at a rung, with what they had reached there."""
+    knobs = spec.space.names_searched()
+    metrics = [o.metric for o in objectives if METRICS[o.metric].is_interim]
+    heading = ["trial", "stopped at", "place", "front", *metrics, *knobs]
+    rows = [
+        [
+            str(r.number),
+            f"{r.stopped['share']:.0%}",
+            f"{r.stopped['place']} of {r.stopped['num_entries']}",
+            f"{r.stopped['front']} of {r.stopped['num_fronts']}",
+            *(number_text(m, r.reports[-1]["metrics"].get(m)) for m in metrics),
+            *(short_text(r.params.get(k)) for k in knobs),
+        ]
+        for r in records
+        if r.stopped is not None and r.reports
+    ]
+    return [h.replace("_", " ") for h in heading], rows
 
 
 def front_table(

@@ -14,7 +14,9 @@ import ray
 from ray import tune
 
 from search.engine import Engine
-from search.searcher import MESSAGE, EngineSearcher
+from search.rungs import Rungs
+from search.scheduler import RungScheduler
+from search.searcher import JOB, MESSAGE, EngineSearcher
 
 # The trial only waits and relays: it takes no CPU from the workers, and stays on the head node, which is never a spot node.
 TRIAL_RESOURCES = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
@@ -22,7 +24,7 @@ TRIAL_RESOURCES = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}]
 
 def relay(config: dict[str, Any], dispatcher: Any) -> None:
     """Be one Tune trial: hand the job in and pass on what its worker group reports."""
-    job = config["job"]
+    job = config[JOB]
     ray.get(dispatcher.submit.remote(job))
     while True:
         for event in ray.get(dispatcher.poll.remote(job.job_id)):
@@ -49,6 +51,7 @@ def run(
     engine: Engine,
     dispatcher: Any,
     *,
+    rungs: Rungs,
     max_concurrent: int,
     storage: Path,
     seconds_left: float | None,
@@ -59,6 +62,7 @@ def run(
     Args:
         engine: proposes the trials and records what becomes of them.
         dispatcher: handle of the dispatcher actor.
+        rungs: decides which trials are stopped early.
         max_concurrent: trials that are handed out at once.
         storage: directory for Tune's own files, which are removed at the end.
         seconds_left: time limit, if there is one.
@@ -81,6 +85,7 @@ def run(
         tune.with_resources(tune.with_parameters(relay, dispatcher=dispatcher), TRIAL_RESOURCES),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
+            scheduler=RungScheduler(engine, rungs),
             num_samples=-1,
             reuse_actors=True,
             time_budget_s=seconds_left,

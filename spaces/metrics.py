@@ -17,6 +17,8 @@ class Metric:
     unit: str
     direction: Direction
     description: str
+    is_interim: bool = True
+    """Whether a trial can tell it before its end, from what it did so far."""
 
     @property
     def tracked_name(self) -> str:
@@ -73,6 +75,7 @@ _TABLE = (
         unit="",
         direction="maximize",
         description="share of evaluation rows whose greedy completion gives the expected answer",
+        is_interim=False,
     ),
     Metric(
         name=TRAIN_LOSS,
@@ -167,6 +170,7 @@ _TABLE = (
         unit="B",
         direction="minimize",
         description="largest peak over the ranks: allocator on a GPU, resident set on a CPU",
+        is_interim=False,
     ),
     Metric(
         name=PADDING_FRACTION,

@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from spaces.domains import Within
+from spaces.fidelity import GRACE_PERIOD, REDUCTION_FACTOR, rung_shares
 from spaces.metrics import ACCURACY, EVAL_LOSS, EXACT_MATCH, MACRO_F1, METRICS, TRAIN_SECONDS, Direction
 from spaces.space import SpaceSpec
 
@@ -97,6 +98,10 @@ class Objective:
     direction: Direction
     reference: float | None
     """Coordinate of the hypervolume's reference point; None: the untrained model's score, known once it is measured."""
+
+
+def _is_interim_quality(metric: str) -> bool:
+    return METRICS[metric].section == "eval" and METRICS[metric].is_interim
 
 
 class _Section(BaseModel):
@@ -197,6 +202,36 @@ class SamplerSpec(_Section):
     """Points that are known to be good, tried first: each gives values to some knobs; the sampler fills in the others."""
 
 
+class SchedulerSpec(_Section):
+    """What stops trials before their end: asynchronous successive halving over several objectives."""
+
+    method: Literal["asha", "none"] | None = None
+    """`asha` stops a trial at a rung where too many are better; `none` lets every trial finish. By default `asha`, unless no
+    objective of quality is known before the end of a trial."""
+    grace_period: Annotated[float, Within(gt=0, lt=1)] = GRACE_PERIOD
+    """Share of its own steps that every trial trains: the first rung."""
+    reduction_factor: Annotated[float, Within(ge=2, le=100)] = REDUCTION_FACTOR
+    """One in this many goes on from a rung, and the next rung is this many times further; at the rungs trials are evaluated."""
+    brackets: AtLeastOne = 1
+    """Each further bracket spares its share of the trials one rung more, in case good ones start slowly; trials of one bracket are
+    held against one another alone."""
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The rungs of the first bracket, as shares of a trial's own steps."""
+        return rung_shares(self.grace_period, self.reduction_factor)
+
+    @field_validator("brackets")
+    @classmethod
+    def _brackets_have_rungs(cls, brackets: int, info: ValidationInfo) -> int:
+        if {"grace_period", "reduction_factor"} <= info.data.keys():
+            most = len(rung_shares(info.data["grace_period"], info.data["reduction_factor"])) + 1
+            if brackets > most:
+                context = {"allowed": f"1 to {most}: the last of them stops no trial"}
+                raise PydanticCustomError("brackets", "more brackets than rungs", context)
+        return brackets
+
+
 class TrackingSpec(_Section):
     """Where MLflow is."""
 
@@ -225,6 +260,8 @@ class SearchSpec(_Section):
     """What one worker takes."""
     sampler: SamplerSpec = SamplerSpec()
     """What proposes trials."""
+    scheduler: SchedulerSpec = SchedulerSpec()
+    """What stops trials before their end."""
     tracking: TrackingSpec = TrackingSpec()
     """Where MLflow is."""
     directory: Text = "paretune-runs"
@@ -271,11 +308,32 @@ class SearchSpec(_Section):
                 raise PydanticCustomError("point_outside", "points_to_evaluate[{number}] is outside the space: {what}", context)
         return sampler
 
+    @field_validator("scheduler")
+    @classmethod
+    def _a_rung_knows_something(cls, scheduler: SchedulerSpec, info: ValidationInfo) -> SchedulerSpec:
+        model, objectives = info.data.get("model"), info.data.get("objectives")
+        if scheduler.method != "asha" or model is None or objectives is None:
+            return scheduler  # the default objectives have one of quality
+        if not any(_is_interim_quality(o.metric) for o in objectives):
+            known = [m for m in OBJECTIVE_METRICS if _is_interim_quality(m) and _TASK_OF_METRIC.get(m) in (None, model.task)]
+            context = {"allowed": f"with one of {', '.join(known)} among the objectives, or method: none"}
+            raise PydanticCustomError("no_rung_objective", "no objective of quality is known before a trial's end", context)
+        return scheduler
+
     def resolved_objectives(self) -> tuple[Objective, ...]:
         """Return the objectives with every default filled in."""
         quality = ACCURACY if self.model.task == "sequence-classification" else EVAL_LOSS
         given = self.objectives or (ObjectiveSpec(metric=quality), ObjectiveSpec(metric=TRAIN_SECONDS))
         return tuple(self._resolve(objective) for objective in given)
+
+    def rung_objectives(self) -> tuple[Objective, ...]:
+        """Return the objectives that trials are held against one another by before their end; none if all are let finish.
+
+        An objective that only the end of a trial tells (exact_match, peak_memory_bytes) is not among them.
+        """
+        known = tuple(o for o in self.resolved_objectives() if METRICS[o.metric].is_interim)
+        is_on = self.scheduler.method != "none" and any(_is_interim_quality(o.metric) for o in known)
+        return known if is_on else ()
 
     def _resolve(self, objective: ObjectiveSpec) -> Objective:
         metric = METRICS[objective.metric]

@@ -17,6 +17,8 @@ SECONDS = Objective(metric="train_seconds", direction="minimize", reference=120.
 OBJECTIVES = (ACCURACY, SECONDS)
 RUNGS = (12, 36, 108)
 
+# What a rung says of the trials that are pruned: at the first that they go on, at the second that they do not.
+VERDICT = {"place": 3, "num_entries": 5, "quota": 1, "front": 2, "num_fronts": 3}
 DEVICE = {"type": "cpu", "name": "made up", "threads": 1, "capacity_bytes": 2 * 10**9, "usable_bytes": 10**9}
 PREDICTED_MEMORY = {"weights_bytes": 300, "optimizer_bytes": 100, "gradients_bytes": 0, "activations_bytes": 110}
 HELD_MEMORY = {"weights_bytes": 300, "optimizer_bytes": 100, "working_bytes": 100, "around_bytes": 700}
@@ -114,7 +116,9 @@ def _train(number: int, params: dict[str, Any], begin: float, random_: random.Ra
             "final": final,
             "details": details,
         }
-        events.append(_event("trial_reported", begin + seconds * share, number=number, report=report))
+        verdict = {"share": share, **VERDICT, "goes_on": step == RUNGS[0]} if number % 7 == 3 else None
+        known = {"report": report} if verdict is None else {"report": report, "verdict": verdict}
+        events.append(_event("trial_reported", begin + seconds * share, number=number, **known))
     end: dict[str, Any] = {"state": "COMPLETE", "values": metrics, "error": None, "details": details}
     if number % 7 == 3:
         end = {"state": "PRUNED", "values": {}, "error": None}

@@ -51,6 +51,10 @@ class CheckpointStore:
         self._write(self._directory / "final", checkpoint)
         return self._directory / "final"
 
+    def clear(self) -> None:
+        """Remove all that was written."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
     def latest_valid(self) -> Checkpoint | None:
         """Return the newest checkpoint whose files match their checksums, or None; damaged ones are passed over with a warning."""
         for path in reversed(self._steps()):

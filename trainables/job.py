@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from spaces.fidelity import rung_shares
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
@@ -40,6 +42,8 @@ class Job:
     """`TrialConfig.to_dict()`."""
     directory: str
     """Where the trial's checkpoints and weights are."""
+    rungs: tuple[float, ...] = rung_shares()
+    """Shares of its own steps at which a trial reports before its end."""
 
     @property
     def world_size(self) -> int:

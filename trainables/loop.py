@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spaces import metrics
 from spaces.config import TrialConfig
+from spaces.fidelity import rung_shares, rung_steps
 from spaces.flops import StepFlops
 from trainables.batching import Batch, BatchPlan
 from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
@@ -30,8 +31,6 @@ from trainables.parallelize import autocast, gradient_sync
 from trainables.report import Diverged, OutOfMemory, TrialReport
 from trainables.tokenization import load_tokenizer
 
-# A trial reports at these shares of its own steps: rungs a factor of three apart, as successive halving has them.
-RUNGS = (1 / 9, 1 / 3, 1.0)
 # Whether the loss is still finite is looked at this often: every look makes a GPU wait.
 CHECK_STEPS = 16
 
@@ -55,6 +54,7 @@ def train(
     control: Callable[[], Command],
     checkpoints: CheckpointStore | None,
     exact_match_rows: int = 0,
+    rungs: tuple[float, ...] = rung_shares(),
 ) -> Iterator[TrialReport]:
     """Train a trial and yield its reports; it goes on from the newest good checkpoint if there is one.
 
@@ -65,7 +65,7 @@ def train(
         OutOfMemory: on the rank that ran out.
     """
     with memory_errors():
-        trainer = Trainer(config, data, base, world, checkpoints)
+        trainer = Trainer(config, data, base, world, checkpoints, rungs)
         while trainer.step < trainer.num_steps:
             trainer.train_step()
             is_rung = trainer.step in trainer.rungs
@@ -98,7 +98,13 @@ class Trainer:
     """One trial in training: the model, its optimizer, and how far it is."""
 
     def __init__(
-        self, config: TrialConfig, data: TaskData, base: BaseModel, world: World, checkpoints: CheckpointStore | None
+        self,
+        config: TrialConfig,
+        data: TaskData,
+        base: BaseModel,
+        world: World,
+        checkpoints: CheckpointStore | None,
+        rungs: tuple[float, ...] = rung_shares(),
     ) -> None:
         self.config, self.data, self.base, self.world, self.checkpoints = config, data, base, world, checkpoints
         self._started = time.perf_counter()
@@ -112,7 +118,7 @@ class Trainer:
         self._plan = BatchPlan(config, data)
         self.sizes = self._plan.sizes()
         self.num_steps = self._plan.num_steps
-        self.rungs = {max(1, round(share * self.num_steps)) for share in RUNGS}
+        self.rungs = {*rung_steps(rungs, self.num_steps), self.num_steps}
         self.step = 0
         self._losses = torch.zeros(self.num_steps, device=world.device)
         self._global_losses: list[float] = []

@@ -125,6 +125,7 @@ def _execute(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
         return {"state": "complete", "metrics": evaluate_untrained(config, data, base, world)}
     if job.kind == "test":
         return {"state": "complete", "metrics": evaluate_saved(config, data, base, world, directory / "final")}
+    checkpoints = CheckpointStore(directory)
     control = _Control(inbox.watch() if world.rank == 0 else None, world)
     reports = train(
         config,
@@ -132,14 +133,18 @@ def _execute(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
         base,
         world,
         control=control,
-        checkpoints=CheckpointStore(directory),
+        checkpoints=checkpoints,
         exact_match_rows=task.exact_match_rows,
+        rungs=job.rungs,
     )
     finished = False
     for report in reports:
         finished = report.final
         if world.rank == 0:
             inbox.report(report)
+    if control.last is Command.STOP and world.rank == 0:
+        # Who stopped it cannot know when the last file is written.
+        checkpoints.clear()
     return {"state": "complete" if finished else "stopped"}
 
 
@@ -150,6 +155,7 @@ class _Control:
         self._asked = asked
         self._world = world
         self._saved_at = time.monotonic()
+        self.last = Command.CONTINUE
 
     def __call__(self) -> Command:
         command = Command.CONTINUE
@@ -160,11 +166,12 @@ class _Control:
             elif time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
                 command = Command.SAVE
                 self._saved_at = time.monotonic()
-        if self._world.world_size == 1:
-            return command
-        message = torch.tensor([command.value])
-        dist.broadcast(message, src=0, group=self._world.control_group)
-        return Command(int(message.item()))
+        if self._world.world_size > 1:
+            message = torch.tensor([command.value])
+            dist.broadcast(message, src=0, group=self._world.control_group)
+            command = Command(int(message.item()))
+        self.last = command
+        return command
 
 
 def _lost_partner(error: Exception) -> bool:

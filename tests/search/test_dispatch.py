@@ -85,10 +85,30 @@ async def test_a_stop_reaches_the_running_job_and_takes_a_waiting_one_out_of_the
     signal = asyncio.create_task(dispatcher.asked(group["group_id"], generation, 1))
     await asyncio.sleep(0)
     assert not signal.done()
+    news = asyncio.create_task(dispatcher.poll("b"))
+    await asyncio.sleep(0)
     await dispatcher.stop("b")
-    assert kinds(await dispatcher.poll("b")) == ["ended"]
+    assert kinds(await news) == ["ended"]
     await dispatcher.stop("a")
     assert await signal is Ask.STOP
+
+
+@scenario(1)
+async def test_a_stopped_job_is_forgotten_once_its_workers_have_left_it_and_they_take_the_next(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("a"))
+    await dispatcher.submit(job("b"))
+    (group,) = await dispatcher.groups()
+    generation = await ranks_join(dispatcher, group["group_id"], 1)
+    await dispatcher.next(group["group_id"], generation, 0)
+    await dispatcher.report(group["group_id"], generation, 1, {"step": 1})
+    assert kinds(await dispatcher.poll("a")) == ["started", "report"]
+    await dispatcher.stop("a")
+    # Nobody polls for it any more, so its end must not wait to be taken.
+    await dispatcher.finish(group["group_id"], generation, 1, {"state": "stopped"})
+    assert set(dispatcher._jobs) == {"b"}
+    answer = await dispatcher.next(group["group_id"], generation, 1)
+    assert answer is not None
+    assert answer[1].job_id == "b"
 
 
 @scenario(1)

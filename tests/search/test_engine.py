@@ -2,68 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
+from engines import make, report
 
-from search.engine import Engine, SearchExhausted
+from search.engine import SearchExhausted
 from search.ledger import Ledger, replay
 from search.record import TrialState
-from search.store import Store
-from search.study import Study
 from spaces.blueprint import blueprint
 from spaces.constraints import Limits
-from spaces.loading import load_spec
-
-
-def make(
-    directory: Path, *, limits: Limits | None = None, trials: int = 3, **space: Any
-) -> tuple[Engine, list[dict[str, Any]], Store]:
-    path = directory / "spec.yaml"
-    spec = {
-        "name": "s",
-        "model": {"name": "m", "task": "sequence-classification"},
-        "data": {"train": "t.csv"},
-        "space": space,
-        "budget": {"trials": trials},
-        "directory": str(directory / "runs"),
-    }
-    path.write_text(yaml.safe_dump(spec))
-    loaded = load_spec(path)
-    store = Store(root=directory / "runs" / "s")
-    store.root.mkdir(parents=True, exist_ok=True)
-    seen: list[dict[str, Any]] = []
-    ledger = Ledger(store.ledger_path)
-    engine = Engine(
-        store=store,
-        spec=loaded.spec,
-        ledger=ledger,
-        study=Study(
-            path=store.study_path,
-            name="s",
-            space=loaded.spec.space,
-            objectives=loaded.spec.resolved_objectives(),
-            sampler="tpe",
-            seed=0,
-            startup_trials=5,
-        ),
-        limits=limits or Limits(num_workers=2, hidden_size=64),
-        on_event=seen.append,
-    )
-    return engine, seen, store
-
-
-def report(accuracy: float, seconds: float, *, final: bool = True, step: int = 9) -> dict[str, Any]:
-    return {
-        "step": step,
-        "num_steps": 9,
-        "fidelity": step / 9,
-        "metrics": {"accuracy": accuracy, "train_seconds": seconds},
-        "final": final,
-        "details": {"peak_source": "measured_gemm"} if final else {},
-    }
 
 
 def test_a_trial_is_on_disk_before_anybody_hears_of_it(tmp_path: Path) -> None:
@@ -176,6 +125,67 @@ def test_a_trial_that_the_study_knows_and_the_ledger_does_not_is_told_as_failed(
     resumed, _, _ = make(tmp_path)
     assert resumed._study.running() == []
     assert resumed.num_left == 3
+
+
+STOP = {"share": 1 / 9, "goes_on": False, "place": 3, "num_entries": 3, "quota": 1, "front": 2, "num_fronts": 2}
+
+
+def test_a_trial_that_its_rung_stops_is_pruned_and_says_where_and_why(tmp_path: Path) -> None:
+    import optuna
+
+    engine, _, store = make(tmp_path)
+    assignment = engine.next()
+    assert assignment is not None
+    engine.reported(assignment.number, report(0.5, 3.0, final=False, step=1), {**STOP, "goes_on": True})
+    assert engine.state.records[assignment.number].stopped is None
+    engine.reported(assignment.number, report(0.5, 3.0, final=False, step=1), STOP)
+    engine.ended(assignment.number, {"state": "stopped"})
+    record = replay(Ledger(store.ledger_path).events()).records[assignment.number]
+    assert record.state is TrialState.PRUNED
+    assert record.stopped == STOP
+    assert record.why_stopped == "stopped at 11% of its steps, place 3 of 3 where 1 may go on"
+    assert engine.front() == []
+    (trial,) = optuna.load_study(storage=f"sqlite:///{store.study_path}", study_name="s").trials
+    assert trial.state.name == "PRUNED"
+    assert trial.values is None
+    assert engine.num_left == 2, "it counts as one of the budget"
+
+
+def test_a_crash_between_the_verdict_and_the_end_does_not_let_the_trial_go_on(tmp_path: Path) -> None:
+    engine, _, _ = make(tmp_path, trials=2)
+    stopped, other = engine.next(), engine.next()
+    assert stopped is not None
+    assert other is not None
+    engine.reported(stopped.number, report(0.5, 3.0, final=False, step=1), STOP)
+    # The driver dies here.
+    resumed, seen, _ = make(tmp_path, trials=2)
+    assert resumed.state.records[stopped.number].state is TrialState.PRUNED
+    assert [e["event"] for e in seen] == ["trial_finished"]
+    assert resumed.next() == other
+    assert resumed.next() is None
+
+
+def test_a_job_reports_at_the_rungs_of_its_bracket(tmp_path: Path) -> None:
+    for brackets, lengths in ((1, {2}), (3, {0, 1, 2})):
+        engine, _, _ = make(tmp_path / str(brackets), scheduler={"brackets": brackets})
+        assignment = engine.next()
+        assert assignment is not None
+        assert {len(engine.job(replace(assignment, number=n)).rungs) for n in range(20)} == lengths
+
+
+def test_what_a_worker_may_still_write_to_is_left_alone_until_the_search_ends(tmp_path: Path) -> None:
+    engine, _, store = make(tmp_path)
+    outcomes = [{"state": "stopped"}, {"state": "failed", "kind": "driver_lost", "message": "x"}, {"state": "complete"}]
+    for outcome in outcomes:
+        assignment = engine.next()
+        assert assignment is not None
+        (store.trial_path(assignment.number) / "step-00000001.tmp").mkdir(parents=True)
+        engine.reported(assignment.number, report(0.5, 3.0, final=outcome["state"] == "complete"))
+        engine.ended(assignment.number, outcome)
+    left = sorted(p.parent.name for p in (store.root / "trials").glob("*/*"))
+    assert left == ["0000", "0001"]
+    engine.finished("trials")
+    assert list((store.root / "trials").glob("*/*")) == []
 
 
 def test_weights_are_kept_for_the_front_alone(tmp_path: Path) -> None:

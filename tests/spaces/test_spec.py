@@ -114,6 +114,11 @@ def test_what_is_no_name_of_data(train):
         {"resources": {"workers": 0}},
         {"resources": {"gpus_per_worker": -1}},
         {"sampler": {"method": "grid"}},
+        {"scheduler": {"method": "hyperband"}},
+        {"scheduler": {"grace_period": 0}},
+        {"scheduler": {"grace_period": 1}},
+        {"scheduler": {"reduction_factor": 1.5}},
+        {"scheduler": {"brackets": 0}},
         {"tracking": {"experiment": ""}},
         {"traking": {}},
     ],
@@ -121,6 +126,31 @@ def test_what_is_no_name_of_data(train):
 def test_sections_are_checked(sections):
     with pytest.raises(ValidationError):
         spec(**sections)
+
+
+def test_trials_are_stopped_early_by_default_where_their_quality_is_known_early():
+    assert [o.metric for o in spec().rung_objectives()] == ["accuracy", "train_seconds"]
+    assert spec(scheduler={"method": "none"}).rung_objectives() == ()
+    early = [{"metric": "eval_loss"}, {"metric": "exact_match"}, {"metric": "peak_memory_bytes"}]
+    assert [o.metric for o in spec("causal-lm", objectives=early).rung_objectives()] == ["eval_loss"]
+    late = [{"metric": "exact_match"}, {"metric": "train_seconds"}]
+    assert spec("causal-lm", objectives=late).rung_objectives() == ()
+    assert spec(objectives=[{"metric": "mfu"}, {"metric": "train_seconds"}]).rung_objectives() == ()
+
+
+@pytest.mark.parametrize("metrics", [["exact_match", "train_seconds"], ["peak_memory_bytes", "mfu"]])
+def test_whoever_asks_for_early_stopping_needs_an_objective_that_is_known_early(metrics):
+    objectives = [{"metric": m} for m in metrics]
+    spec("causal-lm", objectives=objectives)
+    with pytest.raises(ValidationError, match="no objective of quality is known before a trial's end"):
+        spec("causal-lm", objectives=objectives, scheduler={"method": "asha"})
+
+
+def test_there_are_no_more_brackets_than_rungs():
+    assert spec(scheduler={"brackets": 3}).scheduler.brackets == 3
+    with pytest.raises(ValidationError, match="more brackets than rungs"):
+        spec(scheduler={"brackets": 4})
+    assert spec(scheduler={"brackets": 4, "grace_period": 1 / 27}).scheduler.shares == pytest.approx((1 / 27, 1 / 9, 1 / 3))
 
 
 def test_a_heading_with_nothing_below_it_means_the_defaults():

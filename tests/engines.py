@@ -1,0 +1,67 @@
+"""An engine without Ray, MLflow or workers, and what a worker would report to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from search.engine import Engine
+from search.ledger import Ledger
+from search.store import Store
+from search.study import Study
+from spaces.constraints import Limits
+from spaces.loading import load_spec
+
+
+def make(
+    directory: Path, *, limits: Limits | None = None, trials: int = 3, scheduler: dict[str, Any] | None = None, **space: Any
+) -> tuple[Engine, list[dict[str, Any]], Store]:
+    """Return an engine on a ledger and a study of its own, the events that it tells, and where its files are."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "spec.yaml"
+    spec = {
+        "name": "s",
+        "model": {"name": "m", "task": "sequence-classification"},
+        "data": {"train": "t.csv"},
+        "space": space,
+        "budget": {"trials": trials},
+        "scheduler": scheduler or {},
+        "directory": str(directory / "runs"),
+    }
+    path.write_text(yaml.safe_dump(spec))
+    loaded = load_spec(path)
+    store = Store(root=directory / "runs" / "s")
+    store.root.mkdir(parents=True, exist_ok=True)
+    seen: list[dict[str, Any]] = []
+    ledger = Ledger(store.ledger_path)
+    engine = Engine(
+        store=store,
+        spec=loaded.spec,
+        ledger=ledger,
+        study=Study(
+            path=store.study_path,
+            name="s",
+            space=loaded.spec.space,
+            objectives=loaded.spec.resolved_objectives(),
+            sampler="tpe",
+            seed=0,
+            startup_trials=5,
+        ),
+        limits=limits or Limits(num_workers=2, hidden_size=64),
+        on_event=seen.append,
+    )
+    return engine, seen, store
+
+
+def report(accuracy: float, seconds: float, *, final: bool = True, step: int = 9) -> dict[str, Any]:
+    """Return a report of a trial of nine steps."""
+    return {
+        "step": step,
+        "num_steps": 9,
+        "fidelity": step / 9,
+        "metrics": {"accuracy": accuracy, "train_seconds": seconds},
+        "final": final,
+        "details": {"peak_source": "measured_gemm"} if final else {},
+    }
