@@ -138,7 +138,7 @@ class Engine:
             values=values,
             error=error,
             constraints={constraints.memory_within_device.__name__: 1.0} if over_memory else {},
-            attempts=outcome.get("attempts", 0),
+            attempts=outcome.get("attempts", min(1, len(reports))),
             details={**(final["details"] if final else {}), "job_seconds": outcome.get("job_seconds")},
         )
         record = self._state.records[number]

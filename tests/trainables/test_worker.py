@@ -1,0 +1,83 @@
+"""What a worker does with one job, without Ray: where it reports, how it leaves, and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from tiny import make_model, make_rows
+
+from spaces.config import TrialConfig
+from spaces.metrics import METRICS
+from spaces.space import SpaceSpec
+from spaces.spec import DataSpec, ModelSpec
+from trainables.data import TaskData, prepare
+from trainables.job import Ask, Job, Task
+from trainables.mesh import World
+from trainables.model import BaseModel
+from trainables.report import TrialReport
+from trainables.worker import _execute
+
+WORLD = World(rank=0, world_size=1, device=torch.device("cpu"), control_group=None, node_id="here")
+TASK = Task(model_name="", model_revision=None, task="sequence-classification", exact_match_rows=0, data=[])
+
+
+@dataclass
+class Inbox:
+    """The dispatcher as a worker sees it: it asks for something after so many steps."""
+
+    ask: Ask | None = None
+    after: int = 0
+    reports: list[TrialReport] = field(default_factory=list)
+
+    def watch(self) -> Callable[[], Ask | None]:
+        answers: Iterator[Ask | None] = iter([None] * self.after)
+        return lambda: next(answers, self.ask)
+
+    def report(self, report: TrialReport) -> None:
+        self.reports.append(report)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[TaskData, BaseModel]:
+    directory = tmp_path_factory.mktemp("worker")
+    model = ModelSpec(name=str(make_model(directory / "model")), task="sequence-classification", max_length=32)
+    data = prepare(model, DataSpec(train=str(make_rows(directory / "train.csv", num_rows=80))))
+    return data, BaseModel.load(model.name, None, model.task, data.label_names)
+
+
+def work(parts: tuple[TaskData, BaseModel], directory: Path, inbox: Inbox, **changes: Any) -> dict[str, Any]:
+    """Train 18 steps."""
+    params = SpaceSpec(global_batch_size=4, dataset_fraction=1.0).first()
+    config = TrialConfig.from_params(params, max_length=32).to_dict()
+    job = Job(job_id="j", kind="train", config=config, directory=str(directory), **changes)
+    return _execute(job, task=TASK, data=parts[0], base=parts[1], world=WORLD, inbox=cast(Any, inbox))
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [({}, [2, 6, 18]), ({"rungs": (0.25, 0.5)}, [4, 9, 18]), ({"rungs": ()}, [18])],
+)
+def test_a_trial_reports_at_the_rungs_of_its_job(parts: Any, tmp_path: Path, changes: dict[str, Any], steps: list[int]) -> None:
+    inbox = Inbox()
+    assert work(parts, tmp_path / "t", inbox, **changes) == {"state": "complete"}
+    assert [r.step for r in inbox.reports] == steps
+    final = inbox.reports[-1]
+    assert [r.final for r in inbox.reports] == [False] * (len(steps) - 1) + [True]
+    for earlier in inbox.reports[:-1]:
+        assert set(earlier.metrics) == {m for m in final.metrics if METRICS[m].is_interim}
+    assert not all(METRICS[m].is_interim for m in final.metrics)
+
+
+def test_a_stopped_trial_takes_its_files_along_and_a_suspended_one_leaves_them(parts: Any, tmp_path: Path) -> None:
+    # Behind the first rung, where a checkpoint was written.
+    stopped, suspended = Inbox(ask=Ask.STOP, after=4), Inbox(ask=Ask.SUSPEND, after=4)
+    assert work(parts, tmp_path / "stopped", stopped) == {"state": "stopped"}
+    assert [r.step for r in stopped.reports] == [2]
+    assert not (tmp_path / "stopped").exists()
+    assert work(parts, tmp_path / "suspended", suspended) == {"state": "stopped"}
+    assert sorted(p.name for p in (tmp_path / "suspended").iterdir()) == ["step-00000002", "step-00000005"]
