@@ -173,7 +173,7 @@ class BudgetSpec(_Section):
     """When the search ends, by whichever comes first."""
 
     trials: AtLeastOne = 20
-    """Trials that are trained."""
+    """Trials that are trained, with those that are stopped early."""
     minutes: Annotated[float, Within(gt=0, le=1_000_000)] | None = None
     """Wall time after which no trial is started."""
 

@@ -150,6 +150,11 @@ def test_inside_a_front_the_ends_come_first_then_the_widest_gap() -> None:
     assert net_order(line) == [0, 4, 2, 1, 3]
 
 
+def test_of_two_that_are_equally_far_the_older_comes_first_whatever_their_last_bit_says() -> None:
+    rows = [(7, 2), (5, 6), (4, 7), (6, 3)]  # thirds and fifths, which floats only have about
+    assert net_order(np.array(rows, dtype=float)) == greedy(rows) == [2, 0, 1, 3]
+
+
 def test_a_duplicate_adds_nothing_and_comes_after_all_that_is_new() -> None:
     rows = [(0, 4), (0, 4), (2, 2), (4, 0)]
     assert net_order(np.array(rows, dtype=float)) == [0, 3, 2, 1]
