@@ -205,9 +205,8 @@ class SamplerSpec(_Section):
 class SchedulerSpec(_Section):
     """What stops trials before their end: asynchronous successive halving over several objectives."""
 
-    method: Literal["asha", "none"] | None = None
-    """`asha` stops a trial at a rung where too many are better; `none` lets every trial finish. By default `asha`, unless no
-    objective of quality is known before the end of a trial."""
+    method: Literal["asha", "none"] = "none"
+    """`asha` stops a trial at a rung where too many are better; `none` lets every trial finish."""
     grace_period: Annotated[float, Within(gt=0, lt=1)] = GRACE_PERIOD
     """Share of its own steps that every trial trains: the first rung."""
     reduction_factor: Annotated[float, Within(ge=2, le=100)] = REDUCTION_FACTOR
@@ -332,8 +331,7 @@ class SearchSpec(_Section):
         An objective that only the end of a trial tells (exact_match, peak_memory_bytes) is not among them.
         """
         known = tuple(o for o in self.resolved_objectives() if METRICS[o.metric].is_interim)
-        is_on = self.scheduler.method != "none" and any(_is_interim_quality(o.metric) for o in known)
-        return known if is_on else ()
+        return known if self.scheduler.method == "asha" else ()
 
     def _resolve(self, objective: ObjectiveSpec) -> Objective:
         metric = METRICS[objective.metric]

@@ -27,7 +27,7 @@ def make(
         "data": {"train": "t.csv"},
         "space": space,
         "budget": {"trials": trials},
-        "scheduler": scheduler or {},
+        "scheduler": {"method": "asha", **(scheduler or {})},
         "directory": str(directory / "runs"),
     }
     path.write_text(yaml.safe_dump(spec))

@@ -76,8 +76,6 @@ def make_spec(directory: Path, **changes: object) -> Path:
             "strategy": {"choice": ["ddp", "fsdp"]},
         },
         "budget": {"trials": 4},
-        # Which trials of so few are stopped depends on measured times.
-        "scheduler": {"method": "none"},
         "directory": str(directory / "runs"),
     }
     spec.update(changes)

@@ -27,7 +27,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         objectives=[{"metric": "eval_loss"}, {"metric": "flops_per_step", "reference": 1.0e12}],
         sampler={"points_to_evaluate": POINTS},
-        scheduler={"grace_period": 0.25, "reduction_factor": 2},
+        scheduler={"method": "asha", "grace_period": 0.25, "reduction_factor": 2},
         budget={"trials": 3},
         resources={"workers": 1},
     )

@@ -184,7 +184,7 @@ def test_a_second_entry_of_a_trial_replaces_its_first() -> None:
 def spec(
     metrics: Sequence[str] = ("accuracy", "train_seconds"), task: str = "sequence-classification", **scheduler: Any
 ) -> SearchSpec:
-    sections = {"objectives": [{"metric": m} for m in metrics], "scheduler": scheduler}
+    sections = {"objectives": [{"metric": m} for m in metrics], "scheduler": {"method": "asha", **scheduler}}
     return SearchSpec.model_validate({"model": {"name": "m", "task": task}, "data": {"train": "t.csv"}, **sections})
 
 
