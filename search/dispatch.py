@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +40,7 @@ class GroupResources:
 @dataclass(slots=True)
 class _JobState:
     job: Job
-    since: float
+    place: int
     attempts: int = 0
     asked: Ask | None = None
     ended: bool = False
@@ -70,24 +69,24 @@ class Dispatcher:
         self._groups: dict[str, _GroupState] = {}
         self._changed = asyncio.Condition()
         self._names = itertools.count(1)
+        self._places = itertools.count()
         self._threads = ThreadPoolExecutor(max_workers=max(1, resources.capacity))
         self._running: set[asyncio.Task[None]] = set()
         self._failed_starts = 0
         self._handle: Any = None
-        self._ticker: asyncio.Task[None] | None = None
 
     # -- the driver's and the Tune trials' side ------------------------------------------------------------------------
 
     async def ready(self, handle: Any) -> None:
-        """Take the actor's own handle, which the groups need, and start to watch for jobs that wait too long."""
+        """Take the actor's own handle, which the groups need."""
         self._handle = handle
-        self._ticker = asyncio.create_task(self._tick())
 
     async def submit(self, job: Job) -> None:
         """Queue a job; submitting one again that is still known changes nothing, so a restarted Tune trial picks it up."""
         known = self._jobs.get(job.job_id)
         if known is None or (known.ended and not known.events):
-            self._jobs[job.job_id] = _JobState(job=job, since=time.monotonic())
+            self._jobs.pop(job.job_id, None)  # one that comes again stands at the end of the line
+            self._jobs[job.job_id] = _JobState(job=job, place=next(self._places))
             await self._place()
 
     async def poll(self, job_id: str) -> list[dict[str, Any]]:
@@ -115,8 +114,6 @@ class Dispatcher:
 
     async def shutdown(self) -> None:
         """Have the jobs in flight saved, let every group go and wait until all are gone."""
-        if self._ticker is not None:
-            self._ticker.cancel()
         for state in self._jobs.values():
             state.asked = state.asked or Ask.SUSPEND
         for group in self._groups.values():
@@ -215,12 +212,6 @@ class Dispatcher:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _tick(self) -> None:
-        """Look again from time to time: patience runs out without any other event."""
-        while True:
-            await asyncio.sleep(5)
-            await self._place()
-
     async def _assembled(self, group_id: str, group: _GroupState) -> None:
         """All ranks are here: take work, or go on with the job that was in flight when a worker died."""
         self._failed_starts = 0
@@ -257,13 +248,14 @@ class Dispatcher:
     async def _place(self) -> None:
         """Let `placement` decide and carry it out."""
         held = {group.job_id for group in self._groups.values()}
-        waiting = [
-            Waiting(job_id=name, world_size=state.job.world_size, since=state.since)
+        # A generator, since `decide` reads few of the hundreds that may wait; jobs stand in the order in which they came.
+        waiting = (
+            Waiting(job_id=name, world_size=state.job.world_size, place=state.place)
             for name, state in self._jobs.items()
             if not state.ended and name not in held
-        ]
+        )
         groups = [Group(group_id=n, world_size=g.world_size, state=g.state) for n, g in self._groups.items()]
-        for action in decide(capacity=self._resources.capacity, groups=groups, waiting=waiting, now=time.monotonic()):
+        for action in decide(capacity=self._resources.capacity, groups=groups, waiting=waiting):
             match action:
                 case Assign(job_id=job_id, group_id=group_id):
                     self._deliver(group_id, self._groups[group_id], self._jobs[job_id])

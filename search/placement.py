@@ -1,20 +1,25 @@
 """Which worker groups exist, and which waiting job gets which: one pure function, tested by simulation.
 
 All workers are alike, so capacity is a number of workers. A group holds its workers from the moment it is started until it is
-gone; starting one takes seconds (imports, process group), so a waiting job goes to an idle group of its own world size where
-there is one, and groups are rebuilt only for a job that fits nowhere else.
+gone; starting one takes seconds (imports, process group), and every change of world size leaves workers idle until the last group in
+the way has ended. So a job goes to an idle group of its own world size where there is one, younger jobs may overtake one that does
+not fit, and a group is ended only when nobody who may have it wants it and a job fits into the room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-# A job that has waited this long without a place gets the next workers that come free, whoever else waits: longer than a trial and
-# many group starts, since every change of world size leaves workers idle until the group before has ended; younger jobs fill the gaps
-# until then, and can starve nobody.
-PATIENCE_SECONDS = 300.0
+# Ageing: no job is begun before one that came more than this many jobs per worker of the cluster earlier. So at most that many
+# overtake it, whatever comes later, and all of them end: it waits a bounded time. Counted in jobs and not in seconds, the rule means
+# the same for trials of seconds and of hours. `benchmarks/scale.py` compares it with other numbers.
+OVERTAKEN_PER_WORKER = 8
+# Jobs that wait for each further world size: with too few, workers go idle because all who wait are of a size that does not fit;
+# with many, they are proposed before the search knows what it could know. `benchmarks/scale.py` shows both sides.
+WAITING_PER_SIZE = 4
 
 
 class GroupState(Enum):
@@ -37,11 +42,12 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Waiting:
-    """A job without a group; `since` is its arrival in seconds of any one clock."""
+    """A job without a group."""
 
     job_id: str
     world_size: int
-    since: float
+    place: int
+    """In the line of all jobs that ever came: one that came later has a larger one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,90 +75,110 @@ class Stop:
 Action = Assign | Start | Stop
 
 
-def decide(
-    *,
-    capacity: int,
-    groups: Sequence[Group],
-    waiting: Sequence[Waiting],
-    now: float,
-    patience: float = PATIENCE_SECONDS,
-) -> list[Action]:
+def decide(*, capacity: int, groups: Iterable[Group], waiting: Iterable[Waiting]) -> list[Action]:
     """Return what to do now; call it again whenever a group or a job changes.
 
     Args:
         capacity: workers that the cluster can hold at once.
         groups: every group that still holds workers.
-        waiting: jobs without a group, in any order; each must fit the capacity.
-        now: seconds of the clock of `Waiting.since`.
-        patience: seconds after which a job that has no place is served before all younger ones.
+        waiting: jobs without a group, the oldest first; read only as far as there are workers to give. Each must fit the capacity.
 
     Raises:
         ValueError: a job needs more workers than the cluster can hold.
     """
     plan = _Plan(capacity, groups)
-    blocked: list[Waiting] = []
-    for job in sorted(waiting, key=lambda w: (w.since, w.job_id)):
+    last = None
+    blocked: list[int] = []
+    for job in waiting:
         if job.world_size > capacity:
             raise ValueError(f"job {job.job_id} needs {job.world_size} workers, the cluster holds {capacity}")
-        if plan.place(job):
+        if plan.is_used_up or (last is not None and job.place > last):
+            break
+        if plan.assign(job):
             continue
-        blocked.append(job)
-        if now - job.since >= patience:
-            plan.reserve(job.world_size)
-    # Only the oldest job without a place may take idle groups that nobody asks for, and only if that is enough:
-    # ending a warm group early gains nothing while the rest of the workers are busy.
-    if blocked and not plan.reserving:
-        plan.reclaim(blocked[0].world_size)
+        if not plan.expect(job.world_size):
+            blocked.append(job.world_size)
+        # The oldest one that is left: it may be overtaken by those who came soon after it.
+        last = job.place + OVERTAKEN_PER_WORKER * capacity if last is None else last
+    for world_size in blocked:
+        if not plan.has_idle:
+            break
+        plan.make_room(world_size)
     return plan.actions
+
+
+def num_handed_out(capacity: int, world_sizes: Collection[int]) -> int:
+    """Return how many trials to hand out at once: as many as can run, one to go on with, and some to choose from."""
+    sizes = {size for size in world_sizes if size <= capacity}
+    return capacity // min(sizes) + 1 + WAITING_PER_SIZE * (len(sizes) - 1)
 
 
 class _Plan:
     """The actions so far and the workers that they leave."""
 
-    def __init__(self, capacity: int, groups: Sequence[Group]) -> None:
+    def __init__(self, capacity: int, groups: Iterable[Group]) -> None:
         self.actions: list[Action] = []
-        self.reserving = False
-        self._idle = [g for g in groups if g.state is GroupState.IDLE]
-        self._starting = [g.world_size for g in groups if g.state is GroupState.STARTING]
-        self._free = capacity - sum(g.world_size for g in groups)
-        self._stopping = sum(g.world_size for g in groups if g.state is GroupState.STOPPING)
+        self._idle: dict[int, list[Group]] = {}
+        self._starting: Counter[int] = Counter()
+        self._num_starting = 0
+        self._free = capacity
+        self._stopping = 0
+        for group in groups:
+            self._free -= group.world_size
+            if group.state is GroupState.IDLE:
+                self._idle.setdefault(group.world_size, []).append(group)
+            elif group.state is GroupState.STARTING:
+                self._starting[group.world_size] += 1
+                self._num_starting += 1
+            elif group.state is GroupState.STOPPING:
+                self._stopping += group.world_size
 
-    def place(self, job: Waiting) -> bool:
-        """Assign the job, or count it on a group that is starting or can be started."""
-        for group in self._idle:
-            if group.world_size == job.world_size:
-                self._idle.remove(group)
-                self.actions.append(Assign(job_id=job.job_id, group_id=group.group_id))
-                return True
-        if job.world_size in self._starting:
-            self._starting.remove(job.world_size)
+    @property
+    def has_idle(self) -> bool:
+        """Whether idle groups are left."""
+        return bool(self._idle)
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether no worker is left that any job could get."""
+        return self._free <= 0 and not self._idle and not self._num_starting
+
+    def assign(self, job: Waiting) -> bool:
+        """Give the job an idle group of its size, if there is one."""
+        groups = self._idle.get(job.world_size)
+        if groups is None:
+            return False
+        self.actions.append(Assign(job_id=job.job_id, group_id=self._take(job.world_size).group_id))
+        return True
+
+    def expect(self, world_size: int) -> bool:
+        """Count a job on a group that is starting, or start one if there is room."""
+        if self._starting.get(world_size):
+            self._starting[world_size] -= 1
+            self._num_starting -= 1
             return True
-        if self._free >= job.world_size:
-            self._free -= job.world_size
-            self.actions.append(Start(world_size=job.world_size))
+        if self._free >= world_size:
+            self._free -= world_size
+            self.actions.append(Start(world_size=world_size))
             return True
         return False
 
-    def reserve(self, world_size: int) -> None:
-        """Keep free and idle workers back for an overdue job, as many as it needs and as there are."""
-        self.reserving = True
+    def make_room(self, world_size: int) -> None:
+        """End idle groups, as few as will do, if that makes room for a job; keep the room that is on its way for it."""
         missing = world_size - self._free - self._stopping
-        self._stopping = max(0, self._stopping - max(0, world_size - self._free))
-        self._free = max(0, self._free - world_size)
-        for group in list(self._idle):
-            if missing <= 0:
-                return
-            missing -= group.world_size
-            self._idle.remove(group)
-            self.actions.append(Stop(group_id=group.group_id))
-
-    def reclaim(self, world_size: int) -> None:
-        """End idle groups, the largest first, if that makes room for the job."""
-        missing = world_size - self._free - self._stopping
-        if missing <= 0 or missing > sum(g.world_size for g in self._idle):
+        if missing > sum(size * len(groups) for size, groups in self._idle.items()):
             return
-        for group in sorted(self._idle, key=lambda g: -g.world_size):
-            if missing <= 0:
-                return
-            missing -= group.world_size
-            self.actions.append(Stop(group_id=group.group_id))
+        while missing > 0:
+            size = min((s for s in self._idle if s >= missing), default=max(self._idle))
+            self.actions.append(Stop(group_id=self._take(size).group_id))
+            self._stopping += size
+            missing -= size
+        self._stopping -= world_size - self._free
+        self._free = 0
+
+    def _take(self, size: int) -> Group:
+        groups = self._idle[size]
+        group = groups.pop(0)
+        if not groups:
+            del self._idle[size]
+        return group

@@ -18,6 +18,7 @@ from search.interruption import Interrupted, Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
 from search.ledger import Ledger, LedgerError, replay
 from search.pareto import hypervolume_of, knee
+from search.placement import num_handed_out
 from search.provenance import git_commit, machine, reproduce_command, versions
 from search.record import TrialState
 from search.report import recommendation, write_report
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 Emit = Callable[[dict[str, Any]], None]
 
-# One waiting trial for each that runs: placement may then serve the trial whose group stands, instead of rebuilding groups.
-WAITING_PER_RUNNING = 2
 # Knobs that a trial config, and so MLflow, names otherwise than the user's file: there, rank is a process.
 TRACKED_KNOBS = {
     "lora_rank": "adapter_rank",
@@ -268,7 +267,6 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
             engine.referenced(run_job(dispatcher, _first_job("reference", store, spec), interruption)["metrics"])
         except JobFailed as error:
             raise NoResult(f"the untrained model cannot be evaluated: {error}") from error
-    smallest = min(world_size for world_size, _ in spec.space.layouts())
     seconds_left = None
     if spec.budget.minutes is not None:
         seconds_left = max(1.0, spec.budget.minutes * 60 - elapsed_seconds(engine.state))
@@ -277,7 +275,7 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
             engine,
             dispatcher,
             rungs=Rungs(spec, engine.state.records.values()),
-            max_concurrent=WAITING_PER_RUNNING * max(1, capacity // smallest),
+            max_concurrent=num_handed_out(capacity, {world_size for world_size, _ in spec.space.layouts()}),
             storage=store.root,
             seconds_left=seconds_left,
             interrupted=lambda: interruption.is_asked,
