@@ -1,7 +1,7 @@
 """One search as a sequence of facts: what was proposed, reported and found, in the order in which it may be lost.
 
 Every fact goes to the ledger first, then to the study, then to the tracker; Ray Tune drives it through `searcher` and knows
-none of the three.
+none of the three. What it does for one trial does not grow with the trials before it: `benchmarks/scale.py`.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class Engine:
         self._state = replay(ledger.events())
         for record in self._state.records.values():
             self._lower_memory_limit(record)
+        self._num_ended = sum(r.state is not TrialState.RUNNING and r.feasible_before_launch for r in self._state.records.values())
+        self._members = front(list(self._state.records.values()), self.objectives)
         self._live: set[int] = set()
         self._pending = self._reconcile()
 
@@ -87,8 +89,7 @@ class Engine:
     @property
     def num_left(self) -> int:
         """Trials of the budget that have not been handed out yet."""
-        ended = sum(r.state is not TrialState.RUNNING and r.feasible_before_launch for r in self._state.records.values())
-        return max(0, self._spec.budget.trials - ended - len(self._live))
+        return max(0, self._spec.budget.trials - self._num_ended - len(self._live))
 
     def next(self) -> Assignment | None:
         """Return the next trial to run, or None when the budget is handed out; infeasible proposals are told and passed over.
@@ -142,9 +143,10 @@ class Engine:
             details={**(final["details"] if final else {}), "job_seconds": outcome.get("job_seconds")},
         )
         record = self._state.records[number]
+        self._num_ended += 1
         self._lower_memory_limit(record)
         self._tell(record)
-        self._sweep(number)
+        self._sweep(record)
 
     def referenced(self, metrics: Mapping[str, float]) -> None:
         """Record the untrained model's score."""
@@ -164,7 +166,7 @@ class Engine:
 
     def front(self) -> list[TrialRecord]:
         """Return the non-dominated, complete, feasible trials."""
-        return front(list(self._state.records.values()), self.objectives)
+        return [self._state.records[member.number] for member in self._members]
 
     def _propose(self) -> Assignment:
         for _ in range(MAX_INFEASIBLE_IN_A_ROW):
@@ -213,27 +215,30 @@ class Engine:
             self._study.tell_failed(record.number)
 
     def _reconcile(self) -> list[int]:
-        """Bring the study up to the ledger, which was written first; return the trials that were cut off in flight.
+        """Bring the study up to the ledger, and the disk; return the trials that were cut off in flight.
 
         One that a rung had stopped is not among them, but ended.
         """
-        for record in list(self._state.records.values()):
+        self._study.restore({number: record.params for number, record in self._state.records.items()})
+        members = {member.number for member in self._members}
+        for number, record in list(self._state.records.items()):
             if record.state is not TrialState.RUNNING:
                 self._tell(record)
+                self._clean(number, keeps_weights=number in members)
             elif record.stopped is not None:
-                self._live.add(record.number)
-                self.ended(record.number, {"state": "stopped"})
-        for number in self._study.running():
-            if number not in self._state.records:
-                self._study.tell_failed(number)
+                self._live.add(number)
+                self.ended(number, {"state": "stopped"})
         return sorted(self._state.in_flight)
 
-    def _sweep(self, number: int) -> None:
+    def _sweep(self, ended: TrialRecord) -> None:
         """Keep weights only where the front needs them; checkpoints served their purpose when the trial ended."""
-        members = {record.number for record in self.front()}
-        for other, record in self._state.records.items():
-            if not _may_be_written(record) and (other not in members or other == number):
-                self._clean(other, keeps_weights=other in members)
+        # Only who stood on the front and who ends now can change it, and the front of both is that of all.
+        candidates = [*self._members, ended]
+        self._members = front(candidates, self.objectives)
+        members = {member.number for member in self._members}
+        for candidate in candidates:
+            if not _may_be_written(candidate) and (candidate.number not in members or candidate is ended):
+                self._clean(candidate.number, keeps_weights=candidate.number in members)
 
     def _clean(self, number: int, *, keeps_weights: bool) -> None:
         for part in self._store.trial_path(number).glob("*"):

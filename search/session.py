@@ -170,8 +170,6 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
                 spec=spec,
                 ledger=ledger,
                 study=Study(
-                    path=store.study_path,
-                    name=store.name,
                     space=spec.space,
                     objectives=objectives_of(spec, replay(ledger.events())),
                     sampler=spec.sampler.method,

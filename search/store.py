@@ -37,10 +37,6 @@ class Store:
         return self.root / "ledger.jsonl"
 
     @property
-    def study_path(self) -> Path:
-        return self.root / "study.db"
-
-    @property
     def report_path(self) -> Path:
         return self.root / "report"
 

@@ -2,23 +2,31 @@
 
 Ray's own `OptunaSearch` tells stopped trials as COMPLETE, leaves trials with a missing metric RUNNING for ever and knows no
 constraints; so the study is asked and told here, and Ray Tune sees only params.
+
+The study is held in memory and made again from the ledger on a resume: with trials in a database, Optuna reads every running one
+again for every value that it proposes, which takes more than a second where a thousand run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections import deque
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.trial import Trial
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
 from spaces.space import SpaceSpec
 from spaces.spec import Objective
 
 SamplerName = Literal["tpe", "random"]
+
+# Ended trials that the sampler learns from, the latest ones. TPE's cost grows with them: see `benchmarks/scale.py`.
+MAX_REMEMBERED = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,13 +38,11 @@ class Proposal:
 
 
 class Study:
-    """A multi-objective Optuna study in one SQLite file, with a name of its own."""
+    """A multi-objective Optuna study in memory."""
 
     def __init__(
         self,
         *,
-        path: Path,
-        name: str,
         space: SpaceSpec,
         objectives: Sequence[Objective],
         sampler: SamplerName,
@@ -47,27 +53,39 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = space
         self._objectives = tuple(objectives)
+        self._sampler = sampler
+        self._seed = seed
+        self._startup_trials = startup_trials
+        self._points = tuple(points_to_evaluate)
         self._study = optuna.create_study(
-            storage=f"sqlite:///{path}",
-            study_name=name,
-            directions=[o.direction for o in self._objectives],
-            load_if_exists=True,
+            storage=_Memory(), directions=[o.direction for o in self._objectives], sampler=self._new_sampler()
         )
-        if not self._study.trials:
-            for point in points_to_evaluate:
-                self._study.enqueue_trial(space.encode(point))
-        # A resumed study must not propose its first points again, so the seed moves on with the trials.
-        seed += len(self._study.trials)
-        if sampler == "random":
-            self._study.sampler = optuna.samplers.RandomSampler(seed=seed)
-        else:
-            # constant_liar: trials that still run count as bad, so that concurrent proposals spread out.
-            self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup_trials, constant_liar=True)
+        self._num_asked = 0
+        self._running: dict[int, Trial] = {}
 
     def ask(self) -> Proposal:
         """Propose a trial; it is RUNNING until it is told."""
-        trial = self._study.ask()
-        return Proposal(number=trial.number, params=self._space.suggest(trial))
+        if self._num_asked < len(self._points):
+            self._study.enqueue_trial(self._space.encode(self._points[self._num_asked]))
+        return self._ask()
+
+    def restore(self, asked: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take up the trials that an earlier driver asked for, by number; each is RUNNING until it is told.
+
+        A trial that the space holds no more, since the user changed it, teaches the sampler nothing.
+        """
+        for number in sorted(asked):
+            while self._num_asked < number:
+                self._pass_over()
+            try:
+                self._study.enqueue_trial(self._space.encode(asked[number]))
+            except ValueError:
+                self._pass_over()
+            else:
+                self._ask()
+        # A resumed study must not propose its first points again, so the seed moves on with the trials.
+        self._seed += self._num_asked
+        self._study.sampler = self._new_sampler()
 
     def tell_complete(self, number: int, values: Mapping[str, float]) -> None:
         """End a trial with its objectives' values.
@@ -79,9 +97,9 @@ class Study:
 
     def tell_infeasible(self, number: int, constraints: Mapping[str, float]) -> None:
         """End a trial that cannot run: pruned, with its constraints, which the sampler learns from (feasible when <= 0)."""
-        trial = self._trial(number)
-        for name, value in constraints.items():
-            trial.set_constraint(name, float(value))
+        if number in self._running:
+            for name, value in constraints.items():
+                self._running[number].set_constraint(name, float(value))
         self._tell(number, OptunaState.PRUNED)
 
     def tell_pruned(self, number: int) -> None:
@@ -92,13 +110,55 @@ class Study:
         """End a trial whose failure says nothing about its params."""
         self._tell(number, OptunaState.FAIL)
 
-    def running(self) -> list[int]:
-        """Return the numbers of the trials that were asked for and not told."""
-        return [t.number for t in self._study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,))]
+    def _ask(self) -> Proposal:
+        trial = self._study.ask()
+        params = self._space.suggest(trial)
+        self._running[trial.number] = trial
+        self._num_asked += 1
+        return Proposal(number=trial.number, params=params)
 
-    def _trial(self, number: int) -> Trial:
-        return Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
+    def _pass_over(self) -> None:
+        """Leave out a number."""
+        self._study.add_trial(optuna.trial.create_trial(state=OptunaState.FAIL))
+        self._num_asked += 1
 
     def _tell(self, number: int, state: OptunaState, values: Sequence[float] | None = None) -> None:
-        # skip_if_finished: on resume the ledger is told again, and the study may already know.
-        self._study.tell(number, values=values, state=state, skip_if_finished=True)
+        # The first end counts; a trial that was passed over has none.
+        trial = self._running.pop(number, None)
+        if trial is not None:
+            self._study.tell(trial, values=values, state=state)
+
+    def _new_sampler(self) -> BaseSampler:
+        if self._sampler == "random":
+            return RandomSampler(seed=self._seed)
+        # constant_liar: trials that still run count as bad, so that concurrent proposals spread out.
+        return TPESampler(seed=self._seed, n_startup_trials=self._startup_trials, constant_liar=True)
+
+
+class _Memory(optuna.storages.InMemoryStorage):
+    """Shows the sampler the trials that run and the latest that ended, so that its cost does not grow with the search."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._open: set[int] = set()
+        self._ended: deque[int] = deque(maxlen=MAX_REMEMBERED)
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """Return the new trial's id."""
+        trial_id = super().create_new_trial(study_id, template_trial)
+        if template_trial is None or not template_trial.state.is_finished():
+            self._open.add(trial_id)
+        return trial_id
+
+    def set_trial_state_values(self, trial_id: int, state: OptunaState, values: Sequence[float] | None = None) -> bool:
+        """Return whether the state was the trial's to take."""
+        if state.is_finished():
+            self._open.discard(trial_id)
+            self._ended.append(trial_id)
+        return super().set_trial_state_values(trial_id, state, values)
+
+    def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Container[OptunaState] | None = None) -> list[FrozenTrial]:
+        """Return the trials by ascending number."""
+        shown = [self.get_trial(trial_id) for trial_id in sorted([*self._ended, *self._open])]
+        trials = [trial for trial in shown if states is None or trial.state in states]
+        return copy.deepcopy(trials) if deepcopy else trials

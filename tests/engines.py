@@ -41,8 +41,6 @@ def make(
         spec=loaded.spec,
         ledger=ledger,
         study=Study(
-            path=store.study_path,
-            name="s",
             space=loaded.spec.space,
             objectives=loaded.spec.resolved_objectives(),
             sampler="tpe",

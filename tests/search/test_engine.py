@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from engines import make, report
 
 from search.engine import SearchExhausted
 from search.ledger import Ledger, replay
+from search.pareto import front
 from search.record import TrialState
 from spaces.blueprint import blueprint
 from spaces.constraints import Limits
@@ -53,13 +55,11 @@ def test_an_end_becomes_the_state_that_it_is(tmp_path: Path, outcome: dict, fina
 
 
 def test_out_of_memory_is_a_violated_constraint_and_no_failure_that_the_sampler_ignores(tmp_path: Path) -> None:
-    import optuna
-
-    engine, _, store = make(tmp_path)
+    engine, _, _ = make(tmp_path)
     assignment = engine.next()
     assert assignment is not None
     engine.ended(assignment.number, {"state": "failed", "kind": "out_of_memory", "message": "x"})
-    (trial,) = optuna.load_study(storage=f"sqlite:///{store.study_path}", study_name="s").trials
+    (trial,) = engine._study._study.trials
     assert trial.constraints == {"memory_within_device": 1.0}
     assert not engine.state.records[assignment.number].feasible
 
@@ -119,12 +119,48 @@ def test_a_resume_hands_out_the_trials_in_flight_first_and_keeps_the_budget(tmp_
     assert resumed.next() is None
 
 
-def test_a_trial_that_the_study_knows_and_the_ledger_does_not_is_told_as_failed(tmp_path: Path) -> None:
+def test_a_proposal_that_never_reached_the_ledger_is_made_anew(tmp_path: Path) -> None:
     engine, _, _ = make(tmp_path)
+    first = engine.next()
     engine._study.ask()  # killed between the proposal and the ledger
     resumed, _, _ = make(tmp_path)
-    assert resumed._study.running() == []
     assert resumed.num_left == 3
+    handed_out = [resumed.next() for _ in range(3)]
+    assert handed_out[0] == first
+    assert [a.number for a in handed_out if a] == [0, 1, 2]
+
+
+def test_the_sampler_learns_the_same_from_a_search_that_was_resumed(tmp_path: Path) -> None:
+    engine, _, _ = make(tmp_path, trials=40, world_size={"choice": [1, 2, 4]})
+    outcomes = [{"state": "complete"}, {"state": "stopped"}, {"state": "failed", "kind": "out_of_memory", "message": "x"}]
+    for i in range(12):
+        assignment = engine.next()
+        assert assignment is not None
+        engine.reported(assignment.number, report(0.1 * (i % 7), 1.0 + i % 5))
+        if i % 4 < 3:
+            engine.ended(assignment.number, outcomes[i % 4])
+    resumed, _, _ = make(tmp_path, trials=40, world_size={"choice": [1, 2, 4]})
+    before, after = (
+        [(t.number, t.state, t.params, t.values, t.constraints) for t in e._study._study.trials] for e in (engine, resumed)
+    )
+    assert before == after
+    assert resumed.num_left == engine.num_left + engine.num_live
+    assert [r.number for r in resumed.front()] == [r.number for r in engine.front()]
+
+
+def test_the_front_and_the_budget_are_those_of_all_records(tmp_path: Path) -> None:
+    """They are kept up to date trial by trial; here they are counted again from everything."""
+    engine, _, _ = make(tmp_path, trials=60, world_size={"choice": [1, 2, 4]})
+    rng = random.Random(0)
+    for _ in range(40):
+        assignment = engine.next()
+        assert assignment is not None
+        engine.reported(assignment.number, report(rng.randrange(6) / 6, 1.0 + rng.randrange(6)))
+        if rng.random() < 0.9:
+            engine.ended(assignment.number, {"state": "complete"})
+        records = list(engine.state.records.values())
+        assert [r.number for r in engine.front()] == [r.number for r in front(records, engine.objectives)]
+        assert engine.num_left == 60 - sum(r.started_at is not None for r in records)
 
 
 STOP = {"share": 1 / 9, "goes_on": False, "place": 3, "num_entries": 3, "quota": 1, "front": 2, "num_fronts": 2}

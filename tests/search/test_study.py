@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState as OptunaState
 
-from search.study import Study
+from search.study import Proposal, Study
 from spaces.space import SpaceSpec
 from spaces.spec import Objective
 
@@ -19,10 +19,8 @@ OBJECTIVES = (
 )
 
 
-def make(path: Path, *, seed: int = 0, points: Sequence[dict[str, object]] = (), **space: object) -> Study:
+def make(*, seed: int = 0, points: Sequence[dict[str, object]] = (), **space: object) -> Study:
     return Study(
-        path=path,
-        name="mine",
         space=SpaceSpec.model_validate(space),
         objectives=OBJECTIVES,
         sampler="tpe",
@@ -32,52 +30,85 @@ def make(path: Path, *, seed: int = 0, points: Sequence[dict[str, object]] = (),
     )
 
 
-def trials(path: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(storage=f"sqlite:///{path}", study_name="mine").trials
+def trials(study: Study) -> list[optuna.trial.FrozenTrial]:
+    return study._study.trials
 
 
-def test_every_end_is_told_as_what_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "study.db"
-    study = make(path)
+def resumed(asked: Sequence[Proposal], **how: Any) -> Study:
+    study = make(**how)
+    study.restore({proposal.number: proposal.params for proposal in asked})
+    return study
+
+
+def test_every_end_is_told_as_what_it_is() -> None:
+    study = make()
     numbers = [study.ask().number for _ in range(5)]
     study.tell_complete(numbers[0], {"accuracy": 0.5, "train_seconds": 3.0, "mfu": 0.1})
     study.tell_pruned(numbers[1])
     study.tell_failed(numbers[2])
     study.tell_infeasible(numbers[3], {"world_size_within_cluster": 2.0})
     states = [OptunaState.COMPLETE, OptunaState.PRUNED, OptunaState.FAIL, OptunaState.PRUNED, OptunaState.RUNNING]
-    assert [t.state for t in trials(path)] == states
-    assert trials(path)[0].values == [0.5, 3.0]
-    assert trials(path)[3].constraints == {"world_size_within_cluster": 2.0}
-    assert study.running() == [numbers[4]]
+    assert [t.state for t in trials(study)] == states
+    assert trials(study)[0].values == [0.5, 3.0]
+    assert trials(study)[3].constraints == {"world_size_within_cluster": 2.0}
     with pytest.raises(KeyError):
         study.tell_complete(numbers[4], {"accuracy": 0.5})
+    study.tell_complete(numbers[0], {"accuracy": 0.9, "train_seconds": 1.0})  # a late second end changes nothing
+    assert trials(study)[0].values == [0.5, 3.0]
 
 
-def test_a_resumed_study_goes_on_and_tells_twice_without_harm(tmp_path: Path) -> None:
-    path = tmp_path / "study.db"
-    first = make(path)
-    asked = [first.ask() for _ in range(3)]
-    first.tell_complete(0, {"accuracy": 0.5, "train_seconds": 3.0})
-    again = make(path)
-    assert again.running() == [1, 2]
-    again.tell_complete(0, {"accuracy": 0.9, "train_seconds": 1.0})
-    assert trials(path)[0].values == [0.5, 3.0]
+def test_a_resumed_study_is_the_same_and_goes_on() -> None:
+    first = make(adapter={"choice": ["none", "lora"]}, world_size={"choice": [1, 2, 4]})
+    asked = [first.ask() for _ in range(12)]
+    again = resumed(asked, adapter={"choice": ["none", "lora"]}, world_size={"choice": [1, 2, 4]})
+    for one, other in zip(trials(first), trials(again), strict=True):
+        assert (one.number, one.state, one.params, one.distributions) == (
+            other.number,
+            other.state,
+            other.params,
+            other.distributions,
+        )
     again.tell_infeasible(1, {"memory": 1.0})
-    assert trials(path)[1].constraints == {"memory": 1.0}
+    assert trials(again)[1].constraints == {"memory": 1.0}
     fresh = again.ask()
-    assert fresh.number == 3
+    assert fresh.number == 12
     assert fresh.params not in [p.params for p in asked], "the resumed study proposes its first points again"
 
 
-def test_the_same_seed_proposes_the_same(tmp_path: Path) -> None:
-    one, two, other = (make(tmp_path / f"{i}.db", seed=seed) for i, seed in enumerate((5, 5, 6)))
+def test_a_trial_that_the_space_holds_no_more_keeps_its_number_and_says_nothing() -> None:
+    params = make().ask().params
+    asked = [Proposal(number=0, params={**params, "lora_rank": 4}), Proposal(number=2, params={**params, "lora_rank": 8})]
+    study = resumed(asked, lora_rank={"choice": [8, 16]})
+    study.tell_complete(0, {"accuracy": 0.5, "train_seconds": 3.0})
+    study.tell_complete(2, {"accuracy": 0.5, "train_seconds": 3.0})
+    assert [(t.number, t.state) for t in trials(study)] == [(2, OptunaState.COMPLETE)]
+    assert study.ask().number == 3
+
+
+def test_the_same_seed_proposes_the_same() -> None:
+    one, two, other = (make(seed=seed) for seed in (5, 5, 6))
     proposals = [[study.ask().params for _ in range(6)] for study in (one, two, other)]
     assert proposals[0] == proposals[1] != proposals[2]
 
 
-def test_tpe_keeps_away_from_what_was_infeasible(tmp_path: Path) -> None:
+def test_the_sampler_sees_the_trials_that_run_and_the_latest_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.study.MAX_REMEMBERED", 5)
+    study = make()
+    for _ in range(20):
+        study.ask()
+    for number in [*range(1, 10), 15]:
+        study.tell_complete(number, {"accuracy": 0.1 * number, "train_seconds": 3.0})
+    for deepcopy in (True, False):
+        seen = {t.number for t in study._study.get_trials(deepcopy=deepcopy)}
+        assert seen == {0, 6, 7, 8, 9, 15, *range(10, 20)}
+    ended = study._study.get_trials(states=(OptunaState.COMPLETE,))
+    assert [t.number for t in ended] == [6, 7, 8, 9, 15]
+    assert study.ask().number == 20, "what is not shown is not forgotten"
+
+
+def test_tpe_keeps_away_from_what_was_infeasible() -> None:
     """Half of the space is infeasible; told as FAIL, as Ray does, TPE would propose it again and again."""
-    study = make(tmp_path / "study.db", world_size={"choice": [1, 2, 4, 8]}, dataset_fraction=1.0, learning_rate=0.001)
+    study = make(world_size={"choice": [1, 2, 4, 8]}, dataset_fraction=1.0, learning_rate=0.001)
     infeasible = 0
     for _ in range(40):
         proposal = study.ask()
@@ -90,16 +121,18 @@ def test_tpe_keeps_away_from_what_was_infeasible(tmp_path: Path) -> None:
     assert infeasible <= 12  # random proposals: about 20
 
 
-def test_known_points_come_first_and_once_and_the_sampler_fills_them_in(tmp_path: Path) -> None:
+def test_known_points_come_first_and_once_and_the_sampler_fills_them_in() -> None:
     points = [
         {"learning_rate": 2e-3, "world_size": 4, "dataset_fraction": 1.0},
         {"lora_rank": 32},
     ]
     space = {"world_size": {"choice": [1, 2, 4]}}
-    study = make(tmp_path / "study.db", points=points, **space)
-    first, second = study.ask().params, study.ask().params
+    study = make(points=points, **space)
+    asked = [study.ask(), study.ask()]
+    first, second = (proposal.params for proposal in asked)
     assert first | points[0] == first
     assert second["lora_rank"] == 32
     assert set(first) == set(second), "every knob has a value"
-    resumed = make(tmp_path / "study.db", points=points, **space)
-    assert resumed.ask().params | points[0] != resumed.ask().params, "a resumed study begins with the points again"
+    once = resumed(asked[:1], points=points, **space)
+    assert once.ask().params["lora_rank"] == 32, "the second point is still to come"
+    assert once.ask().params | points[0] != points[0], "a resumed study begins with the points again"
