@@ -53,14 +53,15 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = space
         self._objectives = tuple(objectives)
-        self._sampler = sampler
+        self._method = sampler
         self._seed = seed
         self._startup_trials = startup_trials
         self._points = tuple(points_to_evaluate)
-        self._study = optuna.create_study(
-            storage=_Memory(), directions=[o.direction for o in self._objectives], sampler=self._new_sampler()
-        )
+        self._samplers = self._new_samplers()
+        self._study = optuna.create_study(storage=_Memory(), directions=[o.direction for o in self._objectives])
         self._num_asked = 0
+        self._num_trained = 0
+        self._num_infeasible = 0
         self._running: dict[int, Trial] = {}
 
     def ask(self) -> Proposal:
@@ -85,7 +86,7 @@ class Study:
                 self._ask()
         # A resumed study must not propose its first points again, so the seed moves on with the trials.
         self._seed += self._num_asked
-        self._study.sampler = self._new_sampler()
+        self._samplers = self._new_samplers()
 
     def tell_complete(self, number: int, values: Mapping[str, float]) -> None:
         """End a trial with its objectives' values.
@@ -100,6 +101,7 @@ class Study:
         if number in self._running:
             for name, value in constraints.items():
                 self._running[number].set_constraint(name, float(value))
+            self._num_infeasible += 1
         self._tell(number, OptunaState.PRUNED)
 
     def tell_pruned(self, number: int) -> None:
@@ -111,6 +113,7 @@ class Study:
         self._tell(number, OptunaState.FAIL)
 
     def _ask(self) -> Proposal:
+        self._study.sampler = self._samplers[self._chosen_method()]
         trial = self._study.ask()
         params = self._space.suggest(trial)
         self._running[trial.number] = trial
@@ -126,13 +129,24 @@ class Study:
         # The first end counts; a trial that was passed over has none.
         trial = self._running.pop(number, None)
         if trial is not None:
+            self._num_trained += state is OptunaState.COMPLETE
             self._study.tell(trial, values=values, state=state)
 
-    def _new_sampler(self) -> BaseSampler:
-        if self._sampler == "random":
-            return RandomSampler(seed=self._seed)
-        # constant_liar: trials that still run count as bad, so that concurrent proposals spread out.
-        return TPESampler(seed=self._seed, n_startup_trials=self._startup_trials, constant_liar=True)
+    def _new_samplers(self) -> dict[SamplerName, BaseSampler]:
+        return {
+            "random": RandomSampler(seed=self._seed),
+            # constant_liar: trials that still run count as bad, so that concurrent proposals spread out.
+            "tpe": TPESampler(seed=self._seed, n_startup_trials=self._startup_trials, constant_liar=True),
+        }
+
+    def _chosen_method(self) -> SamplerName:
+        """Return how to propose now.
+
+        TPE takes the best tenth of what ended for good, what is infeasible too as long as there is little else, and what runs for bad.
+        So on a large cluster, where hundreds run before one has ended, it would propose what is infeasible again and again.
+        """
+        is_misled = 9 * self._num_trained < self._num_infeasible and self._num_trained < len(self._running)
+        return "random" if is_misled else self._method
 
 
 class _Memory(optuna.storages.InMemoryStorage):

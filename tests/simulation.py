@@ -11,10 +11,10 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from search.placement import Action, Assign, Group, GroupState, Start, Stop, Waiting, decide
+from search.placement import Assign, Group, GroupState, Start, Stop, Waiting, decide
 
 START_SECONDS, STOP_SECONDS = 15.0, 2.0
 
@@ -72,27 +72,28 @@ def mixed_trials(num_trials: int, world_sizes: Sequence[int], *, seed: int) -> l
 
 
 class Simulation:
-    """One run of all trials; `on_start` and `on_end` hear of every trial by its place in the line."""
+    """One run of all trials, which are asked for one by one; `on_end` hears of each by its place in the line."""
 
     def __init__(
         self,
         capacity: int,
-        trials: Sequence[SimulatedTrial],
+        trials: Iterable[SimulatedTrial],
         *,
         window: int,
-        decide: Callable[..., list[Action]] = decide,
+        on_end: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._capacity = capacity
-        self._trials = trials
+        self._trials = iter(trials)
         self._window = window
-        self._decide = decide
+        self._on_end = on_end
+        self._ahead: SimulatedTrial | None = None
+        self._seconds: dict[int, float] = {}
         self._waiting: dict[int, Waiting] = {}
         self._groups: dict[str, Group] = {}
         self._running: dict[str, int] = {}
         self._held: Counter[GroupState] = Counter()
         self._events: list[tuple[float, int, str, str]] = []
         self._num_events = 0
-        self._next = 0
         self._now = 0.0
         self.outcome = Outcome()
 
@@ -100,7 +101,7 @@ class Simulation:
         """Return what came of the trials when the last one has ended."""
         self._hand_out()
         self._act()
-        while self._waiting or self._running or self._next < len(self._trials):
+        while self._waiting or self._running or self._ahead is not None:
             assert self._events, f"deadlock: {len(self._waiting)} wait"
             self._pass_time(self._events[0][0])
             while self._events and self._events[0][0] <= self._now:
@@ -112,14 +113,19 @@ class Simulation:
         return self.outcome
 
     def _hand_out(self) -> None:
-        while self._next < len(self._trials) and len(self._waiting) + len(self._running) < self._window:
-            trial = self._trials[self._next]
-            if trial.arrives > self._now:
-                self._after(trial.arrives - self._now, "arrival", "")
+        while len(self._waiting) + len(self._running) < self._window:
+            if self._ahead is None and (trial := next(self._trials, None)) is not None:
+                self._ahead = trial
+                if trial.arrives > self._now:
+                    self._after(trial.arrives - self._now, "arrival", "")
+            trial = self._ahead
+            if trial is None or trial.arrives > self._now:
                 return
-            self._waiting[self._next] = Waiting(job_id=str(self._next), world_size=trial.world_size, place=self._next)
-            self.outcome.submitted[self._next] = self._now
-            self._next += 1
+            self._ahead = None
+            number = len(self.outcome.submitted)
+            self._waiting[number] = Waiting(job_id=str(number), world_size=trial.world_size, place=number)
+            self._seconds[number] = trial.seconds
+            self.outcome.submitted[number] = self._now
 
     def _pass_time(self, until: float) -> None:
         spent, seconds = self.outcome.worker_seconds, until - self._now
@@ -140,8 +146,8 @@ class Simulation:
             case "ready":
                 self._set(group_id, GroupState.IDLE)
             case "done":
-                del self._running[group_id]
                 self._set(group_id, GroupState.IDLE)
+                self._on_end(self._running.pop(group_id))
 
     def _set(self, group_id: str, state: GroupState) -> None:
         group = self._groups[group_id]
@@ -151,7 +157,7 @@ class Simulation:
 
     def _act(self) -> None:
         began = time.perf_counter()
-        actions = self._decide(capacity=self._capacity, groups=self._groups.values(), waiting=self._waiting.values())
+        actions = decide(capacity=self._capacity, groups=self._groups.values(), waiting=self._waiting.values())
         self.outcome.decide_seconds += time.perf_counter() - began
         self.outcome.num_decisions += 1
         for action in actions:
@@ -164,7 +170,7 @@ class Simulation:
                     self.outcome.started[number] = self._now
                     self._running[group_id] = number
                     self._set(group_id, GroupState.BUSY)
-                    self._after(self._trials[number].seconds, "done", group_id)
+                    self._after(self._seconds.pop(number), "done", group_id)
                 case Start(world_size=world_size):
                     self.outcome.num_starts += 1
                     name = f"group-{self.outcome.num_starts:05d}"
