@@ -101,7 +101,8 @@ class SearchView:
             case "reference":
                 return f"untrained model: {self._metrics(event['metrics'])}"
             case "trial_started" if record:
-                return f"trial {number:04d} RUNNING   {self._knob_text(record)}"
+                known = "" if record.source is None else f" | trained in trial {record.source:04d}"
+                return f"trial {number:04d} RUNNING   {self._knob_text(record)}{known}"
             case "trial_reported" if record and not event["report"]["final"]:
                 report = event["report"]
                 verdict = event.get("verdict")

@@ -9,38 +9,40 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from search.layouts import Forecaster, layout_to_train, layouts_of
 from search.ledger import Ledger, SearchState, replay
 from search.pareto import front
+from search.profiles import timed_knobs
 from search.provenance import reproduce_command
 from search.record import TrialRecord, TrialState
 from search.rungs import shares_of
 from search.store import Store
-from search.study import Proposal, Study
+from search.study import Study
 from spaces import constraints
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
 from spaces.spec import Objective, SearchSpec
 from trainables.job import Job
 
-# Infeasible proposals cost nothing but a suggestion; this many in a row mean that next to nothing in the space is feasible.
-MAX_INFEASIBLE_IN_A_ROW = 200
+# Infeasible proposals and duplicates cost nothing but a suggestion; this many in a row: next to nothing in the space is left.
+MAX_IDLE_IN_A_ROW = 200
 
 
 class SearchExhausted(Exception):
-    """The sampler finds no feasible proposal any more."""
+    """The sampler finds no feasible proposal any more that was not trained before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
-    """A trial that is to run."""
+    """A trial that is to run: to be trained, or only timed where its recipe was trained under another layout."""
 
     number: int
-    params: Mapping[str, Any]
     config: TrialConfig
+    is_trained: bool
 
 
 class Engine:
@@ -54,7 +56,7 @@ class Engine:
         ledger: Ledger,
         study: Study,
         limits: Limits,
-        predict: Callable[[TrialConfig], Mapping[str, Any]] = lambda _: {},
+        outlook: Forecaster,
         on_event: Callable[[dict[str, Any]], None],
     ) -> None:
         self._store = store
@@ -62,15 +64,19 @@ class Engine:
         self._ledger = ledger
         self._study = study
         self._limits = limits
-        self._predict = predict
+        self._outlook = outlook
         self._on_event = on_event
         self._state = replay(ledger.events())
         for record in self._state.records.values():
             self._lower_memory_limit(record)
-        self._num_ended = sum(r.state is not TrialState.RUNNING and r.feasible_before_launch for r in self._state.records.values())
+        self._trained = {
+            TrialConfig.from_dict(r.config or {}).recipe.key(): r.number for r in self._state.records.values() if _is_whole(r)
+        }
+        self._num_ended = sum(r.state is not TrialState.RUNNING and _counts(r) for r in self._state.records.values())
         self._members = front(list(self._state.records.values()), self.objectives)
         self._live: set[int] = set()
-        self._pending = self._reconcile()
+        self._pending = sorted(self._state.in_flight)
+        self._reconcile()
 
     @property
     def state(self) -> SearchState:
@@ -89,30 +95,32 @@ class Engine:
     @property
     def num_left(self) -> int:
         """Trials of the budget that have not been handed out yet."""
-        return max(0, self._spec.budget.trials - self._num_ended - len(self._live))
+        live = sum(_counts(self._state.records[number]) for number in self._live)
+        return max(0, self._spec.budget.trials - self._num_ended - live)
+
+    @property
+    def is_handed_out(self) -> bool:
+        """Whether nothing comes any more: what still trains may want to be timed under other layouts."""
+        return self.num_left == 0 and not self._pending and not self._live
 
     def next(self) -> Assignment | None:
-        """Return the next trial to run, or None when the budget is handed out; infeasible proposals are told and passed over.
+        """Return the next trial to run, or None if there is none now; infeasible proposals are told and passed over.
 
         Raises:
-            SearchExhausted: hardly anything in the space is feasible.
+            SearchExhausted: hardly anything in the space is left.
         """
-        if self._pending:
-            number = self._pending.pop(0)
-            record = self._state.records[number]
-            assignment = Assignment(number=number, params=record.params, config=TrialConfig.from_dict(record.config or {}))
-        elif self.num_left == 0:
-            return None
-        else:
+        assignment = self._next_pending()
+        if assignment is None and self.num_left > 0:
             assignment = self._propose()
-        self._live.add(assignment.number)
+        if assignment is not None:
+            self._live.add(assignment.number)
         return assignment
 
     def job(self, assignment: Assignment) -> Job:
-        """Return what a worker group needs to train the trial."""
+        """Return what a worker group needs to train the trial, or to time it."""
         return Job(
             job_id=f"{self._store.name}/trial-{assignment.number:04d}",
-            kind="train",
+            kind="train" if assignment.is_trained else "profile",
             config=assignment.config.to_dict(),
             directory=str(self._store.trial_path(assignment.number)),
             rungs=shares_of(self._spec, assignment.number),
@@ -128,8 +136,14 @@ class Engine:
         if number not in self._live:
             return
         self._live.discard(number)
-        reports = self._state.records[number].reports
+        before = self._state.records[number]
+        reports = before.reports
         final = reports[-1] if reports and reports[-1]["final"] else None
+        if before.source is not None and outcome["state"] == "complete":
+            if "profile" in outcome:
+                self._outlook.keep_profile(TrialConfig.from_dict(before.config or {}), outcome["profile"])
+            final = self._timed(before)
+            self._record("trial_reported", number=number, report=final)
         state, error, values = _classify(outcome, final, self.objectives)
         over_memory = error is not None and error["kind"] == "out_of_memory"
         self._record(
@@ -143,9 +157,12 @@ class Engine:
             details={**(final["details"] if final else {}), "job_seconds": outcome.get("job_seconds")},
         )
         record = self._state.records[number]
-        self._num_ended += 1
+        self._num_ended += _counts(record)
         self._lower_memory_limit(record)
         self._tell(record)
+        if _is_whole(record):
+            self._trained[TrialConfig.from_dict(record.config or {}).recipe.key()] = number
+            self._spread(record)
         self._sweep(record)
 
     def referenced(self, metrics: Mapping[str, float]) -> None:
@@ -159,32 +176,88 @@ class Engine:
     def finished(self, reason: str) -> None:
         """Record the end of the search; no worker writes any more, so that what is kept is the front's weights alone."""
         self._record("search_finished", reason=reason)
-        members = {record.number for record in self.front()}
+        kept = self._kept()
         for record in self._state.records.values():
             if record.state is not TrialState.RUNNING:
-                self._clean(record.number, keeps_weights=record.number in members)
+                self._clean(record.number, keeps_weights=record.number in kept)
 
     def front(self) -> list[TrialRecord]:
         """Return the non-dominated, complete, feasible trials."""
         return [self._state.records[member.number] for member in self._members]
 
-    def _propose(self) -> Assignment:
-        for _ in range(MAX_INFEASIBLE_IN_A_ROW):
+    def _next_pending(self) -> Assignment | None:
+        """Return the oldest trial that waits, but for those whose steps are being timed, or now were."""
+        timed_now = {self._time_key(number) for number in self._live if self._state.records[number].source is not None}
+        for number in list(self._pending):
+            record = self._state.records[number]
+            config = TrialConfig.from_dict(record.config or {})
+            if record.source is not None and self._outlook.has_profile(config):
+                self._pending.remove(number)
+                self._finish_timed(number)
+            elif record.source is None or self._time_key(number) not in timed_now:
+                self._pending.remove(number)
+                return Assignment(number=number, config=config, is_trained=record.source is None)
+        return None
+
+    def _propose(self) -> Assignment | None:
+        for _ in range(MAX_IDLE_IN_A_ROW):
             proposal = self._study.ask()
-            config = TrialConfig.from_params(proposal.params, max_length=self._spec.model.max_length)
-            values = constraints.violations(config, self._limits)
-            known = {"number": proposal.number, "params": proposal.params, "config": config.to_dict()}
-            if constraints.is_feasible(values):
-                command, predicted = self._reproduce(proposal), dict(self._predict(config))
-                self._record("trial_started", **known, command=command, predicted=predicted)
-                return Assignment(number=proposal.number, params=proposal.params, config=config)
-            self._record("trial_infeasible", **known, constraints=values)
-            self._study.tell_infeasible(proposal.number, values)
+            chosen = layout_to_train(layouts_of(proposal.params, self._spec, self._limits), self._outlook)
+            params, config, values = chosen.params, chosen.config, chosen.constraints
+            if not chosen.is_feasible:
+                known = {"number": proposal.number, "params": params, "config": config.to_dict()}
+                self._record("trial_infeasible", **known, constraints=values)
+                self._study.tell_infeasible(proposal.number, values)
+                continue
+            source = self._trained.get(config.recipe.key()) if self._spec.reuse else None
+            self._start(proposal.number, params, config, source=source)
+            if source is None:
+                return Assignment(number=proposal.number, config=config, is_trained=True)
+            if not self._is_duplicate(config, source) and not self._outlook.has_profile(config):
+                self._pending.append(proposal.number)
+                return self._next_pending()
+            self._finish_timed(proposal.number)
         raise SearchExhausted(
-            f"{MAX_INFEASIBLE_IN_A_ROW} proposals in a row were infeasible (the last: "
-            + ", ".join(f"{name} = {value:g}" for name, value in values.items() if value > 0)
-            + "); `paretune plan` shows which layouts this cluster can run"
+            f"{MAX_IDLE_IN_A_ROW} proposals in a row were infeasible or trained before"
+            + "".join(f"; {name} = {value:g}" for name, value in values.items() if value > 0)
+            + "; `paretune plan` shows which layouts this cluster can run"
         )
+
+    def _spread(self, record: TrialRecord) -> None:
+        """Have a trained recipe timed under every other layout that is to be measured."""
+        trained = TrialConfig.from_dict(record.config or {}).layout
+        for other in layouts_of(record.params, self._spec, self._limits):
+            if other.config.layout != trained and other.is_feasible:
+                number = self._study.reserve()
+                self._start(number, other.params, other.config, source=record.number, was_proposed=False)
+                self._pending.append(number)
+
+    def _start(self, number: int, params: Mapping[str, Any], config: TrialConfig, **origin: Any) -> None:
+        command = reproduce_command(self._spec, str(self._store.spec_path), self._store.name, number, params)
+        predicted = dict(self._outlook(config)) if origin["source"] is None else {}
+        known = {"params": dict(params), "config": config.to_dict(), "predicted": predicted}
+        self._record("trial_started", number=number, **known, command=command, **origin)
+
+    def _finish_timed(self, number: int) -> None:
+        """End a trial of which all is known."""
+        self._live.add(number)
+        self.ended(number, {"state": "complete"})
+
+    def _timed(self, record: TrialRecord) -> dict[str, Any]:
+        """Return the final report of a trial whose recipe was trained: its times are those of a step profile, or of its duplicate."""
+        source = self._state.records[record.root]
+        config, trained = (TrialConfig.from_dict(r.config or {}) for r in (record, source))
+        duplicate = self._is_duplicate(config, source.number)
+        values = source.values if duplicate else self._outlook.values_under(config, trained, source.values)
+        last = source.reports[-1]
+        return {**last, "metrics": dict(values), "details": {"time_source": "duplicate" if duplicate else "profile"}}
+
+    def _is_duplicate(self, config: TrialConfig, source: int) -> bool:
+        return TrialConfig.from_dict(self._state.records[source].config or {}) == config
+
+    def _time_key(self, number: int) -> str:
+        """Return what trials share that are timed by the same steps."""
+        return str(timed_knobs(TrialConfig.from_dict(self._state.records[number].config or {})))
 
     def _lower_memory_limit(self, record: TrialRecord) -> None:
         """Where a trial ran out of memory, whatever is predicted to hold as much would too."""
@@ -195,9 +268,6 @@ class Engine:
             known = self._limits.memory_bytes
             below = predicted.peak_bytes - 1
             self._limits = replace(self._limits, memory_bytes=below if known is None else min(known, below))
-
-    def _reproduce(self, proposal: Proposal) -> str:
-        return reproduce_command(self._spec, str(self._store.spec_path), self._store.name, proposal.number, proposal.params)
 
     def _record(self, event: str, **fields: Any) -> None:
         line = self._ledger.append(event, **fields)
@@ -214,36 +284,48 @@ class Engine:
         else:
             self._study.tell_failed(record.number)
 
-    def _reconcile(self) -> list[int]:
-        """Bring the study up to the ledger, and the disk; return the trials that were cut off in flight.
-
-        One that a rung had stopped is not among them, but ended.
-        """
-        self._study.restore({number: record.params for number, record in self._state.records.items()})
-        members = {member.number for member in self._members}
+    def _reconcile(self) -> None:
+        """Bring the study up to the ledger, and the disk; what was cut off in flight waits, unless a rung had stopped it."""
+        self._study.restore({n: record.params if record.was_proposed else None for n, record in self._state.records.items()})
+        kept = self._kept(self._pending)
         for number, record in list(self._state.records.items()):
             if record.state is not TrialState.RUNNING:
                 self._tell(record)
-                self._clean(number, keeps_weights=number in members)
+                self._clean(number, keeps_weights=number in kept)
             elif record.stopped is not None:
+                self._pending.remove(number)
                 self._live.add(number)
                 self.ended(number, {"state": "stopped"})
-        return sorted(self._state.in_flight)
 
     def _sweep(self, ended: TrialRecord) -> None:
         """Keep weights only where the front needs them; checkpoints served their purpose when the trial ended."""
         # Only who stood on the front and who ends now can change it, and the front of both is that of all.
         candidates = [*self._members, ended]
         self._members = front(candidates, self.objectives)
-        members = {member.number for member in self._members}
+        kept = self._kept((*self._pending, *self._live))
         for candidate in candidates:
-            if not _may_be_written(candidate) and (candidate.number not in members or candidate is ended):
-                self._clean(candidate.number, keeps_weights=candidate.number in members)
+            owner = self._state.records[candidate.root]
+            if not _may_be_written(owner) and (owner.number not in kept or candidate is ended):
+                self._clean(owner.number, keeps_weights=owner.number in kept)
+
+    def _kept(self, waiting: Iterable[int] = ()) -> set[int]:
+        """Return whose weights are kept: those of the front, and of what may come onto it under another layout."""
+        return {member.root for member in self._members} | {self._state.records[number].root for number in waiting}
 
     def _clean(self, number: int, *, keeps_weights: bool) -> None:
         for part in self._store.trial_path(number).glob("*"):
             if not (keeps_weights and part.name == "final"):
                 shutil.rmtree(part, ignore_errors=True)
+
+
+def _counts(record: TrialRecord) -> bool:
+    """Whether it takes from the budget of trials: it was launched, and its recipe trained."""
+    return record.feasible_before_launch and record.source is None
+
+
+def _is_whole(record: TrialRecord) -> bool:
+    """Whether its recipe was trained to the end, in this trial."""
+    return record.state is TrialState.COMPLETE and record.source is None
 
 
 def _may_be_written(record: TrialRecord) -> bool:

@@ -201,6 +201,8 @@ def _proposed(event: Mapping[str, Any]) -> TrialRecord:
         params=dict(event["params"]),
         config=event.get("config"),
         predicted=dict(event.get("predicted", {})),
+        source=event.get("source"),
+        was_proposed=event.get("was_proposed", True),
         constraints=dict(event.get("constraints", {})),
         started_at=event["time"] if launched else None,
         finished_at=None if launched else event["time"],

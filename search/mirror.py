@@ -214,6 +214,8 @@ class Mirror:
             tags["paretune.stopped"] = record.why_stopped
         if record.noise:
             tags["paretune.noisy"] = record.noise
+        if record.source is not None:
+            tags["paretune.not_trained"] = record.why_not_trained
         if not record.feasible:
             tags["paretune.infeasible"] = ", ".join(name for name, value in record.constraints.items() if value > 0)
         if "process_map" in record.details:

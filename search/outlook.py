@@ -1,4 +1,4 @@
-"""What is said of a trial before it runs: the memory of a rank, and the seconds of its training."""
+"""What is said of a trial without training it: the memory of a rank, the seconds, and the metrics under another layout."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from search.layouts import seconds_of, values_under
 from search.profiles import ProfileCache, profile_key
 from spaces.config import TrialConfig
 from spaces.estimate import MeasuredMachine, NoPeak, estimate_step
@@ -13,7 +14,6 @@ from spaces.memory import rank_memory
 from spaces.metrics import TRAIN_SECONDS
 from spaces.spec import SearchSpec
 from trainables.batching import BatchPlan, StepSizes
-from trainables.step_time import StepTime
 
 if TYPE_CHECKING:
     from spaces.blueprint import Blueprint
@@ -59,10 +59,28 @@ class Outlook:
             predicted["memory"] = memory
         profile = self._profiles.get(self.key(config))
         if profile is not None:
-            time = StepTime(fixed_seconds=profile["fixed_seconds"], seconds_per_token=profile["seconds_per_token"])
-            return {**predicted, TRAIN_SECONDS: float(time.of(sizes.padded_tokens).sum()), "time_source": "profile"}
+            return {**predicted, TRAIN_SECONDS: seconds_of(profile, sizes), "time_source": "profile"}
         estimated = self._estimated_seconds(config, sizes)
         return predicted if estimated is None else {**predicted, TRAIN_SECONDS: estimated, "time_source": "estimate"}
+
+    def has_profile(self, config: TrialConfig) -> bool:
+        """Return whether the steps of such a trial were timed."""
+        return self._profiles.get(self.key(config)) is not None
+
+    def keep_profile(self, config: TrialConfig, profile: Mapping[str, Any]) -> None:
+        """Keep what was measured of the steps of such a trial."""
+        self._profiles.put(self.key(config), profile)
+
+    def values_under(self, config: TrialConfig, trained: TrialConfig, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics of a trained recipe under another layout, whose steps were timed.
+
+        Raises:
+            KeyError: they were not.
+        """
+        profile = self._profiles.get(self.key(config))
+        if profile is None:
+            raise KeyError(f"no step profile of {config}")
+        return values_under(config, trained, values, profile, BatchPlan(config, self._data).sizes())
 
     def key(self, config: TrialConfig) -> dict[str, Any]:
         """Return under which key a trial's step profile is kept."""

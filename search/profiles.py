@@ -20,6 +20,10 @@ from trainables.device import cache_directory
 TIMED_KNOBS = ("global_batch_size", "precision", "adapter", "adapter_rank", "adapter_target_modules")
 
 
+# What a profile must say; one that an earlier version wrote may not.
+NEEDED = {"fixed_seconds", "seconds_per_token", "part_seconds", "peak_memory_bytes"}
+
+
 class ProfileCache:
     """One small file for each profile; two searches may write at once."""
 
@@ -30,8 +34,9 @@ class ProfileCache:
         """Return what `trainables.step_profile` measured under this key, or None; a file that cannot be read is none."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             entry = json.loads(self._path(key).read_text())
-            if entry["key"] == json.loads(_text(key)):
-                return dict(entry["profile"])
+            profile = entry["profile"]
+            if entry["key"] == json.loads(_text(key)) and profile.keys() >= NEEDED:
+                return dict(profile)
         return None
 
     def put(self, key: Mapping[str, Any], profile: Mapping[str, Any]) -> Path:
@@ -51,6 +56,11 @@ class ProfileCache:
         return self._directory / f"{hashlib.sha256(_text(key).encode()).hexdigest()[:24]}.json"
 
 
+def timed_knobs(config: TrialConfig) -> dict[str, Any]:
+    """Return what of a trial's config changes the time of its steps."""
+    return {"recipe": {knob: getattr(config.recipe, knob) for knob in TIMED_KNOBS}, "layout": asdict(config.layout)}
+
+
 def profile_key(
     config: TrialConfig, *, model: Mapping[str, Any], data_fingerprint: str, max_length: int, device: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -67,8 +77,7 @@ def profile_key(
         "model": model,
         "data": data_fingerprint,
         "max_length": max_length,
-        "recipe": {knob: getattr(config.recipe, knob) for knob in TIMED_KNOBS},
-        "layout": asdict(config.layout),
+        **timed_knobs(config),
         "device": {name: device[name] for name in ("type", "name", "threads")},
         "versions": {**device["versions"], "paretune": version("paretune")},
     }

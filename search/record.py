@@ -51,6 +51,10 @@ class TrialRecord:
     """Unix seconds; None while it runs."""
     stopped: dict[str, Any] | None = None
     """The verdict of the rung that stopped it early: `search.rungs.Verdict` with the rung's `share` of the trial's steps."""
+    source: int | None = None
+    """The trial that trained the same recipe, under another layout unless the two are duplicates; this one only has its own times."""
+    was_proposed: bool = True
+    """Whether the sampler knows it; not of a further layout of a trial."""
     details: dict[str, Any] = field(default_factory=dict)
     """Process map, memory by rank, MFU convention and the like, from the final report."""
     test: dict[str, float] = field(default_factory=dict)
@@ -79,6 +83,23 @@ class TrialRecord:
         if spread > NOISY:
             reasons.append(f"its slowest rank was {spread:.0%} behind the fastest")
         return " and ".join(reasons)
+
+    @property
+    def root(self) -> int:
+        """The number of the trial whose weights are this one's."""
+        return self.number if self.source is None else self.source
+
+    @property
+    def why_not_trained(self) -> str:
+        """What the trial was spared by, in words; empty where it was trained."""
+        if self.source is None:
+            return ""
+        is_duplicate = self.details.get("time_source") == "duplicate"
+        return (
+            f"a duplicate of trial {self.source}"
+            if is_duplicate
+            else f"trial {self.source} under another layout, of which some steps were timed"
+        )
 
     @property
     def why_stopped(self) -> str:

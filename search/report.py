@@ -67,13 +67,10 @@ def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objectiv
     return f"{text}, {ratio:.1f} times the price." if ratio > 1 else f"{text}."
 
 
-def noise_lines(members: Sequence[TrialRecord]) -> list[str]:
-    """Return one line for every member whose times are not to be trusted."""
-    return [
-        f"trial {record.number} is noisy: {record.noise}; train it again before you trust its times"
-        for record in members
-        if record.noise
-    ]
+def caveats(members: Sequence[TrialRecord]) -> list[str]:
+    """Return one line for every member whose times are not to be trusted, or are not of a training of its own."""
+    noisy = [f"trial {r.number} is noisy: {r.noise}; train it again before you trust its times" for r in members if r.noise]
+    return noisy + [f"trial {r.number} is {r.why_not_trained}" for r in members if r.source is not None]
 
 
 def _reached(record: TrialRecord, quality: Objective, price: Objective) -> str:
@@ -191,7 +188,7 @@ def draw_html(figure: FrontFigure, state: SearchState, spec: SearchSpec, objecti
         _html_table(
             *front_table(members, spec, objectives, (TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES)), marked=str(figure.knee_number)
         ),
-        *(f"<p class='note'>{html.escape(line)}</p>" for line in noise_lines(members)),
+        *(f"<p class='note'>{html.escape(line)}</p>" for line in caveats(members)),
     ]
     for number, (title, note, drawing) in enumerate(_drawings(figure, state, spec, objectives)):
         # The library is embedded once, in the first figure; it is most of the file's 5 MB.

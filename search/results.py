@@ -15,7 +15,7 @@ from search.ledger import Ledger, SearchState, replay
 from search.pareto import front, hypervolume_of, knee, pick
 from search.provenance import reproduce_command
 from search.record import TrialRecord, TrialState
-from search.report import noise_lines, recommendation, write_report
+from search.report import caveats, recommendation, write_report
 from search.store import Store, StoreError
 from search.tables import stopped_line
 from spaces.loading import parse_spec
@@ -173,7 +173,7 @@ def render_front(results: Results) -> str:
     stopped = stopped_line(list(results.state.records.values()))
     lines += [stopped] if stopped else []
     lines.append(recommendation(members, results.objectives, results.name))
-    lines += noise_lines(members)
+    lines += caveats(members)
     link = (results.state.started or {}).get("mlflow_url")
     if link:
         lines += [f"MLflow: {link}", f"        (after `paretune ui --directory {Path(results.spec.directory)}`)"]

@@ -34,12 +34,12 @@ class EngineSearcher(Searcher):
 
     # Ray's own annotation forgets FINISHED.
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
-        """Return the next trial's job, None while enough trials are live, or FINISHED when the budget is handed out."""
+        """Return the next trial's job, None while there is none to hand out, or FINISHED when there never will be."""
         if self._engine.num_live >= self._max_concurrent:
             return None
         assignment = self._engine.next()
         if assignment is None:
-            return Searcher.FINISHED
+            return Searcher.FINISHED if self._engine.is_handed_out else None
         self._assignments[trial_id] = assignment
         return {JOB: self._engine.job(assignment), NUMBER: assignment.number}
 

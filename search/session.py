@@ -178,7 +178,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
                     points_to_evaluate=spec.sampler.points_to_evaluate,
                 ),
                 limits=replace(limits, memory_bytes=device["usable_bytes"]),
-                predict=Outlook(
+                outlook=Outlook(
                     spec, prepared.data, model=prepared.model, plan=prepared.plan, device=device, profiles=ProfileCache()
                 ),
                 on_event=on_event,
@@ -307,18 +307,21 @@ def _score_on_test(engine: Engine, dispatcher: Any, store: Store, interruption: 
     for record in engine.front():
         if record.test:
             continue
+        # Whoever shares the weights shares the score.
+        owner = engine.state.records[record.root]
         job = Job(
-            job_id=f"{store.name}/test-{record.number:04d}",
+            job_id=f"{store.name}/test-{owner.number:04d}",
             kind="test",
-            config=dict(record.config or {}),
-            directory=str(store.trial_path(record.number)),
+            config=dict(owner.config or {}),
+            directory=str(store.trial_path(owner.number)),
         )
         try:
-            outcome = run_job(dispatcher, job, interruption)
+            score = owner.test or run_job(dispatcher, job, interruption)["metrics"]
         except JobFailed as error:
             print(f"trial {record.number:04d} has no score on the test file: {error}", file=sys.stderr)
             continue
-        engine.test_scored(record.number, outcome["metrics"])
+        for number in {owner.number, record.number}:
+            engine.test_scored(number, score)
 
 
 def _publish(engine: Engine, store: Store, prepared: Prepared) -> None:

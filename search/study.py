@@ -59,27 +59,38 @@ class Study:
         self._points = tuple(points_to_evaluate)
         self._samplers = self._new_samplers()
         self._study = optuna.create_study(storage=_Memory(), directions=[o.direction for o in self._objectives])
-        self._num_asked = 0
+        self._num_asked = self._num_proposed = 0
         self._num_trained = 0
         self._num_infeasible = 0
         self._running: dict[int, Trial] = {}
 
     def ask(self) -> Proposal:
         """Propose a trial; it is RUNNING until it is told."""
-        if self._num_asked < len(self._points):
-            self._study.enqueue_trial(self._space.encode(self._points[self._num_asked]))
+        if self._num_proposed < len(self._points):
+            self._study.enqueue_trial(self._space.encode(self._points[self._num_proposed]))
         return self._ask()
 
-    def restore(self, asked: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take up the trials that an earlier driver asked for, by number; each is RUNNING until it is told.
+    def reserve(self) -> int:
+        """Return the number of a trial that the sampler learns nothing of."""
+        self._pass_over()
+        return self._num_asked - 1
+
+    def restore(self, asked: Mapping[int, Mapping[str, Any] | None]) -> None:
+        """Take up the trials that an earlier driver asked for, by number, and those whose numbers it reserved (None).
+
+        Each that was asked for is RUNNING until it is told.
 
         A trial that the space holds no more, since the user changed it, teaches the sampler nothing.
         """
         for number in sorted(asked):
             while self._num_asked < number:
                 self._pass_over()
+            params = asked[number]
+            if params is None:
+                self._pass_over()
+                continue
             try:
-                self._study.enqueue_trial(self._space.encode(asked[number]))
+                self._study.enqueue_trial(self._space.encode(params))
             except ValueError:
                 self._pass_over()
             else:
@@ -118,6 +129,7 @@ class Study:
         params = self._space.suggest(trial)
         self._running[trial.number] = trial
         self._num_asked += 1
+        self._num_proposed += 1
         return Proposal(number=trial.number, params=params)
 
     def _pass_over(self) -> None:

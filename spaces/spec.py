@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    StrictBool,
     StrictStr,
     ValidationInfo,
     WithJsonSchema,
@@ -261,6 +262,9 @@ class SearchSpec(_Section):
     """What proposes trials."""
     scheduler: SchedulerSpec = SchedulerSpec()
     """What stops trials before their end."""
+    reuse: StrictBool = True
+    """A recipe that was trained is not trained again: of a duplicate all is known, and under another layout, which learns the same,
+    only some steps are timed."""
     tracking: TrackingSpec = TrackingSpec()
     """Where MLflow is."""
     directory: Text = "paretune-runs"

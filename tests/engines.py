@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,43 @@ import yaml
 
 from search.engine import Engine
 from search.ledger import Ledger
+from search.profiles import timed_knobs
 from search.store import Store
 from search.study import Study
+from spaces.config import TrialConfig
 from spaces.constraints import Limits
 from spaces.loading import load_spec
 
 
+class Profiles:
+    """Says that a step takes a second on one rank and 0.7 on more, once it was timed; knows nothing before."""
+
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+
+    def __call__(self, config: TrialConfig) -> dict[str, Any]:
+        return {}
+
+    def has_profile(self, config: TrialConfig) -> bool:
+        return str(timed_knobs(config)) in self.known
+
+    def keep_profile(self, config: TrialConfig, profile: Mapping[str, Any]) -> None:
+        self.known.add(str(timed_knobs(config)))
+
+    def values_under(self, config: TrialConfig, trained: TrialConfig, values: Mapping[str, float]) -> dict[str, float]:
+        assert self.has_profile(config)
+        return {**values, "train_seconds": 1.0 if config.layout.world_size == 1 else 0.7}
+
+
 def make(
-    directory: Path, *, limits: Limits | None = None, trials: int = 3, scheduler: dict[str, Any] | None = None, **space: Any
+    directory: Path,
+    *,
+    limits: Limits | None = None,
+    trials: int = 3,
+    scheduler: dict[str, Any] | None = None,
+    outlook: Profiles | None = None,
+    reuse: bool = True,
+    **space: Any,
 ) -> tuple[Engine, list[dict[str, Any]], Store]:
     """Return an engine on a ledger and a study of its own, the events that it tells, and where its files are."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -28,6 +58,7 @@ def make(
         "space": space,
         "budget": {"trials": trials},
         "scheduler": {"method": "asha", **(scheduler or {})},
+        "reuse": reuse,
         "directory": str(directory / "runs"),
     }
     path.write_text(yaml.safe_dump(spec))
@@ -48,6 +79,7 @@ def make(
             startup_trials=5,
         ),
         limits=limits or Limits(num_workers=2, hidden_size=64),
+        outlook=outlook or Profiles(),
         on_event=seen.append,
     )
     return engine, seen, store

@@ -123,14 +123,14 @@ class Trainer:
         self._losses = torch.zeros(self.num_steps, device=world.device)
         self._global_losses: list[float] = []
         self._flops: StepFlops | None = None
-        self._memory = MemoryMeter(world.device, self.module, self._optimizer)
+        self.memory = MemoryMeter(world.device, self.module, self._optimizer)
         if saved is not None:
             self._restore(saved)
 
     def train_step(self) -> None:
         """Train one global batch: this rank's micro batches, one exchange of gradients, one update."""
         recipe = self.config.recipe
-        followed = self._memory.follow() if self.step >= self._largest_step else nullcontext(False)
+        followed = self.memory.follow() if self.step >= self._largest_step else nullcontext(False)
         with followed as is_disturbed, self._timer.step(is_disturbed=is_disturbed) as mark:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, self.step, self.num_steps)
@@ -162,7 +162,7 @@ class Trainer:
         scores = self._evaluate()
         if self.data.answers is not None and exact_match_rows:
             tokenizer = load_tokenizer(self.base.name, self.base.revision)
-            with self._memory.pause():
+            with self.memory.pause():
                 score = exact_match(self.module, self.config, self.data, self.world, tokenizer, exact_match_rows)
             scores[metrics.EXACT_MATCH] = score
         if self.checkpoints is not None:
@@ -170,7 +170,7 @@ class Trainer:
             if self.world.rank == 0:
                 state = {"config": self.config.to_dict(), "step": self.step}
                 self.checkpoints.save_final(Checkpoint(weights=weights, optimizer={}, state=state))
-        facts = details(self.world, self.config, self._memory)
+        facts = details(self.world, self.config, self.memory)
         scores[metrics.PEAK_MEMORY_BYTES] = float(max(facts["peak_memory_bytes_by_rank"]))
         return self._report(scores, facts)
 
@@ -200,7 +200,7 @@ class Trainer:
         return 1 + int(np.argmax(self.sizes.padded_tokens[1:])) if self.num_steps > 1 else 1
 
     def _evaluate(self) -> dict[str, float]:
-        with self._memory.pause():
+        with self.memory.pause():
             return evaluate(self.module, self.config, self.data, self.data.evaluation, self.world)
 
     def _backward(self, batch: Batch, scale: float, mark: Callable[[str], None]) -> torch.Tensor:

@@ -45,4 +45,5 @@ def measure_step(config: TrialConfig, data: TaskData, base: BaseModel, world: Wo
         "tokens_per_second": float(trainer.sizes.tokens[:NUM_STEPS].mean()) / step_seconds,
         "num_steps": len(steady_steps(seconds)),
         "part_seconds": mean_parts(parts),
+        "peak_memory_bytes": max(world.gather(trainer.memory.peak_bytes())),
     }

@@ -167,8 +167,6 @@ STOP = {"share": 1 / 9, "goes_on": False, "place": 3, "num_entries": 3, "quota":
 
 
 def test_a_trial_that_its_rung_stops_is_pruned_and_says_where_and_why(tmp_path: Path) -> None:
-    import optuna
-
     engine, _, store = make(tmp_path)
     assignment = engine.next()
     assert assignment is not None
@@ -181,7 +179,7 @@ def test_a_trial_that_its_rung_stops_is_pruned_and_says_where_and_why(tmp_path: 
     assert record.stopped == STOP
     assert record.why_stopped == "stopped at 11% of its steps, place 3 of 3 where 1 may go on"
     assert engine.front() == []
-    (trial,) = optuna.load_study(storage=f"sqlite:///{store.study_path}", study_name="s").trials
+    (trial,) = engine._study._study.trials
     assert trial.state.name == "PRUNED"
     assert trial.values is None
     assert engine.num_left == 2, "it counts as one of the budget"

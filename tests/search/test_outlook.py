@@ -41,6 +41,12 @@ DEVICE = {
     "link_bytes_per_second": 5e9,
     "process_bytes": 500,
 }
+PROFILE = {
+    "fixed_seconds": 0.5,
+    "seconds_per_token": 0.01,
+    "part_seconds": {"forward": 0.2, "backward": 0.3},
+    "peak_memory_bytes": 12345,
+}
 SPEC = SearchSpec.model_validate(
     {"model": {"name": "m", "task": "sequence-classification", "max_length": 32}, "data": {"train": "t"}}
 )
@@ -74,7 +80,7 @@ def test_without_a_profile_the_time_is_an_estimate_from_flops_and_the_memory_tha
 def test_with_a_profile_the_time_is_that_of_its_line_over_all_steps(tmp_path: Path) -> None:
     cache = ProfileCache(tmp_path)
     says = outlook(cache)
-    cache.put(says.key(config()), {"fixed_seconds": 0.5, "seconds_per_token": 0.01})
+    cache.put(says.key(config()), PROFILE)
     for fraction in (1.0, 0.5):
         sizes = BatchPlan(config(dataset_fraction=fraction), token_data()).sizes()
         predicted = says(config(dataset_fraction=fraction, learning_rate=1e-4, seed=0))
@@ -84,7 +90,7 @@ def test_with_a_profile_the_time_is_that_of_its_line_over_all_steps(tmp_path: Pa
 
 def test_whatever_changes_the_time_of_a_step_is_another_profile(tmp_path: Path) -> None:
     cache = ProfileCache(tmp_path)
-    cache.put(outlook(cache).key(config()), {"fixed_seconds": 0.5, "seconds_per_token": 0.01})
+    cache.put(outlook(cache).key(config()), PROFILE)
     for other in (
         {"lora_rank": 8},
         {"adapter": "none"},
@@ -105,10 +111,49 @@ def test_whatever_changes_the_time_of_a_step_is_another_profile(tmp_path: Path) 
     assert cache.get(outlook(cache).key(config(learning_rate=1e-5))) is not None, "the rate costs nothing"
 
 
+def test_a_trained_recipe_has_the_times_of_another_layouts_profile(tmp_path: Path) -> None:
+    trained, other = config(), config(world_size=2, strategy="fsdp", micro_batch_size=4)
+    says = outlook(ProfileCache(tmp_path))
+    says.keep_profile(other, PROFILE)
+    sizes = BatchPlan(other, token_data()).sizes()
+    seconds = 0.5 * len(sizes.rows) + 0.01 * float(sizes.padded_tokens.sum())
+    # 3e9 FLOPs at 30 % of the peak of one rank, and a fifth more with what it computes again.
+    reported = {
+        "accuracy": 0.8,
+        "eval_loss": 0.5,
+        "train_loss": 0.4,
+        "train_seconds": 40.0,
+        "device_seconds": 40.0,
+        "mfu": 0.3,
+        "hfu": 0.36,
+    }
+    values = says.values_under(other, trained, {**reported, "flops_per_step": 3.0, "time_drift": 0.1, "total_seconds": 50.0})
+    assert {k: values[k] for k in ("accuracy", "eval_loss", "train_loss", "flops_per_step")} == {
+        "accuracy": 0.8,
+        "eval_loss": 0.5,
+        "train_loss": 0.4,
+        "flops_per_step": 3.0,
+    }
+    assert values["train_seconds"] == pytest.approx(seconds)
+    assert values["device_seconds"] == pytest.approx(2 * seconds)
+    assert values["mfu"] == pytest.approx(0.3 * 40.0 / (2 * seconds)), "the same FLOPs"
+    assert values["hfu"] / values["mfu"] == pytest.approx(1.2)
+    assert values["tokens_per_second"] == pytest.approx(sizes.tokens.sum() / seconds)
+    assert values["padding_fraction"] == pytest.approx(1 - sizes.tokens.sum() / sizes.padded_tokens.sum())
+    assert values["peak_memory_bytes"] == 12345
+    assert values["backward_seconds"] == 0.3
+    assert not values.keys() & {"time_drift", "rank_spread", "total_seconds"}, "nothing is known of these"
+    again = config(recomputation="full")
+    says.keep_profile(again, PROFILE)
+    assert "hfu" not in says.values_under(again, trained, reported), "what is computed again is the layout's"
+    with pytest.raises(KeyError, match="no step profile"):
+        says.values_under(config(world_size=2), trained, reported)
+
+
 def test_a_damaged_profile_is_none(tmp_path: Path) -> None:
     cache = ProfileCache(tmp_path)
     key = outlook(cache).key(config())
-    path = cache.put(key, {"fixed_seconds": 0.5, "seconds_per_token": 0.01})
+    path = cache.put(key, PROFILE)
     assert cache.get(key) is not None
     path.write_text('{"key": ')
     assert cache.get(key) is None

@@ -13,7 +13,7 @@ from synthetic import OBJECTIVES, numbers_on_front, synthetic_events
 from search.ledger import SearchState, replay
 from search.pareto import front
 from search.record import TrialRecord, TrialState
-from search.report import noise_lines, recommendation, write_report
+from search.report import caveats, recommendation, write_report
 from spaces.loading import parse_spec
 from spaces.spec import Objective
 
@@ -150,9 +150,9 @@ def test_three_objectives_and_prices_of_zero_can_be_drawn(tmp_path: Path) -> Non
 
 def test_a_noisy_member_is_named() -> None:
     members = front(RECORDS, OBJECTIVES)
-    assert noise_lines(members) == []
+    assert caveats(members) == []
     noisy = replace(members[0], values={**members[0].values, "time_drift": 0.5})
-    (line,) = noise_lines([noisy, *members[1:]])
+    (line,) = caveats([noisy, *members[1:]])
     assert line.startswith(f"trial {noisy.number} is noisy: its pace changed by 50%")
 
 
