@@ -7,7 +7,8 @@ simulated (`tests/simulation.py`): a group takes 15 s to start and 2 s to end. T
   waits, and how many groups are started, if all trials wait and if as many are handed out at once as in a search;
 - proposals: what a search finds with so many trials in flight, and what a suggestion costs by the number of trials that TPE sees;
 - driver: engine, Optuna study, ledger (with its fsync) and placement through all trials, whose results come from a closed form;
-  seconds and bytes per trial as the search grows. Resident memory is that of the whole process, after a garbage collection.
+  seconds and bytes per trial as the search grows. Resident memory is that of the whole process, after a garbage collection. Times
+  are of the wall and of the CPU, which differ where the ledger waits for the disk or the machine has other work.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ import random
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import psutil
 import yaml
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import simulation  # noqa: E402
 from simulation import Outcome, SimulatedTrial, Simulation, mixed_trials, packing_bound  # noqa: E402
 
 import search.study  # noqa: E402
@@ -45,6 +49,9 @@ from search.store import Store  # noqa: E402
 from search.study import MAX_REMEMBERED, Study  # noqa: E402
 from spaces.constraints import Limits  # noqa: E402
 from spaces.loading import LoadedSpec, load_spec  # noqa: E402
+
+Seconds = NDArray[np.float64]
+"""Wall and CPU."""
 
 NUM_WORKERS = 1024
 WORLD_SIZES = (1, 2, 4, 8)
@@ -171,13 +178,17 @@ def timed_seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def wall_and_cpu() -> Seconds:
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 class Parts:
-    """Seconds by part, each without those inside it that are another part's."""
+    """Wall and CPU seconds by part, each without those inside it that are another part's."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-        self.suggestions: list[float] = []
-        self._inner = [0.0]
+        self.seconds: dict[str, Seconds] = defaultdict(lambda: np.zeros(2))
+        self.suggestions: list[Seconds] = []
+        self._inner = [np.zeros(2)]
 
     def watch(self, owner: Any, part: str, *methods: str) -> None:
         """Count what these methods of an object take."""
@@ -186,12 +197,12 @@ class Parts:
 
     def _watched(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self._inner.append(0.0)
-            began = time.perf_counter()
+            self._inner.append(np.zeros(2))
+            began = wall_and_cpu()
             try:
                 return call(*args, **kwargs)
             finally:
-                took = time.perf_counter() - began
+                took = wall_and_cpu() - began
                 self.seconds[part] += took - self._inner.pop()
                 self._inner[-1] += took
                 if part == "suggest":
@@ -211,9 +222,10 @@ class Driver:
         self._assignments: dict[int, Assignment] = {}
         self._num_ended = 0
         self._rng = random.Random(0)
+        self._parts.watch(simulation, "placement", "decide")
         self._engine = self._open()
         self._simulation = Simulation(NUM_WORKERS, self._trials(), window=num_handed_out(NUM_WORKERS, WORLD_SIZES), on_end=self._end)
-        self._last: dict[str, float] = {"trials": 0, "resident_bytes": resident_bytes()}
+        self._last: dict[str, Any] = {"trials": 0, "resident_bytes": resident_bytes()}
         self.rows: list[dict[str, Any]] = []
         self.resume_seconds = 0.0
 
@@ -260,20 +272,26 @@ class Driver:
             self._checkpoint()
 
     def _checkpoint(self) -> None:
-        parts = {**self._parts.seconds, "placement": self._simulation.outcome.decide_seconds}
+        parts = {part: seconds.copy() for part, seconds in self._parts.seconds.items()}
         now = {"trials": self._num_ended, "resident_bytes": resident_bytes(), **parts}
         since = now["trials"] - self._last["trials"]
-        recent = sorted(self._parts.suggestions[-500:])
+        recent = np.array(self._parts.suggestions[-500:]).T
         self.rows.append(
             {
                 "trials": self._num_ended,
                 "in_flight": self._engine.num_live,
                 "front": len(self._engine.front()),
-                "suggestion_seconds": {"median": recent[250], "p95": recent[475], "max": recent[-1]},
-                "seconds_per_trial": {part: (parts[part] - self._last.get(part, 0.0)) / since for part in parts},
-                "resident_mebibytes": now["resident_bytes"] / 2**20,
-                "resident_bytes_per_trial": (now["resident_bytes"] - self._last["resident_bytes"]) / since,
-                "ledger_bytes_per_trial": self._store.ledger_path.stat().st_size / self._num_ended,
+                "suggestion_seconds": {
+                    clock: {"median": round(np.median(row), 4), "p95": round(np.quantile(row, 0.95), 4), "max": round(row.max(), 4)}
+                    for clock, row in zip(("wall", "cpu"), recent, strict=True)
+                },
+                "seconds_per_trial": {
+                    part: dict(zip(("wall", "cpu"), np.round((parts[part] - self._last.get(part, 0.0)) / since, 5), strict=True))
+                    for part in parts
+                },
+                "resident_mebibytes": round(now["resident_bytes"] / 2**20, 1),
+                "resident_bytes_per_trial": round((now["resident_bytes"] - self._last["resident_bytes"]) / since),
+                "ledger_bytes_per_trial": round(self._store.ledger_path.stat().st_size / self._num_ended),
             }
         )
         self._last = now

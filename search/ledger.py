@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -47,7 +48,7 @@ class Ledger:
             self._write(line.encode() + b"\n")
         except OSError as error:
             raise LedgerError(f"{self._path}: cannot write the ledger: {error.strerror}") from error
-        return dict(json.loads(line))
+        return _read(line)
 
     def events(self) -> list[dict[str, Any]]:
         """Return all events, oldest first; a line that a crash left half written at the end is left out.
@@ -100,7 +101,7 @@ class Ledger:
         # What stands behind the last line break is a line that was never finished, even if it parses.
         for number, line in enumerate(lines[:-1], start=1):
             try:
-                event = json.loads(line)
+                event = _read(line)
                 if not isinstance(event, dict) or not isinstance(event.get("event"), str) or "time" not in event:
                     raise ValueError("no event with a time")
             except ValueError as error:
@@ -182,6 +183,11 @@ def replay(events: Iterable[Mapping[str, Any]]) -> SearchState:
     for event in events:
         state.apply(event)
     return state
+
+
+def _read(line: str | bytes) -> Any:
+    """Return what a line holds; names are shared by all lines, or they would be most of what a long search holds in memory."""
+    return json.loads(line, object_pairs_hook=lambda pairs: {sys.intern(name): value for name, value in pairs})
 
 
 def _sync(directory: Path) -> None:

@@ -26,7 +26,7 @@ from spaces.spec import Objective
 SamplerName = Literal["tpe", "random"]
 
 # Ended trials that the sampler learns from, the latest ones. TPE's cost grows with them: see `benchmarks/scale.py`.
-MAX_REMEMBERED = 1000
+MAX_REMEMBERED = 500
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,8 +154,8 @@ class Study:
     def _chosen_method(self) -> SamplerName:
         """Return how to propose now.
 
-        TPE takes the best tenth of what ended for good, what is infeasible too as long as there is little else, and what runs for bad.
-        So on a large cluster, where hundreds run before one has ended, it would propose what is infeasible again and again.
+        TPE takes the best tenth of what ended for good, what is infeasible too as long as there is little else, and what runs for
+        bad. So on a large cluster, where hundreds run before one has ended, it would propose what is infeasible again and again.
         """
         is_misled = 9 * self._num_trained < self._num_infeasible and self._num_trained < len(self._running)
         return "random" if is_misled else self._method
