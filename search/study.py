@@ -60,7 +60,7 @@ class Study:
         self._samplers = self._new_samplers()
         self._study = optuna.create_study(storage=_Memory(), directions=[o.direction for o in self._objectives])
         self._num_asked = self._num_proposed = 0
-        self._num_trained = 0
+        self._num_ended = 0
         self._num_infeasible = 0
         self._running: dict[int, Trial] = {}
 
@@ -141,7 +141,7 @@ class Study:
         # The first end counts; a trial that was passed over has none.
         trial = self._running.pop(number, None)
         if trial is not None:
-            self._num_trained += state is OptunaState.COMPLETE
+            self._num_ended += state is not OptunaState.FAIL
             self._study.tell(trial, values=values, state=state)
 
     def _new_samplers(self) -> dict[SamplerName, BaseSampler]:
@@ -157,7 +157,8 @@ class Study:
         TPE takes the best tenth of what ended for good, what is infeasible too as long as there is little else, and what runs for
         bad. So on a large cluster, where hundreds run before one has ended, it would propose what is infeasible again and again.
         """
-        is_misled = 9 * self._num_trained < self._num_infeasible and self._num_trained < len(self._running)
+        num_trained = self._num_ended - self._num_infeasible
+        is_misled = 10 * num_trained < self._num_ended and num_trained < len(self._running)
         return "random" if is_misled else self._method
 
 
