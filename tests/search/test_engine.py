@@ -234,3 +234,19 @@ def test_weights_are_kept_for_the_front_alone(tmp_path: Path) -> None:
         engine.ended(assignment.number, {"state": "complete"})
     left = sorted(str(p.relative_to(store.root / "trials")) for p in (store.root / "trials").glob("*/*"))
     assert left == ["0002/final"]
+
+
+def test_a_resume_removes_what_a_driver_left_that_was_killed_before_it_swept(tmp_path: Path) -> None:
+    engine, _, store = make(tmp_path)
+    for accuracy, seconds in [(0.5, 3.0), (0.4, 4.0)]:
+        assignment = engine.next()
+        assert assignment is not None
+        engine.reported(assignment.number, report(accuracy, seconds))
+        engine.ended(assignment.number, {"state": "complete"})
+    running = engine.next()
+    assert running is not None
+    for number, part in [(0, "final"), (0, "step-00000001"), (1, "final"), (running.number, "step-00000001")]:
+        (store.trial_path(number) / part).mkdir(parents=True)
+    make(tmp_path)
+    left = sorted(str(p.relative_to(store.root / "trials")) for p in (store.root / "trials").glob("*/*"))
+    assert left == ["0000/final", "0002/step-00000001"]
