@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import simulation  # noqa: E402
+from engines import Profiles  # noqa: E402
 from simulation import Outcome, SimulatedTrial, Simulation, mixed_trials, packing_bound  # noqa: E402
 
 import search.study  # noqa: E402
@@ -245,6 +246,7 @@ class Driver:
             ledger=ledger,
             study=study,
             limits=Limits(num_workers=NUM_WORKERS, hidden_size=384),
+            outlook=Profiles(),
             on_event=lambda _: None,
         )
         self._parts.watch(engine, "engine", "next", "job", "reported", "ended")
@@ -254,12 +256,15 @@ class Driver:
         while (assignment := self._engine.next()) is not None:
             self._engine.job(assignment)
             self._assignments[len(self._simulation.outcome.submitted)] = assignment
-            yield SimulatedTrial(world_size=assignment.params["world_size"], seconds=result(assignment.params)[1])
+            yield SimulatedTrial(world_size=assignment.config.layout.world_size, seconds=result(self._params(assignment))[1])
+
+    def _params(self, assignment: Assignment) -> Mapping[str, Any]:
+        return self._engine.state.records[assignment.number].params
 
     def _end(self, line: int) -> None:
         """Report three times, as a trial does, and end."""
         assignment = self._assignments.pop(line)
-        accuracy, seconds = result(assignment.params)
+        accuracy, seconds = result(self._params(assignment))
         accuracy += self._rng.gauss(0, 0.01)
         for step in (100, 300, 900):
             metrics = {"accuracy": accuracy, "train_seconds": seconds, **{f"perf/metric_{i}": 0.1 * i for i in range(20)}}

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from search.layouts import Forecaster, layout_to_train, layouts_of
+from search.layouts import Forecaster, layout_to_train, layouts_of, timed_knobs
 from search.ledger import Ledger, SearchState, replay
 from search.pareto import front
-from search.profiles import timed_knobs
 from search.provenance import reproduce_command
 from search.record import TrialRecord, TrialState
 from search.rungs import shares_of

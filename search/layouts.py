@@ -6,17 +6,16 @@ That a layout changes the loss curve by rounding alone is what `tests/equivalenc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from spaces import constraints, metrics
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
 from spaces.spec import SearchSpec
-from trainables.batching import StepSizes
-from trainables.step_time import StepTime
 
-LEARNED = frozenset(name for name, metric in metrics.METRICS.items() if metric.section in ("eval", "train"))
+# What of a recipe changes the time of a step; what it learns with (rate, decay, alpha, seed) does not.
+TIMED_KNOBS = ("global_batch_size", "precision", "adapter", "adapter_rank", "adapter_target_modules")
 
 
 class Forecaster(Protocol):
@@ -70,39 +69,6 @@ def layout_to_train(candidates: Sequence[Candidate], outlook: Forecaster) -> Can
     return min(feasible, key=lambda c: outlook(c.config)[metrics.TRAIN_SECONDS] * c.config.layout.world_size)
 
 
-def seconds_of(profile: Mapping[str, Any], sizes: StepSizes) -> float:
-    """Return the seconds of all steps of a trial, from the line that a step profile fitted."""
-    time = StepTime(fixed_seconds=profile["fixed_seconds"], seconds_per_token=profile["seconds_per_token"])
-    return float(time.of(sizes.padded_tokens).sum())
-
-
-def values_under(
-    config: TrialConfig, trained: TrialConfig, values: Mapping[str, float], profile: Mapping[str, Any], sizes: StepSizes
-) -> dict[str, float]:
-    """Return the metrics of a trained recipe under another layout.
-
-    Args:
-        config: the recipe under the other layout.
-        trained: as it was trained.
-        values: what that trial reported.
-        profile: what `trainables.step_profile.measure_step` found of the other layout.
-        sizes: the steps of the other layout.
-    """
-    seconds = seconds_of(profile, sizes)
-    device_seconds = seconds * config.layout.world_size
-    result = {name: value for name, value in values.items() if name in LEARNED}
-    result |= {
-        metrics.TRAIN_SECONDS: seconds,
-        metrics.DEVICE_SECONDS: device_seconds,
-        metrics.STEP_SECONDS: seconds / len(sizes.rows),
-        metrics.TOKENS_PER_SECOND: float(sizes.tokens.sum()) / seconds,
-        metrics.SAMPLES_PER_SECOND: float(sizes.rows.sum()) / seconds,
-        metrics.PADDING_FRACTION: 1 - float(sizes.tokens.sum() / sizes.padded_tokens.sum()),
-        metrics.PEAK_MEMORY_BYTES: float(profile["peak_memory_bytes"]),
-    }
-    result |= {metrics.PART_SECONDS[part]: seconds for part, seconds in profile["part_seconds"].items()}
-    # The model FLOPs are the recipe's; what is computed again is the layout's.
-    rates = [metrics.MFU, *([metrics.HFU] if config.layout.recomputation == trained.layout.recomputation else [])]
-    faster = values[metrics.DEVICE_SECONDS] / device_seconds
-    result |= {rate: values[rate] * faster for rate in rates if rate in values}
-    return result | {name: values[name] for name in (metrics.FLOPS_PER_STEP,) if name in values}
+def timed_knobs(config: TrialConfig) -> dict[str, Any]:
+    """Return what of a trial's config changes the time of its steps."""
+    return {"recipe": {knob: getattr(config.recipe, knob) for knob in TIMED_KNOBS}, "layout": asdict(config.layout)}

@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from search.layouts import seconds_of, values_under
 from search.profiles import ProfileCache, profile_key
+from spaces import metrics
 from spaces.config import TrialConfig
 from spaces.estimate import MeasuredMachine, NoPeak, estimate_step
 from spaces.memory import rank_memory
-from spaces.metrics import TRAIN_SECONDS
 from spaces.spec import SearchSpec
 from trainables.batching import BatchPlan, StepSizes
+from trainables.step_time import StepTime
 
 if TYPE_CHECKING:
     from spaces.blueprint import Blueprint
     from trainables.data import TaskData
+
+
+LEARNED = frozenset(name for name, metric in metrics.METRICS.items() if metric.section in ("eval", "train"))
 
 
 class Outlook:
@@ -59,9 +62,9 @@ class Outlook:
             predicted["memory"] = memory
         profile = self._profiles.get(self.key(config))
         if profile is not None:
-            return {**predicted, TRAIN_SECONDS: seconds_of(profile, sizes), "time_source": "profile"}
+            return {**predicted, metrics.TRAIN_SECONDS: seconds_of(profile, sizes), "time_source": "profile"}
         estimated = self._estimated_seconds(config, sizes)
-        return predicted if estimated is None else {**predicted, TRAIN_SECONDS: estimated, "time_source": "estimate"}
+        return predicted if estimated is None else {**predicted, metrics.TRAIN_SECONDS: estimated, "time_source": "estimate"}
 
     def has_profile(self, config: TrialConfig) -> bool:
         """Return whether the steps of such a trial were timed."""
@@ -115,3 +118,41 @@ class Outlook:
         except NoPeak:
             return None
         return step.seconds * len(sizes.rows)
+
+
+def seconds_of(profile: Mapping[str, Any], sizes: StepSizes) -> float:
+    """Return the seconds of all steps of a trial, from the line that a step profile fitted."""
+    time = StepTime(fixed_seconds=profile["fixed_seconds"], seconds_per_token=profile["seconds_per_token"])
+    return float(time.of(sizes.padded_tokens).sum())
+
+
+def values_under(
+    config: TrialConfig, trained: TrialConfig, values: Mapping[str, float], profile: Mapping[str, Any], sizes: StepSizes
+) -> dict[str, float]:
+    """Return the metrics of a trained recipe under another layout.
+
+    Args:
+        config: the recipe under the other layout.
+        trained: as it was trained.
+        values: what that trial reported.
+        profile: what `trainables.step_profile.measure_step` found of the other layout.
+        sizes: the steps of the other layout.
+    """
+    seconds = seconds_of(profile, sizes)
+    device_seconds = seconds * config.layout.world_size
+    result = {name: value for name, value in values.items() if name in LEARNED}
+    result |= {
+        metrics.TRAIN_SECONDS: seconds,
+        metrics.DEVICE_SECONDS: device_seconds,
+        metrics.STEP_SECONDS: seconds / len(sizes.rows),
+        metrics.TOKENS_PER_SECOND: float(sizes.tokens.sum()) / seconds,
+        metrics.SAMPLES_PER_SECOND: float(sizes.rows.sum()) / seconds,
+        metrics.PADDING_FRACTION: 1 - float(sizes.tokens.sum() / sizes.padded_tokens.sum()),
+        metrics.PEAK_MEMORY_BYTES: float(profile["peak_memory_bytes"]),
+    }
+    result |= {metrics.PART_SECONDS[part]: seconds for part, seconds in profile["part_seconds"].items()}
+    # The model FLOPs are the recipe's; what is computed again is the layout's.
+    rates = [metrics.MFU, *([metrics.HFU] if config.layout.recomputation == trained.layout.recomputation else [])]
+    faster = values[metrics.DEVICE_SECONDS] / device_seconds
+    result |= {rate: values[rate] * faster for rate in rates if rate in values}
+    return result | {name: values[name] for name in (metrics.FLOPS_PER_STEP,) if name in values}

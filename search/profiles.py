@@ -7,18 +7,14 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from search.layouts import timed_knobs
 from spaces.config import TrialConfig
 from trainables.device import cache_directory
-
-# What of a recipe changes the time of a step; what it learns with (rate, decay, alpha, seed) does not.
-TIMED_KNOBS = ("global_batch_size", "precision", "adapter", "adapter_rank", "adapter_target_modules")
-
 
 # What a profile must say; one that an earlier version wrote may not.
 NEEDED = {"fixed_seconds", "seconds_per_token", "part_seconds", "peak_memory_bytes"}
@@ -54,11 +50,6 @@ class ProfileCache:
 
     def _path(self, key: Mapping[str, Any]) -> Path:
         return self._directory / f"{hashlib.sha256(_text(key).encode()).hexdigest()[:24]}.json"
-
-
-def timed_knobs(config: TrialConfig) -> dict[str, Any]:
-    """Return what of a trial's config changes the time of its steps."""
-    return {"recipe": {knob: getattr(config.recipe, knob) for knob in TIMED_KNOBS}, "layout": asdict(config.layout)}
 
 
 def profile_key(

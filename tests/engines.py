@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from search.engine import Engine
+from search.layouts import timed_knobs
 from search.ledger import Ledger
-from search.profiles import timed_knobs
 from search.store import Store
 from search.study import Study
 from spaces.config import TrialConfig

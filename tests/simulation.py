@@ -117,7 +117,7 @@ class Simulation:
             if self._ahead is None and (trial := next(self._trials, None)) is not None:
                 self._ahead = trial
                 if trial.arrives > self._now:
-                    self._after(trial.arrives - self._now, "arrival", "")
+                    self._at(trial.arrives, "arrival", "")
             trial = self._ahead
             if trial is None or trial.arrives > self._now:
                 return
@@ -136,8 +136,11 @@ class Simulation:
         self._now = until
 
     def _after(self, seconds: float, kind: str, group_id: str) -> None:
+        self._at(self._now + seconds, kind, group_id)
+
+    def _at(self, moment: float, kind: str, group_id: str) -> None:
         self._num_events += 1
-        heapq.heappush(self._events, (self._now + seconds, self._num_events, kind, group_id))
+        heapq.heappush(self._events, (moment, self._num_events, kind, group_id))
 
     def _fire(self, kind: str, group_id: str) -> None:
         match kind:
