@@ -6,12 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from search.data_scaling import DataCurve, SizePoint
 from search.formatting import number_text, short_text
 from search.ledger import SearchState
 from search.pareto import cost_objective, eligible, front, hypervolume_of, knee
 from search.record import TrialRecord, TrialState
 from spaces.metrics import METRICS
 from spaces.spec import Objective
+
+FRONT_COLOR, OTHER_COLOR, KNEE_COLOR = "#d7191c", "#b8b8b8", "#2c7bb6"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +46,11 @@ class FrontFigure:
     left_out: dict[str, int]
     """How many trials are not among the points, by what became of them."""
 
+    @property
+    def is_log(self) -> bool:
+        """Whether x is shown by its logarithm: time and memory trade by factors, so that shows the small end too."""
+        return METRICS[self.x_metric].unit in ("s", "B") and all(p.x > 0 for p in self.points) and bool(self.points)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
@@ -62,6 +72,19 @@ class MemoryBar:
     label: str
     num_bytes: Mapping[str, float]
     """By term, from the bottom up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScalingLine:
+    """The best losses of one adapter against the training rows, and the law through them."""
+
+    label: str
+    points: tuple[SizePoint, ...]
+    rows: tuple[float, ...]
+    """Where the law is drawn, up to twice all rows; empty without a law, as the three that follow."""
+    loss: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,6 +213,25 @@ def memory_bars(records: Sequence[TrialRecord]) -> list[MemoryBar]:
             bars.append(MemoryBar(number=record.number, label="predicted", num_bytes=predicted))
         bars += [MemoryBar(number=record.number, label=f"rank {rank}", num_bytes=terms) for rank, terms in held]
     return bars
+
+
+def scaling_figure(curves: Sequence[DataCurve]) -> list[ScalingLine]:
+    """Return what is drawn of every curve of the loss against the rows."""
+    lines = []
+    for curve in curves:
+        rows = np.geomspace(curve.points[0].rows, 2 * curve.total_rows, 40).tolist() if curve.fit else []
+        said = [curve.fit.loss(x) for x in rows] if curve.fit else []
+        lines.append(
+            ScalingLine(
+                label=curve.label,
+                points=curve.points,
+                rows=tuple(rows),
+                loss=tuple(s.value for s in said),
+                low=tuple(s.low for s in said),
+                high=tuple(s.high for s in said),
+            )
+        )
+    return lines
 
 
 def parallel_axes(records: Sequence[TrialRecord], knobs: Sequence[str], objectives: Sequence[Objective]) -> list[Axis]:

@@ -1,4 +1,4 @@
-"""The report of a search: one HTML file that works offline, a picture, and tables; the only module that draws."""
+"""The report of a search: one HTML file that works offline, a picture, and tables; beside `picture` the only module that draws."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from search.calibration import Calibration, calibrate, kind, summary_lines
+from search.data_scaling import DataCurve, data_curves, missing_lines, scaling_lines
 from search.figures import (
+    FRONT_COLOR,
+    KNEE_COLOR,
+    OTHER_COLOR,
     FrontFigure,
     MemoryBar,
+    ScalingLine,
     axis_label,
     front_figure,
     hypervolume_history,
@@ -19,24 +24,23 @@ from search.figures import (
     memory_bars,
     parallel_axes,
     rung_curves,
+    scaling_figure,
     timeline,
 )
 from search.formatting import number_text
 from search.ledger import SearchState
 from search.pareto import cost_objective, eligible, front, hypervolume_of, knee
+from search.picture import draw_png
 from search.record import TrialRecord
 from search.tables import front_table, search_name, stopped_line, stopped_table, write_tables
-from spaces.metrics import METRICS, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND
+from spaces.metrics import EVAL_LOSS, METRICS, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND
 from spaces.spec import Objective, SearchSpec
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FRONT_COLOR, OTHER_COLOR, KNEE_COLOR = "#d7191c", "#b8b8b8", "#2c7bb6"
 STATE_COLORS = {"complete": "#4d9221", "pruned": "#b8b8b8"}
 FAILED_COLOR = "#762a83"
-# With more members than this a table below the picture would be larger than the picture.
-MAX_TABLE_ROWS = 12
 _STYLE = """
 body { font-family: system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
 .recommendation { font-size: 1.15em; border-left: 4px solid #d7191c; padding: .4em 1em; background: #faf5f5 }
@@ -93,81 +97,27 @@ def write_report(
         command: what trains the recommended trial again.
 
     Returns:
-        The files by what they are: `html`, `png`, `front_csv`, `trials_csv`, `calibration_csv`, `json`.
+        The files by what they are: `html`, `png`, `front_csv`, `trials_csv`, `calibration_csv`, `scaling_csv`, `json`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    paths = write_tables(state, spec, objectives, directory)
+    scaling = data_curves(state.records.values())
+    paths = write_tables(state, spec, objectives, scaling, directory)
     figure = front_figure(state, spec.space.names_searched(), objectives)
     paths["png"] = directory / "front.png"
     draw_png(figure, state, spec, objectives, paths["png"])
     paths["html"] = directory / "report.html"
-    paths["html"].write_text(draw_html(figure, state, spec, objectives, command), encoding="utf-8")
+    paths["html"].write_text(draw_html(figure, state, spec, objectives, scaling, command), encoding="utf-8")
     return paths
 
 
-def draw_png(figure: FrontFigure, state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], path: Path) -> None:
-    """Draw the front with a table of its members' knobs below it."""
-    # The object interface, not pyplot: no global state, no display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Drawing
-
-    members = front(list(state.records.values()), objectives)
-    has_table = 0 < len(members) <= MAX_TABLE_ROWS
-    table_inches = 0.24 * (len(members) + 2) if has_table else 0.01
-    drawing = Drawing(figsize=(9, 4.6 + table_inches), layout="constrained")
-    FigureCanvasAgg(drawing)
-    axes, below = drawing.subplots(2, 1, height_ratios=[4.6, table_inches])
-    _draw_points(axes, figure)
-    counts = ", ".join(f"{n} {what}" for what, n in figure.left_out.items())
-    title = f"{search_name(state, spec)}: {len(members)} of {len(figure.points)} complete trials on the front"
-    axes.set_title(f"{title}; {counts}" if counts else title, fontsize=10)
-    below.axis("off")
-    if has_table:
-        heading, rows = front_table(members, spec, objectives)
-        table = below.table(rows, colLabels=heading, loc="upper center", cellLoc="right", edges="horizontal")
-        table.auto_set_font_size(False)
-        table.set_fontsize(7.5)
-        table.auto_set_column_width(list(range(len(heading))))
-    drawing.savefig(path, dpi=150)
-
-
-def _draw_points(axes: Any, figure: FrontFigure) -> None:
-    others = [p for p in figure.points if not p.on_front]
-    members = [p for p in figure.points if p.on_front]
-    axes.scatter([p.x for p in others], [p.y for p in others], color=OTHER_COLOR, label="dominated", zorder=2)
-    if figure.steps:
-        axes.plot(*zip(*figure.steps, strict=True), color=FRONT_COLOR, linewidth=1, zorder=1)
-    axes.scatter([p.x for p in members], [p.y for p in members], color=FRONT_COLOR, label="front", zorder=3)
-    for point in members:
-        if point.number == figure.knee_number:
-            ring = {"facecolors": "none", "edgecolors": KNEE_COLOR, "linewidths": 1.5}
-            axes.scatter([point.x], [point.y], s=150, label="knee", zorder=4, **ring)
-        offset = {"textcoords": "offset points", "xytext": (6, -12), "fontsize": 8}
-        axes.annotate(f"trial {point.number}", (point.x, point.y), **offset)
-    if figure.untrained is not None:
-        axes.axhline(figure.untrained, color="black", linewidth=0.8, linestyle=":", label="untrained model")
-    if _is_log(figure):
-        _log_axis(axes.xaxis, axes)
-    axes.set(xlabel=axis_label(figure.x_metric), ylabel=axis_label(figure.y_metric))
-    axes.grid(alpha=0.25)
-    axes.legend(loc="best", fontsize=8)
-
-
-def _is_log(figure: FrontFigure) -> bool:
-    """Time and memory trade by factors, so a logarithm shows the small end as well as the large one."""
-    return METRICS[figure.x_metric].unit in ("s", "B") and all(p.x > 0 for p in figure.points) and bool(figure.points)
-
-
-def _log_axis(axis: Any, axes: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    axes.set_xscale("log")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
-
-
-def draw_html(figure: FrontFigure, state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], command: str) -> str:
+def draw_html(
+    figure: FrontFigure,
+    state: SearchState,
+    spec: SearchSpec,
+    objectives: Sequence[Objective],
+    scaling: Sequence[DataCurve],
+    command: str,
+) -> str:
     """Return the report as one HTML page that needs neither a network nor, for the front's table, JavaScript."""
     import plotly.io
 
@@ -188,9 +138,9 @@ def draw_html(figure: FrontFigure, state: SearchState, spec: SearchSpec, objecti
         _html_table(
             *front_table(members, spec, objectives, (TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES)), marked=str(figure.knee_number)
         ),
-        *(f"<p class='note'>{html.escape(line)}</p>" for line in caveats(members)),
+        *(f"<p class='note'>{html.escape(line)}</p>" for line in [*caveats(members), *scaling_lines(scaling)]),
     ]
-    for number, (title, note, drawing) in enumerate(_drawings(figure, state, spec, objectives)):
+    for number, (title, note, drawing) in enumerate(_drawings(figure, state, spec, objectives, scaling)):
         # The library is embedded once, in the first figure; it is most of the file's 5 MB.
         body = plotly.io.to_html(
             drawing, full_html=False, include_plotlyjs=number == 0, config={"displaylogo": False, "responsive": True}
@@ -215,7 +165,7 @@ def _html_table(heading: Sequence[str], rows: Sequence[Sequence[str]], marked: s
 
 
 def _drawings(
-    figure: FrontFigure, state: SearchState, spec: SearchSpec, objectives: Sequence[Objective]
+    figure: FrontFigure, state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], scaling: Sequence[DataCurve]
 ) -> list[tuple[str, str, Figure]]:
     """Return title, what it answers, and drawing of every figure that has something to show."""
     records = list(state.records.values())
@@ -240,6 +190,9 @@ def _drawings(
     if curves:
         note = "Every trial along its own token budget."
         drawings.append(("How did the trials get there?", note, _curves_plot(curves, members, figure.y_metric)))
+    if scaling:
+        note = ". ".join(["The best trial near each size of the data", *missing_lines(scaling)]) + ". All numbers: scaling.csv."
+        drawings.append(("Does more data pay?", note, _scaling_plot(scaling_figure(scaling), scaling[0].total_rows)))
     if timeline(state):
         note = "From start to end of every trial; the width of its group stands in the label."
         drawings.append(("When did which trial run?", note, _timeline_plot(state)))
@@ -280,8 +233,8 @@ def _front_plot(figure: FrontFigure) -> Figure:
         )
     if figure.untrained is not None:
         drawing.add_hline(y=figure.untrained, line_dash="dot", annotation_text="untrained model")
-    drawing.update_xaxes(title=axis_label(figure.x_metric), type="log" if _is_log(figure) else "linear")
-    if _is_log(figure):
+    drawing.update_xaxes(title=axis_label(figure.x_metric), type="log" if figure.is_log else "linear")
+    if figure.is_log:
         ticks = log_ticks(min(p.x for p in figure.points), max(p.x for p in figure.points))
         drawing.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return _styled(drawing.update_yaxes(title=axis_label(figure.y_metric)))
@@ -382,6 +335,30 @@ def _calibration_plot(rows: Sequence[Calibration]) -> Figure:
                 col=column,
             )
     drawing.update_xaxes(title="measured", type="log").update_yaxes(title="predicted", type="log")
+    return _styled(drawing)
+
+
+def _scaling_plot(lines: Sequence[ScalingLine], total_rows: int) -> Figure:
+    from plotly import graph_objects as go
+    from plotly.colors import qualitative
+
+    drawing = go.Figure()
+    for line, color in zip(lines, qualitative.D3 * len(lines), strict=False):
+        xs, hidden = list(line.rows), {"showlegend": False, "hoverinfo": "skip", "legendgroup": line.label}
+        band = {"x": [*xs, *reversed(xs)], "y": [*line.high, *reversed(line.low)], "fill": "toself", "fillcolor": color}
+        drawing.add_scatter(**band, opacity=0.15, mode="none", **hidden)
+        drawing.add_scatter(x=xs, y=line.loss, mode="lines", line={"color": color}, **hidden)
+        drawing.add_scatter(
+            x=[point.rows for point in line.points],
+            y=[point.loss for point in line.points],
+            mode="markers",
+            marker={"color": color, "size": 9},
+            hovertext=[f"trial {point.number}: {point.rows:,} rows" for point in line.points],
+            legendgroup=line.label,
+            name=line.label,
+        )
+    drawing.add_vline(x=total_rows, line_dash="dot", annotation_text="all rows")
+    drawing.update_xaxes(title="training rows", type="log").update_yaxes(title=axis_label(EVAL_LOSS))
     return _styled(drawing)
 
 

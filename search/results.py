@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from search.data_scaling import data_curves, scaling_as_json, scaling_lines
 from search.endpoint import redacted
 from search.engine import objectives_of
 from search.formatting import number_text, short_text
@@ -123,6 +124,7 @@ def front_as_json(results: Results) -> dict[str, Any]:
         "reference": results.state.reference,
         "trials": {s.value: sum(r.state is s for r in records) for s in TrialState},
         "front": [pick_as_json(results, record) for record in results.members],
+        "scaling": scaling_as_json(data_curves(records)),
     }
 
 
@@ -174,6 +176,7 @@ def render_front(results: Results) -> str:
     lines += [stopped] if stopped else []
     lines.append(recommendation(members, results.objectives, results.name))
     lines += caveats(members)
+    lines += scaling_lines(data_curves(results.state.records.values()))
     link = (results.state.started or {}).get("mlflow_url")
     if link:
         lines += [f"MLflow: {link}", f"        (after `paretune ui --directory {Path(results.spec.directory)}`)"]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from search.calibration import calibrate
+from search.data_scaling import DataCurve, scaling_as_json
 from search.figures import outcome
 from search.formatting import number_text, short_text
 from search.ledger import SearchState
@@ -18,25 +19,30 @@ from spaces.metrics import METRICS
 from spaces.spec import Objective, SearchSpec
 
 
-def write_tables(state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], directory: Path) -> dict[str, Path]:
-    """Write the front, all trials and what was predicted of them as CSV, and the front as JSON; return the files."""
+def write_tables(
+    state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], scaling: Sequence[DataCurve], directory: Path
+) -> dict[str, Path]:
+    """Write the front, all trials, what was predicted of them and the loss by rows as CSV, the front as JSON; return the files."""
     records = list(state.records.values())
     members = front(records, objectives)
     paths = {
         "front_csv": directory / "front.csv",
         "trials_csv": directory / "trials.csv",
         "calibration_csv": directory / "calibration.csv",
+        "scaling_csv": directory / "scaling.csv",
         "json": directory / "front.json",
     }
     _write_csv(paths["front_csv"], members)
     _write_csv(paths["trials_csv"], records)
     _write_calibration(paths["calibration_csv"], records)
+    _write_scaling(paths["scaling_csv"], scaling)
     data = {
         "search": search_name(state, spec),
         "objectives": [{"metric": o.metric, "direction": o.direction, "reference": o.reference} for o in objectives],
         "hypervolume": hypervolume_of(records, objectives),
         "untrained": state.reference,
         "front": [record.to_dict() for record in members],
+        "scaling": scaling_as_json(scaling),
     }
     paths["json"].write_text(json.dumps(data, indent=2))
     return paths
@@ -60,6 +66,20 @@ def _write_calibration(path: Path, records: Sequence[TrialRecord]) -> None:
         writer.writerow(["trial", "what", "source", "predicted", "measured", "error"])
         for row in calibrate(records):
             writer.writerow([row.number, row.what, row.source, row.predicted, row.measured, row.error])
+
+
+def _write_scaling(path: Path, curves: Sequence[DataCurve]) -> None:
+    """Write every curve's points with what its law says there, and the law alone with all rows and twice as many."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["adapter", "adapter_rank", "trial", "rows", "eval_loss", "law", "law_loss", "low", "high"])
+        for curve in curves:
+            measured = [(point.number, point.rows, point.loss) for point in curve.points]
+            for number, rows, loss in [*measured, ("", curve.total_rows, ""), ("", 2 * curve.total_rows, "")]:
+                said = curve.fit.loss(rows) if curve.fit else None
+                if said or number != "":
+                    law = (curve.fit.law.kind, said.value, said.low, said.high) if curve.fit and said else ("", "", "", "")
+                    writer.writerow([curve.adapter, curve.adapter_rank, number, rows, loss, *law])
 
 
 def search_name(state: SearchState, spec: SearchSpec) -> str:

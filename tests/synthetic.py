@@ -16,6 +16,7 @@ ACCURACY = Objective(metric="accuracy", direction="maximize", reference=0.0)
 SECONDS = Objective(metric="train_seconds", direction="minimize", reference=120.0)
 OBJECTIVES = (ACCURACY, SECONDS)
 RUNGS = (12, 36, 108)
+TRAIN_ROWS = 5000
 
 # What a rung says of the trials that are pruned: at the first that they go on, at the second that they do not.
 VERDICT = {"place": 3, "num_entries": 5, "quota": 1, "front": 2, "num_fronts": 3}
@@ -107,7 +108,8 @@ def _train(number: int, params: dict[str, Any], begin: float, random_: random.Ra
             "mfu": 0.31,
             "peak_memory_bytes": 1.1e9 / params["world_size"],
         }
-        details = {"memory_by_rank": [HELD_MEMORY] * params["world_size"]} if final else {}
+        rows = {"distinct_rows": round(TRAIN_ROWS * params["dataset_fraction"]), "train_rows": TRAIN_ROWS}
+        details = {"memory_by_rank": [HELD_MEMORY] * params["world_size"], **rows} if final else {}
         report = {
             "step": step,
             "num_steps": 108,

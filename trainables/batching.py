@@ -91,6 +91,11 @@ class BatchPlan:
         """Forward passes per rank and step."""
         return self._num_accum
 
+    @property
+    def num_distinct_rows(self) -> int:
+        """Training rows that the trial sees at all, however often."""
+        return len(np.unique(np.concatenate(self._batches)))
+
     def num_targets(self, step: int) -> int:
         """Return what the step's loss is divided by: target tokens or rows of the whole global batch."""
         return int(self._table.num_targets[self._batches[step]].sum())

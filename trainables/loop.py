@@ -170,7 +170,11 @@ class Trainer:
             if self.world.rank == 0:
                 state = {"config": self.config.to_dict(), "step": self.step}
                 self.checkpoints.save_final(Checkpoint(weights=weights, optimizer={}, state=state))
-        facts = details(self.world, self.config, self.memory)
+        facts = {
+            **details(self.world, self.config, self.memory),
+            "distinct_rows": self._plan.num_distinct_rows,
+            "train_rows": self.data.train.num_rows,
+        }
         scores[metrics.PEAK_MEMORY_BYTES] = float(max(facts["peak_memory_bytes_by_rank"]))
         return self._report(scores, facts)
 

@@ -78,6 +78,8 @@ def test_every_trial_says_what_it_measured_and_where_it_ran(finished: Path) -> N
         assert record.reports[-1]["final"]
         assert len(record.details["process_map"]) == record.config["layout"]["world_size"]
         assert {"peak_source", "mfu_convention"} <= set(record.details)
+        share = record.details["distinct_rows"] / record.details["train_rows"]
+        assert share == pytest.approx(record.config["recipe"]["dataset_fraction"], abs=0.02)
 
 
 def test_the_same_front_comes_from_the_ledger_and_from_mlflow_alone(finished: Path) -> None:
@@ -94,6 +96,7 @@ def test_the_same_front_comes_from_the_ledger_and_from_mlflow_alone(finished: Pa
     assert (finished / "runs/tiny/report/report.html").read_bytes() == report
     assert [m["number"] for m in here["front"]] == [m["number"] for m in there["front"]]
     assert here["hypervolume"] == pytest.approx(there["hypervolume"])
+    assert here["scaling"] == there["scaling"] != []
 
 
 def test_pick_obeys_its_limits_and_says_so_when_nothing_does(finished: Path) -> None:

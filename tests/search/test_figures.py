@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from synthetic import HELD_MEMORY, OBJECTIVES, PREDICTED_MEMORY, numbers_on_front, synthetic_events
 
+from search.data_scaling import DataCurve, SizePoint, data_curves
 from search.figures import (
     axis_label,
     front_figure,
@@ -15,11 +16,13 @@ from search.figures import (
     outcome,
     parallel_axes,
     rung_curves,
+    scaling_figure,
     timeline,
 )
 from search.ledger import SearchState, replay
 from search.pareto import eligible, front, hypervolume_of
 from search.record import TrialRecord, TrialState
+from search.scaling import Law, fit_law
 from spaces.spec import Objective
 
 KNOBS = ("learning_rate", "lora_rank", "strategy", "world_size", "dataset_fraction")
@@ -124,6 +127,23 @@ def test_ticks_of_a_logarithm() -> None:
     assert log_ticks(3, 60) == [5, 10, 20, 50]
     assert log_ticks(0.1, 1) == pytest.approx([0.1, 0.2, 0.5, 1])
     assert log_ticks(3, 4) == []
+
+
+def test_a_law_is_drawn_through_its_points_up_to_twice_the_data() -> None:
+    law = Law(scale=20.0, pre_learned=0.0, exponent=0.4, floor=0.5)
+    points = tuple(SizePoint(number=n, rows=rows, loss=law.loss(rows)) for n, rows in enumerate((500, 1000, 2000, 4000, 8000)))
+    fit = fit_law([p.rows for p in points], [p.loss for p in points])
+    curve = DataCurve(adapter="none", adapter_rank=None, points=points, total_rows=8000, fit=fit, reason="")
+    (line,) = scaling_figure([curve])
+    assert (line.rows[0], line.rows[-1]) == pytest.approx((500, 16000))
+    assert line.loss == pytest.approx([law.loss(rows) for rows in line.rows], rel=1e-3)
+    assert all(low <= loss <= high for low, loss, high in zip(line.low, line.loss, line.high, strict=True))
+
+
+def test_points_without_a_law_are_drawn_alone() -> None:
+    (line,) = scaling_figure(data_curves(RECORDS[:3]))
+    assert line.points
+    assert line.rows == line.loss == line.low == line.high == ()
 
 
 def test_units_stand_at_the_axes() -> None:

@@ -14,6 +14,7 @@ from search.ledger import SearchState, replay
 from search.pareto import front
 from search.record import TrialRecord, TrialState
 from search.report import caveats, recommendation, write_report
+from search.scaling import Law
 from spaces.loading import parse_spec
 from spaces.spec import Objective
 
@@ -64,7 +65,7 @@ def test_the_page_needs_no_network_and_carries_plotly_once(written: dict[str, Pa
     page = written["html"].read_text(encoding="utf-8")
     assert not re.search(r"<(script|link|img)[^>]*(src|href)=", page)
     assert page.count("plotly.js v") == 1
-    assert page.count("Plotly.newPlot(") == 7
+    assert page.count("Plotly.newPlot(") == 8
     assert 1e6 < len(page) < 1e7
 
 
@@ -118,6 +119,46 @@ def test_what_was_predicted_stands_beside_what_was_measured(written: dict[str, P
     assert "How much memory does it take, and why?" in page
 
 
+def test_what_more_data_gives_stands_in_the_report_and_in_its_table(tmp_path: Path) -> None:
+    law = Law(scale=20.0, pre_learned=0.0, exponent=0.4, floor=0.5)
+    sizes = (500, 1000, 2000, 4000, 8000)
+    records = {
+        n: TrialRecord(
+            number=n,
+            state=TrialState.COMPLETE,
+            params={},
+            config={"recipe": {"adapter": "none", "adapter_rank": None}},
+            values={"accuracy": 0.1 * n, "train_seconds": float(n + 1), "eval_loss": law.loss(rows)},
+            details={"distinct_rows": rows, "train_rows": 8000},
+        )
+        for n, rows in enumerate(sizes)
+    }
+    paths = write_report(SearchState(records=records), SPEC, OBJECTIVES, tmp_path)
+    page = paths["html"].read_text(encoding="utf-8")
+    assert "more data, full fine-tuning: a power law through 5 sizes" in page.partition("<script")[0], "without JavaScript too"
+    assert "Does more data pay?" in page
+    with paths["scaling_csv"].open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["trial"], int(row["rows"])) for row in rows] == [(str(n), size) for n, size in enumerate(sizes)] + [
+        ("", 8000),
+        ("", 16000),
+    ]
+    for row in rows:
+        assert float(row["law_loss"]) == pytest.approx(law.loss(int(row["rows"])), rel=1e-3)
+        assert float(row["low"]) <= float(row["law_loss"]) <= float(row["high"])
+    (told,) = json.loads(paths["json"].read_text())["scaling"]
+    assert told["law"]["kind"] == "power"
+
+
+def test_a_search_without_a_law_says_why(tmp_path: Path) -> None:
+    paths = write_report(SearchState(records={r.number: r for r in RECORDS[:3]}), SPEC, OBJECTIVES, tmp_path)
+    assert "no law for lora of any rank: 3 of at least 4 different sizes" in paths["html"].read_text(encoding="utf-8")
+    with paths["scaling_csv"].open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    assert all(row["law"] == "" and row["eval_loss"] for row in rows)
+
+
 def test_the_picture_is_a_picture(written: dict[str, Path]) -> None:
     header = written["png"].read_bytes()[:24]
     assert header.startswith(b"\x89PNG")
@@ -145,7 +186,7 @@ def test_three_objectives_and_prices_of_zero_can_be_drawn(tmp_path: Path) -> Non
     }
     memory = Objective(metric="peak_memory_bytes", direction="minimize", reference=None)
     paths = write_report(SearchState(records=records), SPEC, (*OBJECTIVES, memory), tmp_path)
-    assert len(paths) == 6
+    assert len(paths) == 7
 
 
 def test_a_noisy_member_is_named() -> None:

@@ -79,6 +79,13 @@ def test_every_row_is_trained_once_per_epoch(epochs: float) -> None:
     assert set(counts.values()) <= {int(epochs), int(epochs) + 1}
 
 
+@pytest.mark.parametrize(("epochs", "fraction", "distinct"), [(2.0, 1.0, NUM_ROWS), (3.0, 0.5, 27), (0.25, 1.0, 13), (1.5, 0.2, 11)])
+def test_rows_that_are_trained_again_are_no_more_data(epochs: float, fraction: float, distinct: int) -> None:
+    plan = BatchPlan(config(2, 2, epochs=epochs, fraction=fraction), data())
+    seen = {row for step in range(plan.num_steps) for row in rows_of_step(plan, step, 2)}
+    assert plan.num_distinct_rows == len(seen) == distinct
+
+
 def test_another_seed_is_another_order_of_the_same_rows() -> None:
     a, b = BatchPlan(config(1, 8, seed=0), data()), BatchPlan(config(1, 8, seed=1), data())
     in_order = [[rows_of_step(plan, step, 1) for step in range(plan.num_steps)] for plan in (a, b)]

@@ -1,0 +1,73 @@
+"""The picture of a front: a PNG for where HTML cannot go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from search.figures import FRONT_COLOR, KNEE_COLOR, OTHER_COLOR, FrontFigure, axis_label
+from search.ledger import SearchState
+from search.pareto import front
+from search.tables import front_table, search_name
+from spaces.spec import Objective, SearchSpec
+
+# With more members than this a table below the picture would be larger than the picture.
+MAX_TABLE_ROWS = 12
+
+
+def draw_png(figure: FrontFigure, state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], path: Path) -> None:
+    """Draw the front with a table of its members' knobs below it."""
+    # The object interface, not pyplot: no global state, no display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Drawing
+
+    members = front(list(state.records.values()), objectives)
+    has_table = 0 < len(members) <= MAX_TABLE_ROWS
+    table_inches = 0.24 * (len(members) + 2) if has_table else 0.01
+    drawing = Drawing(figsize=(9, 4.6 + table_inches), layout="constrained")
+    FigureCanvasAgg(drawing)
+    axes, below = drawing.subplots(2, 1, height_ratios=[4.6, table_inches])
+    _draw_points(axes, figure)
+    counts = ", ".join(f"{n} {what}" for what, n in figure.left_out.items())
+    title = f"{search_name(state, spec)}: {len(members)} of {len(figure.points)} complete trials on the front"
+    axes.set_title(f"{title}; {counts}" if counts else title, fontsize=10)
+    below.axis("off")
+    if has_table:
+        heading, rows = front_table(members, spec, objectives)
+        table = below.table(rows, colLabels=heading, loc="upper center", cellLoc="right", edges="horizontal")
+        table.auto_set_font_size(False)
+        table.set_fontsize(7.5)
+        table.auto_set_column_width(list(range(len(heading))))
+    drawing.savefig(path, dpi=150)
+
+
+def _draw_points(axes: Any, figure: FrontFigure) -> None:
+    others = [p for p in figure.points if not p.on_front]
+    members = [p for p in figure.points if p.on_front]
+    axes.scatter([p.x for p in others], [p.y for p in others], color=OTHER_COLOR, label="dominated", zorder=2)
+    if figure.steps:
+        axes.plot(*zip(*figure.steps, strict=True), color=FRONT_COLOR, linewidth=1, zorder=1)
+    axes.scatter([p.x for p in members], [p.y for p in members], color=FRONT_COLOR, label="front", zorder=3)
+    for point in members:
+        if point.number == figure.knee_number:
+            ring = {"facecolors": "none", "edgecolors": KNEE_COLOR, "linewidths": 1.5}
+            axes.scatter([point.x], [point.y], s=150, label="knee", zorder=4, **ring)
+        offset = {"textcoords": "offset points", "xytext": (6, -12), "fontsize": 8}
+        axes.annotate(f"trial {point.number}", (point.x, point.y), **offset)
+    if figure.untrained is not None:
+        axes.axhline(figure.untrained, color="black", linewidth=0.8, linestyle=":", label="untrained model")
+    if figure.is_log:
+        _log_axis(axes.xaxis, axes)
+    axes.set(xlabel=axis_label(figure.x_metric), ylabel=axis_label(figure.y_metric))
+    axes.grid(alpha=0.25)
+    axes.legend(loc="best", fontsize=8)
+
+
+def _log_axis(axis: Any, axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_xscale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
