@@ -15,19 +15,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import platform
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from search.data_scaling import WORTHWHILE_NATS  # noqa: E402
+from search.scaling import LEVEL, NoLaw, fit_law  # noqa: E402
 from spaces import metrics  # noqa: E402
 from spaces.config import TrialConfig  # noqa: E402
 from spaces.loading import load_spec  # noqa: E402
@@ -77,7 +83,6 @@ def thinned(table: TokenTable, num_rows: int) -> TokenTable:
 
 def train(config: TrialConfig, data: TaskData, base: BaseModel) -> dict[str, Any]:
     """Train one trial whole and score it once."""
-    started = time.perf_counter()
     try:
         trainer = Trainer(config, data, base, World.alone(), checkpoints=None)
         for _ in range(trainer.num_steps):
@@ -86,8 +91,7 @@ def train(config: TrialConfig, data: TaskData, base: BaseModel) -> dict[str, Any
     except Diverged as error:
         return {"diverged": str(error)}
     scores = {name: report.metrics[name] for name in (metrics.EVAL_LOSS, metrics.ACCURACY)}
-    seconds = time.perf_counter() - started
-    return {"distinct_rows": report.details["distinct_rows"], "steps": trainer.num_steps, **scores, "seconds": seconds}
+    return {"distinct_rows": report.details["distinct_rows"], "steps": trainer.num_steps, **scores}
 
 
 def run_grid(arguments: argparse.Namespace) -> None:
@@ -113,6 +117,83 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def analysed(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a quarter of the rows foretold of all of them, for every configuration and for the best of each adapter."""
+    curves: dict[str, dict[float, dict[str, Any]]] = {}
+    for row in rows:
+        if metrics.EVAL_LOSS in row:
+            curves.setdefault(f"{row['adapter']} at {row['learning_rate']:g}", {})[row["fraction"]] = row
+    configs = {name: foretold(curve) for name, curve in curves.items() if 1.0 in curve and QUARTER in curve}
+    best = {}
+    for adapter in sorted({row["adapter"] for row in rows}):
+        mine = [curve for name, curve in curves.items() if name.startswith(adapter)]
+        envelope = {f: min((c[f] for c in mine if f in c), key=lambda row: row[metrics.EVAL_LOSS]) for f in FRACTIONS}
+        best[adapter] = foretold(envelope)
+    full, quarter = ([config[key] for config in configs.values()] for key in ("measured", "quarter"))
+    return {
+        "task": task,
+        "trials": len(rows),
+        "train_rows": max(row["distinct_rows"] for row in rows),
+        "evaluation_rows": rows[0]["evaluation_rows"],
+        "spearman_quarter_and_full": float(spearmanr(quarter, full).statistic),
+        "mean_absolute_error": spread([c["error"] for c in configs.values() if "error" in c]),
+        "mean_absolute_error_of_best": spread([c["error"] for c in best.values() if "error" in c]),
+        "mean_absolute_error_of_quarter": spread([c["quarter"] / c["measured"] - 1 for c in configs.values()]),
+        "within_interval": [sum(c.get("within", False) for c in configs.values()), sum("within" in c for c in configs.values())],
+        "best": best,
+        "configs": configs,
+    }
+
+
+def foretold(curve: dict[float, dict[str, Any]]) -> dict[str, Any]:
+    """Return the full loss as a law says from at most a quarter of the rows, as it was, and the law through all sizes."""
+    points = sorted((row["distinct_rows"], row[metrics.EVAL_LOSS], fraction) for fraction, row in curve.items())
+    all_rows, measured, _ = points[-1]
+    result: dict[str, Any] = {"measured": measured, "quarter": curve[QUARTER][metrics.EVAL_LOSS]}
+    few = [point for point in points if point[2] <= QUARTER]
+    try:
+        fit = fit_law([rows for rows, _, _ in few], [loss for _, loss, _ in few])
+        said = fit.loss(all_rows)
+        result |= {"predicted": said.value, "low": said.low, "high": said.high, "error": said.value / measured - 1}
+        result |= {"within": said.low <= measured <= said.high, "law": asdict(fit.law)}
+        whole = fit_law([rows for rows, _, _ in points], [loss for _, loss, _ in points])
+        stop = {k: v if math.isfinite(v) else None for k, v in asdict(whole.stops_paying(WORTHWHILE_NATS)).items()}
+        result |= {"law_of_all": asdict(whole.law), "noise_of_all": whole.noise, "stops_paying_at_rows": stop}
+    except NoLaw as error:
+        result["no_law"] = str(error)
+    return result
+
+
+def spread(errors: list[float]) -> float | None:
+    return float(np.mean(np.abs(errors))) if errors else None
+
+
+def show(task: dict[str, Any]) -> None:
+    print(f"\n{task['task']}: {task['trials']} trials, up to {task['train_rows']:,} rows")
+    for name, one in [*task["configs"].items(), *((f"best of {k}", v) for k, v in task["best"].items())]:
+        law = (
+            f"{one['predicted']:.3f} ({one['low']:.3f} to {one['high']:.3f}) {one['error']:+.1%}" if "error" in one else one["no_law"]
+        )
+        print(f"  {name:14} quarter {one['quarter']:.3f}  all {one['measured']:.3f}  predicted {law}")
+    print(f"  Spearman of quarter and full loss over {len(task['configs'])} configurations: {task['spearman_quarter_and_full']:.3f}")
+    for key in ("mean_absolute_error", "mean_absolute_error_of_best", "mean_absolute_error_of_quarter"):
+        print(f"  {key.replace('_', ' ')}: {'-' if task[key] is None else f'{task[key]:.1%}'}")
+    print(f"  within the {LEVEL:.0%} interval: {' of '.join(map(str, task['within_interval']))}")
+
+
+def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    tasks = [analysed(task, [r for r in rows if r["task"] == task]) for task in dict.fromkeys(row["task"] for row in rows)]
+    return {
+        "command": "python benchmarks/scaling_laws.py SPEC.yaml ... --rows runs.jsonl --results benchmarks/results/scaling_laws.json",
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.system()} {platform.machine()}, one thread of a CPU, at low priority",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy", "scipy")}
+        | {"python": platform.python_version()},
+        "tasks": tasks,
+        "trials": [{k: v for k, v in row.items() if k not in ("config", "fingerprint", "seconds")} for row in rows],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("spec", type=Path)
@@ -125,6 +206,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     run_grid(arguments)
+    found = results(read_rows(arguments.rows))
+    for task in found["tasks"]:
+        show(task)
+    if arguments.results:
+        arguments.results.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,10 @@ SURE_OF_FALL, SURE_OF_FLAT_PHASE = 0.95, 0.9
 LEVEL = 0.8
 # Beyond so many times the data at hand, nothing is said.
 MAX_TIMES = 1024.0
-_GRID = 32
-# How much worse than the best a shape may be, relative, to be within the next grid. Intervals of two degrees of freedom go to 1.8.
-NARROWING = (3.0, 1.0, 1.0, 0.1, 0.01, 0.001)
+_GRID = 44
+# How much worse than the best a shape may be, relative, to be within the next grid. The first three are for the intervals, which
+# mostly go to about 0.6; the others find the best one.
+NARROWING = (3.0, 1.0, 0.5, 0.1, 0.01, 0.001)
 # Squares of relative deviations below this are rounding.
 _ROUNDING = 1e-12
 
@@ -95,6 +96,7 @@ class Shapes:
         return np.asarray((self.offsets[:, None] + 1) / (self.offsets[:, None] + d ** self.exponents[:, None]))
 
     def only(self, chosen: Mask) -> Shapes:
+        """Return some of them."""
         return Shapes(exponents=self.exponents[chosen], offsets=self.offsets[chosen])
 
 
@@ -106,8 +108,13 @@ class Solutions:
     e: Array
     squares: Array
     """All three (3, shapes); squares is the weighted sum of the squared deviations."""
-    moments: tuple[Array, Array, Array]
+    moments: tuple[Array, ...]
     """Weighted sums of phi², phi and 1: each (shapes,)."""
+
+    def only(self, chosen: Mask) -> Solutions:
+        """Return those of some of the shapes."""
+        b, e, squares = (x[:, chosen] for x in (self.b, self.e, self.squares))
+        return Solutions(b=b, e=e, squares=squares, moments=tuple(m[chosen] for m in self.moments))
 
     @property
     def best(self) -> tuple[Array, Array, Array]:
@@ -152,12 +159,12 @@ class ScalingFit:
         phi = self.shapes.basis(np.array([rows / self.largest]))
         b, e, _ = self.solutions.best
         low, high = self._extremes(phi, np.ones_like(phi), noise=(b[:, None] * phi + e[:, None]) ** 2)
-        return Range(value=self.law.loss(rows), low=max(0.0, low[0]), high=high[0])
+        return Range(value=self.law.loss(rows), low=max(0.0, float(low[0])), high=float(high[0]))
 
     def gain(self, rows: float) -> Range:
         """Return by how much twice the rows lower the loss, with its interval."""
         low, high = self._gains(np.array([rows]))
-        return Range(value=self.law.loss(rows) - self.law.loss(2 * rows), low=low[0], high=high[0])
+        return Range(value=self.law.loss(rows) - self.law.loss(2 * rows), low=float(low[0]), high=float(high[0]))
 
     def stops_paying(self, amount: float) -> Range:
         """Return the number of rows beyond which doubling them lowers the loss by less than an amount.
@@ -238,12 +245,6 @@ def fit_law(rows: Sequence[float], losses: Sequence[float], *, level: float = LE
     variance = max(squares / freedom, _ROUNDING)
     limit = squares + variance * stdtrit(freedom, (1 + level) / 2) ** 2
     near = solutions.best[2] <= limit
-    kept = Solutions(
-        b=solutions.b[:, near],
-        e=solutions.e[:, near],
-        squares=solutions.squares[:, near],
-        moments=tuple(m[near] for m in solutions.moments),
-    )
     beta, offset = float(shapes.exponents[best]), float(shapes.offsets[best])
     unit = float(x.max()) ** beta
     return ScalingFit(
@@ -254,7 +255,7 @@ def fit_law(rows: Sequence[float], losses: Sequence[float], *, level: float = LE
         largest=float(x.max()),
         smallest=float(x.min()),
         shapes=shapes.only(near),
-        solutions=kept,
+        solutions=solutions.only(near),
         limit=float(limit),
     )
 
