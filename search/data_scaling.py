@@ -121,9 +121,9 @@ def _said(curve: DataCurve, fit: ScalingFit) -> str:
     most = fit.largest * MAX_TIMES
     said = f"{law} says {EVAL_LOSS} {full} with all {total:,} and {twice} with twice as many ({fit.level:.0%} intervals)"
     if stop.value > most:
-        return f"{said}; a doubling gains {WORTHWHILE_NATS} or more as far as it says anything"
+        return f"{said}; a doubling gains {WORTHWHILE_NATS} nats or more even at {MAX_TIMES:,.0f} times as many"
     until = "" if stop.high <= most else " or never"
-    return f"{said}; a doubling gains less than {WORTHWHILE_NATS} beyond {stop.value:,.0f} rows ({_span(stop, most)}{until})"
+    return f"{said}; a doubling gains less than {WORTHWHILE_NATS} nats beyond {stop.value:,.0f} rows ({_span(stop, most)}{until})"
 
 
 def _loss_text(loss: Range) -> str:

@@ -73,7 +73,7 @@ def test_a_grid_of_rates_gives_the_law_of_the_best_one() -> None:
     (line,) = scaling_lines([curve])
     assert line.startswith("more data, lora of rank 8: a power law through 7 sizes from 1,000 to 8,000 rows says eval_loss ")
     assert "with all 8,000 and " in line
-    assert "(80% intervals); a doubling gains less than 0.01 beyond " in line
+    assert "(80% intervals); a doubling gains less than 0.01 nats beyond " in line
 
 
 def test_every_rank_with_enough_sizes_has_its_own_law() -> None:
@@ -127,4 +127,4 @@ def test_what_is_infinite_is_null_in_json() -> None:
     assert data["law"]["loss_with_all"]["value"] == pytest.approx(slow.loss(8000), rel=1e-3)
     assert data["points"][0] == {"number": 0, "rows": 500, "loss": pytest.approx(slow.loss(500))}
     (line,) = scaling_lines(curves)
-    assert line.endswith("; a doubling gains 0.01 or more as far as it says anything")
+    assert line.endswith("; a doubling gains 0.01 nats or more even at 1,024 times as many")
