@@ -47,6 +47,8 @@ from trainables.model import BaseModel  # noqa: E402
 from trainables.report import Diverged  # noqa: E402
 
 QUARTER = 0.25
+# Laws are fitted to sizes from a sixteenth up, and once more with those that take ten steps or so to train.
+SMALLEST = (1 / 16, 1 / 32)
 # A factor of the square root of two apart up to the quarter that predicts, then of two.
 FRACTIONS = [2.0 ** (-k / 2) for k in range(10, 3, -1)] + [0.5, 1.0]
 # Around what the examples search; the extremes of each row are meant to be worse than its middle.
@@ -117,8 +119,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def analysed(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def analysed(task: str, smallest: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what a quarter of the rows foretold of all of them, for every configuration and for the best of each adapter."""
+    rows = [row for row in rows if row["fraction"] >= smallest]
     curves: dict[str, dict[float, dict[str, Any]]] = {}
     for row in rows:
         if metrics.EVAL_LOSS in row:
@@ -127,11 +130,13 @@ def analysed(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     best = {}
     for adapter in sorted({row["adapter"] for row in rows}):
         mine = [curve for name, curve in curves.items() if name.startswith(adapter)]
-        envelope = {f: min((c[f] for c in mine if f in c), key=lambda row: row[metrics.EVAL_LOSS]) for f in FRACTIONS}
+        there = sorted({fraction for curve in mine for fraction in curve})
+        envelope = {f: min((c[f] for c in mine if f in c), key=lambda row: row[metrics.EVAL_LOSS]) for f in there}
         best[adapter] = foretold(envelope)
     full, quarter = ([config[key] for config in configs.values()] for key in ("measured", "quarter"))
     return {
         "task": task,
+        "smallest_fraction": smallest,
         "trials": len(rows),
         "train_rows": max(row["distinct_rows"] for row in rows),
         "evaluation_rows": rows[0]["evaluation_rows"],
@@ -169,7 +174,9 @@ def spread(errors: list[float]) -> float | None:
 
 
 def show(task: dict[str, Any]) -> None:
-    print(f"\n{task['task']}: {task['trials']} trials, up to {task['train_rows']:,} rows")
+    print(
+        f"\n{task['task']}: {task['trials']} trials, up to {task['train_rows']:,} rows, sizes from 1/{1 / task['smallest_fraction']:.0f}"
+    )
     for name, one in [*task["configs"].items(), *((f"best of {k}", v) for k, v in task["best"].items())]:
         law = (
             f"{one['predicted']:.3f} ({one['low']:.3f} to {one['high']:.3f}) {one['error']:+.1%}" if "error" in one else one["no_law"]
@@ -182,7 +189,8 @@ def show(task: dict[str, Any]) -> None:
 
 
 def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    tasks = [analysed(task, [r for r in rows if r["task"] == task]) for task in dict.fromkeys(row["task"] for row in rows)]
+    names = dict.fromkeys(row["task"] for row in rows)
+    tasks = [analysed(task, smallest, [r for r in rows if r["task"] == task]) for smallest in SMALLEST for task in names]
     return {
         "command": "python benchmarks/scaling_laws.py SPEC.yaml ... --rows runs.jsonl --results benchmarks/results/scaling_laws.json",
         "date": datetime.now(UTC).date().isoformat(),
