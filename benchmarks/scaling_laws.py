@@ -174,9 +174,7 @@ def spread(errors: list[float]) -> float | None:
 
 
 def show(task: dict[str, Any]) -> None:
-    print(
-        f"\n{task['task']}: {task['trials']} trials, up to {task['train_rows']:,} rows, sizes from 1/{1 / task['smallest_fraction']:.0f}"
-    )
+    print(f"\n{task['task']}: {task['trials']} trials on 1/{1 / task['smallest_fraction']:.0f} to all of {task['train_rows']:,} rows")
     for name, one in [*task["configs"].items(), *((f"best of {k}", v) for k, v in task["best"].items())]:
         law = (
             f"{one['predicted']:.3f} ({one['low']:.3f} to {one['high']:.3f}) {one['error']:+.1%}" if "error" in one else one["no_law"]

@@ -1,7 +1,7 @@
 """Laws of the form b phi + e over a grid of shapes phi: solved exactly, robustly, and on ever finer grids where they fit.
 
-With d as a share of the largest number of rows, the law of `search.scaling` is L = b phi + e with phi = (r + 1) / (r + d^beta), which is
-1 at the largest. Here are the pairs of beta and r, and the b and e that fit each best.
+With d as a share of the largest number of rows, the law of `search.scaling` is L = b phi + e, where phi = (r + 1) / (r + d^beta) is 1
+at the largest. Here are the pairs of beta and r, and the b and e that fit each best.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ HUBER_DELTA = 0.01
 # Squares of relative deviations below this are rounding.
 ROUNDING = 1e-12
 _GRID = 44
-# How much worse than the best a shape may be, relative, to be within the next grid: first for the mean, in whose weights it then
-# hardly counts, then for the intervals, which mostly go to about 0.6, and then to find the best one.
-FOR_MEAN, FOR_INTERVALS, FOR_BEST = (9.0, 9.0, 9.0), (1.0, 0.5), (0.1, 0.01, 0.001)
+# How much worse than the best a shape may be, relative, to be within the next grid: first for the intervals, which mostly go to about
+# 0.6, and then to find the best one.
+FOR_INTERVALS, FOR_BEST = (3.0, 1.0, 0.5), (0.1, 0.01, 0.001)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,17 +81,17 @@ def solve(phi: Array, z: Array, weights: Array) -> Solutions:
     return Solutions(b=b, e=e, squares=squares, moments=(pp, p, one))
 
 
-def search_shapes(d: Array, cost_of: Callable[[Array], Array]) -> tuple[Shapes, Shapes]:
-    """Return shapes, ever denser where the cost of their basis at d is low, and of those an even grid over all that counts."""
+def search_shapes(d: Array, cost_of: Callable[[Array], Array]) -> Shapes:
+    """Return shapes over all that is allowed, ever denser where the cost of their basis at d is low."""
     box, lowest = (math.log(EXPONENTS[0]), math.log(EXPONENTS[1]), 0.0, 1.0), math.inf
     found = []
-    for margin in (*FOR_MEAN, *FOR_INTERVALS, *FOR_BEST):
+    for margin in (*FOR_INTERVALS, *FOR_BEST):
         found.append(_grid(box, float(d.min())))
         costs = cost_of(found[-1].basis(d))
         lowest = min(lowest, float(costs.min()))
         box = _narrowed(box, costs <= max(ROUNDING, lowest) * (1 + margin))
     exponents, offsets = (np.concatenate([getattr(shapes, name) for shapes in found]) for name in ("exponents", "offsets"))
-    return Shapes(exponents=exponents, offsets=offsets), found[len(FOR_MEAN)]
+    return Shapes(exponents=exponents, offsets=offsets)
 
 
 def _grid(box: tuple[float, float, float, float], smallest: float) -> Shapes:
@@ -128,10 +128,14 @@ def robust(phi: Array, y: Array) -> tuple[Array, Array]:
         b, e, _ = solve(phi, z, weights).best
         fitted = b[:, None] * phi + e[:, None]
         deviation = np.log(fitted / y)
-        # Far from the points the tangent of the logarithm leads astray.
-        z = fitted * (1 - np.clip(deviation, -0.5, 0.5))
+        z = tangent(fitted, deviation)
         weights = huber_weights(deviation) / fitted**2
     return _huber(deviation).sum(axis=1), fitted
+
+
+def tangent(fitted: Array, deviation: Array) -> Array:
+    """Return the losses whose relative deviation from a fit is the given one of the logarithm; far from the fit that leads astray."""
+    return np.asarray(fitted * (1 - np.clip(deviation, -0.5, 0.5)))
 
 
 def _huber(deviation: Array) -> Array:

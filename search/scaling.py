@@ -9,11 +9,9 @@ counts linearly (Huber), as Hoffmann et al. fit theirs, https://arxiv.org/abs/22
 The law is linear in B and E, so both are solved exactly, and never negative, for every pair of beta and D_l on a grid, which is then
 narrowed to the pairs that fit: what many starts of an optimizer are for, without a start that could be wrong.
 
-Few points leave much open, so a number is the mean over all laws of the kind that was chosen, each weighed by how well it fits (with
-a flat prior on the losses at both ends, on ln beta and on where the flat phase ends), and not what the best law alone says. Intervals
-are profile likelihoods: all that is said by any law, rectified or not, which fits the points nearly as well as the best one, with
-Student's t for "nearly". A bootstrap over five points draws mostly samples that determine nothing, and one over residuals begins
-with residuals that the fit itself has made small. Both hold as far as the law does: no interval knows of a law that breaks.
+Intervals are profile likelihoods: all that is said by any law, rectified or not, which fits the points nearly as well as the best
+one, with Student's t for "nearly". A bootstrap over five points draws mostly samples that determine nothing, and one over residuals
+begins with residuals that the fit itself has made small. They hold as far as the law does: no interval knows of a law that breaks.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from typing import Literal
 import numpy as np
 from scipy.special import fdtri, stdtrit
 
-from search.law_grid import HUBER_DELTA, ROUNDING, Array, Shapes, Solutions, huber_weights, robust, search_shapes, solve
+from search.law_grid import HUBER_DELTA, ROUNDING, Array, Shapes, Solutions, huber_weights, robust, search_shapes, solve, tangent
 
 MIN_SIZES = 4
 # Of the standard deviation: 95 % efficient where nothing is far off. The median size of a normal deviation is this share of it.
@@ -74,21 +72,6 @@ class Law:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mixture:
-    """Laws and how much each counts."""
-
-    shapes: Shapes
-    b: Array
-    e: Array
-    shares: Array
-    """All (shapes,); shares sum to 1."""
-
-    def loss(self, d: Array) -> Array:
-        """Return the mean loss at shares of the largest number of rows: (len(d),)."""
-        return np.asarray(self.shares @ (self.b[:, None] * self.shapes.basis(d) + self.e[:, None]))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingFit:
     """What the points say about the loss with more rows."""
 
@@ -102,7 +85,6 @@ class ScalingFit:
     largest: float
     """Rows of the largest point."""
     smallest: float
-    mixture: Mixture
     shapes: Shapes
     solutions: Solutions
     limit: float
@@ -113,12 +95,12 @@ class ScalingFit:
         phi = self.shapes.basis(np.array([rows / self.largest]))
         b, e, _ = self.solutions.best
         low, high = self._extremes(phi, np.ones_like(phi), noise=(b[:, None] * phi + e[:, None]) ** 2)
-        value = self.mixture.loss(np.array([rows / self.largest]))
-        return _range(value, np.maximum(low, 0.0), high)
+        return Range(value=self.law.loss(rows), low=max(0.0, float(low[0])), high=float(high[0]))
 
     def gain(self, rows: float) -> Range:
         """Return by how much twice the rows lower the loss, with its interval."""
-        return _range(*self._gains(np.array([rows])))
+        value, low, high = (float(gains[0]) for gains in self._gains(np.array([rows])))
+        return Range(value=value, low=low, high=high)
 
     def stops_paying(self, amount: float) -> Range:
         """Return the number of rows beyond which doubling them lowers the loss by less than an amount.
@@ -126,14 +108,15 @@ class ScalingFit:
         Infinite where it still does at `MAX_TIMES` the largest number; the smallest number of rows where it nowhere does.
         """
         rows = np.geomspace(self.smallest, self.largest * MAX_TIMES, 120)
-        return _range(*([_last_above(rows, gains, amount)] for gains in self._gains(rows)))
+        value, low, high = (_last_above(rows, gains, amount) for gains in self._gains(rows))
+        return Range(value=value, low=low, high=high)
 
     def _gains(self, rows: Array) -> tuple[Array, Array, Array]:
-        """Return what doubling the rows gains: mean, least and most."""
+        """Return what doubling the rows gains by the law, and at least and at most: each (len(rows),)."""
         d = rows / self.largest
         phi = self.shapes.basis(d) - self.shapes.basis(2 * d)
         low, high = self._extremes(phi, np.zeros_like(phi), noise=np.zeros_like(phi))
-        return self.mixture.loss(d) - self.mixture.loss(2 * d), low, high
+        return np.array([self.law.loss(x) - self.law.loss(2 * x) for x in rows]), low, high
 
     def _extremes(self, of_b: Array, of_e: Array, noise: Array) -> tuple[Array, Array]:
         """Return the smallest and the largest `of_b b + of_e e`, plus a noise of so much variance, within the limit: (queries,).
@@ -182,7 +165,7 @@ def fit_law(rows: Sequence[float], losses: Sequence[float], *, level: float = LE
     d, num = x / x.max(), len(x)
     if _chance_of_fall(x, y) > 1 - SURE_OF_FALL:
         raise NoLaw(f"the loss does not fall by more than it varies from {x.min():.0f} to {x.max():.0f} rows")
-    shapes, _ = search_shapes(d, lambda phi: robust(phi, y)[0])
+    shapes = search_shapes(d, lambda phi: robust(phi, y)[0])
     costs, fitted = robust(shapes.basis(d), y)
     first, num_parameters = _chosen(shapes, costs, num)
     deviation = np.log(fitted[first] / y)
@@ -190,9 +173,9 @@ def fit_law(rows: Sequence[float], losses: Sequence[float], *, level: float = LE
     left_over = np.sort(np.abs(deviation))[num_parameters - 1 :]
     delta = max(HUBER_DELTA, HUBER_EFFICIENT * float(np.median(left_over)) / NORMAL_MEDIAN)
     weights = huber_weights(deviation, delta) / fitted[first] ** 2
-    logs = fitted[first] * (1 - deviation)
-    shapes, spread = search_shapes(d, lambda phi: solve(phi, logs, weights).best[2])
-    solutions = solve(shapes.basis(d), logs, weights)
+    z = tangent(fitted[first], deviation)
+    shapes = search_shapes(d, lambda phi: solve(phi, z, weights).best[2])
+    solutions = solve(shapes.basis(d), z, weights)
     best, num_parameters = _chosen(shapes, solutions.best[2], num)
     freedom = num - num_parameters
     b, e, squares = (values[best] for values in solutions.best)
@@ -208,19 +191,10 @@ def fit_law(rows: Sequence[float], losses: Sequence[float], *, level: float = LE
         noise=math.sqrt(variance),
         largest=float(x.max()),
         smallest=float(x.min()),
-        mixture=_mixture(spread if num_parameters == 4 else spread.only(spread.offsets == 0), d, logs, weights),
         shapes=shapes.only(near),
         solutions=solutions.only(near),
         limit=float(limit),
     )
-
-
-def _mixture(shapes: Shapes, d: Array, z: Array, weights: Array) -> Mixture:
-    """Weigh shapes by their likelihood, with the noise and both linear parameters integrated out: squares^(-(points - 2) / 2)."""
-    b, e, squares = solve(shapes.basis(d), z, weights).best
-    logs = -0.5 * (len(d) - 2) * np.log(np.maximum(squares, ROUNDING))
-    shares = np.exp(logs - logs.max())
-    return Mixture(shapes=shapes, b=b, e=e, shares=shares / shares.sum())
 
 
 def _chosen(shapes: Shapes, costs: Array, num: int) -> tuple[int, int]:
@@ -243,11 +217,6 @@ def _chance_of_fall(x: Array, y: Array) -> float:
     for i in range(2, len(x) + 1):  # number of orders of i losses by their rises
         ways = np.convolve(ways, np.ones(i))
     return float(ways[: rises + 1].sum() / ways.sum())
-
-
-def _range(value: Sequence[float] | Array, low: Sequence[float] | Array, high: Sequence[float] | Array) -> Range:
-    """Return the only elements; a mean may lie just outside of what fits nearly as well as the best, and is then at its end."""
-    return Range(value=min(max(float(value[0]), float(low[0])), float(high[0])), low=float(low[0]), high=float(high[0]))
 
 
 def _last_above(rows: Array, gains: Array, amount: float) -> float:

@@ -77,34 +77,6 @@ def test_intervals_hold_another_trial_as_often_as_they_say(law: Law, noise: floa
     assert np.mean(held) > 0.8 - 3 * math.sqrt(0.8 * 0.2 / len(held))
 
 
-def test_a_number_is_the_mean_over_all_laws_that_the_points_leave_open() -> None:
-    measured = losses(POWER, QUARTER, 0.004, 4)
-    betas = np.exp(np.linspace(math.log(EXPONENTS[0]), math.log(EXPONENTS[1]), 4000))
-    said, squares = [], []
-    for beta in betas:
-        columns = np.stack([QUARTER**-beta, np.ones(len(QUARTER))], axis=1)
-        # Relative deviations of a few thousandths are those of the logarithm.
-        (b, e), *_ = np.linalg.lstsq(columns / measured[:, None], np.ones(len(QUARTER)), rcond=None)
-        if e < 0:
-            b, e = float((1 / (columns[:, 0] / measured)).mean()), 0.0
-        deviations = (columns @ [b, e]) / measured - 1
-        squares.append(float((deviations**2).sum()))
-        said.append(b * ALL**-beta + e)
-    weights = np.array(squares) ** (-(len(QUARTER) - 2) / 2)
-    fit = fit_law(QUARTER, measured)
-    assert fit.law.kind == "power"
-    assert fit.law.loss(ALL) == pytest.approx(said[int(np.argmin(squares))], rel=0.002)
-    assert fit.loss(ALL).value == pytest.approx(float((weights * said).sum() / weights.sum()), rel=0.002)
-
-
-@pytest.mark.parametrize("law", [POWER, RECTIFIED])
-def test_the_mean_is_nearer_to_the_truth_than_the_best_law(law: Law) -> None:
-    fits = [fit_law(QUARTER, losses(law, QUARTER, 0.01, seed)) for seed in range(25)]
-    mean = [math.log(fit.loss(ALL).value / law.loss(ALL)) for fit in fits]
-    best = [math.log(fit.law.loss(ALL) / law.loss(ALL)) for fit in fits]
-    assert np.square(mean).mean() < 0.9 * np.square(best).mean()
-
-
 def least_squares_with(rows: np.ndarray, measured: np.ndarray, deviation: Callable[[Callable[[float], float]], float]) -> float:
     """The least sum of squares of any law with one more deviation, by another library from many starts."""
     d = rows / rows.max()
@@ -169,6 +141,13 @@ def test_one_bad_trial_does_not_carry_the_law_away(at: int) -> None:
     assert abs(np.exp(of(np.array([ALL]), *squares))[0] / clean.law.loss(ALL) - 1) > 0.03, "least squares alone is carried away"
 
 
+def test_a_trial_that_all_but_diverged_does_not_carry_the_law_away() -> None:
+    rows = np.geomspace(140, 2250, 9)
+    measured = losses(POWER, rows, noise=0.002)
+    measured[4] *= 20
+    assert fit_law(rows, measured).law.loss(ALL) == pytest.approx(POWER.loss(ALL), rel=0.05)
+
+
 def test_the_flat_phase_is_told_from_a_power_law() -> None:
     rows = np.geomspace(10, 2250, 9)
     kinds = [fit_law(rows, losses(law, rows, noise=0.003, seed=seed)).law.kind for law in (POWER, RECTIFIED) for seed in range(15)]
@@ -194,7 +173,7 @@ def test_doubling_stops_paying_where_the_law_says(law: Law) -> None:
 def test_uncertain_points_leave_open_where_more_data_stops_paying() -> None:
     fit = fit_law(QUARTER, losses(POWER, QUARTER, noise=0.02, seed=2))
     stop = fit.stops_paying(0.01)
-    assert stop.low < stop.value <= stop.high
+    assert stop.low < stop.value < stop.high
     assert fit.gain(ALL).low < fit.gain(ALL).value < fit.gain(ALL).high
 
 
