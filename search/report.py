@@ -33,7 +33,7 @@ from search.pareto import cost_objective, eligible, front, hypervolume_of, knee
 from search.picture import draw_png
 from search.record import TrialRecord
 from search.tables import front_table, search_name, stopped_line, stopped_table, write_tables
-from spaces.metrics import EVAL_LOSS, METRICS, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND
+from spaces.metrics import EVAL_LOSS, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND
 from spaces.spec import Objective, SearchSpec
 
 if TYPE_CHECKING:
