@@ -186,6 +186,8 @@ class _Memory(optuna.storages.InMemoryStorage):
 
     def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Container[OptunaState] | None = None) -> list[FrozenTrial]:
         """Return the trials by ascending number."""
+        if states == (OptunaState.WAITING,):  # Optuna looks for enqueued trials at every `ask`, and has a short way to them
+            return super().get_all_trials(study_id, deepcopy, states)
         shown = [self.get_trial(trial_id) for trial_id in sorted([*self._ended, *self._open])]
         trials = [trial for trial in shown if states is None or trial.state in states]
         return copy.deepcopy(trials) if deepcopy else trials
