@@ -146,7 +146,7 @@ def in_flight_rows(loaded: LoadedSpec, *, num_trials: int = 100, num_seeds: int 
                 if number + 1 >= in_flight:
                     proposal = live.pop(rng.randrange(len(live)))
                     accuracy, seconds = result(proposal.params)
-                    study.tell_complete(proposal.number, {"accuracy": accuracy, "train_seconds": seconds})
+                    study.tell_complete(proposal.number, {"accuracy": accuracy, "train_seconds": seconds}, {})
                     points.append((-accuracy, math.log(seconds)))
             volumes.append(hypervolume(points, (0.0, math.log(3600))))
         error = statistics.stdev(volumes) / math.sqrt(num_seeds)
@@ -164,7 +164,7 @@ def remembered_rows(loaded: LoadedSpec, num_trials: int) -> list[dict[str, Any]]
         proposals = [study.ask() for _ in range(num_trials + 300)]
         for proposal in proposals[:num_trials]:
             accuracy, seconds = result(proposal.params)
-            study.tell_complete(proposal.number, {"accuracy": accuracy, "train_seconds": seconds})
+            study.tell_complete(proposal.number, {"accuracy": accuracy, "train_seconds": seconds}, {})
         study._method = "tpe"
         seconds = [timed_seconds(study.ask) for _ in range(7)]
         rows.append({"remembered": remembered, "suggest_seconds": [round(s, 4) for s in sorted(seconds)]})

@@ -274,10 +274,12 @@ class Engine:
         self._on_event(line)
 
     def _tell(self, record: TrialRecord) -> None:
+        known = constraints.violations(TrialConfig.from_dict(record.config or {}), self._limits)
         if record.state is TrialState.COMPLETE:
-            self._study.tell_complete(record.number, record.values)
+            # It ran, whatever the limits are since then.
+            self._study.tell_complete(record.number, record.values, {name: min(0.0, value) for name, value in known.items()})
         elif not record.feasible:
-            self._study.tell_infeasible(record.number, record.constraints)
+            self._study.tell_infeasible(record.number, {**known, **record.constraints})
         elif record.state is TrialState.PRUNED:
             self._study.tell_pruned(record.number)
         else:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 # Ageing: no job is begun before one that came more than this many jobs per worker of the cluster earlier. So at most that many
-# overtake it, whatever comes later, and all of them end: it waits a bounded time. Counted in jobs and not in seconds, the rule means
-# the same for trials of seconds and of hours. Where every fourth trial takes all of eight workers, 92 % of their time is trained in with
-# four, 96 % with eight and 97 % with sixteen (tests/simulation.py, all trials waiting): each change of size costs, and there are fewer.
+# overtake it, whatever comes later, and all of them end: it waits a bounded time. Counted in jobs and not in seconds, the rule
+# means the same for trials of seconds and of hours. Where every fourth trial takes all of eight workers, 92 % of their time is
+# trained in with four, 96 % with eight and 97 % with sixteen (tests/simulation.py, all trials waiting): each change of size costs,
+# and there are fewer.
 OVERTAKEN_PER_WORKER = 8
 # Jobs that wait for each further world size: with too few, workers go idle because all who wait are of a size that does not fit;
 # with many, they are proposed before the search knows what it could know. `benchmarks/scale.py` shows both sides.

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import optuna
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
 from spaces.space import SpaceSpec
 from spaces.spec import Objective
 
-SamplerName = Literal["tpe", "random"]
+SamplerName = Literal["tpe", "gp", "nsga2", "random"]
 
 # Ended trials that the sampler learns from, the latest ones. TPE's cost grows with them: see `benchmarks/scale.py`.
 MAX_REMEMBERED = 500
@@ -62,6 +62,7 @@ class Study:
         self._num_asked = self._num_proposed = 0
         self._num_ended = 0
         self._num_infeasible = 0
+        self._worst: list[float] = []
         self._running: dict[int, Trial] = {}
 
     def ask(self) -> Proposal:
@@ -99,21 +100,29 @@ class Study:
         self._seed += self._num_asked
         self._samplers = self._new_samplers()
 
-    def tell_complete(self, number: int, values: Mapping[str, float]) -> None:
-        """End a trial with its objectives' values.
+    def tell_complete(self, number: int, values: Mapping[str, float], constraints: Mapping[str, float]) -> None:
+        """End a trial with its objectives' values, and with its constraints: GP wants the same ones of every trial.
 
         Raises:
             KeyError: an objective is missing; the caller tells such a trial as failed.
         """
-        self._tell(number, OptunaState.COMPLETE, values=[values[o.metric] for o in self._objectives])
+        reached = [values[o.metric] for o in self._objectives]
+        self._constrain(number, constraints)
+        self._tell(number, OptunaState.COMPLETE, values=reached)
+        worse = [max if o.direction == "minimize" else min for o in self._objectives]
+        self._worst = [f(pair) for f, pair in zip(worse, zip(self._worst or reached, reached, strict=True), strict=True)]
 
     def tell_infeasible(self, number: int, constraints: Mapping[str, float]) -> None:
-        """End a trial that cannot run: pruned, with its constraints, which the sampler learns from (feasible when <= 0)."""
-        if number in self._running:
-            for name, value in constraints.items():
-                self._running[number].set_constraint(name, float(value))
-            self._num_infeasible += 1
-        self._tell(number, OptunaState.PRUNED)
+        """End a trial that cannot run, with its constraints, which the sampler learns from (feasible when <= 0).
+
+        It is pruned. GP and NSGA-II see nothing but complete trials: for them it is one, as bad as the worst in each objective.
+        """
+        self._num_infeasible += number in self._running
+        self._constrain(number, constraints)
+        if self._method in ("gp", "nsga2") and self._worst:
+            self._tell(number, OptunaState.COMPLETE, values=self._worst)
+        else:
+            self._tell(number, OptunaState.PRUNED)
 
     def tell_pruned(self, number: int) -> None:
         """End a trial that was stopped early; values at a lower fidelity are no values of the trial."""
@@ -122,6 +131,11 @@ class Study:
     def tell_failed(self, number: int) -> None:
         """End a trial whose failure says nothing about its params."""
         self._tell(number, OptunaState.FAIL)
+
+    def _constrain(self, number: int, constraints: Mapping[str, float]) -> None:
+        if number in self._running:
+            for name, value in constraints.items():
+                self._running[number].set_constraint(name, float(value))
 
     def _ask(self) -> Proposal:
         self._study.sampler = self._samplers[self._chosen_method()]
@@ -149,6 +163,10 @@ class Study:
             "random": RandomSampler(seed=self._seed),
             # constant_liar: trials that still run count as bad, so that concurrent proposals spread out.
             "tpe": TPESampler(seed=self._seed, n_startup_trials=self._startup_trials, constant_liar=True),
+            # It takes running trials into account by itself.
+            "gp": GPSampler(seed=self._seed, n_startup_trials=self._startup_trials),
+            # Generations as large as the random beginning; Optuna's fifty would be most of a search.
+            "nsga2": NSGAIISampler(seed=self._seed, population_size=max(self._startup_trials, 2)),
         }
 
     def _chosen_method(self) -> SamplerName:

@@ -193,12 +193,13 @@ class ResourcesSpec(_Section):
 class SamplerSpec(_Section):
     """What proposes trials."""
 
-    method: Literal["tpe", "random"] = "tpe"
-    """Tree-structured Parzen estimator, or random points."""
+    method: Literal["tpe", "gp", "nsga2", "random"] = "tpe"
+    """Tree-structured Parzen estimator, Gaussian process (few knobs, none that depends on another), NSGA-II (many trials), or random
+    points."""
     seed: AtLeastZero = 0
     """Seeds the proposals."""
     startup_trials: AtLeastZero = 8
-    """Random trials before the estimator is trusted."""
+    """Random trials before the estimator is trusted; NSGA-II's generations are as large."""
     points_to_evaluate: tuple[dict[str, Any], ...] = ()
     """Points that are known to be good, tried first: each gives values to some knobs; the sampler fills in the others."""
 

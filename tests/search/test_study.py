@@ -9,7 +9,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState as OptunaState
 
-from search.study import Proposal, Study
+from search.study import Proposal, SamplerName, Study
 from spaces.space import SpaceSpec
 from spaces.spec import Objective
 
@@ -19,11 +19,11 @@ OBJECTIVES = (
 )
 
 
-def make(*, seed: int = 0, points: Sequence[dict[str, object]] = (), **space: object) -> Study:
+def make(*, seed: int = 0, sampler: SamplerName = "tpe", points: Sequence[dict[str, object]] = (), **space: object) -> Study:
     return Study(
         space=SpaceSpec.model_validate(space),
         objectives=OBJECTIVES,
-        sampler="tpe",
+        sampler=sampler,
         seed=seed,
         startup_trials=4,
         points_to_evaluate=points,
@@ -43,7 +43,7 @@ def resumed(asked: Sequence[Proposal], **how: Any) -> Study:
 def test_every_end_is_told_as_what_it_is() -> None:
     study = make()
     numbers = [study.ask().number for _ in range(5)]
-    study.tell_complete(numbers[0], {"accuracy": 0.5, "train_seconds": 3.0, "mfu": 0.1})
+    study.tell_complete(numbers[0], {"accuracy": 0.5, "train_seconds": 3.0, "mfu": 0.1}, {})
     study.tell_pruned(numbers[1])
     study.tell_failed(numbers[2])
     study.tell_infeasible(numbers[3], {"world_size_within_cluster": 2.0})
@@ -52,8 +52,8 @@ def test_every_end_is_told_as_what_it_is() -> None:
     assert trials(study)[0].values == [0.5, 3.0]
     assert trials(study)[3].constraints == {"world_size_within_cluster": 2.0}
     with pytest.raises(KeyError):
-        study.tell_complete(numbers[4], {"accuracy": 0.5})
-    study.tell_complete(numbers[0], {"accuracy": 0.9, "train_seconds": 1.0})  # a late second end changes nothing
+        study.tell_complete(numbers[4], {"accuracy": 0.5}, {})
+    study.tell_complete(numbers[0], {"accuracy": 0.9, "train_seconds": 1.0}, {})  # a late second end changes nothing
     assert trials(study)[0].values == [0.5, 3.0]
 
 
@@ -79,8 +79,8 @@ def test_a_trial_that_the_space_holds_no_more_keeps_its_number_and_says_nothing(
     params = make().ask().params
     asked = [Proposal(number=0, params={**params, "lora_rank": 4}), Proposal(number=2, params={**params, "lora_rank": 8})]
     study = resumed(asked, lora_rank={"choice": [8, 16]})
-    study.tell_complete(0, {"accuracy": 0.5, "train_seconds": 3.0})
-    study.tell_complete(2, {"accuracy": 0.5, "train_seconds": 3.0})
+    study.tell_complete(0, {"accuracy": 0.5, "train_seconds": 3.0}, {})
+    study.tell_complete(2, {"accuracy": 0.5, "train_seconds": 3.0}, {})
     assert [(t.number, t.state) for t in trials(study)] == [(2, OptunaState.COMPLETE)]
     assert study.ask().number == 3
 
@@ -97,7 +97,7 @@ def test_the_sampler_sees_the_trials_that_run_and_the_latest_that_ended(monkeypa
     for _ in range(20):
         study.ask()
     for number in [*range(1, 10), 15]:
-        study.tell_complete(number, {"accuracy": 0.1 * number, "train_seconds": 3.0})
+        study.tell_complete(number, {"accuracy": 0.1 * number, "train_seconds": 3.0}, {})
     for deepcopy in (True, False):
         seen = {t.number for t in study._study.get_trials(deepcopy=deepcopy)}
         assert seen == {0, 6, 7, 8, 9, 15, *range(10, 20)}
@@ -106,19 +106,38 @@ def test_the_sampler_sees_the_trials_that_run_and_the_latest_that_ended(monkeypa
     assert study.ask().number == 20, "what is not shown is not forgotten"
 
 
-def test_tpe_keeps_away_from_what_was_infeasible() -> None:
+@pytest.mark.parametrize(("sampler", "most"), [("tpe", 8), ("gp", 4), ("nsga2", 12)])
+def test_every_sampler_keeps_away_from_what_was_infeasible(sampler: SamplerName, most: int) -> None:
     """Half of the space is infeasible; told as FAIL, as Ray does, TPE would propose it again and again."""
-    study = make(world_size={"choice": [1, 2, 4, 8]}, dataset_fraction=1.0, learning_rate=0.001)
-    infeasible = 0
-    for _ in range(40):
+    study = make(sampler=sampler, world_size={"choice": [1, 2, 4, 8]}, dataset_fraction=1.0, global_batch_size=16, lora_rank=4)
+    infeasible = []
+    for _ in range(60):
         proposal = study.ask()
         world_size = proposal.params["world_size"]
+        constraints = {"world_size_within_cluster": float(world_size - 2)}
+        infeasible.append(world_size > 2)
         if world_size > 2:
-            infeasible += 1
-            study.tell_infeasible(proposal.number, {"world_size_within_cluster": world_size - 2})
+            study.tell_infeasible(proposal.number, constraints)
         else:
-            study.tell_complete(proposal.number, {"accuracy": 0.5 + 0.1 * world_size, "train_seconds": 10.0 / world_size})
-    assert infeasible <= 12  # random proposals: about 20
+            values = {"accuracy": 0.5 - 20 * abs(proposal.params["learning_rate"] - 2e-3), "train_seconds": 10.0 / world_size}
+            study.tell_complete(proposal.number, values, constraints)
+    assert sum(infeasible[20:]) <= most  # random proposals: about 20
+
+
+@pytest.mark.parametrize(
+    ("sampler", "state"), [("tpe", OptunaState.PRUNED), ("gp", OptunaState.COMPLETE), ("nsga2", OptunaState.COMPLETE)]
+)
+def test_what_is_infeasible_is_told_as_the_sampler_can_see_it(sampler: SamplerName, state: OptunaState) -> None:
+    study = make(sampler=sampler)
+    first, second, third, fourth = (study.ask().number for _ in range(4))
+    study.tell_infeasible(first, {"memory": 1.0})
+    study.tell_complete(second, {"accuracy": 0.5, "train_seconds": 9.0}, {})
+    study.tell_complete(third, {"accuracy": 0.7, "train_seconds": 20.0}, {})
+    study.tell_infeasible(fourth, {"memory": 1.0})
+    assert trials(study)[first].state is OptunaState.PRUNED, "nothing is known yet that it could be as bad as"
+    assert trials(study)[fourth].state is state
+    assert trials(study)[fourth].values == ([0.5, 20.0] if state is OptunaState.COMPLETE else None)
+    assert [t.number for t in study._study.best_trials] == [second, third]
 
 
 def test_proposals_are_feasible_on_a_cluster_where_hundreds_run_before_one_has_ended() -> None:
@@ -135,7 +154,7 @@ def test_proposals_are_feasible_on_a_cluster_where_hundreds_run_before_one_has_e
             running.append(proposal)
     assert infeasible <= 0.35 * 300  # random: a quarter
     for proposal in running[:20]:
-        study.tell_complete(proposal.number, {"accuracy": 0.5, "train_seconds": 10.0})
+        study.tell_complete(proposal.number, {"accuracy": 0.5, "train_seconds": 10.0}, {})
     later = [study.ask().params["world_size"] for _ in range(40)]
     assert sum(size > 4 for size in later) <= 10
 
