@@ -13,6 +13,8 @@ from trainables.batching import StepSizes
 WARMUP_SHARE, WARMUP_STEPS = 0.1, 3
 # Steps of the fit below; it has settled long before.
 MAX_ROUNDS = 50
+# Two parts cannot be told apart from fewer steps: a line through two noisy points says anything of a third.
+MIN_LINE_STEPS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,14 +31,39 @@ class StepTime:
 
 
 def fit(seconds: np.ndarray, padded_tokens: np.ndarray) -> StepTime:
-    """Return the line with the least sum of absolute errors, which single slow steps do not move.
+    """Return the line with the least sum of absolute errors and no negative part; single slow steps do not move it.
 
-    By least squares with every step weighed by the inverse of its error, again and again (Schlossmacher, Journal of the American
-    Statistical Association 68, 1973, 857-859); where all steps are alike this is their median.
+    Where the best line has a negative part, the best without one is the best with that part zero. Of few steps, all time goes by
+    the tokens.
 
     Args:
         seconds: float64 (num_steps,)
         padded_tokens: (num_steps,)
+    """
+    seconds, padded = np.asarray(seconds, dtype=np.float64), np.asarray(padded_tokens, dtype=np.float64)
+    by_tokens = StepTime(fixed_seconds=0.0, seconds_per_token=_weighted_median(seconds / padded, padded))
+    if len(seconds) < MIN_LINE_STEPS:
+        return by_tokens
+    free = _free_line(seconds, padded)
+    if free.fixed_seconds >= 0 and free.seconds_per_token >= 0:
+        return free
+    fixed = StepTime(fixed_seconds=float(np.median(seconds)), seconds_per_token=0.0)
+    return min(by_tokens, fixed, key=lambda line: float(np.abs(seconds - line.of(padded)).sum()))
+
+
+def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+    """Return where half of the weight is reached, between the two values where it is exactly half."""
+    order = np.argsort(values)
+    reached = np.cumsum(weights[order]) / weights.sum()
+    low, high = np.searchsorted(reached, [0.5 - 1e-9, 0.5 + 1e-9])
+    return float((values[order][low] + values[order][min(high, len(values) - 1)]) / 2)
+
+
+def _free_line(seconds: np.ndarray, padded_tokens: np.ndarray) -> StepTime:
+    """Return the line with the least sum of absolute errors.
+
+    By least squares with every step weighed by the inverse of its error, again and again (Schlossmacher, Journal of the American
+    Statistical Association 68, 1973, 857-859); where all steps are alike this is their median.
     """
     # In units of their means, so that the two columns are of one size.
     size, pace = float(np.mean(padded_tokens)), float(np.mean(seconds))

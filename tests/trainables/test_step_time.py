@@ -58,6 +58,28 @@ def test_it_has_the_least_sum_of_absolute_errors() -> None:
     assert cost(found.fixed_seconds, found.seconds_per_token) == pytest.approx(best, rel=1e-3)
 
 
+@pytest.mark.parametrize("num_steps", [2, 3, 4, 6, 8, 12])
+def test_no_noise_makes_the_time_of_a_short_trial_absurd(num_steps: int) -> None:
+    """A free line through two steps of nearly one size says that larger ones take less than nothing."""
+    for _ in range(300):
+        padded = RNG.integers(400, 1600, size=36)
+        seconds = (0.05 + 0.001 * padded) * RNG.normal(1, 0.05, size=36)
+        found = fit(seconds[:num_steps], padded[:num_steps])
+        assert found.fixed_seconds >= 0
+        assert found.seconds_per_token >= 0
+        assert 0.6 < found.of(padded).sum() / seconds.sum() < 1.6
+
+
+def test_the_best_line_without_a_negative_part_is_found() -> None:
+    """Against a fine grid of all lines with none."""
+    padded = RNG.integers(100, 900, size=15).astype(float)
+    for seconds in (0.002 * padded - 0.1 + RNG.normal(0, 0.02, 15), 3 - 0.001 * padded + RNG.normal(0, 0.02, 15)):
+        found = fit(seconds, padded)
+        cost = np.abs(seconds - found.of(padded)).sum()
+        grid = [np.abs(seconds - a - b * padded).sum() for a in np.linspace(0, 4, 160) for b in np.linspace(0, 0.01, 400)]
+        assert cost <= min(grid) + 1e-2
+
+
 def test_equal_steps_give_their_median() -> None:
     seconds = np.array([1.0, 1.2, 0.9, 7.0, 1.1])
     assert fit(seconds, np.full(5, 64)).of(np.full(5, 64)).sum() == pytest.approx(5 * 1.1)
