@@ -158,7 +158,7 @@ def in_flight_rows(loaded: LoadedSpec, *, num_trials: int = 100, num_seeds: int 
 def remembered_rows(loaded: LoadedSpec, num_trials: int) -> list[dict[str, Any]]:
     """Time a suggestion after so many random trials, 300 of which run, by the number of ended trials that the sampler sees."""
     rows = []
-    for remembered in (500, MAX_REMEMBERED, 3000, num_trials):
+    for remembered in (MAX_REMEMBERED, 1000, 3000, num_trials):
         search.study.MAX_REMEMBERED = remembered
         study = new_study(loaded, sampler="random")
         proposals = [study.ask() for _ in range(num_trials + 300)]
