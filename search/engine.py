@@ -24,6 +24,7 @@ from search.study import Study
 from spaces import constraints
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
+from spaces.metrics import NOT_FROM_PROFILE
 from spaces.spec import Objective, SearchSpec
 from trainables.job import Job
 
@@ -68,11 +69,14 @@ class Engine:
         self._state = replay(ledger.events())
         for record in self._state.records.values():
             self._lower_memory_limit(record)
-        self._trained = {
-            TrialConfig.from_dict(r.config or {}).recipe.key(): r.number for r in self._state.records.values() if _is_whole(r)
-        }
-        self._num_ended = sum(r.state is not TrialState.RUNNING and _counts(r) for r in self._state.records.values())
-        self._members = front(list(self._state.records.values()), self.objectives)
+        records = list(self._state.records.values())
+        # Under another layout a trial is only timed where all objectives follow from that.
+        self._reuses = spec.reuse and not NOT_FROM_PROFILE & {o.metric for o in spec.resolved_objectives()}
+        self._trained = {TrialConfig.from_dict(r.config or {}).recipe.key(): r.number for r in records if _is_whole(r)}
+        self._known = {TrialConfig.from_dict(r.config or {}).key(): r.number for r in records if r.feasible_before_launch}
+        self._exhausted = ""
+        self._num_ended = sum(r.state is not TrialState.RUNNING and _counts(r) for r in records)
+        self._members = front(records, self.objectives)
         self._live: set[int] = set()
         self._pending = sorted(self._state.in_flight)
         self._reconcile()
@@ -106,11 +110,13 @@ class Engine:
         """Return the next trial to run, or None if there is none now; infeasible proposals are told and passed over.
 
         Raises:
-            SearchExhausted: hardly anything in the space is left.
+            SearchExhausted: hardly anything in the space is left, and nothing runs any more.
         """
         assignment = self._next_pending()
-        if assignment is None and self.num_left > 0:
+        if assignment is None and self.num_left > 0 and not self._exhausted:
             assignment = self._propose()
+        if assignment is None and self._exhausted and not self._live and not self._pending:
+            raise SearchExhausted(self._exhausted)
         if assignment is not None:
             self._live.add(assignment.number)
         return assignment
@@ -173,7 +179,14 @@ class Engine:
         self._record("test_scored", number=number, metrics=dict(metrics))
 
     def finished(self, reason: str) -> None:
-        """Record the end of the search; no worker writes any more, so that what is kept is the front's weights alone."""
+        """Record the end of the search; no worker writes any more, so that what is kept is the front's weights alone.
+
+        What still waits for its turn was cut off by the time limit.
+        """
+        for number in list(self._pending):
+            self._pending.remove(number)
+            self._live.add(number)
+            self.ended(number, {"state": "stopped"})
         self._record("search_finished", reason=reason)
         kept = self._kept()
         for record in self._state.records.values():
@@ -208,25 +221,44 @@ class Engine:
                 self._record("trial_infeasible", **known, constraints=values)
                 self._study.tell_infeasible(proposal.number, values)
                 continue
-            source = self._trained.get(config.recipe.key()) if self._spec.reuse else None
+            if self._spec.reuse and self._is_told_as_duplicate(proposal.number, config):
+                continue
+            source = self._source_of(config)
             self._start(proposal.number, params, config, source=source)
             if source is None:
                 return Assignment(number=proposal.number, config=config, is_trained=True)
-            if not self._is_duplicate(config, source) and not self._outlook.has_profile(config):
-                self._pending.append(proposal.number)
-                return self._next_pending()
-            self._finish_timed(proposal.number)
-        raise SearchExhausted(
-            f"{MAX_IDLE_IN_A_ROW} proposals in a row were infeasible or trained before"
+            self._pending.append(proposal.number)
+            assignment = self._next_pending()
+            if assignment is not None:
+                return assignment
+        self._exhausted = (
+            f"{MAX_IDLE_IN_A_ROW} proposals in a row were infeasible or known"
             + "".join(f"; {name} = {value:g}" for name, value in values.items() if value > 0)
             + "; `paretune plan` shows which layouts this cluster can run"
         )
+        return None
+
+    def _is_told_as_duplicate(self, number: int, config: TrialConfig) -> bool:
+        """Tell the study what is known of this very trial, if anything is; nothing else happens, and nobody else hears of it."""
+        known = self._state.records.get(self._known.get(config.key(), -1))
+        if known is None or known.state is TrialState.FAIL:
+            return False
+        if known.state is TrialState.RUNNING:
+            self._study.tell_failed(number)
+        else:
+            self._tell(replace(known, number=number))
+        return True
+
+    def _source_of(self, config: TrialConfig) -> int | None:
+        """Return the trial that trained this recipe, as long as its weights are there: the front may come to need them."""
+        number = self._trained.get(config.recipe.key()) if self._reuses else None
+        return number if number is not None and (self._store.trial_path(number) / "final").exists() else None
 
     def _spread(self, record: TrialRecord) -> None:
         """Have a trained recipe timed under every other layout that is to be measured."""
         trained = TrialConfig.from_dict(record.config or {}).layout
         for other in layouts_of(record.params, self._spec, self._limits):
-            if other.config.layout != trained and other.is_feasible:
+            if other.config.layout != trained and other.is_feasible and other.config.key() not in self._known:
                 number = self._study.reserve()
                 self._start(number, other.params, other.config, source=record.number, was_proposed=False)
                 self._pending.append(number)
@@ -236,6 +268,7 @@ class Engine:
         predicted = dict(self._outlook(config)) if origin["source"] is None else {}
         known = {"params": dict(params), "config": config.to_dict(), "predicted": predicted}
         self._record("trial_started", number=number, **known, command=command, **origin)
+        self._known[config.key()] = number
 
     def _finish_timed(self, number: int) -> None:
         """End a trial of which all is known."""
@@ -243,16 +276,11 @@ class Engine:
         self.ended(number, {"state": "complete"})
 
     def _timed(self, record: TrialRecord) -> dict[str, Any]:
-        """Return the final report of a trial whose recipe was trained: its times are those of a step profile, or of its duplicate."""
+        """Return the final report of a trial whose recipe was trained: its times are those of a step profile."""
         source = self._state.records[record.root]
         config, trained = (TrialConfig.from_dict(r.config or {}) for r in (record, source))
-        duplicate = self._is_duplicate(config, source.number)
-        values = source.values if duplicate else self._outlook.values_under(config, trained, source.values)
-        last = source.reports[-1]
-        return {**last, "metrics": dict(values), "details": {"time_source": "duplicate" if duplicate else "profile"}}
-
-    def _is_duplicate(self, config: TrialConfig, source: int) -> bool:
-        return TrialConfig.from_dict(self._state.records[source].config or {}) == config
+        values = self._outlook.values_under(config, trained, source.values)
+        return {**source.reports[-1], "metrics": dict(values), "details": {"time_source": "profile"}}
 
     def _time_key(self, number: int) -> str:
         """Return what trials share that are timed by the same steps."""
@@ -297,6 +325,10 @@ class Engine:
                 self._pending.remove(number)
                 self._live.add(number)
                 self.ended(number, {"state": "stopped"})
+        # A crash may have come between a trial's end and the start of its other layouts.
+        for record in list(self._state.records.values()) if self._spec.space.profiled_knobs() else ():
+            if _is_whole(record):
+                self._spread(record)
 
     def _sweep(self, ended: TrialRecord) -> None:
         """Keep weights only where the front needs them; checkpoints served their purpose when the trial ended."""

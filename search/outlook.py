@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from search.layouts import timed_knobs
 from search.profiles import ProfileCache, profile_key
 from spaces import metrics
 from spaces.config import TrialConfig
@@ -48,6 +49,8 @@ class Outlook:
         """
         self._spec, self._data, self._model, self._plan = spec, data, model, plan
         self._device, self._profiles = device, profiles
+        self._alone: dict[str, dict[str, Any]] = {}
+        self._timed_here: dict[str, dict[str, Any]] = {}
 
     def __call__(self, config: TrialConfig) -> dict[str, Any]:
         """Return `memory` by term and `train_seconds` with `time_source`, as far as they can be said.
@@ -60,7 +63,7 @@ class Outlook:
         memory = self._memory(config, sizes)
         if memory is not None:
             predicted["memory"] = memory
-        profile = self._profiles.get(self.key(config))
+        profile = self._profile(config)
         if profile is not None:
             return {**predicted, metrics.TRAIN_SECONDS: seconds_of(profile, sizes), "time_source": "profile"}
         estimated = self._estimated_seconds(config, sizes)
@@ -68,11 +71,11 @@ class Outlook:
 
     def has_profile(self, config: TrialConfig) -> bool:
         """Return whether the steps of such a trial were timed."""
-        return self._profiles.get(self.key(config)) is not None
+        return self._profile(config) is not None
 
     def keep_profile(self, config: TrialConfig, profile: Mapping[str, Any]) -> None:
-        """Keep what was measured of the steps of such a trial."""
-        self._profiles.put(self.key(config), profile)
+        """Keep what was measured of the steps of such a trial, for this search: others may have trained beside it."""
+        self._timed_here[str(timed_knobs(config))] = dict(profile)
 
     def values_under(self, config: TrialConfig, trained: TrialConfig, values: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of a trained recipe under another layout, whose steps were timed.
@@ -80,10 +83,17 @@ class Outlook:
         Raises:
             KeyError: they were not.
         """
-        profile = self._profiles.get(self.key(config))
+        profile = self._profile(config)
         if profile is None:
             raise KeyError(f"no step profile of {config}")
         return values_under(config, trained, values, profile, BatchPlan(config, self._data).sizes())
+
+    def _profile(self, config: TrialConfig) -> dict[str, Any] | None:
+        """Return the step profile of such a trial: measured alone, or else in this search."""
+        knobs = str(timed_knobs(config))
+        if knobs not in self._alone and (known := self._profiles.get(self.key(config))) is not None:
+            self._alone[knobs] = known
+        return self._alone.get(knobs) or self._timed_here.get(knobs)
 
     def key(self, config: TrialConfig) -> dict[str, Any]:
         """Return under which key a trial's step profile is kept."""

@@ -52,7 +52,7 @@ class TrialRecord:
     stopped: dict[str, Any] | None = None
     """The verdict of the rung that stopped it early: `search.rungs.Verdict` with the rung's `share` of the trial's steps."""
     source: int | None = None
-    """The trial that trained the same recipe, under another layout unless the two are duplicates; this one only has its own times."""
+    """The trial that trained the same recipe under another layout; this one only has its own times."""
     was_proposed: bool = True
     """Whether the sampler knows it; not of a further layout of a trial."""
     details: dict[str, Any] = field(default_factory=dict)
@@ -94,12 +94,7 @@ class TrialRecord:
         """What the trial was spared by, in words; empty where it was trained."""
         if self.source is None:
             return ""
-        is_duplicate = self.details.get("time_source") == "duplicate"
-        return (
-            f"a duplicate of trial {self.source}"
-            if is_duplicate
-            else f"trial {self.source} under another layout, of which some steps were timed"
-        )
+        return f"under another layout, of which some steps were timed, trial {self.source}"
 
     @property
     def why_stopped(self) -> str:

@@ -188,4 +188,7 @@ _TABLE = (
     ),
 )
 
+# Of a layout of which some steps were timed, and of a whole trial none, these are not known.
+NOT_FROM_PROFILE = frozenset({TOTAL_SECONDS, TIME_DRIFT, RANK_SPREAD, HFU})
+
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}

@@ -209,9 +209,13 @@ class SpaceSpec(BaseModel):
         sizes = range(ends[0], ends[1] + 1) if isinstance(self.world_size, IntRange) else sorted(ends)
         return list(itertools.product(sizes, self.strategy.ends()))
 
+    def profiled_knobs(self) -> list[str]:
+        """Return the knobs of the layout whose values are all measured."""
+        return [knob for knob in LAYOUT_KNOBS if isinstance(getattr(self, knob), Profile)]
+
     def measured_layouts(self, params: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the params under every layout that is to be measured for them; on one rank the strategies are the same."""
-        knobs = [knob for knob in LAYOUT_KNOBS if isinstance(getattr(self, knob), Profile)]
+        knobs = self.profiled_knobs()
         values = itertools.product(*(getattr(self, knob).ends() for knob in knobs))
         layouts = [{**params, **dict(zip(knobs, each, strict=True))} for each in values]
         first = self.strategy.ends()[0]

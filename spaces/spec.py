@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from spaces.domains import Within
 from spaces.fidelity import GRACE_PERIOD, REDUCTION_FACTOR, rung_shares
-from spaces.metrics import ACCURACY, EVAL_LOSS, EXACT_MATCH, MACRO_F1, METRICS, TRAIN_SECONDS, Direction
+from spaces.metrics import ACCURACY, EVAL_LOSS, EXACT_MATCH, MACRO_F1, METRICS, NOT_FROM_PROFILE, TRAIN_SECONDS, Direction
 from spaces.space import SpaceSpec
 
 Task = Literal["sequence-classification", "causal-lm"]
@@ -323,6 +323,15 @@ class SearchSpec(_Section):
             context = {"allowed": f"with one of {', '.join(known)} among the objectives, or method: none"}
             raise PydanticCustomError("no_rung_objective", "no objective of quality is known before a trial's end", context)
         return scheduler
+
+    @model_validator(mode="after")
+    def _objectives_follow_from_profiles(self) -> SearchSpec:
+        unknown = [o.metric for o in self.objectives or () if o.metric in NOT_FROM_PROFILE]
+        knobs = self.space.profiled_knobs()
+        if unknown and knobs:
+            context = {"metric": unknown[0], "knob": knobs[0], "allowed": "other objectives, or {choice: [...]} for the knob"}
+            raise PydanticCustomError("not_from_profile", "{metric} does not follow from a profile of space.{knob}", context)
+        return self
 
     def resolved_objectives(self) -> tuple[Objective, ...]:
         """Return the objectives with every default filled in."""

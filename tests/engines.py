@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ def make(
     scheduler: dict[str, Any] | None = None,
     outlook: Profiles | None = None,
     reuse: bool = True,
+    objectives: Sequence[str] = (),
     **space: Any,
 ) -> tuple[Engine, list[dict[str, Any]], Store]:
     """Return an engine on a ledger and a study of its own, the events that it tells, and where its files are."""
@@ -59,6 +60,7 @@ def make(
         "budget": {"trials": trials},
         "scheduler": {"method": "asha", **(scheduler or {})},
         "reuse": reuse,
+        "objectives": [{"metric": metric} for metric in objectives] or None,
         "directory": str(directory / "runs"),
     }
     path.write_text(yaml.safe_dump(spec))

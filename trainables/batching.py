@@ -17,6 +17,8 @@ BUCKET_BATCHES = 16
 # Padded tokens of an evaluation batch. A GPU wants much work at once; a CPU wants activations that stay in its caches (measured with
 # MiniLM on one core: 512 to 1,024 tokens are twice as fast as 8,192).
 EVALUATION_TOKENS = {"cuda": 16_384, "cpu": 768}
+# Logits of an evaluation batch with what the cross entropy makes of them: a wide vocabulary would take more than training does.
+EVALUATION_LOGITS_BYTES, BYTES_PER_LOGIT = 2 * 1024**3, 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,12 +162,20 @@ class StepSizes:
     """Positions that the loss counts, in the micro batch that has the most of them."""
 
 
-def evaluation_batches(table: TokenTable, world: World) -> list[np.ndarray]:
-    """Return the rows of each of a rank's evaluation batches: every row on one rank only, as many batches on every rank."""
+def evaluation_batches(table: TokenTable, world: World, vocab_size: int = 0) -> list[np.ndarray]:
+    """Return the rows of each of a rank's evaluation batches: every row on one rank only, as many batches on every rank.
+
+    Args:
+        table: all rows.
+        world: the ranks.
+        vocab_size: what every target has a logit for; 0 where that is nothing to speak of.
+    """
+    most_tokens = EVALUATION_TOKENS[world.device.type]
+    most_tokens = min(most_tokens, EVALUATION_LOGITS_BYTES // (BYTES_PER_LOGIT * vocab_size)) if vocab_size else most_tokens
     order = np.argsort(-table.lengths, kind="stable")
     batches, start = [], 0
     while start < len(order):
-        rows = max(1, EVALUATION_TOKENS[world.device.type] // int(table.lengths[order[start]]))
+        rows = max(1, most_tokens // int(table.lengths[order[start]]))
         batches.append(order[start : start + rows])
         start += rows
     mine = batches[world.rank :: world.world_size]

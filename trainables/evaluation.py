@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from spaces import metrics
@@ -63,7 +64,8 @@ def evaluate(module: nn.Module, config: TrialConfig, data: TaskData, table: Toke
     num_classes = len(data.label_names)
     totals = torch.zeros(3, dtype=torch.float64)  # loss, right, counted
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.float64)
-    for rows in evaluation_batches(table, world):
+    vocab_size = unwrapped(module).config.get_text_config().vocab_size if data.task == "causal-lm" else 0
+    for rows in evaluation_batches(table, world, vocab_size):
         batch = collate(table, rows, data.pad_token_id).to(world.device)
         with autocast(config, world):
             loss, logits = summed_loss(module, batch, data.task)
@@ -99,6 +101,8 @@ def exact_match(module: nn.Module, config: TrialConfig, data: TaskData, world: W
     assert data.answer_pattern is not None
     model = unwrapped(module)
     model.eval()
+    if isinstance(module, FSDPModule):
+        module.unshard()  # generation calls the model inside PEFT's, whose hooks gather nothing of what no block holds
     num_rows = min(num_rows, data.evaluation.num_rows)
     limit = int(np.percentile(data.evaluation.num_targets[:num_rows], 95))
     mine = np.arange(num_rows)[world.rank :: world.world_size]

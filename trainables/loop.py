@@ -92,6 +92,11 @@ def memory_errors() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(str(error).splitlines()[0]) from error
+    except RuntimeError as error:
+        # What torch's allocator of a CPU says has no class of its own.
+        if "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemory(str(error).splitlines()[0]) from error
 
 
 class Trainer:
@@ -194,6 +199,7 @@ class Trainer:
             "losses": self._global_losses,
             "step_parts": self.step_parts(),
             "flops": asdict(self._flops),
+            "memory_by_rank": self.world.gather(self.memory.state()),
         }
         if self.world.rank == 0:
             self.checkpoints.save(self.step, Checkpoint(weights=weights, optimizer=optimizer, state=state))
@@ -259,6 +265,8 @@ class Trainer:
         self.step = saved.state["step"]
         self._global_losses = list(saved.state["losses"])
         self._flops = StepFlops.from_dict(saved.state["flops"])
+        if len(saved.state["memory_by_rank"]) == self.world.world_size:  # under another layout, ranks hold something else
+            self.memory.restore(saved.state["memory_by_rank"][self.world.rank])
         load_weights(self._parameters, saved.weights)
         for name, parameter in self._parameters.items():
             prefix = f"{name}/"

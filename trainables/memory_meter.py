@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,6 +76,7 @@ class MemoryMeter:
         """Start to measure: the worker has trained other trials before."""
         self._device, self._module, self._optimizer = device, module, optimizer
         self._trained_peak = self._peak = 0
+        self._weights_bytes = self._optimizer_bytes = 0
         self._is_followed = False
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -94,12 +95,14 @@ class MemoryMeter:
                 tensors.hold(tensor)
             yield True
         self._trained_peak = tensors.peak
+        self._weigh()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Do something else than training: its memory is none of the step's."""
         if self._device.type == "cuda":
             self._trained_peak = max(self._trained_peak, torch.cuda.max_memory_allocated(self._device))
+            self._weigh()
             self._peak = max(self._peak, self._trained_peak)
             yield
             self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device))
@@ -118,14 +121,14 @@ class MemoryMeter:
         if status.exists():
             for line in status.read_text().splitlines():
                 if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        return int(psutil.Process().memory_info().rss)
+                    return max(self._peak, int(line.split()[1]) * 1024)
+        return max(self._peak, int(psutil.Process().memory_info().rss))
 
     def measured(self) -> MeasuredMemory | None:
         """Return what was held; None on a CPU where no step was followed."""
         if self._trained_peak == 0:
             return None
-        weights, optimizer = _num_bytes(self._weights()), _num_bytes(self._optimizer_state())
+        weights, optimizer = self._weights_bytes, self._optimizer_bytes
         process = torch.cuda.memory_reserved(self._device) if self._device.type == "cuda" else self.peak_bytes()
         return MeasuredMemory(
             weights_bytes=weights,
@@ -133,6 +136,25 @@ class MemoryMeter:
             working_bytes=max(0, self._trained_peak - weights - optimizer),
             around_bytes=max(0, process - self._trained_peak),
         )
+
+    def state(self) -> dict[str, int]:
+        """Return what a trial that is cut off would lose of this rank's memory, ready for JSON."""
+        return {
+            "trained_peak": self._trained_peak,
+            "peak": self.peak_bytes(),
+            "weights_bytes": self._weights_bytes,
+            "optimizer_bytes": self._optimizer_bytes,
+        }
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from what was measured before the trial was cut off."""
+        self._trained_peak, self._peak = state["trained_peak"], state["peak"]
+        self._weights_bytes, self._optimizer_bytes = state["weights_bytes"], state["optimizer_bytes"]
+        self._is_followed = self._trained_peak > 0
+
+    def _weigh(self) -> None:
+        """Note what is held all the time; later an evaluation may leave FSDP2's weights gathered."""
+        self._weights_bytes, self._optimizer_bytes = _num_bytes(self._weights()), _num_bytes(self._optimizer_state())
 
     def _weights(self) -> list[torch.Tensor]:
         return [*self._module.parameters(), *self._module.buffers()]

@@ -43,7 +43,8 @@ def parallelize(
     if world.world_size == 1:
         return module
     if config.layout.strategy == "ddp":
-        replica = DistributedDataParallel(module)
+        # Buffers are tables that all ranks compute alike: without this they would be sent in every forward pass.
+        replica = DistributedDataParallel(module, broadcast_buffers=False)
         if timer is not None:
             # A lambda: DDP refuses annotations that are strings.
             replica.register_comm_hook(timer, lambda timer, bucket: _timed_all_reduce(timer, bucket))  # noqa: PLW0108

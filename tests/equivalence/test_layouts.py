@@ -283,6 +283,18 @@ def test_a_resumed_trial_ends_with_the_very_weights_of_an_undisturbed_one(names:
     assert final.details["train_losses"] == pytest.approx(curves["fsdp"][0], rel=RELATIVE)
 
 
+def test_a_trial_that_was_cut_off_behind_its_last_step_knows_what_it_held(names: dict[str, str], tmp_path: Path) -> None:
+    data, base = make_data("causal-lm"), BaseModel.load(names["causal-lm"], None, "causal-lm", ())
+    (*_, whole) = train(config("lora"), data, base, World.alone(), control=go_on, checkpoints=None)
+    commands = iter([Command.CONTINUE] * (STEPS - 1) + [Command.SUSPEND])
+    store = CheckpointStore(tmp_path)
+    list(train(config("lora"), data, base, World.alone(), control=lambda: next(commands), checkpoints=store))
+    (final,) = train(config("lora"), data, base, World.alone(), control=go_on, checkpoints=store)
+    terms = ("weights_bytes", "optimizer_bytes", "working_bytes")
+    held = [[report.details["memory_by_rank"][0][term] for term in terms] for report in (whole, final)]
+    assert held[0] == held[1]
+
+
 def bf16_curves(world: World, names: dict[str, str]) -> dict[tuple[str, str], list[float]]:
     return {
         (task, strategy): losses(world, names[task], task, config("lora", world.world_size, strategy, 4, "bf16"))[0]
@@ -330,7 +342,8 @@ def completions_one_by_one(name: str, data: TaskData) -> list[str]:
 
 def matched(world: World, name: str, data: TaskData) -> list[float]:
     base = BaseModel.load(name, None, "causal-lm", ())
-    trials = [config("none", world.world_size, strategy) for strategy in ("ddp", "fsdp")]
+    # An adapter changes nothing before it is trained.
+    trials = [config(adapter, world.world_size, strategy) for adapter in ("none", "lora") for strategy in ("ddp", "fsdp")]
     return [exact_match(build(trial, base, world), trial, data, world, Numbers(), NUM_MATCHED) for trial in trials]
 
 
@@ -340,6 +353,6 @@ def test_exact_match_is_that_of_completions_one_by_one_under_every_strategy(name
     answers = tuple(text if i % 3 else "never" for i, text in enumerate(right))
     data = replace(data, answers=answers, answer_pattern=r"(.+)")
     expected = sum(a != "never" for a in answers) / NUM_MATCHED
-    assert matched(World.alone(), name, data) == [expected] * 2
+    assert matched(World.alone(), name, data) == [expected] * 4
     for ranks in distributed.run(2, matched, name, data):
-        assert ranks == pytest.approx([expected] * 2)
+        assert ranks == pytest.approx([expected] * 4)

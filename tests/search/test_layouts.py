@@ -19,6 +19,7 @@ PROFILED: dict[str, Any] = {"world_size": {"profile": [1, 2, 4]}, "strategy": "p
 def train(engine: Engine, assignment: Assignment | None, accuracy: float = 0.5, seconds: float = 9.0) -> None:
     assert assignment is not None
     assert assignment.is_trained
+    (engine._store.trial_path(assignment.number) / "final").mkdir(parents=True, exist_ok=True)
     engine.reported(assignment.number, report(accuracy, seconds))
     engine.ended(assignment.number, {"state": "complete"})
 
@@ -44,13 +45,70 @@ def test_a_recipe_that_was_trained_is_only_timed_under_another_layout_and_that_i
     assert record.details["time_source"] == "profile"
     assert engine.num_left == 1
     assert {trial.state.name for trial in engine._study._study.trials} == {"COMPLETE"}, "a proposal that the sampler learns from"
-    # Nothing else is in this space: whatever is proposed is known, costs nothing and ends.
-    with pytest.raises(SearchExhausted, match="trained before"):
+    # Nothing else is in this space: whatever is proposed is known, is told to the sampler alone, and ends the search.
+    with pytest.raises(SearchExhausted, match="known"):
         engine.next()
-    duplicates = [r for r in engine.state.records.values() if r.number > second.number]
-    assert len(duplicates) > 100
-    assert all(r.state is TrialState.COMPLETE and r.source == first.number for r in duplicates)
-    assert {r.values["train_seconds"] for r in duplicates} == {9.0, record.values["train_seconds"]}
+    assert len(engine.state.records) == 2
+    told = [trial.values for trial in engine._study._study.trials if trial.number > second.number]
+    assert len(told) > 100
+    assert {v[1] for v in told} == {9.0, record.values["train_seconds"]}
+    engine.finished("test")
+    assert len(engine.front()) == 1
+
+
+def test_what_is_known_of_a_space_does_not_end_what_still_runs(tmp_path: Path) -> None:
+    engine, _, _ = make(tmp_path, trials=5, **ONE_RECIPE, world_size={"choice": [1, 2]})
+    train(engine, engine.next())
+    timed = engine.next()
+    assert timed is not None
+    for _ in range(10):
+        assert engine.next() is None, "its steps are being timed"
+    assert len(engine.state.records) == 2
+    assert not engine.is_handed_out
+    profile(engine, timed)
+    with pytest.raises(SearchExhausted):
+        engine.next()
+
+
+def test_a_recipe_whose_weights_are_gone_is_trained_again(tmp_path: Path) -> None:
+    """The front may come to need them."""
+    engine, _, store = make(tmp_path, trials=3, **ONE_RECIPE, world_size={"choice": [1, 2]})
+    first = engine.next()
+    train(engine, first)
+    assert first is not None
+    (store.trial_path(first.number) / "final").rmdir()
+    again = engine.next()
+    assert again is not None
+    assert again.is_trained
+
+
+def test_objectives_that_no_profile_tells_are_trained_for(tmp_path: Path) -> None:
+    engine, _, _ = make(tmp_path, trials=2, objectives=["accuracy", "total_seconds"], **ONE_RECIPE, world_size={"choice": [1, 2]})
+    for _ in range(2):
+        assignment = engine.next()
+        assert assignment is not None
+        assert assignment.is_trained
+        (engine._store.trial_path(assignment.number) / "final").mkdir(parents=True)
+        last = report(0.5, 9.0)
+        engine.reported(assignment.number, {**last, "metrics": {**last["metrics"], "total_seconds": 9.0}})
+        engine.ended(assignment.number, {"state": "complete"})
+
+
+def test_the_time_limit_ends_what_waits_to_be_timed(tmp_path: Path) -> None:
+    engine, _, _ = make(tmp_path, trials=1, global_batch_size=16, **PROFILED)
+    train(engine, engine.next())
+    engine.finished("minutes")
+    assert [r.state for r in engine.state.records.values()] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
+
+
+def test_a_crash_before_the_other_layouts_were_started_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _, _ = make(tmp_path, trials=1, global_batch_size=16, **PROFILED)
+    monkeypatch.setattr(engine, "_spread", lambda _: None)
+    train(engine, engine.next())
+    resumed, _, _ = make(tmp_path, trials=1, global_batch_size=16, **PROFILED)
+    for _ in range(2):
+        profile(resumed, resumed.next())
+    assert resumed.is_handed_out
 
 
 def test_reuse_can_be_turned_off(tmp_path: Path) -> None:
@@ -136,8 +194,6 @@ def test_weights_stay_as_long_as_a_layout_of_theirs_may_come_onto_the_front(tmp_
     better, worse = engine.next(), engine.next()
     assert better is not None
     assert worse is not None
-    for assignment in (better, worse):
-        (store.trial_path(assignment.number) / "final").mkdir(parents=True)
     train(engine, better, accuracy=0.9, seconds=5.0)
     train(engine, worse, accuracy=0.8, seconds=6.0)
     assert (store.trial_path(worse.number) / "final").exists(), "dominated on one rank, and nobody knows of two"

@@ -148,6 +148,7 @@ def test_a_trained_recipe_has_the_times_of_another_layouts_profile(tmp_path: Pat
     assert "hfu" not in says.values_under(again, trained, reported), "what is computed again is the layout's"
     with pytest.raises(KeyError, match="no step profile"):
         says.values_under(config(world_size=2), trained, reported)
+    assert not outlook(ProfileCache(tmp_path)).has_profile(other), "later searches take only what was measured alone"
 
 
 def test_a_damaged_profile_is_none(tmp_path: Path) -> None:

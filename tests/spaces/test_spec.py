@@ -197,3 +197,9 @@ def test_a_known_point_lies_in_the_space(point, message):
     with pytest.raises(ValidationError, match=message) as raised:
         spec(space=space, sampler={"points_to_evaluate": [good, point]})
     assert "points_to_evaluate[1]" in str(raised.value)
+
+
+def test_objectives_of_a_profiled_space_follow_from_profiles():
+    with pytest.raises(ValidationError, match=r"total_seconds does not follow from a profile of space\.world_size"):
+        spec(objectives=[{"metric": "accuracy"}, {"metric": "total_seconds"}], space={"world_size": "profile"})
+    spec(objectives=[{"metric": "accuracy"}, {"metric": "peak_memory_bytes"}], space={"world_size": "profile"})
