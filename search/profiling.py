@@ -22,6 +22,8 @@ from spaces.loading import LoadedSpec, check_local_data
 from spaces.space import SpaceSpec
 from trainables.job import Job
 
+# What else a machine does comes and goes: each layout is measured again when all others were.
+NUM_ROUNDS = 2
 COLUMNS = ("adapter", "adapter_rank", "precision", "world_size", "strategy", "global_batch_size", "micro_batch_size", "recomputation")
 
 
@@ -50,17 +52,35 @@ def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[s
             limits = replace(limits, memory_bytes=device["usable_bytes"])
             outlook = Outlook(spec, prepared.data, model=prepared.model, plan=prepared.plan, device=device, profiles=profiles)
             configs = [c for c in timed_configs(spec.space, spec.model.max_length) if is_feasible(violations(c, limits))]
+            known = {config: profiles.get(outlook.key(config)) for config in configs}
+            parts: dict[TrialConfig, list[dict[str, Any]]] = {config: [] for config in configs if known[config] is None}
+            for number, config in [(number, config) for number in range(1, NUM_ROUNDS + 1) for config in parts]:
+                job = Job(job_id=f"profile-{config.key()}-{number}", kind="profile", config=config.to_dict(), directory=directory)
+                parts[config].append(_measured(dispatcher, job, interruption))
+                say(f"round {number} of {NUM_ROUNDS}: {_text({**_knobs(config), **parts[config][-1]})}")
             rows = []
             for config in configs:
-                job = Job(job_id=f"profile-{config.key()}", kind="profile", config=config.to_dict(), directory=directory)
-                row = {name: config.flat().get(name) for name in COLUMNS}
-                known = profiles.get(outlook.key(config))
-                row |= {**known, "is_new": False} if known is not None else _measured(dispatcher, job, interruption)
-                if row.get("is_new"):
-                    profiles.put(outlook.key(config), {k: v for k, v in row.items() if k not in (*COLUMNS, "is_new")})
-                rows.append(row)
-                say(f"{len(rows)} of {len(configs)}: {_text(row)}")
+                found = known[config]
+                profile = mean_profile(parts[config]) if found is None else found
+                if found is None and "error" not in profile:
+                    profiles.put(outlook.key(config), profile)
+                rows.append({**_knobs(config), **profile, "is_new": found is None})
     return rows
+
+
+def mean_profile(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean of what was measured at different times; the error, if there was one."""
+    errors = [part for part in parts if "error" in part]
+    if errors:
+        return dict(errors[0])
+    mean = {name: sum(part[name] for part in parts) / len(parts) for name in ("fixed_seconds", "seconds_per_token", "step_seconds")}
+    return {
+        **mean,
+        "tokens_per_second": len(parts) / sum(1 / part["tokens_per_second"] for part in parts),
+        "num_steps": sum(part["num_steps"] for part in parts),
+        "part_seconds": {name: sum(part["part_seconds"][name] for part in parts) / len(parts) for name in parts[0]["part_seconds"]},
+        "peak_memory_bytes": max(part["peak_memory_bytes"] for part in parts),
+    }
 
 
 def timed_configs(space: SpaceSpec, max_length: int) -> Iterator[TrialConfig]:
@@ -92,9 +112,13 @@ def render_profiles(rows: Sequence[Mapping[str, Any]]) -> str:
 def _measured(dispatcher: Any, job: Job, interruption: Interruption) -> dict[str, Any]:
     """Return the profile, or the error of a step that cannot be trained: others can."""
     try:
-        return {**run_job(dispatcher, job, interruption)["profile"], "is_new": True}
+        return dict(run_job(dispatcher, job, interruption)["profile"])
     except JobFailed as error:
         return {"error": str(error)}
+
+
+def _knobs(config: TrialConfig) -> dict[str, Any]:
+    return {name: config.flat().get(name) for name in COLUMNS}
 
 
 def _text(row: Mapping[str, Any]) -> str:

@@ -35,7 +35,8 @@ class EngineSearcher(Searcher):
     # Ray's own annotation forgets FINISHED.
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """Return the next trial's job, None while there is none to hand out, or FINISHED when there never will be."""
-        if self._engine.num_live >= self._max_concurrent:
+        # By Tune's own count: a trial that has told its end still has its actor, and Tune would start another for the next one.
+        if len(self._assignments) >= self._max_concurrent:
             return None
         assignment = self._engine.next()
         if assignment is None:

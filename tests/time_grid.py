@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from search.profiling import NUM_ROUNDS, mean_profile
 from spaces.config import TrialConfig
 from spaces.space import SpaceSpec
 from spaces.spec import DataSpec, ModelSpec
@@ -43,35 +44,36 @@ def _case(max_length: int, dataset_fraction: float, **params: Any) -> Case:
 
 ALONE = [
     *(
-        _case(length, 0.004 * batch, adapter=adapter, global_batch_size=batch)
+        _case(length, 0.008 * batch, adapter=adapter, global_batch_size=batch)
         for length in (24, 64)
         for batch in (8, 16)
         for adapter in ("none", "lora")
     ),
-    _case(24, 0.12, adapter="lora", global_batch_size=16, lora_rank=32),
-    _case(24, 0.12, adapter="lora", global_batch_size=16, micro_batch_size=4),
-    _case(24, 0.12, adapter="lora", global_batch_size=16, recomputation="full"),
-    _case(24, 0.12, adapter="none", global_batch_size=16, recomputation="full"),
+    _case(24, 0.24, adapter="lora", global_batch_size=16, lora_rank=32),
+    _case(24, 0.24, adapter="lora", global_batch_size=16, micro_batch_size=4),
+    _case(24, 0.24, adapter="lora", global_batch_size=16, recomputation="full"),
+    _case(24, 0.24, adapter="none", global_batch_size=16, recomputation="full"),
 ]
 ON_TWO = [
     *(
-        _case(24, 0.006 * batch, adapter=adapter, global_batch_size=batch, world_size=2, strategy=strategy)
+        _case(24, 0.012 * batch, adapter=adapter, global_batch_size=batch, world_size=2, strategy=strategy)
         for strategy in ("ddp", "fsdp")
         for batch in (8, 16)
         for adapter in ("none", "lora")
     ),
-    _case(64, 0.06, adapter="lora", global_batch_size=8, world_size=2),
-    _case(24, 0.12, adapter="lora", global_batch_size=16, world_size=2, micro_batch_size=4),
+    _case(64, 0.12, adapter="lora", global_batch_size=8, world_size=2),
+    _case(24, 0.24, adapter="lora", global_batch_size=16, world_size=2, micro_batch_size=4),
 ]
 
 
 def predicted_and_measured(world: World, cases: list[Case]) -> list[dict[str, float]]:
     """Return for each case the seconds of all its steps: predicted from a profile, measured one by one, and as reported.
 
-    All profiles come first, as before a search.
+    All profiles come first, in rounds, as `paretune profile` takes them before a search.
     """
     loaded = {length: _load(length) for length in {case.max_length for case in cases}}
-    profiles = [measure_step(case.config(), *loaded[case.max_length], world) for case in cases]
+    rounds = [[measure_step(case.config(), *loaded[case.max_length], world) for case in cases] for _ in range(NUM_ROUNDS)]
+    profiles = [mean_profile(parts) for parts in zip(*rounds, strict=True)]
     return [_trained(case.config(), *loaded[case.max_length], world, profile) for case, profile in zip(cases, profiles, strict=True)]
 
 
