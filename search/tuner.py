@@ -18,8 +18,8 @@ from search.rungs import Rungs
 from search.scheduler import RungScheduler
 from search.searcher import JOB, MESSAGE, EngineSearcher
 
-# The trial only waits and relays: it takes no CPU from the workers, and stays on the head node, which is never a spot node.
-TRIAL_RESOURCES = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
+# Ray counts resources in parts of this size.
+SMALLEST_SHARE = 1e-4
 
 
 def relay(config: dict[str, Any], dispatcher: Any) -> None:
@@ -32,6 +32,16 @@ def relay(config: dict[str, Any], dispatcher: Any) -> None:
                 tune.report({MESSAGE: json.dumps(event)})
             if event["event"] == "ended":
                 return
+
+
+def relay_resources(num_relays: int) -> tune.PlacementGroupFactory:
+    """Return what a relay holds, so that no more than these fit at once, as far as Ray can count.
+
+    It only waits: it takes no CPU from the workers, and stays on the head node, which is never a spot node. Tune keeps the actor of
+    a trial that ends for the next one only if that one is waiting for resources; else every other trial would start a process.
+    """
+    share = max(1, int(1 / SMALLEST_SHARE / num_relays)) * SMALLEST_SHARE
+    return tune.PlacementGroupFactory([{"node:__internal_head__": round(share, 4)}])
 
 
 class _Leave(tune.Stopper):
@@ -80,9 +90,10 @@ def run(
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     # Tune's snapshots are not read, so they need not be written every ten seconds.
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"
-    searcher = EngineSearcher(engine, max_concurrent=max_concurrent, stop_job=dispatcher.stop.remote, interrupted=interrupted)
+    # One more than have a relay, which waits for the next actor that comes free.
+    searcher = EngineSearcher(engine, max_concurrent=max_concurrent + 1, stop_job=dispatcher.stop.remote, interrupted=interrupted)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(relay, dispatcher=dispatcher), TRIAL_RESOURCES),
+        tune.with_resources(tune.with_parameters(relay, dispatcher=dispatcher), relay_resources(max_concurrent)),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=RungScheduler(engine, rungs),
