@@ -97,7 +97,7 @@ class SearchView:
                 data = event["data"]
                 return f"search {event['name']}: {event['machine']}; {event['num_workers']} workers; data: {_brief(data)}"
             case "device_examined":
-                return _device_text(event["device"])
+                return device_text(event["device"])
             case "reference":
                 return f"untrained model: {self._metrics(event['metrics'])}"
             case "trial_started" if record:
@@ -182,6 +182,8 @@ def _brief(data: Mapping[str, Any]) -> str:
     return ", ".join([str(data["format"]), *(f"{v} {k.replace('_', ' ')}" for k, v in data.items() if isinstance(v, int))])
 
 
-def _device_text(device: Mapping[str, Any]) -> str:
+def device_text(device: Mapping[str, Any]) -> str:
+    """Return what was found of a worker's device, and why there is no MFU where there is none."""
     what = device["name"] if device["type"] == "cuda" else f"{device['threads']} threads of {device['name']}"
-    return f"device of a worker: {what}; its tensors may take {device['usable_bytes'] / 2**30:.1f} GiB"
+    text = f"device of a worker: {what}; its tensors may take {device['usable_bytes'] / 2**30:.1f} GiB"
+    return text if device["peak_flops_per_second"] else f"{text}; no MFU, since there is no data sheet of it"

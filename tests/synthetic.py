@@ -20,7 +20,14 @@ TRAIN_ROWS = 5000
 
 # What a rung says of the trials that are pruned: at the first that they go on, at the second that they do not.
 VERDICT = {"place": 3, "num_entries": 5, "quota": 1, "front": 2, "num_fronts": 3}
-DEVICE = {"type": "cpu", "name": "made up", "threads": 1, "capacity_bytes": 2 * 10**9, "usable_bytes": 10**9}
+DEVICE = {
+    "type": "cpu",
+    "name": "made up",
+    "threads": 1,
+    "capacity_bytes": 2 * 10**9,
+    "usable_bytes": 10**9,
+    "peak_flops_per_second": {"fp32": 1e11},
+}
 PREDICTED_MEMORY = {"weights_bytes": 300, "optimizer_bytes": 100, "gradients_bytes": 0, "activations_bytes": 110}
 HELD_MEMORY = {"weights_bytes": 300, "optimizer_bytes": 100, "working_bytes": 100, "around_bytes": 700}
 

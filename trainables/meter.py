@@ -26,8 +26,9 @@ from trainables.mesh import World
 from trainables.step_time import fit, fit_steady, steady_steps
 
 STEP_PARTS = tuple(metrics.PART_SECONDS)
-# Five steady steps a quarter: the median of fewer is that of single steps.
-DRIFT_STEPS = 20
+# The median of fewer steady steps is that of single ones; the drift has one for every quarter.
+MEDIAN_STEPS = 5
+DRIFT_STEPS = 4 * MEDIAN_STEPS
 
 
 class StepTimer:
@@ -140,11 +141,12 @@ def time_drift(seconds: Sequence[float], sizes: StepSizes) -> float | None:
 def rank_spread(parts: Sequence[Sequence[float]], world: World) -> float | None:
     """Return how much slower the slowest rank is: the range of the ranks' median forward seconds over their mean.
 
-    The forward pass is what a rank does before it waits for others. None at world size 1; every rank must call it.
+    The forward pass is what a rank does before it waits for others. None at world size 1, and with too few steady steps to tell;
+    every rank must call it.
     """
-    if world.world_size == 1:
-        return None
     steps = steady_steps([sum(step) for step in parts])
+    if world.world_size == 1 or len(steps) < MEDIAN_STEPS:
+        return None
     forward = np.asarray(parts)[steps, STEP_PARTS.index("forward")]
     medians = world.gather(float(np.median(forward)))
     return float((max(medians) - min(medians)) / np.mean(medians))

@@ -9,7 +9,7 @@ import pytest
 from synthetic import synthetic_events
 from tiny import make_spec
 
-from search.console import SearchView
+from search.console import SearchView, device_text
 from spaces.loading import load_spec
 from spaces.spec import SearchSpec
 
@@ -46,3 +46,9 @@ def test_a_search_that_speaks_has_no_heartbeat_and_a_quiet_one_neither(spec: Sea
     with SearchView(spec, quiet=True, heartbeat_seconds=0.001) as view:
         time.sleep(0.05)
     assert capsys.readouterr().err == ""
+
+
+def test_a_device_without_a_data_sheet_says_why_there_is_no_mfu() -> None:
+    device = {"type": "cuda", "name": "NVIDIA New", "usable_bytes": 2**34, "peak_flops_per_second": {}}
+    assert device_text(device).endswith("16.0 GiB; no MFU, since there is no data sheet of it")
+    assert device_text({**device, "peak_flops_per_second": {"bf16": 1e15}}).endswith("16.0 GiB")

@@ -13,7 +13,8 @@ import torch
 from trainables.batching import StepSizes
 from trainables.device import _cpu_peak, device_peak, gemm_flops_per_second
 from trainables.memory_meter import MemoryMeter
-from trainables.meter import StepTimer, mean_parts, time_drift, train_seconds
+from trainables.mesh import World
+from trainables.meter import StepTimer, mean_parts, rank_spread, time_drift, train_seconds
 
 
 def sizes(padded: list[int]) -> StepSizes:
@@ -161,3 +162,18 @@ def test_the_best_peak_that_was_seen_is_kept(tmp_path: Path, monkeypatch: pytest
     file.parent.rmdir()
     file.parent.write_text("no directory")
     assert _cpu_peak.__wrapped__("fp32", 1) == 6e10
+
+
+def test_ranks_are_compared_by_the_medians_of_enough_steps() -> None:
+    class TwoRanks:
+        world_size = 2
+
+        def gather(self, value: float) -> list[float]:
+            return [value, 1.5 * value]
+
+    def parts(num_steps: int) -> list[list[float]]:
+        return [[0.0, 1.0, 2.0, 0.0, 0.1]] * num_steps
+
+    assert rank_spread(parts(20), TwoRanks()) == pytest.approx(0.4)  # type: ignore[arg-type]
+    assert rank_spread(parts(7), TwoRanks()) is None  # type: ignore[arg-type]
+    assert rank_spread(parts(20), World.alone()) is None
