@@ -111,7 +111,7 @@ class SpaceSpec(BaseModel):
     seed: IntDomain[Seed] = Fixed[Seed](0)
     """Seeds the data order and new weights."""
     world_size: LayoutIntDomain[WorldSize] = Fixed[WorldSize](1)
-    """Ranks that train one trial together; `profile`: 1, 2, 4 and so on, as many as the cluster holds."""
+    """Ranks that train one trial together; `profile`: 1, 2, 4 and so on, of which those that the cluster holds are used."""
     strategy: LayoutNameDomain[Strategy] = Fixed[Strategy]("ddp")
     """`ddp` replicates the weights, `fsdp` shards them; `profile`: both."""
     micro_batch_size: LayoutNameDomain[MicroBatch] = Fixed[MicroBatch]("auto")

@@ -18,7 +18,6 @@ from trainables.mesh import World
 from trainables.model import build
 from trainables.parallelize import parallelize
 
-
 # What the grids have; what is too low is worse, since it then does not fit.
 LEAST, MOST = -0.06, 0.08
 
