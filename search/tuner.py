@@ -20,6 +20,8 @@ from search.searcher import JOB, MESSAGE, EngineSearcher
 
 # Ray counts resources in parts of this size.
 SMALLEST_SHARE = 1e-4
+# Of the head, for all relays together: Ray Train asks for a little of it to end a worker group, and would wait for ever.
+RELAYS_SHARE = 0.92
 
 
 def relay(config: dict[str, Any], dispatcher: Any) -> None:
@@ -40,7 +42,7 @@ def relay_resources(num_relays: int) -> tune.PlacementGroupFactory:
     It only waits: it takes no CPU from the workers, and stays on the head node, which is never a spot node. Tune keeps the actor of
     a trial that ends for the next one only if that one is waiting for resources; else every other trial would start a process.
     """
-    share = max(1, int(1 / SMALLEST_SHARE / num_relays)) * SMALLEST_SHARE
+    share = max(1, int(RELAYS_SHARE / SMALLEST_SHARE / num_relays)) * SMALLEST_SHARE
     return tune.PlacementGroupFactory([{"node:__internal_head__": round(share, 4)}])
 
 
