@@ -16,6 +16,9 @@ from spaces.spec import ResourcesSpec
 # Trials exchange small messages and one tokenised data set; Ray's own default would take 30 % of the memory.
 LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
 
+# What the relays of the trials share on a cluster of our own: of the head's resource Ray Train takes a little for every group.
+RELAY_RESOURCE = "paretune_relays"
+
 GROUP_ENVIRONMENT = {
     # Ray Train's controller drains its workers once per poll; the default of 2 s delays the end of a group by as much.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -84,6 +87,7 @@ def connected(resources: ResourcesSpec) -> Iterator[int]:
         ray.init(
             address="local",
             num_cpus=max(1, local_capacity(resources) * resources.cpus_per_worker),
+            resources={RELAY_RESOURCE: 1.0},
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
             log_to_driver=False,
             logging_level=logging.WARNING,

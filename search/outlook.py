@@ -49,8 +49,7 @@ class Outlook:
         """
         self._spec, self._data, self._model, self._plan = spec, data, model, plan
         self._device, self._profiles = device, profiles
-        self._alone: dict[str, dict[str, Any]] = {}
-        self._timed_here: dict[str, dict[str, Any]] = {}
+        self._known: dict[str, dict[str, Any] | None] = {}
 
     def __call__(self, config: TrialConfig) -> dict[str, Any]:
         """Return `memory` by term and `train_seconds` with `time_source`, as far as they can be said.
@@ -75,7 +74,7 @@ class Outlook:
 
     def keep_profile(self, config: TrialConfig, profile: Mapping[str, Any]) -> None:
         """Keep what was measured of the steps of such a trial, for this search: others may have trained beside it."""
-        self._timed_here[str(timed_knobs(config))] = dict(profile)
+        self._known[str(timed_knobs(config))] = dict(profile)
 
     def values_under(self, config: TrialConfig, trained: TrialConfig, values: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of a trained recipe under another layout, whose steps were timed.
@@ -89,11 +88,11 @@ class Outlook:
         return values_under(config, trained, values, profile, BatchPlan(config, self._data).sizes())
 
     def _profile(self, config: TrialConfig) -> dict[str, Any] | None:
-        """Return the step profile of such a trial: measured alone, or else in this search."""
+        """Return the step profile of such a trial: measured alone before this search, or else in it."""
         knobs = str(timed_knobs(config))
-        if knobs not in self._alone and (known := self._profiles.get(self.key(config))) is not None:
-            self._alone[knobs] = known
-        return self._alone.get(knobs) or self._timed_here.get(knobs)
+        if knobs not in self._known:
+            self._known[knobs] = self._profiles.get(self.key(config))
+        return self._known[knobs]
 
     def key(self, config: TrialConfig) -> dict[str, Any]:
         """Return under which key a trial's step profile is kept."""

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from search import cluster
 from search.engine import Engine
 from search.rungs import Rungs
 from search.scheduler import RungScheduler
@@ -20,8 +21,8 @@ from search.searcher import JOB, MESSAGE, EngineSearcher
 
 # Ray counts resources in parts of this size.
 SMALLEST_SHARE = 1e-4
-# Of the head, for all relays together: Ray Train asks for a little of it to end a worker group, and would wait for ever.
-RELAYS_SHARE = 0.92
+# It only waits: it takes no CPU from the workers, and stays on the head node, which is never a spot node.
+RELAY_ON_HEAD = {"node:__internal_head__": 0.001}
 
 
 def relay(config: dict[str, Any], dispatcher: Any) -> None:
@@ -37,13 +38,15 @@ def relay(config: dict[str, Any], dispatcher: Any) -> None:
 
 
 def relay_resources(num_relays: int) -> tune.PlacementGroupFactory:
-    """Return what a relay holds, so that no more than these fit at once, as far as Ray can count.
+    """Return what a relay holds; on a cluster of our own, so that no more than these fit at once.
 
-    It only waits: it takes no CPU from the workers, and stays on the head node, which is never a spot node. Tune keeps the actor of
-    a trial that ends for the next one only if that one is waiting for resources; else every other trial would start a process.
+    Tune keeps the actor of a trial that ends for the next one only if that one is waiting for resources; else every other trial
+    starts a process. A cluster that was there before has nothing to count relays by.
     """
-    share = max(1, int(RELAYS_SHARE / SMALLEST_SHARE / num_relays)) * SMALLEST_SHARE
-    return tune.PlacementGroupFactory([{"node:__internal_head__": round(share, 4)}])
+    if cluster.RELAY_RESOURCE not in ray.cluster_resources():
+        return tune.PlacementGroupFactory([RELAY_ON_HEAD])
+    share = max(1, int(1 / SMALLEST_SHARE / num_relays)) * SMALLEST_SHARE
+    return tune.PlacementGroupFactory([{**RELAY_ON_HEAD, cluster.RELAY_RESOURCE: round(share, 4)}])
 
 
 class _Leave(tune.Stopper):
