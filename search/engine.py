@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,8 +71,8 @@ class Engine:
         records = list(self._state.records.values())
         # Under another layout a trial is only timed where all objectives follow from that.
         self._reuses = spec.reuse and not NOT_FROM_PROFILE & {o.metric for o in spec.resolved_objectives()}
-        self._trained = {TrialConfig.from_dict(r.config or {}).recipe.key(): r.number for r in records if _is_whole(r)}
-        self._known = {TrialConfig.from_dict(r.config or {}).key(): r.number for r in records if r.feasible_before_launch}
+        self._trained = {_config(r).recipe.key(): r.number for r in records if _is_whole(r)}
+        self._known = {_config(r).key(): r.number for r in records if r.feasible_before_launch}
         self._exhausted = ""
         self._num_ended = sum(r.state is not TrialState.RUNNING and _counts(r) for r in records)
         self._members = front(records, self.objectives)
@@ -146,7 +145,7 @@ class Engine:
         final = reports[-1] if reports and reports[-1]["final"] else None
         if before.source is not None and outcome["state"] == "complete":
             if "profile" in outcome:
-                self._outlook.keep_profile(TrialConfig.from_dict(before.config or {}), outcome["profile"])
+                self._outlook.keep_profile(_config(before), outcome["profile"])
             final = self._timed(before)
             self._record("trial_reported", number=number, report=final)
         state, error, values = _classify(outcome, final, self.objectives)
@@ -166,7 +165,7 @@ class Engine:
         self._lower_memory_limit(record)
         self._tell(record)
         if _is_whole(record):
-            self._trained[TrialConfig.from_dict(record.config or {}).recipe.key()] = number
+            self._trained[_config(record).recipe.key()] = number
             self._spread(record)
         self._sweep(record)
 
@@ -202,7 +201,7 @@ class Engine:
         timed_now = {self._time_key(number) for number in self._live if self._state.records[number].source is not None}
         for number in list(self._pending):
             record = self._state.records[number]
-            config = TrialConfig.from_dict(record.config or {})
+            config = _config(record)
             if record.source is not None and self._outlook.has_profile(config):
                 self._pending.remove(number)
                 self._finish_timed(number)
@@ -256,7 +255,7 @@ class Engine:
 
     def _spread(self, record: TrialRecord) -> None:
         """Have a trained recipe timed under every other layout that is to be measured."""
-        trained = TrialConfig.from_dict(record.config or {}).layout
+        trained = _config(record).layout
         for other in layouts_of(record.params, self._spec, self._limits):
             if other.config.layout != trained and other.is_feasible and other.config.key() not in self._known:
                 number = self._study.reserve()
@@ -278,19 +277,19 @@ class Engine:
     def _timed(self, record: TrialRecord) -> dict[str, Any]:
         """Return the final report of a trial whose recipe was trained: its times are those of a step profile."""
         source = self._state.records[record.root]
-        config, trained = (TrialConfig.from_dict(r.config or {}) for r in (record, source))
+        config, trained = (_config(r) for r in (record, source))
         values = self._outlook.values_under(config, trained, source.values)
         return {**source.reports[-1], "metrics": dict(values), "details": {"time_source": "profile"}}
 
     def _time_key(self, number: int) -> str:
         """Return what trials share that are timed by the same steps."""
-        return str(timed_knobs(TrialConfig.from_dict(self._state.records[number].config or {})))
+        return str(timed_knobs(_config(self._state.records[number])))
 
     def _lower_memory_limit(self, record: TrialRecord) -> None:
         """Where a trial ran out of memory, whatever is predicted to hold as much would too."""
         if record.error is None or record.error["kind"] != "out_of_memory":
             return
-        predicted = constraints.predicted_memory(TrialConfig.from_dict(record.config or {}), self._limits)
+        predicted = constraints.predicted_memory(_config(record), self._limits)
         if predicted is not None:
             known = self._limits.memory_bytes
             below = predicted.peak_bytes - 1
@@ -302,7 +301,7 @@ class Engine:
         self._on_event(line)
 
     def _tell(self, record: TrialRecord) -> None:
-        known = constraints.violations(TrialConfig.from_dict(record.config or {}), self._limits)
+        known = constraints.violations(_config(record), self._limits)
         if record.state is TrialState.COMPLETE:
             # It ran, whatever the limits are since then.
             self._study.tell_complete(record.number, record.values, {name: min(0.0, value) for name, value in known.items()})
@@ -351,6 +350,11 @@ class Engine:
                 shutil.rmtree(part, ignore_errors=True)
 
 
+def _config(record: TrialRecord) -> TrialConfig:
+    assert record.config is not None  # proposed by this program, which always writes one
+    return TrialConfig.from_dict(record.config)
+
+
 def _counts(record: TrialRecord) -> bool:
     """Whether it takes from the budget of trials: it was launched, and its recipe trained."""
     return record.feasible_before_launch and record.source is None
@@ -389,8 +393,3 @@ def _classify(
         message = f"no finite value for {', '.join(missing)}; reported: {', '.join(sorted(values)) or 'nothing'}"
         return TrialState.FAIL, {"kind": "missing_metric", "message": message}, values
     return TrialState.COMPLETE, None, values
-
-
-def elapsed_seconds(state: SearchState) -> float:
-    """Return the wall seconds since the search was first started."""
-    return time.time() - state.started["time"] if state.started else 0.0

@@ -128,6 +128,11 @@ class SearchState:
     finished: bool = False
 
     @property
+    def elapsed_seconds(self) -> float:
+        """Wall seconds since the search was first started."""
+        return time.time() - self.started["time"] if self.started else 0.0
+
+    @property
     def in_flight(self) -> set[int]:
         """Numbers of the trials that were started and have not ended."""
         return {n for n, record in self.records.items() if record.state is TrialState.RUNNING}

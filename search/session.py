@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search import cluster
-from search.engine import Engine, SearchExhausted, elapsed_seconds, objectives_of
+from search.engine import Engine, SearchExhausted, objectives_of
 from search.interruption import Interrupted, Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
 from search.ledger import Ledger, LedgerError, replay
@@ -267,7 +267,7 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
             raise NoResult(f"the untrained model cannot be evaluated: {error}") from error
     seconds_left = None
     if spec.budget.minutes is not None:
-        seconds_left = max(1.0, spec.budget.minutes * 60 - elapsed_seconds(engine.state))
+        seconds_left = max(1.0, spec.budget.minutes * 60 - engine.state.elapsed_seconds)
     try:
         tuner.run(
             engine,

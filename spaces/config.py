@@ -59,6 +59,11 @@ class Layout:
     recomputation: Recomputation = "none"
     """`full` keeps the input of each block alone, and computes the block again in the backward pass."""
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are spread over ranks; one rank has nothing to spread."""
+        return self.strategy == "fsdp" and self.world_size > 1
+
     def num_grad_accum_steps(self, global_batch_size: int) -> int:
         """Return the forward passes per rank and optimizer step, rounded up."""
         return -(-global_batch_size // (self.world_size * self.micro_batch_size))

@@ -82,7 +82,7 @@ def rank_memory(plan: Blueprint, config: TrialConfig, length: int, num_targets: 
         recomputes=recomputes,
     )
     trained, frozen = num_trained(plan, recipe), _num_frozen(plan, recipe)
-    shards = config.layout.world_size if _is_sharded(config) else 1
+    shards = config.layout.world_size if config.layout.is_sharded else 1
     state = RankMemory(
         weights_bytes=(FP32_BYTES * trained + step.width.frozen * frozen) // shards,
         optimizer_bytes=FP32_BYTES * ADAMW_STATES * trained // shards,
@@ -183,10 +183,6 @@ def _while_sharded(
 
 def _peak(memory: RankMemory) -> int:
     return memory.peak_bytes
-
-
-def _is_sharded(config: TrialConfig) -> bool:
-    return config.layout.strategy == "fsdp" and config.layout.world_size > 1
 
 
 def _num_trained_of(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:

@@ -76,10 +76,17 @@ ModuleNames = Annotated[StrictStr, AfterValidator(_module_names)]
 MicroBatch = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(_auto_or_count)]
 
 
+def _with_profile_alone(schema: dict[str, Any]) -> None:
+    """Let the JSON schema take `profile` where the file does."""
+    for knob in EVERY:
+        known = schema["properties"][knob]
+        known["anyOf"] = [{"$ref": known.pop("$ref")}, {"const": "profile"}]
+
+
 class SpaceSpec(BaseModel):
     """The knobs of a trial. Each is a fixed value, `{choice: [...]}`, or a range where the knob is a number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, json_schema_extra=_with_profile_alone)
 
     adapter: NameDomain[Adapter] = Fixed[Adapter]("lora")
     """`none` trains every weight, `lora` trains low-rank adapters and the head."""

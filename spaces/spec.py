@@ -299,6 +299,19 @@ class SearchSpec(_Section):
             raise PydanticCustomError("metric_off", "exact_match is turned off by data.exact_match_rows", context)
         return objectives
 
+    @field_validator("objectives")
+    @classmethod
+    def _follow_from_profiles(
+        cls, objectives: tuple[ObjectiveSpec, ...] | None, info: ValidationInfo
+    ) -> tuple[ObjectiveSpec, ...] | None:
+        space = info.data.get("space")
+        knobs = space.profiled_knobs() if space is not None else []  # its own errors are reported
+        unknown = [o.metric for o in objectives or () if o.metric in NOT_FROM_PROFILE]
+        if unknown and knobs:
+            context = {"metric": unknown[0], "knob": knobs[0], "allowed": "other objectives, or {choice: [...]} for the knob"}
+            raise PydanticCustomError("not_from_profile", "{metric} does not follow from a profile of space.{knob}", context)
+        return objectives
+
     @field_validator("sampler")
     @classmethod
     def _points_are_in_the_space(cls, sampler: SamplerSpec, info: ValidationInfo) -> SamplerSpec:
@@ -323,15 +336,6 @@ class SearchSpec(_Section):
             context = {"allowed": f"with one of {', '.join(known)} among the objectives, or method: none"}
             raise PydanticCustomError("no_rung_objective", "no objective of quality is known before a trial's end", context)
         return scheduler
-
-    @model_validator(mode="after")
-    def _objectives_follow_from_profiles(self) -> SearchSpec:
-        unknown = [o.metric for o in self.objectives or () if o.metric in NOT_FROM_PROFILE]
-        knobs = self.space.profiled_knobs()
-        if unknown and knobs:
-            context = {"metric": unknown[0], "knob": knobs[0], "allowed": "other objectives, or {choice: [...]} for the knob"}
-            raise PydanticCustomError("not_from_profile", "{metric} does not follow from a profile of space.{knob}", context)
-        return self
 
     def resolved_objectives(self) -> tuple[Objective, ...]:
         """Return the objectives with every default filled in."""

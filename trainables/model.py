@@ -110,9 +110,8 @@ def build(
         TrialError: the adapter does not fit the model.
     """
     recipe = config.recipe
-    is_sharded = config.layout.strategy == "fsdp" and world.world_size > 1
     # FSDP2 moves what it shards block by block: a whole model may not fit the device.
-    device = torch.device("cpu") if is_sharded else world.device
+    device = torch.device("cpu") if config.layout.is_sharded else world.device
     module = base.copy(is_frozen=recipe.adapter != "none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)

@@ -92,7 +92,7 @@ class _TimedExchange:
 
 def autocast(config: TrialConfig, world: World) -> AbstractContextManager[object]:
     """Return bf16 autocast where the recipe asks for it and FSDP2 does not already cast."""
-    if config.recipe.precision != "bf16" or (config.layout.strategy == "fsdp" and world.world_size > 1):
+    if config.recipe.precision != "bf16" or config.layout.is_sharded:
         return nullcontext()
     return torch.autocast(world.device.type, dtype=torch.bfloat16)
 

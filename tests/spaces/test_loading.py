@@ -420,3 +420,13 @@ def test_the_reference_in_the_docs_is_that_of_the_code():
 
     page = Path(__file__).parents[2] / "docs/spec.md"
     assert page.read_text() == reference(), "run: python -m spaces.reference > docs/spec.md"
+
+
+def test_the_schema_takes_profile_alone_where_the_file_does():
+    jsonschema = pytest.importorskip("jsonschema")
+    known = {"model": {"name": "m", "task": "causal-lm"}, "data": {"train": "t"}}
+    validator = jsonschema.Draft202012Validator(json_schema())
+    knobs = ("world_size", "strategy", "recomputation", "micro_batch_size")
+    taken = [validator.is_valid({**known, "space": {knob: "profile"}}) for knob in knobs]
+    assert taken == [True, True, True, False]
+    assert validator.is_valid({**known, "space": dict.fromkeys(knobs[:3], "profile")})
