@@ -159,15 +159,22 @@ class Study:
             self._study.tell(trial, values=values, state=state)
 
     def _new_samplers(self) -> dict[SamplerName, BaseSampler]:
-        return {
-            "random": RandomSampler(seed=self._seed),
-            # constant_liar: trials that still run count as bad, so that concurrent proposals spread out.
-            "tpe": TPESampler(seed=self._seed, n_startup_trials=self._startup_trials, constant_liar=True),
-            # It takes running trials into account by itself.
-            "gp": GPSampler(seed=self._seed, n_startup_trials=self._startup_trials),
-            # Generations as large as the random beginning; Optuna's fifty would be most of a search.
-            "nsga2": NSGAIISampler(seed=self._seed, population_size=max(self._startup_trials, 2)),
-        }
+        """Return the method that was asked for and what stands in for it."""
+        return {method: self._new_sampler(method) for method in ("random", self._method)}
+
+    def _new_sampler(self, method: SamplerName) -> BaseSampler:
+        match method:
+            case "tpe":
+                # constant_liar: trials that still run count as bad, so that concurrent proposals spread out.
+                return TPESampler(seed=self._seed, n_startup_trials=self._startup_trials, constant_liar=True)
+            case "gp":
+                # It takes running trials into account by itself.
+                return GPSampler(seed=self._seed, n_startup_trials=self._startup_trials)
+            case "nsga2":
+                # Generations as large as the random beginning; Optuna's fifty would be most of a search.
+                return NSGAIISampler(seed=self._seed, population_size=max(self._startup_trials, 2))
+            case "random":
+                return RandomSampler(seed=self._seed)
 
     def _chosen_method(self) -> SamplerName:
         """Return how to propose now.

@@ -48,7 +48,8 @@ def collate(table: TokenTable, rows: np.ndarray, pad_token_id: int) -> Batch:
     """
     is_dummy = len(rows) == 0
     indices = np.zeros(1, dtype=np.int64) if is_dummy else rows
-    lengths = table.lengths[indices]
+    # Of these rows alone: all lengths of a large table, for every micro batch, would take longer than the step.
+    lengths = table.offsets[indices + 1] - table.offsets[indices]
     width = int(lengths.max())
     input_ids = np.full((len(indices), width), pad_token_id, dtype=np.int64)
     mask = np.zeros((len(indices), width), dtype=np.int64)
@@ -78,6 +79,7 @@ class BatchPlan:
 
     def __init__(self, config: TrialConfig, data: TaskData) -> None:
         self._table = data.train
+        self._lengths, self._num_targets = data.train.lengths, data.train.num_targets
         self._pad = data.pad_token_id
         self._layout = config.layout
         self._num_accum = config.num_grad_accum_steps
@@ -100,7 +102,7 @@ class BatchPlan:
 
     def num_targets(self, step: int) -> int:
         """Return what the step's loss is divided by: target tokens or rows of the whole global batch."""
-        return int(self._table.num_targets[self._batches[step]].sum())
+        return int(self._num_targets[self._batches[step]].sum())
 
     def micro_batches(self, step: int, rank: int) -> list[Batch]:
         """Return a rank's micro batches of a step, as many on every rank."""
@@ -108,22 +110,15 @@ class BatchPlan:
 
     def sizes(self) -> StepSizes:
         """Return what every step works on, over all ranks."""
-        lengths = self._table.lengths
+        lengths, num_targets = self._lengths, self._num_targets
+        dealt = [[part for parts in self._dealt(step) for part in parts if len(part)] for step in range(self.num_steps)]
         rows = np.array([len(batch) for batch in self._batches])
         tokens = np.array([lengths[batch].sum() for batch in self._batches])
         squares = np.array([(lengths[batch].astype(np.float64) ** 2).sum() for batch in self._batches])
-        padded = np.array(
-            [
-                sum(len(part) * int(lengths[part].max()) for parts in self._dealt(step) for part in parts if len(part))
-                for step in range(self.num_steps)
-            ]
-        )
+        padded = np.array([sum(len(part) * int(lengths[part].max()) for part in parts) for parts in dealt])
         longest = np.array([int(lengths[batch].max()) for batch in self._batches])
-        num_targets = self._table.num_targets
         targets = np.array([num_targets[batch].sum() for batch in self._batches])
-        micro_targets = np.array(
-            [max(int(num_targets[part].sum()) for parts in self._dealt(step) for part in parts) for step in range(self.num_steps)]
-        )
+        micro_targets = np.array([max(int(num_targets[part].sum()) for part in parts) for parts in dealt])
         return StepSizes(
             rows=rows,
             tokens=tokens,
@@ -140,7 +135,7 @@ class BatchPlan:
         Sorted by length and cut into neighbours: the ranks then work on rows of nearly the same length at the same time.
         """
         batch = self._batches[step]
-        by_length = batch[np.argsort(self._table.lengths[batch], kind="stable")]
+        by_length = batch[np.argsort(self._lengths[batch], kind="stable")]
         size, world = self._layout.micro_batch_size, self._layout.world_size
         parts = [by_length[i * size : (i + 1) * size] for i in range(self._num_accum * world)]
         return [parts[i * world : (i + 1) * world] for i in range(self._num_accum)]
