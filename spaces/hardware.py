@@ -1,7 +1,8 @@
 """Data sheets of the GPUs that people rent: dense peaks, memory, bandwidth. A device that is not here has no numbers.
 
 The sheets print figures with structured sparsity; the dense ones here are half of them. Two cards of one marketing name are two
-rows: an H100 is an SXM module, a PCIe card or an NVL, with peaks of 989, 756 and 835 TFLOP/s in bf16.
+rows: an H100 is an SXM module, a PCIe card or an NVL, with peaks of 989, 756 and 835 TFLOP/s in bf16. GeForce cards have the peaks
+of products that are summed in fp32, as PyTorch does; their sheets also print twice as much, summed in fp16.
 """
 
 from __future__ import annotations
@@ -184,7 +185,100 @@ DEVICES: tuple[Device, ...] = (
         link_gigabytes_per_second=32,
         source="https://www.nvidia.com/en-us/data-center/tesla-t4/",
     ),
+    Device(
+        name="a10g",
+        cuda_words=("A10G",),
+        tera_flops_per_second={"bf16": 70.0, "fp16": 70.0, "tf32": 35.0, "fp32": 35.0},
+        memory_gigabytes=24,
+        gigabytes_per_second=600,
+        link_gigabytes_per_second=64,
+        source="https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf",
+    ),
+    Device(
+        name="rtx-5090",
+        cuda_words=("GeForce", "5090"),
+        tera_flops_per_second={"bf16": 209.5, "fp16": 209.5, "tf32": 104.8, "fp8": 419.0, "fp32": 104.8},
+        memory_gigabytes=32,
+        gigabytes_per_second=1792,
+        link_gigabytes_per_second=128,
+        source="https://images.nvidia.com/aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf",
+    ),
+    Device(
+        name="rtx-4090",
+        cuda_words=("GeForce", "4090"),
+        tera_flops_per_second={"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp8": 330.3, "fp32": 82.6},
+        memory_gigabytes=24,
+        gigabytes_per_second=1008,
+        link_gigabytes_per_second=64,
+        source="https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf",
+    ),
+    Device(
+        name="rtx-3090",
+        cuda_words=("GeForce", "3090"),
+        tera_flops_per_second={"bf16": 71.0, "fp16": 71.0, "tf32": 35.6, "fp32": 35.6},
+        memory_gigabytes=24,
+        gigabytes_per_second=936,
+        link_gigabytes_per_second=64,
+        source="https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf",
+    ),
+    Device(
+        name="rtx-6000-ada",
+        cuda_words=("RTX", "6000", "Ada"),
+        tera_flops_per_second={"bf16": 364.2, "fp16": 364.2, "tf32": 182.1, "fp8": 728.5, "fp32": 91.1},
+        memory_gigabytes=48,
+        gigabytes_per_second=960,
+        link_gigabytes_per_second=64,
+        source="https://www.nvidia.com/content/dam/en-zz/Solutions/design-visualization/rtx-6000/proviz-print-rtx6000-datasheet-web-2504660.pdf",
+    ),
+    Device(
+        name="rtx-a6000",
+        cuda_words=("A6000",),
+        tera_flops_per_second={"bf16": 154.8, "fp16": 154.8, "tf32": 77.4, "fp32": 38.7},
+        memory_gigabytes=48,
+        gigabytes_per_second=768,
+        link_gigabytes_per_second=64,
+        source="https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf",
+    ),
+    Device(
+        name="v100-32gb-sxm",
+        cuda_words=("V100", "SXM2", "32GB"),
+        tera_flops_per_second={"fp16": 125.0, "fp32": 15.7},
+        memory_gigabytes=32,
+        gigabytes_per_second=900,
+        link_gigabytes_per_second=300,
+        source="https://images.nvidia.com/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf",
+    ),
+    Device(
+        name="v100-16gb-sxm",
+        cuda_words=("V100", "SXM2", "16GB"),
+        tera_flops_per_second={"fp16": 125.0, "fp32": 15.7},
+        memory_gigabytes=16,
+        gigabytes_per_second=900,
+        link_gigabytes_per_second=300,
+        source="https://images.nvidia.com/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf",
+    ),
+    Device(
+        name="mi325x",
+        cuda_words=("MI325X",),
+        tera_flops_per_second={"bf16": 1307.4, "fp16": 1307.4, "tf32": 653.7, "fp8": 2614.9, "fp32": 163.4},
+        memory_gigabytes=256,
+        gigabytes_per_second=6000,
+        link_gigabytes_per_second=896,
+        source="https://www.amd.com/en/products/accelerators/instinct/mi300/mi325x.html",
+    ),
+    Device(
+        name="mi300x",
+        cuda_words=("MI300X",),
+        tera_flops_per_second={"bf16": 1307.4, "fp16": 1307.4, "tf32": 653.7, "fp8": 2614.9, "fp32": 163.4},
+        memory_gigabytes=192,
+        gigabytes_per_second=5300,
+        link_gigabytes_per_second=896,
+        source="https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html",
+    ),
 )
+
+# Words of a name that say that it is not the whole card of that number, or another one.
+_OF_ANOTHER = {"mig", "laptop", "max", "d", "ti", "super"}
 
 
 class UnknownDevice(ValueError):
@@ -206,12 +300,14 @@ def device_named(name: str) -> Device:
 
 
 def device_of_cuda_name(cuda_name: str) -> Device | None:
-    """Return the row of a GPU, or None if it is not known.
+    """Return the row of a GPU, or None if it is not known; a MIG slice and a laptop's GPU are not the card of that number.
 
     Args:
         cuda_name: as `torch.cuda.get_device_name()` gives it.
     """
     words = {word.lower() for word in cuda_name.replace("-", " ").split()}
+    if words & _OF_ANOTHER:
+        return None
     return next((device for device in DEVICES if all(word.lower() in words for word in device.cuda_words)), None)
 
 
