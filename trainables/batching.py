@@ -157,15 +157,17 @@ class StepSizes:
     """Positions that the loss counts, in the micro batch that has the most of them."""
 
 
-def evaluation_batches(table: TokenTable, world: World, vocab_size: int = 0) -> list[np.ndarray]:
+def evaluation_batches(table: TokenTable, world: World, *, training_tokens: int, vocab_size: int = 0) -> list[np.ndarray]:
     """Return the rows of each of a rank's evaluation batches: every row on one rank only, as many batches on every rank.
 
     Args:
         table: all rows.
         world: the ranks.
+        training_tokens: the most padded tokens of a micro batch that the rank trains on. Without a backward pass as many take less
+            memory, so that what fits to train fits to evaluate.
         vocab_size: what every target has a logit for; 0 where that is nothing to speak of.
     """
-    most_tokens = EVALUATION_TOKENS[world.device.type]
+    most_tokens = min(EVALUATION_TOKENS[world.device.type], max(training_tokens, EVALUATION_TOKENS["cpu"]))
     most_tokens = min(most_tokens, EVALUATION_LOGITS_BYTES // (BYTES_PER_LOGIT * vocab_size)) if vocab_size else most_tokens
     order = np.argsort(-table.lengths, kind="stable")
     batches, start = [], 0

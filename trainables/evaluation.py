@@ -65,7 +65,8 @@ def evaluate(module: nn.Module, config: TrialConfig, data: TaskData, table: Toke
     totals = torch.zeros(3, dtype=torch.float64)  # loss, right, counted
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.float64)
     vocab_size = unwrapped(module).config.get_text_config().vocab_size if data.task == "causal-lm" else 0
-    for rows in evaluation_batches(table, world, vocab_size):
+    training_tokens = config.layout.micro_batch_size * int(data.train.lengths.max())
+    for rows in evaluation_batches(table, world, training_tokens=training_tokens, vocab_size=vocab_size):
         batch = collate(table, rows, data.pad_token_id).to(world.device)
         with autocast(config, world):
             loss, logits = summed_loss(module, batch, data.task)

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from spaces.config import Layout, Recipe, TrialConfig
 from trainables.batching import BatchPlan, collate, evaluation_batches
@@ -16,17 +17,17 @@ from trainables.tokenization import Encoded
 NUM_ROWS = 53
 
 
-def data() -> TaskData:
+def data(num_rows: int = NUM_ROWS) -> TaskData:
     rng = np.random.default_rng(1)
     # Each row's first token is its own number, so that rows can be told apart after collation.
-    rows = [Encoded(input_ids=[i + 1, *rng.integers(100, 200, size=rng.integers(2, 40))], targets=None) for i in range(NUM_ROWS)]
-    table = TokenTable.build(rows, [i % 2 for i in range(NUM_ROWS)])
+    rows = [Encoded(input_ids=[i + 1, *rng.integers(100, 200, size=rng.integers(2, 40))], targets=None) for i in range(num_rows)]
+    table = TokenTable.build(rows, [i % 2 for i in range(num_rows)])
     return TaskData(
         task="sequence-classification",
         train=table,
         evaluation=table,
         test=None,
-        fraction_key=np.arange(NUM_ROWS) / NUM_ROWS,
+        fraction_key=np.arange(num_rows) / num_rows,
         label_names=("a", "b"),
         answers=None,
         answer_pattern=None,
@@ -116,13 +117,21 @@ def test_evaluation_rows_are_disjoint_and_complete(world_size: int) -> None:
     table = data().evaluation
     shares = []
     for rank in range(world_size):
-        world = World.alone()
-        shares.append(
-            evaluation_batches(table, type(world)(rank=rank, world_size=world_size, device=world.device, control_group=None))
-        )
+        world = World(rank=rank, world_size=world_size, device=torch.device("cpu"), control_group=None)
+        shares.append(evaluation_batches(table, world, training_tokens=1))
     assert len({len(share) for share in shares}) == 1
     rows = np.concatenate([batch for share in shares for batch in share])
     assert sorted(rows) == list(range(NUM_ROWS))
+
+
+@pytest.mark.parametrize("training_tokens", [1_000, 4_000, 100_000])
+def test_what_fits_to_train_fits_to_evaluate(training_tokens: int) -> None:
+    table = data(num_rows=4_000).evaluation
+    world = World(rank=0, world_size=1, device=torch.device("cuda"), control_group=None)
+    batches = evaluation_batches(table, world, training_tokens=training_tokens)
+    padded = [len(rows) * table.lengths[rows].max() for rows in batches]
+    limit = min(training_tokens, 16_384)
+    assert 0.9 * limit < max(padded) <= limit
 
 
 def test_a_batch_without_rows_is_one_row_that_counts_nothing() -> None:
