@@ -7,19 +7,18 @@ none of the three. What it does for one trial does not grow with the trials befo
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from search.layouts import Forecaster, layout_to_train, layouts_of, timed_knobs
 from search.ledger import Ledger, SearchState, replay
-from search.pareto import front
 from search.provenance import reproduce_command
 from search.record import TrialRecord, TrialState
 from search.rungs import shares_of
 from search.store import Store
 from search.study import Study
+from search.weights import Weights
 from spaces import constraints
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
@@ -75,7 +74,7 @@ class Engine:
         self._known = {_config(r).key(): r.number for r in records if r.feasible_before_launch}
         self._exhausted = ""
         self._num_ended = sum(r.state is not TrialState.RUNNING and _counts(r) for r in records)
-        self._members = front(records, self.objectives)
+        self._weights = Weights(store, self._state, spec.resolved_objectives())
         self._live: set[int] = set()
         self._pending = sorted(self._state.in_flight)
         self._reconcile()
@@ -167,7 +166,7 @@ class Engine:
         if _is_whole(record):
             self._trained[_config(record).recipe.key()] = number
             self._spread(record)
-        self._sweep(record)
+        self._weights.sweep(record, (*self._pending, *self._live))
 
     def referenced(self, metrics: Mapping[str, float]) -> None:
         """Record the untrained model's score."""
@@ -187,14 +186,11 @@ class Engine:
             self._live.add(number)
             self.ended(number, {"state": "stopped"})
         self._record("search_finished", reason=reason)
-        kept = self._kept()
-        for record in self._state.records.values():
-            if record.state is not TrialState.RUNNING:
-                self._clean(record.number, keeps_weights=record.number in kept)
+        self._weights.settle()
 
     def front(self) -> list[TrialRecord]:
         """Return the non-dominated, complete, feasible trials."""
-        return [self._state.records[member.number] for member in self._members]
+        return self._weights.front
 
     def _next_pending(self) -> Assignment | None:
         """Return the oldest trial that waits, but for those whose steps are being timed, or now were."""
@@ -251,7 +247,7 @@ class Engine:
     def _source_of(self, config: TrialConfig) -> int | None:
         """Return the trial that trained this recipe, as long as its weights are there: the front may come to need them."""
         number = self._trained.get(config.recipe.key()) if self._reuses else None
-        return number if number is not None and (self._store.trial_path(number) / "final").exists() else None
+        return number if number is not None and self._weights.has(number) else None
 
     def _spread(self, record: TrialRecord) -> None:
         """Have a trained recipe timed under every other layout that is to be measured."""
@@ -315,11 +311,10 @@ class Engine:
     def _reconcile(self) -> None:
         """Bring the study up to the ledger, and the disk; what was cut off in flight waits, unless a rung had stopped it."""
         self._study.restore({n: record.params if record.was_proposed else None for n, record in self._state.records.items()})
-        kept = self._kept(self._pending)
+        self._weights.settle(self._pending)
         for number, record in list(self._state.records.items()):
             if record.state is not TrialState.RUNNING:
                 self._tell(record)
-                self._clean(number, keeps_weights=number in kept)
             elif record.stopped is not None:
                 self._pending.remove(number)
                 self._live.add(number)
@@ -328,26 +323,6 @@ class Engine:
         for record in list(self._state.records.values()) if self._spec.space.profiled_knobs() else ():
             if _is_whole(record):
                 self._spread(record)
-
-    def _sweep(self, ended: TrialRecord) -> None:
-        """Keep weights only where the front needs them; checkpoints served their purpose when the trial ended."""
-        # Only who stood on the front and who ends now can change it, and the front of both is that of all.
-        candidates = [*self._members, ended]
-        self._members = front(candidates, self.objectives)
-        kept = self._kept((*self._pending, *self._live))
-        for candidate in candidates:
-            owner = self._state.records[candidate.root]
-            if not _may_be_written(owner) and (owner.number not in kept or candidate is ended):
-                self._clean(owner.number, keeps_weights=owner.number in kept)
-
-    def _kept(self, waiting: Iterable[int] = ()) -> set[int]:
-        """Return whose weights are kept: those of the front, and of what may come onto it under another layout."""
-        return {member.root for member in self._members} | {self._state.records[number].root for number in waiting}
-
-    def _clean(self, number: int, *, keeps_weights: bool) -> None:
-        for part in self._store.trial_path(number).glob("*"):
-            if not (keeps_weights and part.name == "final"):
-                shutil.rmtree(part, ignore_errors=True)
 
 
 def _config(record: TrialRecord) -> TrialConfig:
@@ -363,11 +338,6 @@ def _counts(record: TrialRecord) -> bool:
 def _is_whole(record: TrialRecord) -> bool:
     """Whether its recipe was trained to the end, in this trial."""
     return record.state is TrialState.COMPLETE and record.source is None
-
-
-def _may_be_written(record: TrialRecord) -> bool:
-    """A worker is still at a trial that runs, and for a step or so at one that was ended from here; that one it cleans up itself."""
-    return record.state in (TrialState.RUNNING, TrialState.PRUNED) or (record.error or {}).get("kind") == "driver_lost"
 
 
 def objectives_of(spec: SearchSpec, state: SearchState) -> tuple[Objective, ...]:
