@@ -7,10 +7,12 @@ none of the three. What it does for one trial does not grow with the trials befo
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from search.budget import Spending, Used
 from search.layouts import Forecaster, layout_to_train, layouts_of, timed_knobs
 from search.ledger import Ledger, SearchState, replay
 from search.provenance import reproduce_command
@@ -56,6 +58,7 @@ class Engine:
         limits: Limits,
         outlook: Forecaster,
         on_event: Callable[[dict[str, Any]], None],
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._spec = spec
@@ -73,7 +76,7 @@ class Engine:
         self._trained = {_config(r).recipe.key(): r.number for r in records if _is_whole(r)}
         self._known = {_config(r).key(): r.number for r in records if r.feasible_before_launch}
         self._exhausted = ""
-        self._num_ended = sum(r.state is not TrialState.RUNNING and _counts(r) for r in records)
+        self._spending = Spending(spec, self._state, clock)
         self._weights = Weights(store, self._state, spec.resolved_objectives())
         self._live: set[int] = set()
         self._pending = sorted(self._state.in_flight)
@@ -94,10 +97,24 @@ class Engine:
         return len(self._live)
 
     @property
-    def num_left(self) -> int:
-        """Trials of the budget that have not been handed out yet."""
-        live = sum(_counts(self._state.records[number]) for number in self._live)
-        return max(0, self._spec.budget.trials - self._num_ended - live)
+    def num_left(self) -> float:
+        """Trials of the budget that have not been handed out yet; infinite where only other limits end the search."""
+        return self._spending.num_left(self._state.records[number] for number in self._live)
+
+    @property
+    def used(self) -> Used:
+        """What was used of the budget up to now."""
+        return self._spending.now()
+
+    @property
+    def reached(self) -> str:
+        """In words, the limit that ends even what still trains; empty until there is one."""
+        return self._spending.reached()
+
+    @property
+    def why_over(self) -> str:
+        """In words, why nothing is proposed any more."""
+        return self.reached or f"{self._spec.budget.max_trials} trials"
 
     @property
     def is_handed_out(self) -> bool:
@@ -129,10 +146,15 @@ class Engine:
             rungs=shares_of(self._spec, assignment.number),
         )
 
+    def began(self, number: int) -> None:
+        """Take note that a worker group has taken the trial."""
+        if number in self._live:
+            self._spending.began(number)
+
     def reported(self, number: int, report: Mapping[str, Any], verdict: Mapping[str, Any] | None = None) -> None:
         """Record a report at an evaluation point or the last one, with what its rung says."""
         known = {} if verdict is None else {"verdict": dict(verdict)}
-        self._record("trial_reported", number=number, report=dict(report), **known)
+        self._record("trial_reported", number=number, report=dict(report), held_seconds=self._spending.held(number), **known)
 
     def ended(self, number: int, outcome: Mapping[str, Any]) -> None:
         """Record the end of a trial as the dispatcher told it, and tell the study what it is; a second end changes nothing."""
@@ -157,10 +179,11 @@ class Engine:
             error=error,
             constraints={constraints.memory_within_device.__name__: 1.0} if over_memory else {},
             attempts=outcome.get("attempts", min(1, len(reports))),
+            held_seconds=self._spending.held(number),
             details={**(final["details"] if final else {}), "job_seconds": outcome.get("job_seconds")},
         )
         record = self._state.records[number]
-        self._num_ended += _counts(record)
+        self._spending.ended(record)
         self._lower_memory_limit(record)
         self._tell(record)
         if _is_whole(record):
@@ -179,7 +202,7 @@ class Engine:
     def finished(self, reason: str) -> None:
         """Record the end of the search; no worker writes any more, so that what is kept is the front's weights alone.
 
-        What still waits for its turn was cut off by the time limit.
+        What still waits for its turn was cut off by the budget.
         """
         for number in list(self._pending):
             self._pending.remove(number)
@@ -328,11 +351,6 @@ class Engine:
 def _config(record: TrialRecord) -> TrialConfig:
     assert record.config is not None  # proposed by this program, which always writes one
     return TrialConfig.from_dict(record.config)
-
-
-def _counts(record: TrialRecord) -> bool:
-    """Whether it takes from the budget of trials: it was launched, and its recipe trained."""
-    return record.feasible_before_launch and record.source is None
 
 
 def _is_whole(record: TrialRecord) -> bool:

@@ -49,6 +49,8 @@ class TrialRecord:
     """Unix seconds; None for a trial that was never launched."""
     finished_at: float | None = None
     """Unix seconds; None while it runs."""
+    held_seconds: float = 0.0
+    """Wall seconds for which it held a worker group, over all attempts."""
     stopped: dict[str, Any] | None = None
     """The verdict of the rung that stopped it early: `search.rungs.Verdict` with the rung's `share` of the trial's steps."""
     source: int | None = None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search import cluster
+from search.budget import used
 from search.engine import Engine, SearchExhausted, objectives_of
 from search.interruption import Interrupted, Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
@@ -265,9 +266,6 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
             engine.referenced(run_job(dispatcher, _first_job("reference", store, spec), interruption)["metrics"])
         except JobFailed as error:
             raise NoResult(f"the untrained model cannot be evaluated: {error}") from error
-    seconds_left = None
-    if spec.budget.minutes is not None:
-        seconds_left = max(1.0, spec.budget.minutes * 60 - engine.state.elapsed_seconds)
     try:
         tuner.run(
             engine,
@@ -275,13 +273,12 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
             rungs=Rungs(spec, engine.state.records.values()),
             max_concurrent=num_handed_out(capacity, {world_size for world_size, _ in spec.space.layouts()}),
             storage=store.root,
-            seconds_left=seconds_left,
             interrupted=lambda: interruption.is_asked,
         )
     except SearchExhausted as exhausted:
         return str(exhausted)
     interruption.check()
-    return "trials" if engine.num_left == 0 else "minutes"
+    return engine.why_over
 
 
 def examine(dispatcher: Any, store: Store, spec: SearchSpec, interruption: Interruption) -> dict[str, Any]:
@@ -341,7 +338,10 @@ def _publish(engine: Engine, store: Store, prepared: Prepared) -> None:
             [TRACKED_KNOBS.get(knob, knob) for knob in spec.space.names_searched()],
             list(paths.values()),
             note=f"{recommendation(members, objectives, store.name)}\n\n```bash\n{command}\n```",
-            metrics={} if volume is None else {"front/hypervolume": volume, "front/size": len(members)},
+            metrics={
+                **({} if volume is None else {"front/hypervolume": volume, "front/size": len(members)}),
+                **{f"budget/{limit}": value for limit, value in used(spec, engine.state).as_dict().items()},
+            },
         )
         prepared.tracker.finish()
     except TrackingError as error:
