@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from search.budget import Spending, Used
+from search.budget import Spending, Used, counts
+from search.growth import Growth
 from search.layouts import Forecaster, layout_to_train, layouts_of, timed_knobs
 from search.ledger import Ledger, SearchState, replay
+from search.pareto import hypervolume_of
 from search.provenance import reproduce_command
 from search.record import TrialRecord, TrialState
 from search.rungs import shares_of
@@ -77,6 +79,7 @@ class Engine:
         self._known = {_config(r).key(): r.number for r in records if r.feasible_before_launch}
         self._exhausted = ""
         self._spending = Spending(spec, self._state, clock)
+        self._growth = Growth(spec.budget, records, self.objectives)
         self._weights = Weights(store, self._state, spec.resolved_objectives())
         self._live: set[int] = set()
         self._pending = sorted(self._state.in_flight)
@@ -99,7 +102,7 @@ class Engine:
     @property
     def num_left(self) -> float:
         """Trials of the budget that have not been handed out yet; infinite where only other limits end the search."""
-        return self._spending.num_left(self._state.records[number] for number in self._live)
+        return 0 if self._growth.ended else self._spending.num_left(self._state.records[number] for number in self._live)
 
     @property
     def used(self) -> Used:
@@ -114,7 +117,7 @@ class Engine:
     @property
     def why_over(self) -> str:
         """In words, why nothing is proposed any more."""
-        return self.reached or f"{self._spec.budget.max_trials} trials"
+        return self.reached or self._growth.ended or f"{self._spec.budget.max_trials} trials"
 
     @property
     def is_handed_out(self) -> bool:
@@ -190,6 +193,8 @@ class Engine:
             self._trained[_config(record).recipe.key()] = number
             self._spread(record)
         self._weights.sweep(record, (*self._pending, *self._live))
+        if self._spec.budget.patience and counts(record):
+            self._growth.add(hypervolume_of(self.front(), self.objectives))
 
     def referenced(self, metrics: Mapping[str, float]) -> None:
         """Record the untrained model's score."""

@@ -32,12 +32,17 @@ class BudgetSpec(BaseModel):
     """Hours for which trials held their workers, every worker counted: GPU hours where a worker has a GPU."""
     dollars: Amount | None = None
     """Device hours times `resources.price_per_device_hour`."""
+    patience: Annotated[int, Within(ge=1, le=1_000_000)] | None = None
+    """Trials, with those that are stopped early, within which the hypervolume must grow, or no more are begun; by default it may stop
+    growing."""
+    min_growth: Annotated[float, Within(ge=0, le=1)] = 0.001
+    """How much it must grow within them, relative."""
 
     @property
     def max_trials(self) -> int | None:
         """The limit in trials; None where others end the search."""
-        given = (self.minutes, self.device_hours, self.dollars)
-        return DEFAULT_TRIALS if self.trials is None and given == (None,) * len(given) else self.trials
+        others = (self.minutes, self.device_hours, self.dollars, self.patience)
+        return DEFAULT_TRIALS if self.trials is None and not any(others) else self.trials
 
 
 def budget_overrides(amounts: Iterable[str]) -> list[str]:
