@@ -71,3 +71,5 @@ def test_a_search_ends_when_no_trial_adds_anything_and_says_so(tmp_path: Path, s
     assert stopped[-1] == len(volumes) - 1
     assert engine.why_over == "the hypervolume grew by less than 0.05 of itself in 6 trials"
     assert engine.is_handed_out
+    resumed, _, _ = make(tmp_path, reuse=False, clock=lambda: 0.0, **SPEC)
+    assert resumed.next() is None
