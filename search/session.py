@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from spaces.config import TrialConfig
 from spaces.constraints import Limits
 from spaces.estimate import usable_bytes
 from spaces.loading import LoadedSpec, SpecError, check_local_data
+from spaces.presets import starting_points
 from spaces.spec import SearchSpec
 from trainables.job import Job
 
@@ -176,7 +177,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
                     sampler=spec.sampler.method,
                     seed=spec.sampler.seed,
                     startup_trials=spec.sampler.startup_trials,
-                    points_to_evaluate=spec.sampler.points_to_evaluate,
+                    points_to_evaluate=_first_points(prepared, capacity),
                 ),
                 limits=replace(limits, memory_bytes=device["usable_bytes"]),
                 outlook=Outlook(
@@ -192,6 +193,12 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
     if not engine.front():
         raise NoResult(_why_nothing(engine))
     return store
+
+
+def _first_points(prepared: Prepared, capacity: int) -> Sequence[Mapping[str, Any]]:
+    """Return the user's points to try first, or the usual ones."""
+    given = prepared.spec.sampler.points_to_evaluate
+    return starting_points(prepared.spec.space, width=prepared.shape.hidden_size, num_workers=capacity) if given is None else given
 
 
 def check_fit(prepared: Prepared, capacity: int) -> Limits:

@@ -194,8 +194,9 @@ class SamplerSpec(_Section):
     """Seeds the proposals."""
     startup_trials: AtLeastZero = 8
     """Random trials before the estimator is trusted; NSGA-II's generations are as large."""
-    points_to_evaluate: tuple[dict[str, Any], ...] = ()
-    """Points that are known to be good, tried first: each gives values to some knobs; the sampler fills in the others."""
+    points_to_evaluate: tuple[dict[str, Any], ...] | None = None
+    """Points that are known to be good, tried first: each gives values to some knobs; the sampler fills in the others. By default up
+    to three that are usual for the model's width, inside the space; `[]` for none."""
 
 
 class SchedulerSpec(_Section):
@@ -321,7 +322,7 @@ class SearchSpec(_Section):
         space = info.data.get("space")
         if space is None:
             return sampler  # its own errors are reported
-        for number, point in enumerate(sampler.points_to_evaluate):
+        for number, point in enumerate(sampler.points_to_evaluate or ()):
             problem = space.problem_with_point(point)
             if problem is not None:
                 context = {"number": number, **problem}
