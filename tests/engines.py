@@ -52,6 +52,7 @@ def make(
     outlook: Profiles | None = None,
     reuse: bool = True,
     objectives: Sequence[str] = (),
+    points: Sequence[Mapping[str, Any]] = (),
     **space: Any,
 ) -> tuple[Engine, list[dict[str, Any]], Store]:
     """Return an engine on a ledger and a study of its own, the events that it tells, and where its files are."""
@@ -85,6 +86,7 @@ def make(
             sampler="tpe",
             seed=0,
             startup_trials=5,
+            points_to_evaluate=points,
         ),
         limits=limits or Limits(num_workers=2, hidden_size=64),
         outlook=outlook or Profiles(),
