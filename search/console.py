@@ -19,6 +19,7 @@ from search.formatting import number_text, short_text
 from search.ledger import SearchState, replay
 from search.pareto import front
 from search.record import TrialRecord, TrialState
+from search.warm_start import warm_start_text
 from spaces.spec import SearchSpec
 
 MAX_ROWS = 20
@@ -99,6 +100,8 @@ class SearchView:
                 return f"search {event['name']}: {event['machine']}; {event['num_workers']} workers; data: {_brief(data)}"
             case "device_examined":
                 return device_text(event["device"])
+            case "warm_started":
+                return warm_start_text(event)
             case "reference":
                 return f"untrained model: {self._metrics(event['metrics'])}"
             case "trial_started" if record:

@@ -1,9 +1,10 @@
 """The append-only record of a search that nothing may lose: one JSON event a line, on the disk before all else.
 
-Every line has `event` and `time` (Unix seconds). The events are `search_started`, `resumed`, `device_examined`, `reference`,
-`search_cut_short`, `search_finished`, and with the `number` of a trial `trial_started`, `trial_infeasible`, `trial_reported`,
-`trial_finished`, `test_scored`. A report at a rung carries the rung's `verdict`: a trial that it stops ends as PRUNED, even if a
-crash comes between. `held_seconds` of the last two are for how long the trial held its worker group since its event before.
+Every line has `event` and `time` (Unix seconds). The events are `search_started`, `resumed`, `device_examined`, `warm_started`,
+`reference`, `search_cut_short`, `search_finished`, and with the `number` of a trial `trial_started`, `trial_infeasible`,
+`trial_reported`, `trial_finished`, `test_scored`. A report at a rung carries the rung's `verdict`: a trial that it stops ends as
+PRUNED, even if a crash comes between. `held_seconds` of a report and of an end are those for which the trial held its worker group
+since its event before.
 """
 
 from __future__ import annotations
@@ -125,6 +126,8 @@ class SearchState:
     """What a worker's device can do, as `trainables.device.examine` found it."""
     started: dict[str, Any] | None = None
     """The `search_started` event."""
+    warm_start: dict[str, Any] | None = None
+    """The `warm_started` event: what the sampler learned from an earlier search."""
     finished: bool = False
     active_seconds: float = 0.0
     """Wall seconds from the first event to the last, without those from an interruption to the resume."""
@@ -156,6 +159,8 @@ class SearchState:
                 self.finished = False
             case "search_finished":
                 self.finished = True
+            case "warm_started":
+                self.warm_start = dict(event)
             case "device_examined":
                 self.device = dict(event["device"])
             case "reference":

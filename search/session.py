@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,15 +25,14 @@ from search.record import TrialState
 from search.report import recommendation, write_report
 from search.rungs import Rungs
 from search.store import Store
-from search.study import Study
 from search.tracking import Tracker, TrackingError
+from search.warm_start import earlier_trials, new_study
 from spaces.architecture import ModelShape, ShapeError
 from spaces.blueprint import Blueprint, blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
 from spaces.estimate import usable_bytes
 from spaces.loading import LoadedSpec, SpecError, check_local_data
-from spaces.presets import starting_points
 from spaces.spec import SearchSpec
 from trainables.job import Job
 
@@ -133,6 +132,8 @@ def start(loaded: LoadedSpec, emit: Emit) -> Store:
     if cluster.is_submitted():
         cluster.check_reachable()
     prepared = prepare(loaded)
+    if loaded.spec.sampler.warm_start is not None:
+        earlier_trials(loaded, prepared.data.fingerprint)
     # A local cluster's size is known before it is started, so a space that cannot run starts nothing.
     if not cluster.is_submitted():
         check_fit(prepared, cluster.local_capacity(loaded.spec.resources))
@@ -167,19 +168,17 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
         with _cut_short(ledger, on_event, prepared.tracker), DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
             device = examine(dispatcher, store, spec, interruption)
             on_event(ledger.append("device_examined", device=device))
+            limits = replace(limits, memory_bytes=device["usable_bytes"])
+            if spec.sampler.warm_start is not None and replay(ledger.events()).warm_start is None:
+                past = earlier_trials(prepared.loaded, prepared.data.fingerprint, device["name"])
+                on_event(ledger.append("warm_started", **past))
+            state = replay(ledger.events())
             engine = Engine(
                 store=store,
                 spec=spec,
                 ledger=ledger,
-                study=Study(
-                    space=spec.space,
-                    objectives=objectives_of(spec, replay(ledger.events())),
-                    sampler=spec.sampler.method,
-                    seed=spec.sampler.seed,
-                    startup_trials=spec.sampler.startup_trials,
-                    points_to_evaluate=_first_points(prepared, capacity),
-                ),
-                limits=replace(limits, memory_bytes=device["usable_bytes"]),
+                study=new_study(spec, state, limits, objectives_of(spec, state), width=prepared.shape.hidden_size),
+                limits=limits,
                 outlook=Outlook(
                     spec, prepared.data, model=prepared.model, plan=prepared.plan, device=device, profiles=ProfileCache()
                 ),
@@ -193,12 +192,6 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
     if not engine.front():
         raise NoResult(_why_nothing(engine))
     return store
-
-
-def _first_points(prepared: Prepared, capacity: int) -> Sequence[Mapping[str, Any]]:
-    """Return the user's points to try first, or the usual ones."""
-    given = prepared.spec.sampler.points_to_evaluate
-    return starting_points(prepared.spec.space, width=prepared.shape.hidden_size, num_workers=capacity) if given is None else given
 
 
 def check_fit(prepared: Prepared, capacity: int) -> Limits:

@@ -168,6 +168,12 @@ class SpaceSpec(BaseModel):
                 encoded |= domain.encode(name, params[knob])
         return encoded
 
+    def holds(self, params: Mapping[str, Any]) -> bool:
+        """Return whether `suggest` may return these params."""
+        if "adapter" not in params or self.problem_with_point(params) is not None:
+            return False
+        return set(params) == {knob for knob, _, _ in self._active(params)}
+
     def problem_with_point(self, params: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return what is wrong with some knobs' values, what is allowed and the nearest name; None if they are in the space."""
         knobs = list(type(self).model_fields)
