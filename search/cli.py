@@ -29,6 +29,12 @@ FAILURE, USAGE, NOTHING_FITS, NO_RESULT, INTERRUPTED = 1, 2, 3, 4, 130
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The search as a YAML file.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a search, or the path of its directory.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value of the file: model.name=...")]
+Budget = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget", metavar="AMOUNT", help="Instead of the file's: 50trials, 30m, 2h, 8gpu-hours, 40usd; the first reached ends."
+    ),
+]
 Directory = Annotated[Path, typer.Option("--directory", help="Where the searches are.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 TrackingUri = Annotated[
@@ -157,14 +163,19 @@ def profile(spec: SpecPath, set_: Set = None, quiet: Quiet = False, json_: Json 
 
 
 @app.command()
-def search(spec: SpecPath, set_: Set = None, quiet: Quiet = False, json_: Json = False) -> None:
+def search(spec: SpecPath, set_: Set = None, budget: Budget = None, quiet: Quiet = False, json_: Json = False) -> None:
     """Search: train the trials, and record them and their front in MLflow."""
     from search.console import SearchView
     from search.session import start
+    from spaces.budget import budget_overrides
     from spaces.loading import load_spec
 
     with _clear_errors():
-        loaded = load_spec(spec, set_ or ())
+        try:
+            limits = budget_overrides(budget or ())
+        except ValueError as error:
+            _fail(USAGE, str(error))
+        loaded = load_spec(spec, [*limits, *(set_ or ())])
         with SearchView(loaded.spec, quiet=quiet) as view:
             store = start(loaded, view)
         _show_calibration(store, json_)

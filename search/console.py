@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from search.budget import num_ended, used
 from search.engine import objectives_of
 from search.formatting import number_text, short_text
 from search.ledger import SearchState, replay
 from search.pareto import front
 from search.record import TrialRecord, TrialState
+from search.warm_start import warm_start_text
 from spaces.spec import SearchSpec
 
 MAX_ROWS = 20
@@ -98,6 +100,8 @@ class SearchView:
                 return f"search {event['name']}: {event['machine']}; {event['num_workers']} workers; data: {_brief(data)}"
             case "device_examined":
                 return device_text(event["device"])
+            case "warm_started":
+                return warm_start_text(event)
             case "reference":
                 return f"untrained model: {self._metrics(event['metrics'])}"
             case "trial_started" if record:
@@ -123,7 +127,8 @@ class SearchView:
             case "search_cut_short":
                 return f"search cut short ({event['reason']}): {self._summary()}; {len(self._state.in_flight)} in flight"
             case "search_finished":
-                return f"search ended ({event['reason']}): {self._summary()}"
+                spent = used(self._spec, self._state).text()
+                return f"search ended ({event['reason']}): {self._summary()}; used {spent}"
         return None
 
     def _summary(self) -> str:
@@ -132,20 +137,21 @@ class SearchView:
         members = front(list(records), objectives_of(self._spec, self._state))
         text = f"{counts[TrialState.COMPLETE]} complete"
         text += "".join(f", {counts[s]} {s.value.lower()}" for s in (TrialState.PRUNED, TrialState.FAIL) if counts[s])
-        text += f", {self._spec.budget.trials} planned; front of {len(members)}"
+        most = self._spec.budget.max_trials
+        text += f"{'' if most is None else f', {most} planned'}; front of {len(members)}"
         eta = self._eta_seconds()
         return text + (f"; about {eta / 60:.0f} min left" if eta is not None else "")
 
     def _eta_seconds(self) -> float | None:
         """Extrapolate from the pace of the trials that ended in this session."""
         left = self._trials_left()
-        if len(self._ended_at) < 2 or left == 0:
+        if len(self._ended_at) < 2 or not left:
             return None
         return left * (self._ended_at[-1] - self._ended_at[0]) / (len(self._ended_at) - 1)
 
-    def _trials_left(self) -> int:
-        ended = sum(r.state is not TrialState.RUNNING and r.feasible for r in self._state.records.values())
-        return max(0, self._spec.budget.trials - ended)
+    def _trials_left(self) -> int | None:
+        most = self._spec.budget.max_trials
+        return None if most is None else max(0, most - num_ended(self._state.records.values()))
 
     def _table(self) -> Table:
         table = Table(title=f"{self._spec.name or 'search'}: {self._summary()}", expand=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from search.budget import limits_of
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import Limits, is_feasible, violations
@@ -69,9 +71,19 @@ class Forecaster:
         result["run"] = {**{k: best[k] for k in shown}, **self._cost(seconds / 3600, best["world_size"])}
         mean = self._mean_device_hours()
         if mean is not None:
-            device_hours = mean * self.spec.budget.trials
-            result["search"] = self._cost(device_hours / self.cluster.num_workers, self.cluster.num_workers)
+            result["search"] = self._cost(self._search_device_hours(mean) / self.cluster.num_workers, self.cluster.num_workers)
         return result
+
+    def _search_device_hours(self, mean: float) -> float:
+        """Return the device hours at which the first limit of the budget is reached, with trials of this mean."""
+        limits, price = limits_of(self.spec.budget), self.price
+        hours = {
+            "trials": mean * limits.get("trials", math.inf),
+            "minutes": self.cluster.num_workers * limits.get("minutes", math.inf) / 60,
+            "device_hours": limits.get("device_hours", math.inf),
+            "dollars": limits.get("dollars", math.inf) / price if price else math.inf,
+        }
+        return min(hours.values())
 
     def _mean_device_hours(self) -> float | None:
         """Return the mean over proposals drawn evenly from the space, of those that can run; None if none can."""

@@ -1,9 +1,10 @@
 """The append-only record of a search that nothing may lose: one JSON event a line, on the disk before all else.
 
-Every line has `event` and `time` (Unix seconds). The events are `search_started`, `resumed`, `device_examined`, `reference`,
-`search_cut_short`, `search_finished`, and with the `number` of a trial `trial_started`, `trial_infeasible`, `trial_reported`,
-`trial_finished`, `test_scored`. A report at a rung carries the rung's `verdict`: a trial that it stops ends as PRUNED, even if a
-crash comes between.
+Every line has `event` and `time` (Unix seconds). The events are `search_started`, `resumed`, `device_examined`, `warm_started`,
+`reference`, `search_cut_short`, `search_finished`, and with the `number` of a trial `trial_started`, `trial_infeasible`,
+`trial_reported`, `trial_finished`, `test_scored`. A report at a rung carries the rung's `verdict`: a trial that it stops ends as
+PRUNED, even if a crash comes between. `held_seconds` of a report and of an end are those for which the trial held its worker group
+since its event before.
 """
 
 from __future__ import annotations
@@ -125,12 +126,17 @@ class SearchState:
     """What a worker's device can do, as `trainables.device.examine` found it."""
     started: dict[str, Any] | None = None
     """The `search_started` event."""
+    warm_start: dict[str, Any] | None = None
+    """The `warm_started` event: what the sampler learned from an earlier search."""
     finished: bool = False
+    active_seconds: float = 0.0
+    """Wall seconds from the first event to the last, without those from an interruption to the resume."""
+    last_at: float | None = None
+    """Unix seconds of the last event."""
 
-    @property
-    def elapsed_seconds(self) -> float:
-        """Wall seconds since the search was first started."""
-        return time.time() - self.started["time"] if self.started else 0.0
+    def seconds_until(self, now: float) -> float:
+        """Return the active seconds, with those since the last event."""
+        return self.active_seconds + (0.0 if self.last_at is None else max(0.0, now - self.last_at))
 
     @property
     def in_flight(self) -> set[int]:
@@ -143,6 +149,9 @@ class SearchState:
         Raises:
             LedgerError: the event is about a trial that was never proposed.
         """
+        if event["event"] != "resumed":
+            self.active_seconds = self.seconds_until(event["time"])
+        self.last_at = event["time"]
         match event["event"]:
             case "search_started":
                 self.started = dict(event)
@@ -150,6 +159,8 @@ class SearchState:
                 self.finished = False
             case "search_finished":
                 self.finished = True
+            case "warm_started":
+                self.warm_start = dict(event)
             case "device_examined":
                 self.device = dict(event["device"])
             case "reference":
@@ -173,7 +184,8 @@ class SearchState:
             earlier = [r for r in record.reports if r["step"] < event["report"]["step"]]
             verdict = event.get("verdict")
             stopped = verdict if verdict and not verdict["goes_on"] else None
-            self.records[number] = replace(record, reports=(*earlier, dict(event["report"])), stopped=stopped)
+            held = record.held_seconds + event.get("held_seconds", 0.0)
+            self.records[number] = replace(record, reports=(*earlier, dict(event["report"])), stopped=stopped, held_seconds=held)
         else:
             self.records[number] = _finished(record, event)
 
@@ -229,5 +241,6 @@ def _finished(record: TrialRecord, event: Mapping[str, Any]) -> TrialRecord:
         constraints={**record.constraints, **event.get("constraints", {})},
         attempts=event.get("attempts", 0),
         details=dict(event.get("details", {})),
+        held_seconds=record.held_seconds + event.get("held_seconds", 0.0),
         finished_at=event["time"],
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from search.budget import budget_text, limits_of
 from search.cluster import is_submitted, local_capacity
 from search.forecast import Forecaster
 from search.formatting import aligned
@@ -41,7 +42,7 @@ class Rental:
 
     cluster: GpuCluster
     price: float | None = None
-    """Dollars per GPU and hour."""
+    """Dollars per GPU and hour; without it, those of the spec."""
     num_rows: int | None = None
     """Training rows, where the data are not on this machine."""
 
@@ -68,7 +69,8 @@ def make_plan(loaded: LoadedSpec, rental: Rental | None = None) -> dict[str, Any
         if plan is None:
             raise SpecError([loaded.locate(unknown)])
         num_rows = rental.num_rows or _num_rows(spec)
-        forecaster = Forecaster(spec=spec, plan=plan, cluster=rental.cluster, limits=limits, num_rows=num_rows, price=rental.price)
+        price = spec.resources.price_per_device_hour if rental.price is None else rental.price
+        forecaster = Forecaster(spec=spec, plan=plan, cluster=rental.cluster, limits=limits, num_rows=num_rows, price=price)
     rows = layout_rows(spec.space, spec.model.max_length, limits, plan, forecaster)
     return {
         "spec": dump_spec(spec),
@@ -77,7 +79,7 @@ def make_plan(loaded: LoadedSpec, rental: Rental | None = None) -> dict[str, Any
         "cluster": where,
         "searched": spec.space.names_searched(),
         "objectives": [f"{o.direction} {o.metric}" for o in spec.resolved_objectives()],
-        "trials": spec.budget.trials,
+        "budget": limits_of(spec.budget),
         "layouts": rows,
         "num_feasible_layouts": sum(row["feasible"] and row.get("fits", True) for row in rows),
         "forecast": None if forecaster is None else forecaster.whole(rows),
@@ -162,7 +164,7 @@ def render_plan(plan: Mapping[str, Any]) -> str:
         "",
         f"searched: {', '.join(plan['searched']) or 'nothing: every knob is fixed'}",
         f"objectives: {', '.join(plan['objectives'])}",
-        f"{plan['trials']} trials on {plan['cluster']}, which holds {plan['num_workers']} workers at once",
+        f"{budget_text(plan['budget'])} on {plan['cluster']}, which holds {plan['num_workers']} workers at once",
         "",
         *_layout_table(plan["layouts"]),
     ]

@@ -40,4 +40,6 @@ def reproduce_command(spec: SearchSpec, spec_path: str, name: str, number: int, 
     pins = [*spec.space.fixed_to(searched), "budget.trials=1", f"name={name}-again-{number}"]
     if spec.sampler.points_to_evaluate:
         pins.append("sampler.points_to_evaluate=[]")
+    if spec.sampler.warm_start is not None:
+        pins.append("sampler.warm_start=")
     return shlex.join(["paretune", "search", spec_path, *(part for pin in pins for part in ("--set", pin))])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from spaces.config import TrialConfig
 from spaces.metrics import RANK_SPREAD, TIME_DRIFT, TRAIN_SECONDS
+
+if TYPE_CHECKING:
+    from spaces.spec import Objective
 
 # Trials that nothing disturbs stay below, one beside which other workers start is far above: docs/metering.md.
 NOISY = 0.25
@@ -49,6 +54,8 @@ class TrialRecord:
     """Unix seconds; None for a trial that was never launched."""
     finished_at: float | None = None
     """Unix seconds; None while it runs."""
+    held_seconds: float = 0.0
+    """Wall seconds for which it held a worker group, over all attempts."""
     stopped: dict[str, Any] | None = None
     """The verdict of the rung that stopped it early: `search.rungs.Verdict` with the rung's `share` of the trial's steps."""
     source: int | None = None
@@ -83,6 +90,17 @@ class TrialRecord:
         if spread > NOISY:
             reasons.append(f"its slowest rank was {spread:.0%} behind the fastest")
         return " and ".join(reasons)
+
+    @property
+    def trial_config(self) -> TrialConfig:
+        """The config; this program always writes one."""
+        assert self.config is not None
+        return TrialConfig.from_dict(self.config)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its recipe was trained to the end, in this trial."""
+        return self.state is TrialState.COMPLETE and self.source is None
 
     @property
     def root(self) -> int:
@@ -122,6 +140,22 @@ class TrialRecord:
             TypeError, KeyError, ValueError: the data are not those of a record.
         """
         return cls(**{**data, "state": TrialState(data["state"]), "reports": tuple(data.get("reports", ()))})
+
+
+def classify(
+    outcome: Mapping[str, Any], final: Mapping[str, Any] | None, objectives: Sequence[Objective]
+) -> tuple[TrialState, dict[str, str] | None, dict[str, float]]:
+    """Return state, error and values of a trial from how its job ended and its last report."""
+    if outcome["state"] == "stopped":
+        return TrialState.PRUNED, None, {}
+    if outcome["state"] == "failed":
+        return TrialState.FAIL, {"kind": outcome["kind"], "message": outcome["message"]}, {}
+    values = dict(final["metrics"]) if final else {}
+    missing = [o.metric for o in objectives if not math.isfinite(values.get(o.metric, math.nan))]
+    if missing:
+        message = f"no finite value for {', '.join(missing)}; reported: {', '.join(sorted(values)) or 'nothing'}"
+        return TrialState.FAIL, {"kind": "missing_metric", "message": message}, values
+    return TrialState.COMPLETE, None, values
 
 
 def place_text(verdict: Mapping[str, Any]) -> str:

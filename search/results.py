@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from search.budget import used
 from search.data_scaling import data_curves, scaling_as_json, scaling_lines
 from search.endpoint import redacted
 from search.engine import objectives_of
@@ -122,6 +123,7 @@ def front_as_json(results: Results) -> dict[str, Any]:
         "objectives": [{"metric": o.metric, "direction": o.direction, "reference": o.reference} for o in results.objectives],
         "hypervolume": hypervolume_of(records, results.objectives),
         "reference": results.state.reference,
+        "used": used(results.spec, results.state).as_dict(),
         "trials": {s.value: sum(r.state is s for r in records) for s in TrialState},
         "front": [pick_as_json(results, record) for record in results.members],
         "scaling": scaling_as_json(data_curves(records)),
@@ -172,6 +174,7 @@ def render_front(results: Results) -> str:
     if results.state.reference:
         shown = {m: results.state.reference[m] for m in columns if m in results.state.reference}
         lines.append("untrained model: " + ", ".join(f"{m} {number_text(m, v)}" for m, v in shown.items()))
+    lines.append(f"used: {used(results.spec, results.state).text()}")
     stopped = stopped_line(list(results.state.records.values()))
     lines += [stopped] if stopped else []
     lines.append(recommendation(members, results.objectives, results.name))

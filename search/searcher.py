@@ -45,10 +45,12 @@ class EngineSearcher(Searcher):
         return {JOB: self._engine.job(assignment), NUMBER: assignment.number}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Record the end that the worker group told."""
-        message = json.loads(result[MESSAGE])
-        if message["event"] == "ended":
-            self._engine.ended(self._assignments[trial_id].number, message)
+        """Record the beginning and the end that the worker group told."""
+        message, number = json.loads(result[MESSAGE]), self._assignments[trial_id].number
+        if message["event"] == "started":
+            self._engine.began(number)
+        elif message["event"] == "ended":
+            self._engine.ended(number, message)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Record a trial that Tune ended before its worker group did: stopped at a rung or because the time is over, or lost with the

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search import cluster
+from search.budget import used
 from search.engine import Engine, SearchExhausted, objectives_of
 from search.interruption import Interrupted, Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
@@ -24,8 +25,8 @@ from search.record import TrialState
 from search.report import recommendation, write_report
 from search.rungs import Rungs
 from search.store import Store
-from search.study import Study
 from search.tracking import Tracker, TrackingError
+from search.warm_start import earlier_trials, new_study
 from spaces.architecture import ModelShape, ShapeError
 from spaces.blueprint import Blueprint, blueprint
 from spaces.config import TrialConfig
@@ -131,6 +132,8 @@ def start(loaded: LoadedSpec, emit: Emit) -> Store:
     if cluster.is_submitted():
         cluster.check_reachable()
     prepared = prepare(loaded)
+    if loaded.spec.sampler.warm_start is not None:
+        earlier_trials(loaded, prepared.data.fingerprint)
     # A local cluster's size is known before it is started, so a space that cannot run starts nothing.
     if not cluster.is_submitted():
         check_fit(prepared, cluster.local_capacity(loaded.spec.resources))
@@ -165,19 +168,17 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
         with _cut_short(ledger, on_event, prepared.tracker), DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
             device = examine(dispatcher, store, spec, interruption)
             on_event(ledger.append("device_examined", device=device))
+            limits = replace(limits, memory_bytes=device["usable_bytes"])
+            if spec.sampler.warm_start is not None and replay(ledger.events()).warm_start is None:
+                past = earlier_trials(prepared.loaded, prepared.data.fingerprint, device["name"])
+                on_event(ledger.append("warm_started", **past))
+            state = replay(ledger.events())
             engine = Engine(
                 store=store,
                 spec=spec,
                 ledger=ledger,
-                study=Study(
-                    space=spec.space,
-                    objectives=objectives_of(spec, replay(ledger.events())),
-                    sampler=spec.sampler.method,
-                    seed=spec.sampler.seed,
-                    startup_trials=spec.sampler.startup_trials,
-                    points_to_evaluate=spec.sampler.points_to_evaluate,
-                ),
-                limits=replace(limits, memory_bytes=device["usable_bytes"]),
+                study=new_study(spec, state, limits, objectives_of(spec, state), width=prepared.shape.hidden_size),
+                limits=limits,
                 outlook=Outlook(
                     spec, prepared.data, model=prepared.model, plan=prepared.plan, device=device, profiles=ProfileCache()
                 ),
@@ -265,9 +266,6 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
             engine.referenced(run_job(dispatcher, _first_job("reference", store, spec), interruption)["metrics"])
         except JobFailed as error:
             raise NoResult(f"the untrained model cannot be evaluated: {error}") from error
-    seconds_left = None
-    if spec.budget.minutes is not None:
-        seconds_left = max(1.0, spec.budget.minutes * 60 - engine.state.elapsed_seconds)
     try:
         tuner.run(
             engine,
@@ -275,13 +273,12 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
             rungs=Rungs(spec, engine.state.records.values()),
             max_concurrent=num_handed_out(capacity, {world_size for world_size, _ in spec.space.layouts()}),
             storage=store.root,
-            seconds_left=seconds_left,
             interrupted=lambda: interruption.is_asked,
         )
     except SearchExhausted as exhausted:
         return str(exhausted)
     interruption.check()
-    return "trials" if engine.num_left == 0 else "minutes"
+    return engine.why_over
 
 
 def examine(dispatcher: Any, store: Store, spec: SearchSpec, interruption: Interruption) -> dict[str, Any]:
@@ -341,7 +338,10 @@ def _publish(engine: Engine, store: Store, prepared: Prepared) -> None:
             [TRACKED_KNOBS.get(knob, knob) for knob in spec.space.names_searched()],
             list(paths.values()),
             note=f"{recommendation(members, objectives, store.name)}\n\n```bash\n{command}\n```",
-            metrics={} if volume is None else {"front/hypervolume": volume, "front/size": len(members)},
+            metrics={
+                **({} if volume is None else {"front/hypervolume": volume, "front/size": len(members)}),
+                **{f"budget/{limit}": value for limit, value in used(spec, engine.state).as_dict().items()},
+            },
         )
         prepared.tracker.finish()
     except TrackingError as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +37,15 @@ class Proposal:
     params: dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PastTrial:
+    """A complete trial of an earlier search."""
+
+    params: Mapping[str, Any]
+    values: Mapping[str, float]
+    constraints: Mapping[str, float]
+
+
 class Study:
     """A multi-objective Optuna study in memory."""
 
@@ -58,12 +67,30 @@ class Study:
         self._startup_trials = startup_trials
         self._points = tuple(points_to_evaluate)
         self._samplers = self._new_samplers()
+        # Optuna numbers all its trials; an earlier search's come first, and the numbers of this search begin after them.
         self._study = optuna.create_study(storage=_Memory(), directions=[o.direction for o in self._objectives])
+        self._num_past = 0
         self._num_asked = self._num_proposed = 0
         self._num_ended = 0
         self._num_infeasible = 0
         self._worst: list[float] = []
         self._running: dict[int, Trial] = {}
+
+    def learn(self, past: Iterable[PastTrial]) -> None:
+        """Show the sampler trials of an earlier search, before anything is asked; they have no numbers here.
+
+        Raises:
+            ValueError: the space does not hold the params of one.
+            KeyError: an objective is missing.
+        """
+        self._study.sampler = self._samplers["random"]
+        for known in past:
+            self._study.enqueue_trial(self._space.encode(known.params))
+            trial = self._study.ask()
+            self._space.suggest(trial)
+            self._running[-1] = trial  # no trial of this search has this number
+            self.tell_complete(-1, known.values, known.constraints)
+            self._num_past += 1
 
     def ask(self) -> Proposal:
         """Propose a trial; it is RUNNING until it is told."""
@@ -141,10 +168,11 @@ class Study:
         self._study.sampler = self._samplers[self._chosen_method()]
         trial = self._study.ask()
         params = self._space.suggest(trial)
-        self._running[trial.number] = trial
+        number = trial.number - self._num_past
+        self._running[number] = trial
         self._num_asked += 1
         self._num_proposed += 1
-        return Proposal(number=trial.number, params=params)
+        return Proposal(number=number, params=params)
 
     def _pass_over(self) -> None:
         """Leave out a number."""

@@ -31,8 +31,7 @@ def relay(config: dict[str, Any], dispatcher: Any) -> None:
     ray.get(dispatcher.submit.remote(job))
     while True:
         for event in ray.get(dispatcher.poll.remote(job.job_id)):
-            if event["event"] != "started":
-                tune.report({MESSAGE: json.dumps(event)})
+            tune.report({MESSAGE: json.dumps(event)})
             if event["event"] == "ended":
                 return
 
@@ -50,7 +49,7 @@ def relay_resources(num_relays: int) -> tune.PlacementGroupFactory:
 
 
 class _Leave(tune.Stopper):
-    """Ends Tune's loop from outside."""
+    """Ends Tune's loop from outside; Tune asks many times a second."""
 
     def __init__(self, is_asked: Callable[[], bool]) -> None:
         self._is_asked = is_asked
@@ -69,10 +68,9 @@ def run(
     rungs: Rungs,
     max_concurrent: int,
     storage: Path,
-    seconds_left: float | None,
     interrupted: Callable[[], bool],
 ) -> None:
-    """Run trials until the budget of the engine is used up or the time is over; trials still running then are stopped.
+    """Run trials until the budget of the engine is used up; trials still running when time or money are over are stopped.
 
     Args:
         engine: proposes the trials and records what becomes of them.
@@ -80,7 +78,6 @@ def run(
         rungs: decides which trials are stopped early.
         max_concurrent: trials that are handed out at once.
         storage: directory for Tune's own files, which are removed at the end.
-        seconds_left: time limit, if there is one.
         interrupted: asked all the time; once it is true, nothing more is started and what runs stays in flight.
 
     Raises:
@@ -104,13 +101,12 @@ def run(
             scheduler=RungScheduler(engine, rungs),
             num_samples=-1,
             reuse_actors=True,
-            time_budget_s=seconds_left,
         ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(storage),
             verbose=0,
-            stop=_Leave(interrupted),
+            stop=_Leave(lambda: interrupted() or bool(engine.reached)),
             # The relay may be lost with the head's memory; the job itself goes on in its group and is found again.
             failure_config=tune.FailureConfig(max_failures=1),
         ),

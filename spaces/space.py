@@ -168,6 +168,12 @@ class SpaceSpec(BaseModel):
                 encoded |= domain.encode(name, params[knob])
         return encoded
 
+    def holds(self, params: Mapping[str, Any]) -> bool:
+        """Return whether `suggest` may return these params."""
+        if "adapter" not in params or self.problem_with_point(params) is not None:
+            return False
+        return set(params) == {knob for knob, _, _ in self._active(params)}
+
     def problem_with_point(self, params: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return what is wrong with some knobs' values, what is allowed and the nearest name; None if they are in the space."""
         knobs = list(type(self).model_fields)
@@ -216,6 +222,10 @@ class SpaceSpec(BaseModel):
         sizes = range(ends[0], ends[1] + 1) if isinstance(self.world_size, IntRange) else sorted(ends)
         return list(itertools.product(sizes, self.strategy.ends()))
 
+    def learning_rate_of(self, adapter: str) -> Domain:
+        """Return the learning rates of trials with this adapter."""
+        return self.learning_rate.of(adapter) if isinstance(self.learning_rate, ByAdapter) else self.learning_rate
+
     def profiled_knobs(self) -> list[str]:
         """Return the knobs of the layout whose values are all measured."""
         return [knob for knob in LAYOUT_KNOBS if isinstance(getattr(self, knob), Profile)]
@@ -257,6 +267,6 @@ class SpaceSpec(BaseModel):
             domain = getattr(self, knob)
             if isinstance(domain, ByAdapter):
                 # One name per adapter: under one name the sampler would take two ranges for one.
-                yield knob, f"{knob}_{params['adapter']}", domain.of(params["adapter"])
+                yield knob, f"{knob}_{params['adapter']}", self.learning_rate_of(params["adapter"])
             else:
                 yield knob, knob, domain

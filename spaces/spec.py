@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from spaces.budget import BudgetSpec
 from spaces.domains import Within
 from spaces.fidelity import GRACE_PERIOD, REDUCTION_FACTOR, rung_shares
 from spaces.metrics import ACCURACY, EVAL_LOSS, EXACT_MATCH, MACRO_F1, METRICS, NOT_FROM_PROFILE, TRAIN_SECONDS, Direction
@@ -170,15 +171,6 @@ class ObjectiveSpec(_Section):
     """The worst value that is still worth anything; the hypervolume is measured from there."""
 
 
-class BudgetSpec(_Section):
-    """When the search ends, by whichever comes first."""
-
-    trials: AtLeastOne = 20
-    """Trials that are trained, with those that are stopped early."""
-    minutes: Annotated[float, Within(gt=0, le=1_000_000)] | None = None
-    """Wall time after which no trial is started."""
-
-
 class ResourcesSpec(_Section):
     """What one worker, that is one rank, takes."""
 
@@ -188,6 +180,8 @@ class ResourcesSpec(_Section):
     """CPU cores of a worker."""
     gpus_per_worker: AtLeastZero = 0
     """GPUs of a worker."""
+    price_per_device_hour: Annotated[float, Within(ge=0, le=1_000_000)] | None = None
+    """Dollars for an hour of one worker; the search then says what it cost."""
 
 
 class SamplerSpec(_Section):
@@ -200,8 +194,11 @@ class SamplerSpec(_Section):
     """Seeds the proposals."""
     startup_trials: AtLeastZero = 8
     """Random trials before the estimator is trusted; NSGA-II's generations are as large."""
-    points_to_evaluate: tuple[dict[str, Any], ...] = ()
-    """Points that are known to be good, tried first: each gives values to some knobs; the sampler fills in the others."""
+    warm_start: Text | None = None
+    """Name of an earlier search with the same model, data and objectives, or its directory: the sampler learns from its trials."""
+    points_to_evaluate: tuple[dict[str, Any], ...] | None = None
+    """Points that are known to be good, tried first: each gives values to some knobs; the sampler fills in the others. By default,
+    without a warm start, up to three that are usual for the model's width, inside the space; `[]` for none."""
 
 
 class SchedulerSpec(_Section):
@@ -255,10 +252,10 @@ class SearchSpec(_Section):
     """The knobs of a trial."""
     objectives: tuple[ObjectiveSpec, ...] | None = None
     """Two or three; by default accuracy (eval_loss for causal-lm) and train_seconds."""
-    budget: BudgetSpec = BudgetSpec()
-    """When the search ends."""
     resources: ResourcesSpec = ResourcesSpec()
     """What one worker takes."""
+    budget: BudgetSpec = BudgetSpec()
+    """When the search ends: by whichever comes first. What still trains when time, device hours or dollars are used up is stopped."""
     sampler: SamplerSpec = SamplerSpec()
     """What proposes trials."""
     scheduler: SchedulerSpec = SchedulerSpec()
@@ -312,13 +309,22 @@ class SearchSpec(_Section):
             raise PydanticCustomError("not_from_profile", "{metric} does not follow from a profile of space.{knob}", context)
         return objectives
 
+    @field_validator("budget")
+    @classmethod
+    def _dollars_have_a_price(cls, budget: BudgetSpec, info: ValidationInfo) -> BudgetSpec:
+        resources = info.data.get("resources")
+        if budget.dollars is not None and resources is not None and resources.price_per_device_hour is None:
+            context = {"allowed": "budget.dollars with resources.price_per_device_hour"}
+            raise PydanticCustomError("no_price", "dollars without a price", context)
+        return budget
+
     @field_validator("sampler")
     @classmethod
     def _points_are_in_the_space(cls, sampler: SamplerSpec, info: ValidationInfo) -> SamplerSpec:
         space = info.data.get("space")
         if space is None:
             return sampler  # its own errors are reported
-        for number, point in enumerate(sampler.points_to_evaluate):
+        for number, point in enumerate(sampler.points_to_evaluate or ()):
             problem = space.problem_with_point(point)
             if problem is not None:
                 context = {"number": number, **problem}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -42,11 +44,15 @@ def make(
     directory: Path,
     *,
     limits: Limits | None = None,
-    trials: int = 3,
+    trials: int | None = 3,
+    budget: Mapping[str, float] = MappingProxyType({}),
+    price: float | None = None,
+    clock: Callable[[], float] = time.time,
     scheduler: dict[str, Any] | None = None,
     outlook: Profiles | None = None,
     reuse: bool = True,
     objectives: Sequence[str] = (),
+    points: Sequence[Mapping[str, Any]] = (),
     **space: Any,
 ) -> tuple[Engine, list[dict[str, Any]], Store]:
     """Return an engine on a ledger and a study of its own, the events that it tells, and where its files are."""
@@ -57,7 +63,8 @@ def make(
         "model": {"name": "m", "task": "sequence-classification"},
         "data": {"train": "t.csv"},
         "space": space,
-        "budget": {"trials": trials},
+        "budget": {"trials": trials, **budget},
+        "resources": {"price_per_device_hour": price},
         "scheduler": {"method": "asha", **(scheduler or {})},
         "reuse": reuse,
         "objectives": [{"metric": metric} for metric in objectives] or None,
@@ -79,10 +86,12 @@ def make(
             sampler="tpe",
             seed=0,
             startup_trials=5,
+            points_to_evaluate=points,
         ),
         limits=limits or Limits(num_workers=2, hidden_size=64),
         outlook=outlook or Profiles(),
         on_event=seen.append,
+        clock=clock,
     )
     return engine, seen, store
 

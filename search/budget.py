@@ -1,0 +1,137 @@
+"""What a search has used of its budget: trials, wall time, and the time for which its trials held devices, which costs money."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from search.ledger import SearchState
+from search.record import TrialRecord, TrialState
+from spaces.budget import BudgetSpec
+from spaces.config import TrialConfig
+from spaces.spec import SearchSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Used:
+    """What was used of a budget."""
+
+    trials: int
+    """Trials that were trained and ended."""
+    minutes: float | None
+    """None where it is not known: MLflow alone does not tell."""
+    device_hours: float
+    dollars: float | None
+    """None without a price."""
+
+    def as_dict(self) -> dict[str, float]:
+        """Return what is known, by the names of the limits."""
+        known = {"trials": self.trials, "minutes": self.minutes, "device_hours": self.device_hours, "dollars": self.dollars}
+        return {limit: value for limit, value in known.items() if value is not None}
+
+    def text(self) -> str:
+        """Return it in words."""
+        return ", ".join(amount_text(limit, value) for limit, value in self.as_dict().items())
+
+
+def amount_text(limit: str, value: float) -> str:
+    """Return an amount of a budget for people."""
+    return f"{value:,.2f} dollars" if limit == "dollars" else f"{value:.4g} {limit.replace('_', ' ')}"
+
+
+def limits_of(budget: BudgetSpec) -> dict[str, float]:
+    """Return the limits of a search, those alone that there are."""
+    limits = {
+        "trials": budget.max_trials,
+        "minutes": budget.minutes,
+        "device_hours": budget.device_hours,
+        "dollars": budget.dollars,
+    }
+    return {limit: most for limit, most in limits.items() if most is not None}
+
+
+def budget_text(limits: Mapping[str, float]) -> str:
+    """Return the limits in words."""
+    return " or ".join(amount_text(limit, most) for limit, most in limits.items())
+
+
+def counts(record: TrialRecord) -> bool:
+    """Whether a trial takes from the budget of trials: it was launched, and its recipe trained."""
+    return record.feasible_before_launch and record.source is None
+
+
+def num_ended(records: Iterable[TrialRecord]) -> int:
+    """Return how many trials of the budget have ended."""
+    return sum(record.state is not TrialState.RUNNING and counts(record) for record in records)
+
+
+def used(spec: SearchSpec, state: SearchState) -> Used:
+    """Return what the events of a search say that it used; a trial that runs, up to its last report."""
+    records = state.records.values()
+    seconds = state.active_seconds if state.started else None
+    return _used(spec, num_ended(records), seconds, sum(r.held_seconds * _world_size(r) for r in records))
+
+
+class Spending:
+    """Follows a search that runs; times are wall seconds, each trial's from the moment that a worker group took it."""
+
+    def __init__(self, spec: SearchSpec, state: SearchState, clock: Callable[[], float] = time.time) -> None:
+        self._spec, self._state, self._clock = spec, state, clock
+        self._num_ended = num_ended(state.records.values())
+        self._device_seconds = sum(r.held_seconds * _world_size(r) for r in state.records.values())
+        self._holding: dict[int, tuple[float, int]] = {}
+
+    def began(self, number: int) -> None:
+        """Take note that a group has the trial; one that takes it over from a group that was lost changes nothing."""
+        self._holding.setdefault(number, (self._clock(), _world_size(self._state.records[number])))
+
+    def held(self, number: int) -> float:
+        """Return for how long the trial held its group since it began, or since this was last asked."""
+        if number not in self._holding:
+            return 0.0
+        since, world_size = self._holding[number]
+        now = self._clock()
+        seconds = max(0.0, now - since)
+        self._holding[number] = (now, world_size)
+        self._device_seconds += seconds * world_size
+        return seconds
+
+    def ended(self, record: TrialRecord) -> None:
+        """Take note that a trial holds nothing any more."""
+        self._holding.pop(record.number, None)
+        self._num_ended += counts(record)
+
+    def now(self) -> Used:
+        """Return what was used up to now."""
+        now = self._clock()
+        running = sum(max(0.0, now - since) * world_size for since, world_size in self._holding.values())
+        return _used(self._spec, self._num_ended, self._state.seconds_until(now), self._device_seconds + running)
+
+    def reached(self) -> str:
+        """Return in words which limit ends even what still trains, or nothing."""
+        spent = self.now().as_dict()
+        limits = limits_of(self._spec.budget).items()
+        return next((f"{amount_text(k, most)} used up" for k, most in limits if k != "trials" and spent[k] >= most), "")
+
+    def num_left(self, live: Iterable[TrialRecord]) -> float:
+        """Return how many trials may still be begun, where these are live."""
+        most = self._spec.budget.max_trials
+        if self.reached():
+            return 0
+        return math.inf if most is None else max(0, most - self._num_ended - sum(map(counts, live)))
+
+
+def _used(spec: SearchSpec, trials: int, seconds: float | None, device_seconds: float) -> Used:
+    hours, price = device_seconds / 3600, spec.resources.price_per_device_hour
+    return Used(
+        trials=trials,
+        minutes=None if seconds is None else seconds / 60,
+        device_hours=hours,
+        dollars=None if price is None else hours * price,
+    )
+
+
+def _world_size(record: TrialRecord) -> int:
+    return TrialConfig.from_dict(record.config).layout.world_size if record.config else 1

@@ -1,0 +1,69 @@
+"""Which recipes were trained or are being trained, and which proposals wait for what that finds."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from search.record import TrialRecord, TrialState
+from search.study import Proposal
+from spaces.config import Recipe, TrialConfig
+
+
+class Known:
+    """Trials by what they train and how.
+
+    What waits is in memory alone: the ledger hears of a proposal when it becomes a trial; after a crash the sampler proposes anew.
+    """
+
+    def __init__(self, records: Iterable[TrialRecord]) -> None:
+        self._trained: dict[str, int] = {}
+        self._in_training: dict[str, int] = {}
+        self._by_config: dict[str, int] = {}
+        self._waiting: dict[int, list[Proposal]] = {}
+        self._returned: deque[Proposal] = deque()
+        for record in records:
+            if record.feasible_before_launch:
+                self.started(record)
+                if record.state is not TrialState.RUNNING:
+                    self.ended(record)
+
+    def trial_of(self, config: TrialConfig) -> int | None:
+        """Return the trial with this very config that was begun last."""
+        return self._by_config.get(config.key())
+
+    def trained(self, recipe: Recipe) -> int | None:
+        """Return the trial that trained the recipe to the end."""
+        return self._trained.get(recipe.key())
+
+    def in_training(self, recipe: Recipe) -> int | None:
+        """Return the trial that trains the recipe now, or will."""
+        return self._in_training.get(recipe.key())
+
+    def started(self, record: TrialRecord) -> None:
+        """Take note of a trial that is to run."""
+        config = record.trial_config
+        self._by_config[config.key()] = record.number
+        if record.source is None:
+            self._in_training[config.recipe.key()] = record.number
+
+    def ended(self, record: TrialRecord) -> None:
+        """Take note of a trial's end: what waited for it may be considered again."""
+        recipe = record.trial_config.recipe.key()
+        if self._in_training.get(recipe) == record.number:
+            del self._in_training[recipe]
+        if record.is_whole:
+            self._trained[recipe] = record.number
+        self._returned.extend(self._waiting.pop(record.number, ()))
+
+    def wait(self, number: int, proposal: Proposal) -> None:
+        """Let a proposal wait for the end of a trial."""
+        self._waiting.setdefault(number, []).append(proposal)
+
+    def returned(self) -> Proposal | None:
+        """Return and forget a proposal that has waited long enough."""
+        return self._returned.popleft() if self._returned else None
+
+    @property
+    def has_returned(self) -> bool:
+        return bool(self._returned)

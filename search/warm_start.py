@@ -1,0 +1,126 @@
+"""A study that begins with what is known: the trials of an earlier search, or else the points that are usual for such a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from search.ledger import Ledger, LedgerError, SearchState, replay
+from search.pareto import eligible
+from search.record import TrialRecord
+from search.store import Store, StoreError
+from search.study import MAX_REMEMBERED, PastTrial, Study
+from spaces import constraints
+from spaces.config import TrialConfig
+from spaces.constraints import Limits
+from spaces.loading import LoadedSpec, SpecError
+from spaces.metrics import METRICS
+from spaces.presets import starting_points
+from spaces.spec import Objective, SearchSpec
+
+
+def earlier_trials(loaded: LoadedSpec, data_fingerprint: str, device: str | None = None) -> dict[str, Any]:
+    """Return what the sampler can learn from the search that `sampler.warm_start` names.
+
+    Args:
+        loaded: this search.
+        data_fingerprint: of its data.
+        device: the name of its workers' device; None before it is known.
+
+    Returns:
+        `trials` with `params` and `values`, at most as many as the sampler remembers; `num_outside`, how many this space does not
+        hold; `unusable`, in words why none is used, or nothing.
+
+    Raises:
+        SpecError: there is no such search, or its results would not compare.
+    """
+    spec = loaded.spec
+    name = str(spec.sampler.warm_start)
+    try:
+        store = Store.open(name, Path(spec.directory))
+        other, state = store.load_spec().spec, replay(Ledger(store.ledger_path).events())
+    except (StoreError, LedgerError, SpecError) as error:
+        raise SpecError([loaded.locate(f"sampler.warm_start: {error}")]) from error
+    problem = _difference(spec, other, state, data_fingerprint)
+    if problem:
+        raise SpecError(
+            [loaded.locate(f"sampler.warm_start: the search '{name}' has another {problem}: its results would not compare")]
+        )
+    objectives = spec.resolved_objectives()
+    known = [record for record in eligible(list(state.records.values()), objectives) if record.was_proposed]
+    held = [record for record in known if spec.space.holds(record.params)]
+    unusable = _other_times(spec, other, state, device, objectives)
+    return {
+        "name": name,
+        "trials": [] if unusable else [_brief(record, objectives) for record in held[-MAX_REMEMBERED:]],
+        "num_outside": len(known) - len(held),
+        "unusable": unusable,
+    }
+
+
+def warm_start_text(event: Mapping[str, Any]) -> str:
+    """Return in words what an earlier search gave to this one."""
+    text = f"warm start: {len(event['trials'])} trials of {event['name']}"
+    if event["unusable"]:
+        return f"{text}: {event['unusable']}"
+    return text + (f"; {event['num_outside']} are outside this space" if event["num_outside"] else "")
+
+
+def new_study(spec: SearchSpec, state: SearchState, limits: Limits, objectives: Sequence[Objective], *, width: int) -> Study:
+    """Return the study of a search, which knows nothing yet of the search's own trials.
+
+    Args:
+        spec: the search.
+        state: its ledger, in which the earlier search's trials are too.
+        limits: what proposals are held against.
+        objectives: those of the search.
+        width: of the model's layers, for the usual points.
+    """
+    sampler, past = spec.sampler, (state.warm_start or {}).get("trials", ())
+    points = sampler.points_to_evaluate
+    if points is None:
+        points = () if past else tuple(starting_points(spec.space, width=width, num_workers=limits.num_workers))
+    study = Study(
+        space=spec.space,
+        objectives=objectives,
+        sampler=sampler.method,
+        seed=sampler.seed,
+        startup_trials=sampler.startup_trials,
+        points_to_evaluate=points,
+    )
+    # The user may have changed the space since they were written down.
+    study.learn([_past(trial, spec, limits) for trial in past if spec.space.holds(trial["params"])])
+    return study
+
+
+def _past(trial: Mapping[str, Any], spec: SearchSpec, limits: Limits) -> PastTrial:
+    config = TrialConfig.from_params(trial["params"], max_length=spec.model.max_length)
+    # It ran, whatever the limits are here.
+    known = {name: min(0.0, value) for name, value in constraints.violations(config, limits).items()}
+    return PastTrial(params=trial["params"], values=trial["values"], constraints=known)
+
+
+def _brief(record: TrialRecord, objectives: Sequence[Objective]) -> dict[str, Any]:
+    return {"params": record.params, "values": {o.metric: record.values[o.metric] for o in objectives}}
+
+
+def _difference(spec: SearchSpec, other: SearchSpec, state: SearchState, data_fingerprint: str) -> str:
+    """Return what of an earlier search is another than here, so that no result compares."""
+    if spec.model != other.model:
+        return "model"
+    if state.started is None or state.started["data_fingerprint"] != data_fingerprint:
+        return "data"
+    wanted, there = ({(o.metric, o.direction) for o in s.resolved_objectives()} for s in (spec, other))
+    return "" if wanted == there else "objective"
+
+
+def _other_times(spec: SearchSpec, other: SearchSpec, state: SearchState, device: str | None, objectives: Sequence[Objective]) -> str:
+    """Return why an earlier search's times and bytes are not those of here, in words; nothing where no objective is one."""
+    if not any(METRICS[o.metric].section in ("perf", "cost") for o in objectives):
+        return ""
+    known = (state.device or {}).get("name")
+    if device is not None and known is not None and known != device:
+        return f"its times are those of {known}"
+    here, there = ((s.resources.cpus_per_worker, s.resources.gpus_per_worker) for s in (spec, other))
+    return "" if here == there else f"its workers had {there[0]} CPU cores and {there[1]} GPUs"

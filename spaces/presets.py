@@ -1,0 +1,79 @@
+"""What a person who has done it before would try first, inside the user's space."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from spaces.config import Adapter
+from spaces.domains import Domain, IntRange, LogUniform, Uniform
+from spaces.space import SpaceSpec
+
+# Schulman et al. 2025, "LoRA Without Regret" (thinkingmachines.ai/blog/lora): the best rate of LoRA is ten times that of full
+# fine-tuning, whatever its rank; alpha is 32, and every linear layer is wrapped.
+FULL_RATE, LORA_FACTOR, LORA_ALPHA, ALL_LAYERS = 5e-5, 10.0, 32.0, "all-linear"
+# The same authors' fit over Llama models of several widths (`get_lr` of tinker-cookbook): the rates are those of a model that is 2000
+# wide, and fall with the width by this power.
+RATE_WIDTH, RATE_EXPONENT = 2000, 0.781
+# Devlin et al. 2019 (arXiv 1810.04805), appendix A.3: of 16 and 32 rows and of 2 to 4 epochs all did well.
+BATCH_SIZE, EPOCHS = 32, 3
+# LoRA of 4 to 64 differ little where the data are few (Hu et al. 2021, arXiv 2106.09685, section 7.2).
+LORA_RANK = 16
+
+
+def starting_points(space: SpaceSpec, *, width: int, num_workers: int) -> list[dict[str, Any]]:
+    """Return up to three points to try first: the cheap end of the front, then the accurate one with each adapter.
+
+    Values outside the user's ranges become the nearest inside; knobs that nothing is known about are left to the sampler.
+
+    Args:
+        space: the user's.
+        width: of the model's layers.
+        num_workers: what the cluster holds: the accurate points take as many of them as the space and the batch allow.
+    """
+    adapters = sorted(space.adapter.ends())  # LoRA before none: it trains with less
+    cheap = _point(space, adapters[0], width)
+    cheap |= {"dataset_fraction": min(space.dataset_fraction.ends()), "epochs": min(space.epochs.ends())}
+    points = [{**cheap, "world_size": min(_world_sizes(space))}]
+    for adapter in adapters:
+        point = _point(space, adapter, width)
+        fits = [w for w in _world_sizes(space) if w <= num_workers and point["global_batch_size"] % w == 0]
+        points.append({**point, "world_size": max(fits, default=min(_world_sizes(space)))})
+    return [point for n, point in enumerate(points) if point not in points[:n]]
+
+
+def usual_rate(adapter: Adapter, width: int) -> float:
+    """Return the peak learning rate that is usual for a model of this width."""
+    factor = LORA_FACTOR if adapter == "lora" else 1.0
+    return float(factor * FULL_RATE * (RATE_WIDTH / width) ** RATE_EXPONENT)
+
+
+def _point(space: SpaceSpec, adapter: Adapter, width: int) -> dict[str, Any]:
+    """Return the accurate point, without a world size."""
+    point = {
+        "adapter": adapter,
+        "learning_rate": _nearest(space.learning_rate_of(adapter), usual_rate(adapter, width)),
+        "global_batch_size": _nearest(space.global_batch_size, BATCH_SIZE),
+        "dataset_fraction": max(space.dataset_fraction.ends()),
+        "epochs": _nearest(space.epochs, EPOCHS),
+    }
+    if adapter == "lora":
+        targets = space.lora_target_modules.ends()
+        point |= {
+            "lora_rank": _nearest(space.lora_rank, LORA_RANK),
+            "lora_alpha": _nearest(space.lora_alpha, LORA_ALPHA),
+            "lora_target_modules": ALL_LAYERS if ALL_LAYERS in targets else targets[0],
+        }
+    return point
+
+
+def _nearest(domain: Domain, wanted: float) -> Any:
+    """Return the value of a domain of positive numbers that is the nearest by ratio, the smaller one of two."""
+    if isinstance(domain, IntRange | Uniform | LogUniform):
+        low, high = domain.bounds
+        return min(max(wanted, low), high)
+    return min(domain.ends(), key=lambda value: (abs(math.log(value / wanted)), value))
+
+
+def _world_sizes(space: SpaceSpec) -> list[int]:
+    return [world_size for world_size, _ in space.layouts()]

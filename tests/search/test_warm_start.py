@@ -1,0 +1,169 @@
+"""A warm start: what the sampler learns from an earlier search, what it does not, and that the trials stay that search's."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from search.ledger import Ledger, replay
+from search.study import PastTrial, Study
+from search.warm_start import earlier_trials, new_study, warm_start_text
+from spaces.config import TrialConfig
+from spaces.constraints import CONSTRAINTS, Limits
+from spaces.loading import LoadedSpec, SpecError, load_spec
+
+SPACE: dict[str, Any] = {
+    "learning_rate": {"log_uniform": [1e-4, 1e-2]},
+    "global_batch_size": {"choice": [8, 16, 32]},
+    "lora_rank": {"choice": [4, 8]},
+    "dataset_fraction": 1.0,
+}
+LIMITS = Limits(num_workers=2, hidden_size=64)
+
+
+def write(directory: Path, name: str, *, space: dict[str, Any] = SPACE, **sections: Any) -> LoadedSpec:
+    spec = {
+        "name": name,
+        "model": {"name": "m", "task": "sequence-classification"},
+        "data": {"train": "t.csv"},
+        "space": space,
+        "directory": str(directory / "runs"),
+        **sections,
+    }
+    path = directory / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    return load_spec(path)
+
+
+def earlier(directory: Path, num_trials: int = 30, **how: Any) -> None:
+    """Write the directory of a search that has ended: one trial in three is pruned, one is timed and was not proposed."""
+    loaded = write(directory, "earlier", **how)
+    root = directory / "runs" / "earlier"
+    root.mkdir(parents=True)
+    (root / "spec.yaml").write_text((directory / "earlier.yaml").read_text())
+    ledger, rng = Ledger(root / "ledger.jsonl"), random.Random(0)
+    ledger.append("search_started", name="earlier", data_fingerprint="abc", num_workers=2)
+    ledger.append("device_examined", device={"name": "a device"})
+    study = Study(space=loaded.spec.space, objectives=loaded.spec.resolved_objectives(), sampler="random", seed=0, startup_trials=1)
+    for number in range(num_trials):
+        params = study.ask().params
+        config = TrialConfig.from_params(params, max_length=128).to_dict()
+        ledger.append("trial_started", number=number, params=params, config=config, was_proposed=number != 4)
+        values = {"accuracy": rng.random(), "train_seconds": rng.uniform(1, 9), "mfu": 0.1}
+        ledger.append("trial_finished", number=number, state="PRUNED" if number % 3 == 2 else "COMPLETE", values=values)
+
+
+def records(directory: Path) -> list[Any]:
+    return list(replay(Ledger(directory / "runs" / "earlier" / "ledger.jsonl").events()).records.values())
+
+
+def test_the_sampler_learns_the_complete_trials_that_this_space_holds_and_the_others_are_counted(tmp_path: Path) -> None:
+    earlier(tmp_path)
+    narrow = {**SPACE, "learning_rate": {"log_uniform": [1e-3, 1e-2]}, "global_batch_size": {"choice": [32, 8, 64]}}
+    loaded = write(tmp_path, "now", space=narrow, sampler={"warm_start": "earlier"})
+    past = earlier_trials(loaded, "abc", "a device")
+    known = [r for r in records(tmp_path) if r.state.value == "COMPLETE" and r.number != 4]
+    held = [r for r in known if r.params["learning_rate"] >= 1e-3 and r.params["global_batch_size"] != 16]
+    assert 3 < len(held) < len(known) - 3
+    assert [t["params"] for t in past["trials"]] == [r.params for r in held]
+    assert past["num_outside"] == len(known) - len(held)
+    assert warm_start_text(past) == f"warm start: {len(held)} trials of earlier; {len(known) - len(held)} are outside this space"
+
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append("warm_started", **past)
+    state = replay(ledger.events())
+    spec = loaded.spec
+    study = new_study(spec, state, LIMITS, spec.resolved_objectives(), width=64)
+    told = [t for t in study._study.trials if t.state.name == "COMPLETE"]
+    assert [t.values for t in told] == [[r.values["accuracy"], r.values["train_seconds"]] for r in held]
+    assert all(t.constraints.keys() == {c.__name__ for c in CONSTRAINTS} for t in told)
+    assert [study.ask().number for _ in range(3)] == [0, 1, 2], "this search's numbers are its own"
+    assert state.records == {}, "and its front too"
+
+
+def test_the_path_of_a_directory_is_a_name_and_without_a_warm_start_there_are_usual_points(tmp_path: Path) -> None:
+    earlier(tmp_path)
+    loaded = write(tmp_path, "now", sampler={"warm_start": str(tmp_path / "runs" / "earlier")})
+    assert len(earlier_trials(loaded, "abc")["trials"]) == 19
+    spec, state = write(tmp_path, "cold").spec, replay([])
+    study = new_study(spec, state, LIMITS, spec.resolved_objectives(), width=64)
+    assert [study.ask().params["learning_rate"] for _ in range(1)] == [pytest.approx(5e-4 * (2000 / 64) ** 0.781)]
+
+
+@pytest.mark.parametrize(
+    ("what", "now"),
+    [
+        ("model", {"model": {"name": "other", "task": "sequence-classification"}}),
+        ("model", {"model": {"name": "m", "task": "sequence-classification", "max_length": 64}}),
+        ("objective", {"objectives": [{"metric": "eval_loss"}, {"metric": "train_seconds"}]}),
+        ("data", {}),
+    ],
+)
+def test_results_that_do_not_compare_are_refused_in_one_line(tmp_path: Path, what: str, now: dict[str, Any]) -> None:
+    earlier(tmp_path)
+    loaded = write(tmp_path, "now", sampler={"warm_start": "earlier"}, **now)
+    with pytest.raises(SpecError, match=rf"now.yaml:\d+: sampler.warm_start: the search 'earlier' has another {what}:"):
+        earlier_trials(loaded, "abc" if now else "abd")
+
+
+def test_a_search_that_is_not_there_is_refused_in_one_line(tmp_path: Path) -> None:
+    loaded = write(tmp_path, "now", sampler={"warm_start": "erlier"})
+    with pytest.raises(SpecError, match=r"now.yaml:\d+: sampler.warm_start: no search named 'erlier' in "):
+        earlier_trials(loaded, "abc")
+
+
+def test_times_of_other_devices_are_not_learned_from(tmp_path: Path) -> None:
+    earlier(tmp_path)
+    loaded = write(tmp_path, "now", sampler={"warm_start": "earlier"})
+    past = earlier_trials(loaded, "abc", "another device")
+    assert past["trials"] == []
+    assert warm_start_text(past) == "warm start: 0 trials of earlier: its times are those of a device"
+    wider = write(tmp_path, "now", sampler={"warm_start": "earlier"}, resources={"cpus_per_worker": 4})
+    assert earlier_trials(wider, "abc", "a device")["unusable"] == "its workers had 1 CPU cores and 0 GPUs"
+
+
+def test_proposals_begin_where_the_earlier_search_was_good_and_a_resume_begins_there_too() -> None:
+    space = {"learning_rate": {"log_uniform": [1e-5, 1e-1]}, "global_batch_size": 16, "lora_rank": 4, "dataset_fraction": 1.0}
+    from spaces.space import SpaceSpec
+    from spaces.spec import Objective
+
+    objectives = [
+        Objective(metric=m, direction=d, reference=None) for m, d in (("accuracy", "maximize"), ("train_seconds", "minimize"))
+    ]
+    how: dict[str, Any] = {"space": SpaceSpec.model_validate(space), "objectives": objectives, "sampler": "tpe", "startup_trials": 8}
+    rates = [10 ** (-5 + 4 * i / 39) for i in range(40)]
+    first = how["space"].first()
+    # Accuracy falls with every order of magnitude away from a rate of 1e-3.
+    past = [
+        PastTrial(
+            params={**first, "learning_rate": r}, values={"accuracy": 1 - abs(n - 19.5) / 40, "train_seconds": 5.0}, constraints={}
+        )
+        for n, r in enumerate(rates)
+    ]
+
+    def proposals(study: Study, number: int) -> list[float]:
+        return [study.ask().params["learning_rate"] for _ in range(number)]
+
+    near = {False: 0, True: 0}
+    for is_warm in near:
+        for seed in range(10):
+            study = Study(seed=seed, **how)
+            study.learn(past if is_warm else ())
+            near[is_warm] += sum(3e-4 < rate < 3e-3 for rate in proposals(study, 4))
+    assert near[True] >= 2 * near[False], near
+
+    one, again = (Study(seed=3, **how) for _ in range(2))
+    asked = {}
+    for study in (one, again):
+        study.learn(past)
+    for _ in range(5):
+        proposal = one.ask()
+        asked[proposal.number] = proposal.params
+    again.restore(asked)
+    told = [[(t.number, t.state, t.params, t.values) for t in study._study.trials] for study in (one, again)]
+    assert told[0] == told[1]
+    assert sorted(asked) == list(range(5))

@@ -1,0 +1,95 @@
+"""The points that are tried first, in spaces of all kinds."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from spaces.presets import starting_points, usual_rate
+from spaces.space import SpaceSpec
+
+
+def knob(rng: random.Random, low: float, high: float, *, whole: bool = False) -> Any:
+    """Draw a domain of any form between two positive numbers."""
+    values = sorted({low * (high / low) ** rng.random() for _ in range(rng.randint(2, 5))})
+    if whole:
+        values = sorted({max(1, round(v)) for v in values})
+    forms: list[Any] = [values[0], {"choice": rng.sample(values, len(values))}]
+    if len(values) > 1:
+        ends = [values[0], values[-1]]
+        forms += [{"int": ends}] if whole else [{"uniform": ends}, {"log_uniform": ends}]
+    return rng.choice(forms)
+
+
+def some_space(rng: random.Random) -> SpaceSpec:
+    lora = knob(rng, 1e-5, 1e-1)
+    return SpaceSpec.model_validate(
+        {
+            "adapter": rng.choice(["none", "lora", {"choice": ["none", "lora"]}, {"choice": ["lora", "none"]}]),
+            "learning_rate": rng.choice([lora, {"by_adapter": {"none": knob(rng, 1e-6, 1e-2), "lora": lora}}]),
+            "global_batch_size": knob(rng, 1, 200, whole=True),
+            "dataset_fraction": knob(rng, 0.01, 1.0),
+            "epochs": knob(rng, 1, 10, whole=rng.random() < 0.5),
+            "lora_rank": knob(rng, 1, 200, whole=True),
+            "lora_alpha": knob(rng, 1, 100),
+            "lora_target_modules": rng.choice(["all-linear", {"choice": ["query,value", "all-linear"]}, "query,value"]),
+            "world_size": rng.choice([1, 3, {"choice": [1, 2, 4]}, {"int": [2, 5]}, {"profile": [1, 2]}]),
+        }
+    )
+
+
+def test_points_lie_in_the_space_and_are_few_and_distinct_and_the_same_every_time() -> None:
+    for seed in range(300):
+        space = some_space(random.Random(seed))
+        points = starting_points(space, width=768, num_workers=4)
+        assert points == starting_points(space, width=768, num_workers=4)
+        assert 1 <= len(points) <= 1 + len(space.adapter.ends())
+        for point in points:
+            assert space.problem_with_point(point) is None, (point, space)
+            assert points.count(point) == 1
+
+
+def test_without_limits_the_rate_of_lora_is_ten_times_that_of_full_fine_tuning_and_falls_with_the_width() -> None:
+    space = SpaceSpec.model_validate({"adapter": {"choice": ["none", "lora"]}, "learning_rate": {"log_uniform": [1e-7, 1.0]}})
+    rates = {}
+    for width in (256, 1024, 4096):
+        cheap, lora, full = starting_points(space, width=width, num_workers=1)
+        assert [p["adapter"] for p in (cheap, lora, full)] == ["lora", "lora", "none"]
+        assert lora["learning_rate"] == pytest.approx(10 * full["learning_rate"])
+        assert (cheap["dataset_fraction"], lora["dataset_fraction"], full["dataset_fraction"]) == (0.1, 1.0, 1.0)
+        rates[width] = full["learning_rate"]
+    assert rates[256] > rates[1024] > rates[4096]
+    # What the authors' own function gives: 5e-5 at a width of 2000, and about 2.8e-4 for LoRA on Llama-3.1-8B, which is 4096 wide.
+    assert usual_rate("none", 2000) == pytest.approx(5e-5)
+    assert usual_rate("lora", 4096) == pytest.approx(2.8e-4, rel=0.03)
+
+
+def test_what_lies_outside_becomes_the_nearest_inside() -> None:
+    space = SpaceSpec.model_validate(
+        {"learning_rate": {"log_uniform": [0.1, 1.0]}, "global_batch_size": {"choice": [128, 64]}, "lora_rank": {"int": [1, 4]}}
+    )
+    for point in starting_points(space, width=768, num_workers=1):
+        assert (point["learning_rate"], point["global_batch_size"], point["lora_rank"]) == (0.1, 64, 4)
+
+
+def test_accurate_points_take_the_workers_that_there_are_and_the_batch_can_be_dealt_to() -> None:
+    for sizes, batch, num_workers, expected in [
+        ({"choice": [1, 2, 4, 8]}, 32, 4, 4),
+        ({"choice": [1, 2, 4, 8]}, 32, 3, 2),
+        ({"choice": [1, 3]}, 32, 4, 1),
+        ({"choice": [4, 8]}, 32, 2, 4),
+        ({"int": [1, 6]}, 30, 64, 6),
+    ]:
+        space = SpaceSpec.model_validate({"world_size": sizes, "global_batch_size": batch})
+        cheap, accurate = starting_points(space, width=768, num_workers=num_workers)
+        assert accurate["world_size"] == expected
+        assert cheap["world_size"] == min(w for w, _ in space.layouts())
+
+
+def test_a_space_of_one_point_has_one() -> None:
+    space = SpaceSpec.model_validate(
+        {"learning_rate": 1e-3, "global_batch_size": 8, "dataset_fraction": 0.5, "epochs": 2, "lora_rank": 4}
+    )
+    assert len(starting_points(space, width=768, num_workers=4)) == 1
