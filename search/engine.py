@@ -148,7 +148,7 @@ class Engine:
                 self._outlook.keep_profile(_config(before), outcome["profile"])
             final = self._timed(before)
             self._record("trial_reported", number=number, report=final)
-        state, error, values = _classify(outcome, final, self.objectives)
+        state, error, values = classify(outcome, final, self.objectives)
         over_memory = error is not None and error["kind"] == "out_of_memory"
         self._record(
             "trial_finished",
@@ -379,7 +379,7 @@ def objectives_of(spec: SearchSpec, state: SearchState) -> tuple[Objective, ...]
     )
 
 
-def _classify(
+def classify(
     outcome: Mapping[str, Any], final: Mapping[str, Any] | None, objectives: tuple[Objective, ...]
 ) -> tuple[TrialState, dict[str, str] | None, dict[str, float]]:
     """Return state, error and values of a trial from how its job ended and its last report."""

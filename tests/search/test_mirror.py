@@ -37,9 +37,9 @@ class FakeRuns:
         if self.num_calls == self.fails_at:
             raise ConnectionError("the answer was lost")
 
-    def find(self, parent_run_id: str, number: int) -> FoundRun | None:
+    def find(self, parent_run_id: str, tag: str, number: int) -> FoundRun | None:
         for run_id, run in self.runs.items():
-            if run["tags"].get("paretune.trial") == str(number) and run["tags"]["mlflow.parentRunId"] == parent_run_id:
+            if run["tags"].get(tag) == str(number) and run["tags"]["mlflow.parentRunId"] == parent_run_id:
                 return FoundRun(run_id=run_id, is_ended=run["status"] != "RUNNING")
         return None
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from synthetic import OBJECTIVES, numbers_on_front, synthetic_events
 
+from search.advice import caveats, recommendation
 from search.ledger import SearchState, replay
 from search.pareto import front
 from search.record import TrialRecord, TrialState
-from search.report import caveats, recommendation, write_report
+from search.report import write_report
 from search.scaling import Law
 from spaces.loading import parse_spec
 from spaces.spec import Objective
@@ -186,7 +187,7 @@ def test_three_objectives_and_prices_of_zero_can_be_drawn(tmp_path: Path) -> Non
     }
     memory = Objective(metric="peak_memory_bytes", direction="minimize", reference=None)
     paths = write_report(SearchState(records=records), SPEC, (*OBJECTIVES, memory), tmp_path)
-    assert len(paths) == 7
+    assert len(paths) == 8
 
 
 def test_a_noisy_member_is_named() -> None:
