@@ -233,7 +233,7 @@ def announcement(left: Sequence[Training]) -> list[str]:
     numbers = sorted({training.record.number for training in left})
     seconds = sum(training.record.values.get(TRAIN_SECONDS, 0.0) for training in left)
     trials = f"trial{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-    about = f"; about {seconds / 60:.1f} minutes of training" if seconds else ""
+    about = f"; about {number_text(TRAIN_SECONDS, seconds)} of training" if seconds else ""
     return [f"confirming {trials}: {len(left)} training{'s' if len(left) > 1 else ''}, one at a time{about}"]
 
 

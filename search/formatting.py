@@ -32,7 +32,7 @@ def interval_text(metric: str, mean: float, half_width: float | None) -> str:
     if half_width == 0:
         return f"{number_text(metric, mean)} ± 0"
     units = {"B": (2**-30, " GiB"), "1/s": (1, "/s"), "s": (1, " s")}
-    factor, unit = (100, " %") if metric in ("mfu", "hfu") else units.get(METRICS[metric].unit, (1, ""))
+    factor, unit = (100, "%") if metric in ("mfu", "hfu") else units.get(METRICS[metric].unit, (1, ""))
     decimals = min(6, max(0, 1 - math.floor(math.log10(half_width * factor))))
     return f"{mean * factor:,.{decimals}f} ± {half_width * factor:,.{decimals}f}{unit}"
 

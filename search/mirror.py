@@ -241,10 +241,11 @@ class Mirror:
         self._runs.log_params(own, {**_knobs(record), "seed": seed})
         metrics = {tracked_name(m): value for m, value in event["values"].items()}
         metrics |= {f"test/{m}": value for m, value in event["test"].items()}
-        error = {"paretune.error": f"{event['error']['kind']}: {event['error']['message']}"[:500]} if event["error"] else {}
+        # Always there: what failed once may have been tried again.
+        error = f"{event['error']['kind']}: {event['error']['message']}"[:500] if event["error"] else ""
         # What `load_search` reads: the event, whose message alone is of any length.
         told = {**event, "error": event["error"] and {**event["error"], "message": event["error"]["message"][:500]}}
-        tags = {CONFIRMED_TAG: json.dumps(told), **error}
+        tags = {CONFIRMED_TAG: json.dumps(told), "paretune.state": event["state"], "paretune.error": error}
         self._runs.log(own, metrics=metrics, tags=tags, time_ms=ended)
         self._runs.end(own, STATUS[TrialState(event["state"])], time_ms=ended)
         self._runs.log(run_id, metrics=_confirmed_metrics(record), time_ms=ended)
