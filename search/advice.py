@@ -8,6 +8,7 @@ from search.confidence import confidence_lines, confirmed, rival_lines
 from search.formatting import number_text
 from search.pareto import cost_objective, knee
 from search.record import TrialRecord
+from spaces.metrics import TRAIN_SECONDS
 from spaces.spec import Objective
 
 
@@ -38,8 +39,11 @@ def recommendation_lines(members: Sequence[TrialRecord], objectives: Sequence[Ob
 
 def caveats(members: Sequence[TrialRecord]) -> list[str]:
     """Return one line for every member whose times are not to be trusted, or are not of a training of its own."""
-    noisy = [f"trial {r.number} is noisy: {r.noise}; train it again before you trust its times" for r in members if r.noise]
-    return noisy + [f"trial {r.number} is {r.why_not_trained}" for r in members if r.source is not None]
+    noisy = [
+        (r, "train it again before you trust its" if confirmed(r, TRAIN_SECONDS) is None else "trust its confirmed") for r in members
+    ]
+    lines = [f"trial {r.number} is noisy: {r.noise}; {what} times" for r, what in noisy if r.noise]
+    return lines + [f"trial {r.number} is {r.why_not_trained}" for r in members if r.source is not None]
 
 
 def _reached(record: TrialRecord, quality: Objective, price: Objective) -> str:

@@ -14,7 +14,7 @@ from statistics import fmean, variance
 from typing import Any
 
 from search.formatting import interval_text
-from search.record import Confirmation, TrialRecord, TrialState
+from search.record import TrialRecord, TrialState
 from search.scaling import student_t
 from spaces.metrics import METRICS
 from spaces.spec import Objective
@@ -100,11 +100,6 @@ def told_apart(a: Confirmed, b: Confirmed) -> bool:
     return gap.half_width is not None and abs(gap.mean) > gap.half_width
 
 
-def failed(record: TrialRecord) -> list[Confirmation]:
-    """Return the further seeds that gave no result."""
-    return [c for c in record.confirmations if c.state is not TrialState.COMPLETE]
-
-
 def rivals(chosen: TrialRecord, members: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
     """Return the members that the seeds do not tell apart from one of them in a metric."""
     mine = confirmed(chosen, metric)
@@ -140,13 +135,16 @@ def confidence_lines(members: Sequence[TrialRecord], objectives: Sequence[Object
             lines.append(f"neighbours that the seeds do not tell apart in {metric}: trials {', '.join(pairs)}")
     missing = [str(r.number) for r in members if not r.confirmations]
     lines += [f"not confirmed: trial{'s' if len(missing) > 1 else ''} {', '.join(missing)}"] if missing else []
-    return lines + [line for r in members for line in failure_lines(r)]
+    noisy = [f"trial {r.number} is noisy with seed {c.seed}: {c.noise}" for r in members for c in r.confirmations if c.noise]
+    return lines + noisy + [line for r in members for line in failure_lines(r)]
 
 
 def failure_lines(record: TrialRecord) -> list[str]:
     """Return a line for every further seed that gave no result; the mean of the others is then too good."""
     return [
-        f"trial {record.number} failed with seed {c.seed}: {c.error['kind']}: {c.error['message']}" for c in failed(record) if c.error
+        f"trial {record.number} failed with seed {c.seed}: {c.error['kind']}: {c.error['message']}"
+        for c in record.confirmations
+        if c.error
     ]
 
 

@@ -14,6 +14,8 @@ from spaces.spec import Objective, SearchSpec
 
 # With more members than this a table below the picture would be larger than the picture.
 MAX_TABLE_ROWS = 12
+# Of its columns, with their padding, at the size of its letters.
+INCHES_PER_LETTER = 0.07
 
 
 def draw_png(figure: FrontFigure, state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], path: Path) -> None:
@@ -25,7 +27,9 @@ def draw_png(figure: FrontFigure, state: SearchState, spec: SearchSpec, objectiv
     members = front(list(state.records.values()), objectives)
     has_table = 0 < len(members) <= MAX_TABLE_ROWS
     table_inches = 0.24 * (len(members) + 2) if has_table else 0.01
-    drawing = Drawing(figsize=(9, 4.6 + table_inches), layout="constrained")
+    heading, rows = front_table(members, spec, objectives)
+    letters = sum(max(map(len, column)) for column in zip(heading, *rows, strict=True)) if has_table else 0
+    drawing = Drawing(figsize=(max(9, INCHES_PER_LETTER * letters), 4.6 + table_inches), layout="constrained")
     FigureCanvasAgg(drawing)
     axes, below = drawing.subplots(2, 1, height_ratios=[4.6, table_inches])
     _draw_points(axes, figure)
@@ -34,7 +38,6 @@ def draw_png(figure: FrontFigure, state: SearchState, spec: SearchSpec, objectiv
     axes.set_title(f"{title}; {counts}" if counts else title, fontsize=10)
     below.axis("off")
     if has_table:
-        heading, rows = front_table(members, spec, objectives)
         table = below.table(rows, colLabels=heading, loc="upper center", cellLoc="right", edges="horizontal")
         table.auto_set_font_size(False)
         table.set_fontsize(7.5)

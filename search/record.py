@@ -38,6 +38,11 @@ class Confirmation:
     """Unix seconds."""
     finished_at: float
 
+    @property
+    def noise(self) -> str:
+        """Why its times are not to be trusted, in words; empty where nothing speaks against them."""
+        return _noise(self.values)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialRecord:
@@ -92,16 +97,7 @@ class TrialRecord:
     @property
     def noise(self) -> str:
         """Why the trial's times are not to be trusted, in words; empty where nothing speaks against them."""
-        drift, spread = self.values.get(TIME_DRIFT, 0.0), self.values.get(RANK_SPREAD, 0.0)
-        reasons = []
-        if drift > NOISY:
-            reasons.append(f"its pace changed by {drift:.0%} while it trained")
-        late = self.late
-        if late is not None and late > NOISY:
-            reasons.append(f"it took {late:.0%} longer than its step profile says")
-        if spread > NOISY:
-            reasons.append(f"its slowest rank was {spread:.0%} behind the fastest")
-        return " and ".join(reasons)
+        return _noise(self.values, self.late)
 
     @property
     def root(self) -> int:
@@ -157,3 +153,15 @@ def place_text(verdict: Mapping[str, Any]) -> str:
     if verdict["goes_on"] or verdict["place"] > verdict["quota"]:
         return f"{text} where {verdict['quota']} may go on"
     return f"{text} but dominated and in the last front"
+
+
+def _noise(values: Mapping[str, float], late: float | None = None) -> str:
+    drift, spread = values.get(TIME_DRIFT, 0.0), values.get(RANK_SPREAD, 0.0)
+    reasons = []
+    if drift > NOISY:
+        reasons.append(f"its pace changed by {drift:.0%} while it trained")
+    if late is not None and late > NOISY:
+        reasons.append(f"it took {late:.0%} longer than its step profile says")
+    if spread > NOISY:
+        reasons.append(f"its slowest rank was {spread:.0%} behind the fastest")
+    return " and ".join(reasons)
