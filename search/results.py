@@ -167,7 +167,7 @@ def render_front(results: Results) -> str:
             *(c.short_text if (c := confirmed(record, m)) is not None else "-" for m in sure),
             *(short_text(record.params.get(k)) for k in knobs),
         )
-    console = Console(width=220, highlight=False)
+    console = Console(width=500, highlight=False)
     with console.capture() as capture:
         console.print(table)
     lines = [line.rstrip() for line in capture.get().splitlines()]
@@ -182,6 +182,10 @@ def render_front(results: Results) -> str:
     stopped = stopped_line(list(results.state.records.values()))
     lines += [stopped] if stopped else []
     lines += recommendation_lines(members, results.objectives, results.name)
+    if members and not any(r.confirmations for r in members):
+        lines.append(
+            f"one seed each: `paretune confirm {results.name}` trains the members with further seeds, and says how sure this is"
+        )
     lines += caveats(members)
     lines += scaling_lines(data_curves(results.state.records.values()))
     link = (results.state.started or {}).get("mlflow_url")
