@@ -256,6 +256,32 @@ def pick(
 
 
 @app.command()
+def confirm(
+    name: Name,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Further seeds of each trial.")] = 3,
+    trials: Annotated[str | None, typer.Option(metavar="ID,ID", help="These trials instead of the members of the front.")] = None,
+    directory: Directory = RUNS,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Train the members of the front again with further seeds, each alone, and score them on the test rows."""
+    from search.confirm import ConfirmError
+    from search.confirm import confirm as confirm_trials
+    from search.store import Store
+
+    with _clear_errors():
+        store = Store.open(name, directory)
+        try:
+            say = (lambda _: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+            failures = confirm_trials(store, num_seeds=seeds, trials=trials, say=say)
+        except ConfirmError as error:
+            _fail(USAGE, str(error))
+        _show_front(str(store.root), directory, json_)
+        if failures:
+            _fail(FAILURE, *failures)
+
+
+@app.command()
 def report(name: Name, directory: Directory = RUNS, tracking_uri: TrackingUri = None) -> None:
     """Write the report again: one HTML file that works offline, with tables and a picture beside it."""
     from search.results import load_results, write_results

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from search.confidence import LEVEL, confirmed
 from search.data_scaling import DataCurve, SizePoint
 from search.formatting import number_text, short_text
 from search.ledger import SearchState
@@ -16,7 +17,7 @@ from search.record import TrialRecord, TrialState
 from spaces.metrics import METRICS
 from spaces.spec import Objective
 
-FRONT_COLOR, OTHER_COLOR, KNEE_COLOR = "#d7191c", "#b8b8b8", "#2c7bb6"
+FRONT_COLOR, OTHER_COLOR, KNEE_COLOR, CONFIRMED_COLOR = "#d7191c", "#b8b8b8", "#2c7bb6", "#333333"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +33,19 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ConfirmedPoint:
+    """Where further seeds see a trial, with the interval along both axes."""
+
+    number: int
+    x: tuple[float, float, float]
+    """Mean, low and high; all the same where there are too few seeds for an interval."""
+    y: tuple[float, float, float]
+    searched: tuple[float, float]
+    """Where the search saw it."""
+    hover: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FrontFigure:
     """The price along x, what it buys along y."""
 
@@ -43,8 +57,17 @@ class FrontFigure:
     knee_number: int | None
     untrained: float | None
     """The untrained model's y."""
+    confirmed: tuple[ConfirmedPoint, ...]
+    confirmed_on: str
+    """The rows that they were scored on: test or evaluation."""
     left_out: dict[str, int]
     """How many trials are not among the points, by what became of them."""
+
+    @property
+    def confirmed_label(self) -> str:
+        """What the error bars are, for the legend."""
+        rows = f" ({self.confirmed_on} rows)" if self.confirmed_on else ""
+        return f"further seeds{rows}: mean, {LEVEL:.0%} interval"
 
     @property
     def is_log(self) -> bool:
@@ -147,7 +170,24 @@ def front_figure(state: SearchState, knobs: Sequence[str], objectives: Sequence[
         steps=_steps(members, shown, x, y) if len(objectives) == 2 else (),
         knee_number=chosen.number if chosen else None,
         untrained=(state.reference or {}).get(y),
+        confirmed=tuple(point for record in shown if (point := _confirmed_point(record, x, y)) is not None),
+        confirmed_on=next((c.split for record in shown if (c := confirmed(record, y)) is not None), ""),
         left_out=left_out,
+    )
+
+
+def _confirmed_point(record: TrialRecord, x: str, y: str) -> ConfirmedPoint | None:
+    along, up = confirmed(record, x), confirmed(record, y)
+    if along is None or up is None:
+        return None
+    # A logarithmic axis has no place for an interval that reaches to nothing.
+    low = along.estimate.low if along.estimate.low > 0 or along.estimate.mean <= 0 else min(record.values[x], along.estimate.mean) / 2
+    return ConfirmedPoint(
+        number=record.number,
+        x=(along.estimate.mean, low, along.estimate.high),
+        y=(up.estimate.mean, up.estimate.low, up.estimate.high),
+        searched=(record.values[x], record.values[y]),
+        hover=(f"trial {record.number}, confirmed", *(f"{c.metric} {c.text}" for c in (up, along))),
     )
 
 

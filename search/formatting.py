@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,18 @@ def number_text(metric: str, value: float | None) -> str:
         case "s":
             return f"{value:.4g} s"
     return f"{value:.4g}"
+
+
+def interval_text(metric: str, mean: float, half_width: float | None) -> str:
+    """Return `mean ± half width` for people, both to the second digit of the half width; without one, the mean alone."""
+    if half_width is None:
+        return number_text(metric, mean)
+    if half_width == 0:
+        return f"{number_text(metric, mean)} ± 0"
+    units = {"B": (2**-30, " GiB"), "1/s": (1, "/s"), "s": (1, " s")}
+    factor, unit = (100, "%") if metric in ("mfu", "hfu") else units.get(METRICS[metric].unit, (1, ""))
+    decimals = min(6, max(0, 1 - math.floor(math.log10(half_width * factor))))
+    return f"{mean * factor:,.{decimals}f} ± {half_width * factor:,.{decimals}f}{unit}"
 
 
 def short_text(value: Any) -> str:

@@ -60,6 +60,27 @@ class DispatcherSession:
         shutil.rmtree(self._store.groups_path, ignore_errors=True)
 
 
+def run_to_end(dispatcher: Any, job: Job, interruption: Interruption) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run one job that is no trial; return how it ended, whatever that is, and its reports.
+
+    Raises:
+        search.interruption.Interrupted: the search was asked to leave.
+    """
+    import ray
+
+    ray.get(dispatcher.submit.remote(job))
+    reports: list[dict[str, Any]] = []
+    while True:
+        news = dispatcher.poll.remote(job.job_id)
+        while not ray.wait([news], timeout=1)[0]:
+            interruption.check()
+        for event in ray.get(news):
+            if event["event"] == "report":
+                reports.append(event["report"])
+            elif event["event"] == "ended":
+                return dict(event), reports
+
+
 def run_job(dispatcher: Any, job: Job, interruption: Interruption) -> dict[str, Any]:
     """Run one job that is no trial.
 
@@ -67,15 +88,7 @@ def run_job(dispatcher: Any, job: Job, interruption: Interruption) -> dict[str, 
         JobFailed: it failed.
         search.interruption.Interrupted: the search was asked to leave.
     """
-    import ray
-
-    ray.get(dispatcher.submit.remote(job))
-    while True:
-        news = dispatcher.poll.remote(job.job_id)
-        while not ray.wait([news], timeout=1)[0]:
-            interruption.check()
-        for event in ray.get(news):
-            if event["event"] == "ended":
-                if event["state"] != "complete":
-                    raise JobFailed(f"{job.kind} of {job.job_id} failed: {event.get('message', event['state'])}")
-                return dict(event)
+    ended, _ = run_to_end(dispatcher, job, interruption)
+    if ended["state"] != "complete":
+        raise JobFailed(f"{job.kind} of {job.job_id} failed: {ended.get('message', ended['state'])}")
+    return ended

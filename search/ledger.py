@@ -2,9 +2,9 @@
 
 Every line has `event` and `time` (Unix seconds). The events are `search_started`, `resumed`, `device_examined`, `warm_started`,
 `reference`, `search_cut_short`, `search_finished`, and with the `number` of a trial `trial_started`, `trial_infeasible`,
-`trial_reported`, `trial_finished`, `test_scored`. A report at a rung carries the rung's `verdict`: a trial that it stops ends as
-PRUNED, even if a crash comes between. `held_seconds` of a report and of an end are those for which the trial held its worker group
-since its event before.
+`trial_reported`, `trial_finished`, `test_scored`, `confirmed`. A report at a rung carries the rung's `verdict`: a trial that it stops
+ends as PRUNED, even if a crash comes between. `held_seconds` of a report and of an end are those for which the trial held its worker
+group since its event before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from search.record import TrialRecord, TrialState
+from search.record import Confirmation, TrialRecord, TrialState
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class SearchState:
                 self.reference = dict(event["metrics"])
             case "trial_started" | "trial_infeasible":
                 self.records.setdefault(event["number"], _proposed(event))
-            case "trial_reported" | "trial_finished" | "test_scored":
+            case "trial_reported" | "trial_finished" | "test_scored" | "confirmed":
                 self._update(event)
 
     def _update(self, event: Mapping[str, Any]) -> None:
@@ -177,6 +177,8 @@ class SearchState:
             raise LedgerError(f"{event['event']} of trial {number}, which was never started")
         if event["event"] == "test_scored":
             self.records[number] = replace(record, test=dict(event["metrics"]))
+        elif event["event"] == "confirmed":
+            self.records[number] = record.confirmed_by(_confirmation(event))
         elif record.state is not TrialState.RUNNING:
             return  # The first end counts; whatever a resumed driver hears later is about work done twice.
         elif event["event"] == "trial_reported":
@@ -229,6 +231,18 @@ def _proposed(event: Mapping[str, Any]) -> TrialRecord:
         constraints=dict(event.get("constraints", {})),
         started_at=event["time"] if launched else None,
         finished_at=None if launched else event["time"],
+    )
+
+
+def _confirmation(event: Mapping[str, Any]) -> Confirmation:
+    return Confirmation(
+        seed=event["seed"],
+        state=TrialState(event["state"]),
+        values=dict(event["values"]),
+        test=dict(event["test"]),
+        error=event["error"],
+        started_at=event["started_at"],
+        finished_at=event["time"],
     )
 
 

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from search.confidence import confirmed
 from search.ledger import SearchState
 from search.record import TrialRecord, TrialState
 from search.saved_view import FRONT_COLOR, OTHER_COLOR, saved_view
@@ -23,9 +24,12 @@ from spaces.config import TrialConfig
 from spaces.metrics import METRICS, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, TRAIN_SECONDS
 
 SEARCH_TAG, TRIAL_TAG, RECORD_TAG = "paretune.search", "paretune.trial", "paretune.record"
+# Of a run that confirms a trial: its seed, and the event of the ledger.
+SEED_TAG, CONFIRMED_TAG = "paretune.seed", "paretune.confirmed"
 REFERENCE_TAG, SPEC_TAG, NOTE_TAG = "paretune.reference", "paretune.spec", "mlflow.note.content"
 # MLflow cuts what is longer.
 MAX_TAG_CHARACTERS = 8000
+_QUALITY = [m.name for m in METRICS.values() if m.section == "eval"]
 # As MLflow's own bridge to Optuna maps them.
 STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}
 
@@ -41,8 +45,8 @@ class FoundRun:
 class Runs(Protocol):
     """The little of MLflow that a search writes with; a call that repeats an earlier one must change nothing."""
 
-    def find(self, parent_run_id: str, number: int) -> FoundRun | None:
-        """Return the run of a trial."""
+    def find(self, parent_run_id: str, tag: str, number: int) -> FoundRun | None:
+        """Return the run below another one that carries this number: a trial's, or one that confirms it."""
 
     def create(self, name: str, tags: Mapping[str, str], *, time_ms: int) -> str:
         """Open a run and return its id."""
@@ -105,6 +109,8 @@ class Mirror:
                 self._report(record, event["report"], time_ms)
             case "trial_infeasible" | "trial_finished" if record:
                 self._end(record, time_ms)
+            case "confirmed" if record:
+                self._confirm(record, event)
             case "test_scored" if record:
                 metrics = {f"test/{name}": value for name, value in event["metrics"].items()}
                 tags = {RECORD_TAG: record_tag(record)}
@@ -160,7 +166,7 @@ class Mirror:
         """Return the trial's run: known, or there from before a resume or a lost answer, or new, with these tags."""
         number = record.number
         if number not in self._run_ids:
-            found = self._runs.find(self._parent, number)
+            found = self._runs.find(self._parent, TRIAL_TAG, number)
             run_id = self._create(record, tags) if found is None else found.run_id
             if found is not None and found.is_ended:
                 self._ended.add(number)
@@ -224,6 +230,26 @@ class Mirror:
         self._runs.end(run_id, STATUS[record.state], time_ms=time_ms)
         self._ended.add(record.number)
 
+    def _confirm(self, record: TrialRecord, event: Event) -> None:
+        """Write a confirmation as a run below its trial's, of a kind of its own, so that nothing takes it for a trial."""
+        run_id, seed = self._run_id(record), event["seed"]
+        found = self._runs.find(run_id, SEED_TAG, seed)
+        begun, ended = int(event["started_at"] * 1000), int(event["time"] * 1000)
+        tags = {"mlflow.parentRunId": run_id, "kind": "confirmation", SEARCH_TAG: self.search, SEED_TAG: str(seed)}
+        name = f"confirm-{record.number:04d}-{seed}"
+        own = self._runs.create(name, tags, time_ms=begun) if found is None else found.run_id
+        self._runs.log_params(own, {**_knobs(record), "seed": seed})
+        metrics = {tracked_name(m): value for m, value in event["values"].items()}
+        metrics |= {f"test/{m}": value for m, value in event["test"].items()}
+        # Always there: what failed once may have been tried again.
+        error = f"{event['error']['kind']}: {event['error']['message']}"[:500] if event["error"] else ""
+        # What `load_search` reads: the event, whose message alone is of any length.
+        told = {**event, "error": event["error"] and {**event["error"], "message": event["error"]["message"][:500]}}
+        tags = {CONFIRMED_TAG: json.dumps(told), "paretune.state": event["state"], "paretune.error": error}
+        self._runs.log(own, metrics=metrics, tags=tags, time_ms=ended)
+        self._runs.end(own, STATUS[TrialState(event["state"])], time_ms=ended)
+        self._runs.log(run_id, metrics=_confirmed_metrics(record), time_ms=ended)
+
 
 def tracked_name(metric: str) -> str:
     """Return a metric's name in MLflow."""
@@ -232,7 +258,8 @@ def tracked_name(metric: str) -> str:
 
 def record_tag(record: TrialRecord) -> str:
     """Return the record as JSON that a tag can hold, if it must be without its bulky parts and with its message cut."""
-    data = record.to_dict()
+    # Every confirmation has a run, and a tag, of its own.
+    data = {**record.to_dict(), "confirmations": []}
     error = None if record.error is None else {**record.error, "message": record.error["message"][:500]}
     brief = {name: value for name, value in record.details.items() if name != "train_losses"}
     cuts: tuple[dict[str, Any], ...] = ({}, {"details": brief}, {"details": {}}, {"reports": []}, {"error": error})
@@ -258,6 +285,14 @@ def _memory_metrics(record: TrialRecord) -> dict[str, float]:
         for rank, terms in enumerate(record.details.get("memory_by_rank", ()))
         for term, value in (terms or {}).items()
     }
+
+
+def _confirmed_metrics(record: TrialRecord) -> dict[str, float]:
+    """Return means over the further seeds, each with the half width of its interval, for the trial's own run."""
+    found = [c for m in (*_QUALITY, TRAIN_SECONDS) if (c := confirmed(record, m)) is not None]
+    means = {f"confirmed/{c.split + '_' if c.split else ''}{c.metric}": c.estimate for c in found}
+    halves = {f"{name}_half_width": e.half_width for name, e in means.items() if e.half_width is not None}
+    return {**{name: e.mean for name, e in means.items()}, **halves}
 
 
 def _knobs(record: TrialRecord) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from search.figures import FRONT_COLOR, KNEE_COLOR, OTHER_COLOR, FrontFigure, axis_label
+from search.figures import CONFIRMED_COLOR, FRONT_COLOR, KNEE_COLOR, OTHER_COLOR, FrontFigure, axis_label
 from search.ledger import SearchState
 from search.pareto import front
 from search.tables import front_table, search_name
@@ -14,6 +14,8 @@ from spaces.spec import Objective, SearchSpec
 
 # With more members than this a table below the picture would be larger than the picture.
 MAX_TABLE_ROWS = 12
+# Of its columns, with their padding, at the size of its letters.
+INCHES_PER_LETTER = 0.07
 
 
 def draw_png(figure: FrontFigure, state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], path: Path) -> None:
@@ -25,7 +27,9 @@ def draw_png(figure: FrontFigure, state: SearchState, spec: SearchSpec, objectiv
     members = front(list(state.records.values()), objectives)
     has_table = 0 < len(members) <= MAX_TABLE_ROWS
     table_inches = 0.24 * (len(members) + 2) if has_table else 0.01
-    drawing = Drawing(figsize=(9, 4.6 + table_inches), layout="constrained")
+    heading, rows = front_table(members, spec, objectives)
+    letters = sum(max(map(len, column)) for column in zip(heading, *rows, strict=True)) if has_table else 0
+    drawing = Drawing(figsize=(max(9, INCHES_PER_LETTER * letters), 4.6 + table_inches), layout="constrained")
     FigureCanvasAgg(drawing)
     axes, below = drawing.subplots(2, 1, height_ratios=[4.6, table_inches])
     _draw_points(axes, figure)
@@ -34,7 +38,6 @@ def draw_png(figure: FrontFigure, state: SearchState, spec: SearchSpec, objectiv
     axes.set_title(f"{title}; {counts}" if counts else title, fontsize=10)
     below.axis("off")
     if has_table:
-        heading, rows = front_table(members, spec, objectives)
         table = below.table(rows, colLabels=heading, loc="upper center", cellLoc="right", edges="horizontal")
         table.auto_set_font_size(False)
         table.set_fontsize(7.5)
@@ -55,6 +58,7 @@ def _draw_points(axes: Any, figure: FrontFigure) -> None:
             axes.scatter([point.x], [point.y], s=150, label="knee", zorder=4, **ring)
         offset = {"textcoords": "offset points", "xytext": (6, -12), "fontsize": 8}
         axes.annotate(f"trial {point.number}", (point.x, point.y), **offset)
+    _draw_confirmed(axes, figure)
     if figure.untrained is not None:
         axes.axhline(figure.untrained, color="black", linewidth=0.8, linestyle=":", label="untrained model")
     if figure.is_log:
@@ -62,6 +66,22 @@ def _draw_points(axes: Any, figure: FrontFigure) -> None:
     axes.set(xlabel=axis_label(figure.x_metric), ylabel=axis_label(figure.y_metric))
     axes.grid(alpha=0.25)
     axes.legend(loc="best", fontsize=8)
+
+
+def _draw_confirmed(axes: Any, figure: FrontFigure) -> None:
+    """Draw where further seeds see the trials, each tied to where the search saw it."""
+    if not figure.confirmed:
+        return
+    for point in figure.confirmed:
+        tie = {"color": CONFIRMED_COLOR, "linewidth": 0.7, "linestyle": ":"}
+        axes.plot([point.searched[0], point.x[0]], [point.searched[1], point.y[0]], zorder=4, **tie)
+    bars = {
+        f"{axis}err": [[v[0] - v[1] for v in values], [v[2] - v[0] for v in values]]
+        for axis, values in (("x", [p.x for p in figure.confirmed]), ("y", [p.y for p in figure.confirmed]))
+    }
+    style = {"fmt": "D", "color": CONFIRMED_COLOR, "markersize": 4, "linewidth": 1, "capsize": 2}
+    means = [p.x[0] for p in figure.confirmed], [p.y[0] for p in figure.confirmed]
+    axes.errorbar(*means, **bars, **style, label=figure.confirmed_label, zorder=5)
 
 
 def _log_axis(axis: Any, axes: Any) -> None:

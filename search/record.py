@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,28 @@ class TrialState(StrEnum):
     COMPLETE = "COMPLETE"
     PRUNED = "PRUNED"
     FAIL = "FAIL"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Confirmation:
+    """One more training of a trial that had ended: another seed, nothing else running. No front and no study knows it."""
+
+    seed: int
+    state: TrialState
+    """COMPLETE or FAIL."""
+    values: dict[str, float] = field(default_factory=dict)
+    """Final metrics, on the evaluation rows."""
+    test: dict[str, float] = field(default_factory=dict)
+    """Metrics on the test rows; empty where the search has none."""
+    error: dict[str, str] | None = None
+    started_at: float
+    """Unix seconds."""
+    finished_at: float
+
+    @property
+    def noise(self) -> str:
+        """Why its times are not to be trusted, in words; empty where nothing speaks against them."""
+        return _noise(self.values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +88,8 @@ class TrialRecord:
     """Process map, memory by rank, MFU convention and the like, from the final report."""
     test: dict[str, float] = field(default_factory=dict)
     """Metrics on the test file; only members of the front are scored."""
+    confirmations: tuple[Confirmation, ...] = ()
+    """By ascending seed; each is the last that was tried with its seed."""
 
     @property
     def feasible(self) -> bool:
@@ -80,16 +104,7 @@ class TrialRecord:
     @property
     def noise(self) -> str:
         """Why the trial's times are not to be trusted, in words; empty where nothing speaks against them."""
-        drift, spread = self.values.get(TIME_DRIFT, 0.0), self.values.get(RANK_SPREAD, 0.0)
-        reasons = []
-        if drift > NOISY:
-            reasons.append(f"its pace changed by {drift:.0%} while it trained")
-        late = self.late
-        if late is not None and late > NOISY:
-            reasons.append(f"it took {late:.0%} longer than its step profile says")
-        if spread > NOISY:
-            reasons.append(f"its slowest rank was {spread:.0%} behind the fastest")
-        return " and ".join(reasons)
+        return _noise(self.values, self.late)
 
     @property
     def trial_config(self) -> TrialConfig:
@@ -130,7 +145,8 @@ class TrialRecord:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**data, "state": self.state.value, "reports": list(self.reports)}
+        confirmations = [{**asdict(c), "state": c.state.value} for c in self.confirmations]
+        return {**data, "state": self.state.value, "reports": list(self.reports), "confirmations": confirmations}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialRecord:
@@ -139,7 +155,14 @@ class TrialRecord:
         Raises:
             TypeError, KeyError, ValueError: the data are not those of a record.
         """
-        return cls(**{**data, "state": TrialState(data["state"]), "reports": tuple(data.get("reports", ()))})
+        confirmations = tuple(Confirmation(**{**c, "state": TrialState(c["state"])}) for c in data.get("confirmations", ()))
+        state, reports = TrialState(data["state"]), tuple(data.get("reports", ()))
+        return cls(**{**data, "state": state, "reports": reports, "confirmations": confirmations})
+
+    def confirmed_by(self, confirmation: Confirmation) -> TrialRecord:
+        """Return the record with a confirmation, in the place of an earlier one with the same seed."""
+        others = [c for c in self.confirmations if c.seed != confirmation.seed]
+        return replace(self, confirmations=tuple(sorted([*others, confirmation], key=lambda c: c.seed)))
 
 
 def classify(
@@ -164,3 +187,15 @@ def place_text(verdict: Mapping[str, Any]) -> str:
     if verdict["goes_on"] or verdict["place"] > verdict["quota"]:
         return f"{text} where {verdict['quota']} may go on"
     return f"{text} but dominated and in the last front"
+
+
+def _noise(values: Mapping[str, float], late: float | None = None) -> str:
+    drift, spread = values.get(TIME_DRIFT, 0.0), values.get(RANK_SPREAD, 0.0)
+    reasons = []
+    if drift > NOISY:
+        reasons.append(f"its pace changed by {drift:.0%} while it trained")
+    if late is not None and late > NOISY:
+        reasons.append(f"it took {late:.0%} longer than its step profile says")
+    if spread > NOISY:
+        reasons.append(f"its slowest rank was {spread:.0%} behind the fastest")
+    return " and ".join(reasons)

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from search.advice import caveats, recommendation_lines
 from search.calibration import Calibration, calibrate, kind, summary_lines
 from search.data_scaling import DataCurve, data_curves, missing_lines, scaling_lines
 from search.figures import (
+    CONFIRMED_COLOR,
     FRONT_COLOR,
     KNEE_COLOR,
     OTHER_COLOR,
@@ -27,9 +29,8 @@ from search.figures import (
     scaling_figure,
     timeline,
 )
-from search.formatting import number_text
 from search.ledger import SearchState
-from search.pareto import cost_objective, eligible, front, hypervolume_of, knee
+from search.pareto import eligible, front, hypervolume_of
 from search.picture import draw_png
 from search.record import TrialRecord
 from search.tables import front_table, search_name, stopped_line, stopped_table, write_tables
@@ -53,37 +54,6 @@ p.note { color: #555; margin-bottom: 0 }
 """
 
 
-def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objective], name: str) -> str:
-    """Return in one sentence which trial of the front to take, and what the best of it would cost."""
-    chosen = knee(members, objectives)
-    if chosen is None:
-        return f"Nothing to recommend: no trial of {name} is complete and feasible."
-    price = cost_objective(objectives)
-    quality = next(o for o in objectives if o is not price)
-    sign = -1.0 if quality.direction == "maximize" else 1.0
-    best = min(members, key=lambda r: sign * r.values[quality.metric])
-    text = f"Take trial {chosen.number} of {name}: {_reached(chosen, quality, price)}"
-    if best.number == chosen.number:
-        return f"{text}, the best on the front."
-    text += f", the knee of the {len(members)} on the front; "
-    text += f"the best is trial {best.number}, {_reached(best, quality, price)}"
-    ratio = best.values[price.metric] / chosen.values[price.metric] if chosen.values[price.metric] else 0.0
-    return f"{text}, {ratio:.1f} times the price." if ratio > 1 else f"{text}."
-
-
-def caveats(members: Sequence[TrialRecord]) -> list[str]:
-    """Return one line for every member whose times are not to be trusted, or are not of a training of its own."""
-    noisy = [f"trial {r.number} is noisy: {r.noise}; train it again before you trust its times" for r in members if r.noise]
-    return noisy + [f"trial {r.number} is {r.why_not_trained}" for r in members if r.source is not None]
-
-
-def _reached(record: TrialRecord, quality: Objective, price: Objective) -> str:
-    text = f"{quality.metric} {number_text(quality.metric, record.values[quality.metric])}"
-    if quality.metric in record.test:
-        text += f" ({number_text(quality.metric, record.test[quality.metric])} on the test file)"
-    return f"{text} at {price.metric} {number_text(price.metric, record.values[price.metric])}"
-
-
 def write_report(
     state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], directory: Path, *, command: str = ""
 ) -> dict[str, Path]:
@@ -97,7 +67,8 @@ def write_report(
         command: what trains the recommended trial again.
 
     Returns:
-        The files by what they are: `html`, `png`, `front_csv`, `trials_csv`, `calibration_csv`, `scaling_csv`, `json`.
+        The files by what they are: `html`, `png`, `front_csv`, `trials_csv`, `calibration_csv`, `scaling_csv`,
+        `confirmations_csv`, `json`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     scaling = data_curves(state.records.values())
@@ -129,16 +100,17 @@ def draw_html(
     started = state.started or {}
     facts = [f"Trials: {', '.join(counts)}.", f"Hypervolume: {'unknown' if volume is None else f'{volume:.6g}'}."]
     facts += [f"Machine: {started['machine']}."] if "machine" in started else []
+    advice, *doubts = recommendation_lines(members, objectives, name)
     parts = [
         f"<h1>{html.escape(name)}</h1>",
-        f"<p class='recommendation'>{html.escape(recommendation(members, objectives, name))}</p>",
+        f"<p class='recommendation'>{html.escape(advice)}</p>",
         f"<p class='note'>This trains it again:</p><pre>{html.escape(command)}</pre>" if command else "",
         f"<p>{html.escape(' '.join(facts))}</p>",
         "<h2>The front</h2>",
         _html_table(
             *front_table(members, spec, objectives, (TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES)), marked=str(figure.knee_number)
         ),
-        *(f"<p class='note'>{html.escape(line)}</p>" for line in [*caveats(members), *scaling_lines(scaling)]),
+        *(f"<p class='note'>{html.escape(line)}</p>" for line in [*doubts, *caveats(members), *scaling_lines(scaling)]),
     ]
     for number, (title, note, drawing) in enumerate(_drawings(figure, state, spec, objectives, scaling)):
         # The library is embedded once, in the first figure; it is most of the file's 5 MB.
@@ -231,6 +203,7 @@ def _front_plot(figure: FrontFigure) -> Figure:
             marker={"color": color, "size": 11, "line": {"width": rings, "color": KNEE_COLOR}},
             name=f"{name} ({len(points)})",
         )
+    _add_confirmed(drawing, figure)
     if figure.untrained is not None:
         drawing.add_hline(y=figure.untrained, line_dash="dot", annotation_text="untrained model")
     drawing.update_xaxes(title=axis_label(figure.x_metric), type="log" if figure.is_log else "linear")
@@ -238,6 +211,30 @@ def _front_plot(figure: FrontFigure) -> Figure:
         ticks = log_ticks(min(p.x for p in figure.points), max(p.x for p in figure.points))
         drawing.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return _styled(drawing.update_yaxes(title=axis_label(figure.y_metric)))
+
+
+def _add_confirmed(drawing: Figure, figure: FrontFigure) -> None:
+    """Draw where further seeds see the trials, each tied to where the search saw it."""
+    if not figure.confirmed:
+        return
+    tie = {"mode": "lines", "line": {"color": CONFIRMED_COLOR, "width": 1, "dash": "dot"}}
+    for point in figure.confirmed:
+        xs, ys = zip(point.searched, (point.x[0], point.y[0]), strict=True)
+        drawing.add_scatter(x=xs, y=ys, hoverinfo="skip", showlegend=False, **tie)
+    bars = {
+        f"error_{axis}": {"array": [v[2] - v[0] for v in values], "arrayminus": [v[0] - v[1] for v in values], "thickness": 1.2}
+        for axis, values in (("x", [p.x for p in figure.confirmed]), ("y", [p.y for p in figure.confirmed]))
+    }
+    drawing.add_scatter(
+        x=[p.x[0] for p in figure.confirmed],
+        y=[p.y[0] for p in figure.confirmed],
+        mode="markers",
+        marker={"color": CONFIRMED_COLOR, "symbol": "diamond", "size": 7},
+        hovertext=["<br>".join(map(html.escape, p.hover)) for p in figure.confirmed],
+        hoverinfo="text",
+        name=figure.confirmed_label,
+        **bars,
+    )
 
 
 def _parallel_plot(

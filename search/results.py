@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from search.advice import caveats, recommendation_lines
 from search.budget import used
+from search.confidence import confirmed, confirmed_as_json, failure_lines, rival_lines
 from search.data_scaling import data_curves, scaling_as_json, scaling_lines
 from search.endpoint import redacted
 from search.engine import objectives_of
@@ -17,10 +19,11 @@ from search.ledger import Ledger, SearchState, replay
 from search.pareto import front, hypervolume_of, knee, pick
 from search.provenance import reproduce_command
 from search.record import TrialRecord, TrialState
-from search.report import caveats, recommendation, write_report
+from search.report import write_report
 from search.store import Store, StoreError
 from search.tables import stopped_line
 from spaces.loading import parse_spec
+from spaces.metrics import MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, TRAIN_SECONDS
 from spaces.spec import Objective, SearchSpec
 
 SPEC_FILE = "spec.yaml"
@@ -138,6 +141,8 @@ def pick_as_json(results: Results, record: TrialRecord) -> dict[str, Any]:
         "config": record.config,
         "metrics": record.values,
         "test": record.test,
+        "confirmed": confirmed_as_json(record, results.objectives),
+        "confirmations": record.to_dict()["confirmations"],
         "command": _command(results, record),
     }
 
@@ -152,17 +157,19 @@ def render_front(results: Results) -> str:
     columns = [o.metric for o in results.objectives]
     columns += [m for m in ("tokens_per_second", "mfu", "peak_memory_bytes") if m not in columns]
     tested = [m for m in columns if any(m in r.test for r in members)]
+    sure = [m for m in columns if any(confirmed(r, m) for r in members) and m in {o.metric for o in results.objectives}]
     table = Table(box=None, pad_edge=False)
-    for heading in ("trial", *columns, *(f"test {m}" for m in tested), *knobs):
+    for heading in ("trial", *columns, *(f"test {m}" for m in tested), *(f"confirmed {m}" for m in sure), *knobs):
         table.add_column(heading, justify="right", no_wrap=True)
     for record in members:
         table.add_row(
             str(record.number),
             *(number_text(m, record.values.get(m)) for m in columns),
             *(number_text(m, record.test.get(m)) for m in tested),
+            *(c.short_text if (c := confirmed(record, m)) is not None else "-" for m in sure),
             *(short_text(record.params.get(k)) for k in knobs),
         )
-    console = Console(width=220, highlight=False)
+    console = Console(width=500, highlight=False)
     with console.capture() as capture:
         console.print(table)
     lines = [line.rstrip() for line in capture.get().splitlines()]
@@ -177,7 +184,11 @@ def render_front(results: Results) -> str:
     lines.append(f"used: {used(results.spec, results.state).text()}")
     stopped = stopped_line(list(results.state.records.values()))
     lines += [stopped] if stopped else []
-    lines.append(recommendation(members, results.objectives, results.name))
+    lines += recommendation_lines(members, results.objectives, results.name)
+    if members and not any(r.confirmations for r in members):
+        lines.append(
+            f"one seed each: `paretune confirm {results.name}` trains the members with further seeds, and says how sure this is"
+        )
     lines += caveats(members)
     lines += scaling_lines(data_curves(results.state.records.values()))
     link = (results.state.started or {}).get("mlflow_url")
@@ -192,8 +203,18 @@ def render_pick(results: Results, record: TrialRecord) -> str:
     lines += [f"  {m}: {number_text(m, v)}" for m, v in sorted(record.values.items())]
     if record.test:
         lines += ["on the test file", *(f"  {m}: {number_text(m, v)}" for m, v in sorted(record.test.items()))]
+    lines += _confirmed_lines(results, record)
     lines += ["configuration", *(f"  {knob}: {short_text(value)}" for knob, value in record.params.items())]
     return "\n".join([*lines, "", "to train it again", _command(results, record)])
+
+
+def _confirmed_lines(results: Results, record: TrialRecord) -> list[str]:
+    if not record.confirmations:
+        return [f"not confirmed: `paretune confirm {results.name} --trials {record.number}` trains it with further seeds"]
+    metrics = dict.fromkeys([*(o.metric for o in results.objectives), TRAIN_SECONDS, TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES])
+    texts = [f"{c.metric}: {c.text}" for m in metrics if (c := confirmed(record, m)) is not None]
+    texts += rival_lines(record, results.members, results.objectives) + failure_lines(record)
+    return ["confirmed with further seeds, each trained alone", *(f"  {text}" for text in texts)]
 
 
 def _command(results: Results, record: TrialRecord) -> str:

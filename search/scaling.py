@@ -180,7 +180,7 @@ def fit_law(rows: Sequence[float], losses: Sequence[float], *, level: float = LE
     freedom = num - num_parameters
     b, e, squares = (values[best] for values in solutions.best)
     variance = max(squares / freedom, ROUNDING)
-    limit = squares + variance * stdtrit(freedom, (1 + level) / 2) ** 2
+    limit = squares + variance * student_t(freedom, level) ** 2
     near = solutions.best[2] <= limit
     beta, offset = float(shapes.exponents[best]), float(shapes.offsets[best])
     unit = float(x.max()) ** beta
@@ -206,6 +206,11 @@ def _chosen(shapes: Shapes, costs: Array, num: int) -> tuple[int, int]:
     cost = max(float(costs[rectified]), ROUNDING)
     is_better = costs[power] - cost > cost / freedom * fdtri(1, freedom, SURE_OF_FLAT_PHASE)
     return (rectified, 4) if is_better else (power, 3)
+
+
+def student_t(freedom: float, level: float) -> float:
+    """Return how many standard errors around a mean hold it at a level, by Student's t."""
+    return float(stdtrit(freedom, (1 + level) / 2))
 
 
 def _chance_of_fall(x: Array, y: Array) -> float:

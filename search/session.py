@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search import cluster
-from search.budget import used
 from search.engine import Engine, SearchExhausted, objectives_of
 from search.interruption import Interrupted, Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
-from search.ledger import Ledger, LedgerError, replay
-from search.pareto import hypervolume_of, knee
+from search.ledger import Ledger, LedgerError, SearchState, replay
 from search.placement import num_handed_out
-from search.provenance import git_commit, machine, reproduce_command, versions
+from search.provenance import git_commit, machine, versions
+from search.publication import LEAVING_FLUSH_SECONDS, publish
 from search.record import TrialState
-from search.report import recommendation, write_report
 from search.rungs import Rungs
 from search.store import Store
 from search.tracking import Tracker, TrackingError
@@ -40,15 +38,6 @@ if TYPE_CHECKING:
     from trainables.data import TaskData
 
 Emit = Callable[[dict[str, Any]], None]
-
-# Knobs that a trial config, and so MLflow, names otherwise than the user's file: there, rank is a process.
-TRACKED_KNOBS = {
-    "lora_rank": "adapter_rank",
-    "lora_alpha": "adapter_alpha",
-    "lora_target_modules": "adapter_target_modules",
-}
-# What is left for the tracking server to catch up with when the search is over, and when it is cut short.
-TRACKING_FLUSH_SECONDS, LEAVING_FLUSH_SECONDS = 60.0, 5.0
 
 
 class NothingFits(Exception):
@@ -188,7 +177,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
             if prepared.data.test is not None:
                 _score_on_test(engine, dispatcher, store, interruption)
         engine.finished(reason)
-        _publish(engine, store, prepared)
+        publish(engine.state, store, prepared.tracker)
     if not engine.front():
         raise NoResult(_why_nothing(engine))
     return store
@@ -235,13 +224,23 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
             git_commit=git_commit(),
         )
         return
-    if state.started["data_fingerprint"] != prepared.data.fingerprint:
-        raise NothingFits(
-            f"{store.spec_path}: data.train: the data changed since the search began (fingerprint "
-            f"{prepared.data.fingerprint[:12]}, then {state.started['data_fingerprint'][:12]}): its trials would not compare"
-        )
+    check_same_data(prepared, store, state)
     prepared.tracker.reopen_search(store.name, state.started["mlflow_run_id"])
     ledger.append("resumed", in_flight=sorted(state.in_flight))
+
+
+def check_same_data(prepared: Prepared, store: Store, state: SearchState) -> None:
+    """Check that a search that goes on has the data that it began with.
+
+    Raises:
+        NothingFits: it has not.
+    """
+    began = (state.started or {})["data_fingerprint"]
+    if began != prepared.data.fingerprint:
+        raise NothingFits(
+            f"{store.spec_path}: data.train: the data changed since the search began (fingerprint "
+            f"{prepared.data.fingerprint[:12]}, then {began[:12]}): its trials would not compare"
+        )
 
 
 @contextmanager
@@ -319,34 +318,6 @@ def _score_on_test(engine: Engine, dispatcher: Any, store: Store, interruption: 
             continue
         for number in {owner.number, record.number}:
             engine.test_scored(number, score)
-
-
-def _publish(engine: Engine, store: Store, prepared: Prepared) -> None:
-    """Write the report and send the front to MLflow; what the server does not take now, a resume delivers."""
-    members, objectives, spec = engine.front(), engine.objectives, store.load_spec().spec
-    chosen = knee(members, objectives)
-    command = reproduce_command(spec, str(store.spec_path), store.name, chosen.number, chosen.params) if chosen else ""
-    paths = write_report(engine.state, spec, objectives, store.report_path, command=command)
-    volume = hypervolume_of(list(engine.state.records.values()), objectives)
-    try:
-        undelivered = prepared.tracker.flush(TRACKING_FLUSH_SECONDS)
-        if undelivered:
-            raise TrackingError(f"{undelivered} events wait for an answer")
-        prepared.tracker.write_front(
-            members,
-            [o.metric for o in objectives],
-            [TRACKED_KNOBS.get(knob, knob) for knob in spec.space.names_searched()],
-            list(paths.values()),
-            note=f"{recommendation(members, objectives, store.name)}\n\n```bash\n{command}\n```",
-            metrics={
-                **({} if volume is None else {"front/hypervolume": volume, "front/size": len(members)}),
-                **{f"budget/{limit}": value for limit, value in used(spec, engine.state).as_dict().items()},
-            },
-        )
-        prepared.tracker.finish()
-    except TrackingError as error:
-        # All of it is in the ledger and the report; hours of training must not end in an error because of their mirror.
-        print(f"MLflow does not have all of the search: {error}; `paretune resume {store.name}` delivers the rest", file=sys.stderr)
 
 
 def _ui_base(uri: str) -> str:

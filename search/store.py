@@ -48,6 +48,10 @@ class Store:
         """Return where the checkpoints and the final weights of a trial are."""
         return self.root / "trials" / f"{number:04d}"
 
+    def confirmation_path(self, number: int, seed: int) -> Path:
+        """Return where a trial is trained again with another seed; nothing is left there once that is recorded."""
+        return self.root / "confirmations" / f"{number:04d}-{seed}"
+
     @classmethod
     def create(cls, loaded: LoadedSpec) -> Store:
         """Make the directory of a new search and write the resolved spec into it.

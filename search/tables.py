@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from search.calibration import calibrate
+from search.confidence import confirmed, confirmed_as_json
 from search.data_scaling import DataCurve, scaling_as_json
 from search.figures import outcome
 from search.formatting import number_text, short_text
@@ -30,18 +31,21 @@ def write_tables(
         "trials_csv": directory / "trials.csv",
         "calibration_csv": directory / "calibration.csv",
         "scaling_csv": directory / "scaling.csv",
+        "confirmations_csv": directory / "confirmations.csv",
         "json": directory / "front.json",
     }
     _write_csv(paths["front_csv"], members)
     _write_csv(paths["trials_csv"], records)
     _write_calibration(paths["calibration_csv"], records)
     _write_scaling(paths["scaling_csv"], scaling)
+    _write_confirmations(paths["confirmations_csv"], records)
     data = {
         "search": search_name(state, spec),
         "objectives": [{"metric": o.metric, "direction": o.direction, "reference": o.reference} for o in objectives],
         "hypervolume": hypervolume_of(records, objectives),
         "untrained": state.reference,
         "front": [record.to_dict() for record in members],
+        "confirmed": {record.number: confirmed_as_json(record, objectives) for record in records if record.confirmations},
         "scaling": scaling_as_json(scaling),
     }
     paths["json"].write_text(json.dumps(data, indent=2))
@@ -80,6 +84,19 @@ def _write_scaling(path: Path, curves: Sequence[DataCurve]) -> None:
                 if said or number != "":
                     law = (curve.fit.law.kind, said.value, said.low, said.high) if curve.fit and said else ("", "", "", "")
                     writer.writerow([curve.adapter, curve.adapter_rank, number, rows, loss, *law])
+
+
+def _write_confirmations(path: Path, records: Sequence[TrialRecord]) -> None:
+    """Write every further seed of every trial, with what it gave."""
+    rows = [(r, c) for r in records for c in r.confirmations]
+    metrics = [m for m in METRICS if any(m in c.values for _, c in rows)]
+    tested = [m for m in METRICS if any(m in c.test for _, c in rows)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["trial", "seed", "state", *metrics, *(f"test_{m}" for m in tested), "error"])
+        for r, c in rows:
+            values = [c.values.get(m, "") for m in metrics] + [c.test.get(m, "") for m in tested]
+            writer.writerow([r.number, c.seed, c.state.value, *values, f"{c.error['kind']}: {c.error['message']}" if c.error else ""])
 
 
 def search_name(state: SearchState, spec: SearchSpec) -> str:
@@ -123,13 +140,15 @@ def front_table(
     metrics = [*dict.fromkeys([*(o.metric for o in objectives), *others])]
     metrics = [m for m in metrics if any(m in r.values for r in members)]
     tested = [m for m in metrics if any(m in r.test for r in members)]
+    sure = [o.metric for o in objectives if any(confirmed(r, o.metric) for r in members)]
     knobs = spec.space.names_searched()
-    heading = ["trial", *metrics, *(f"test {m}" for m in tested), *knobs]
+    heading = ["trial", *metrics, *(f"test {m}" for m in tested), *(f"confirmed {m}" for m in sure), *knobs]
     rows = [
         [
             str(r.number),
             *(number_text(m, r.values.get(m)) for m in metrics),
             *(number_text(m, r.test.get(m)) for m in tested),
+            *(c.short_text if (c := confirmed(r, m)) is not None else "-" for m in sure),
             *(short_text(r.params.get(k)) for k in knobs),
         ]
         for r in members

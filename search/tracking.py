@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.endpoint import SQLITE, absolute_uri, is_http, problem_with, redacted
-from search.mirror import RECORD_TAG, REFERENCE_TAG, SEARCH_TAG, SPEC_TAG, TRIAL_TAG, FoundRun, Mirror
+from search.ledger import SearchState
+from search.mirror import CONFIRMED_TAG, RECORD_TAG, REFERENCE_TAG, SEARCH_TAG, SPEC_TAG, FoundRun, Mirror
 from search.record import TrialRecord
 from search.saved_view import runs_url
 from search.spool import Event, Spool
@@ -242,8 +243,8 @@ class _MlflowRuns:
         self._client = client
         self.experiment_id = experiment_id
 
-    def find(self, parent_run_id: str, number: int) -> FoundRun | None:
-        mine = f"tags.`mlflow.parentRunId` = '{parent_run_id}' and tags.`{TRIAL_TAG}` = '{number}'"
+    def find(self, parent_run_id: str, tag: str, number: int) -> FoundRun | None:
+        mine = f"tags.`mlflow.parentRunId` = '{parent_run_id}' and tags.`{tag}` = '{number}'"
         for run in self._client.search_runs([self.experiment_id], mine, max_results=1):
             return FoundRun(run_id=run.info.run_id, is_ended=run.info.status in _ENDED)
         return None
@@ -312,14 +313,26 @@ def load_search(uri: str, name: str) -> FoundSearch:
             raise TrackingError(f"no search named '{name}' in {redacted(uri)}; there are: {known}")
         parent = max(named, key=lambda run: run.info.start_time)
         children = list(_search_runs(client, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"))
-    records = [json.loads(run.data.tags[RECORD_TAG]) for run in children if RECORD_TAG in run.data.tags]
+        # Runs below those of the trials, of this search or of another one of its name.
+        confirming = list(
+            _search_runs(client, f"tags.kind = 'confirmation' and tags.`{SEARCH_TAG}` = '{parent.data.tags[SEARCH_TAG]}'")
+        )
+    state = SearchState()
+    trials = {run.info.run_id for run in children}
+    for run in children:
+        if RECORD_TAG in run.data.tags:
+            record = TrialRecord.from_dict(json.loads(run.data.tags[RECORD_TAG]))
+            state.records[record.number] = record
+    for run in confirming:
+        if run.data.tags["mlflow.parentRunId"] in trials and CONFIRMED_TAG in run.data.tags:
+            state.apply(json.loads(run.data.tags[CONFIRMED_TAG]))
     reference = parent.data.tags.get(REFERENCE_TAG)
     return FoundSearch(
         name=parent.data.tags[SEARCH_TAG],
         run_id=parent.info.run_id,
         spec_yaml=parent.data.tags[SPEC_TAG],
         reference=None if reference is None else json.loads(reference),
-        records=tuple(sorted(map(TrialRecord.from_dict, records), key=lambda record: record.number)),
+        records=tuple(sorted(state.records.values(), key=lambda record: record.number)),
     )
 
 

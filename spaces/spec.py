@@ -131,7 +131,7 @@ class DataSpec(_Section):
     evaluation: DataName | None = None
     """Rows that every trial is evaluated on; without it, a part of the training rows is held out."""
     test: DataName | None = None
-    """Rows that the search never sees; members of the front are scored on them at the end."""
+    """Rows that the search never sees; members of the front are scored on them at the end, and `paretune confirm` scores on them."""
     holdout: Annotated[float, Within(gt=0, le=0.5)] = 0.1
     """Share of the training rows that is held out when there is no evaluation file."""
     text: Text | None = None

@@ -70,6 +70,24 @@ def synthetic_events(num_trials: int = 12, *, name: str = "synthetic", seed: int
     return sorted(events, key=lambda event: event["time"])
 
 
+def confirmed_event(
+    number: int, seed: int, *, accuracy: float, seconds: float, test: float | None = None, error: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the event of one further seed of a trial."""
+    values = {} if error else {"accuracy": accuracy, "eval_loss": 1.0, "train_seconds": seconds}
+    return _event(
+        "confirmed",
+        BEGIN + 10_000 + 100 * seed + number,
+        number=number,
+        seed=seed,
+        state="FAIL" if error else "COMPLETE",
+        values=values,
+        test={} if test is None or error else {"accuracy": test, "eval_loss": 1.1},
+        error=error,
+        started_at=BEGIN + 9_990 + 100 * seed + number,
+    )
+
+
 def numbers_on_front(records: list[TrialRecord]) -> set[int]:
     """Return the non-dominated trials of two objectives, the slow way."""
     whole = [r for r in records if r.state == "COMPLETE"]

@@ -327,8 +327,7 @@ def _summary(
 ) -> dict[str, Any]:
     """Count what a user should know before the search: sizes, cuts, duplicates, leaks into evaluation and test."""
     train = tables["train"]
-    known = set(rows["train"])
-    text_of = {row[0] for row in known} if columns.kind == "classification" else known
+    texts = {role: [row[0] if columns.kind == "classification" else row for row in part] for role, part in rows.items()}
     summary: dict[str, Any] = {
         "format": columns.describe(),
         "train_rows": train.num_rows,
@@ -336,13 +335,13 @@ def _summary(
         "train_tokens": int(train.lengths.sum()),
         "length_percentiles": {str(p): int(np.percentile(train.lengths, p)) for p in (50, 90, 99, 100)},
         "truncated_rows": truncated,
-        "duplicate_train_rows": len(rows["train"]) - len(known),
+        "duplicate_train_rows": len(rows["train"]) - len(set(rows["train"])),
         "example": example[:300],
     }
-    for role in ("evaluation", "test"):
+    for role, earlier in (("evaluation", "train"), ("test", "train"), ("test", "evaluation")):
         if role in rows:
-            others = [row[0] if columns.kind == "classification" else row for row in rows[role]]
-            summary[f"{role}_rows_also_in_train"] = sum(other in text_of for other in others)
+            seen = set(texts[earlier])
+            summary[f"{role}_rows_also_in_{earlier}"] = sum(text in seen for text in texts[role])
     if "test" in tables:
         summary["test_rows"] = tables["test"].num_rows
     return summary

@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 import pytest
-from synthetic import HELD_MEMORY, OBJECTIVES, PREDICTED_MEMORY, numbers_on_front, synthetic_events
+from scipy import stats
+from synthetic import HELD_MEMORY, OBJECTIVES, PREDICTED_MEMORY, confirmed_event, numbers_on_front, synthetic_events
 
 from search.data_scaling import DataCurve, SizePoint, data_curves
 from search.figures import (
@@ -51,6 +52,36 @@ def test_the_figure_shows_the_complete_trials_and_counts_the_others() -> None:
     assert first.hover[0] == "trial 0"
     assert "test accuracy 0.71" in first.hover
     assert any(line.startswith("learning_rate = ") for line in first.hover)
+
+
+def test_confirmed_trials_stand_at_their_means_with_students_intervals() -> None:
+    assert front_figure(STATE, KNOBS, OBJECTIVES).confirmed == ()
+    scores, times = (0.70, 0.72, 0.77), (40.0, 42.0, 41.0)
+    events = [
+        confirmed_event(0, seed, accuracy=0.9, seconds=t, test=a)
+        for seed, (a, t) in enumerate(zip(scores, times, strict=True), start=1)
+    ]
+    state = replay([*synthetic_events(24), *events])
+    figure = front_figure(state, KNOBS, OBJECTIVES)
+    (point,) = figure.confirmed
+    for values, drawn in ((scores, point.y), (times, point.x)):
+        low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        assert drawn == pytest.approx((sum(values) / 3, low, high))
+    assert point.searched == (state.records[0].values["train_seconds"], state.records[0].values["accuracy"])
+    assert figure.confirmed_label == "further seeds (test rows): mean, 95% interval"
+    assert (figure.points, figure.steps) == (
+        front_figure(STATE, KNOBS, OBJECTIVES).points,
+        front_figure(STATE, KNOBS, OBJECTIVES).steps,
+    )
+
+
+def test_an_interval_that_reaches_to_nothing_has_a_place_on_a_logarithmic_axis() -> None:
+    events = [confirmed_event(0, seed, accuracy=0.9, seconds=t) for seed, t in ((1, 40.0), (2, 50.0))]
+    (point,) = front_figure(replay([*synthetic_events(24), *events]), KNOBS, OBJECTIVES).confirmed
+    mean, low, high = point.x
+    assert 0 < low < mean < high
+    (once,) = front_figure(replay([*synthetic_events(24), events[0]]), KNOBS, OBJECTIVES).confirmed
+    assert once.x == (40.0, 40.0, 40.0), "one seed has no interval"
 
 
 def test_the_line_is_what_is_reached_at_each_price() -> None:

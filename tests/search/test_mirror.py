@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import DEVICE, HELD_MEMORY, OBJECTIVES, PREDICTED_MEMORY, numbers_on_front, synthetic_events
+from scipy import stats
+from synthetic import DEVICE, HELD_MEMORY, OBJECTIVES, PREDICTED_MEMORY, confirmed_event, numbers_on_front, synthetic_events
 
 from search.ledger import replay
 from search.mirror import MAX_TAG_CHARACTERS, FoundRun, Mirror, record_tag
@@ -17,6 +18,14 @@ from spaces.config import TrialConfig
 EVENTS = synthetic_events(24)
 STATE = replay(EVENTS)
 RECORDS = list(STATE.records.values())
+
+
+LOST = {"kind": "worker_lost", "message": "a worker was killed" * 100}
+CONFIRMED = [
+    confirmed_event(0, 1, accuracy=0.80, seconds=9.0, test=0.70),
+    confirmed_event(0, 2, accuracy=0.84, seconds=9.4, test=0.74),
+    confirmed_event(1, 1, accuracy=0.90, seconds=8.0, error=LOST),
+]
 
 
 class FakeRuns:
@@ -37,9 +46,9 @@ class FakeRuns:
         if self.num_calls == self.fails_at:
             raise ConnectionError("the answer was lost")
 
-    def find(self, parent_run_id: str, number: int) -> FoundRun | None:
+    def find(self, parent_run_id: str, tag: str, number: int) -> FoundRun | None:
         for run_id, run in self.runs.items():
-            if run["tags"].get("paretune.trial") == str(number) and run["tags"]["mlflow.parentRunId"] == parent_run_id:
+            if run["tags"].get(tag) == str(number) and run["tags"]["mlflow.parentRunId"] == parent_run_id:
                 return FoundRun(run_id=run_id, is_ended=run["status"] != "RUNNING")
         return None
 
@@ -175,6 +184,55 @@ def test_a_lost_answer_is_asked_for_again_and_nothing_is_there_twice() -> None:
             except ConnectionError:
                 mirror.deliver(event)
         assert runs.runs == once.runs
+
+
+def test_a_confirmation_is_a_run_below_its_trial_that_nothing_takes_for_one() -> None:
+    runs = mirrored([*EVENTS, *CONFIRMED]).runs
+    own = {name: run for name, run in runs.items() if name.startswith("confirm")}
+    assert sorted(own) == ["confirm-0000-1", "confirm-0000-2", "confirm-0001-1"]
+    first = own["confirm-0000-1"]
+    assert (first["tags"]["mlflow.parentRunId"], first["tags"]["kind"]) == ("trial-0000", "confirmation")
+    assert not {"paretune.trial", "paretune.record", "pareto"} & set(first["tags"])
+    assert (first["params"]["seed"], runs["trial-0000"]["params"]["seed"]) == (1, 0)
+    assert first["params"]["learning_rate"] == RECORDS[0].params["learning_rate"]
+    assert metrics_of(first, "eval/accuracy") == [(0, 0.80)]
+    assert metrics_of(first, "test/accuracy") == [(0, 0.70)]
+    assert [own[name]["status"] for name in sorted(own)] == ["FINISHED", "FINISHED", "FAILED"]
+    assert own["confirm-0001-1"]["tags"]["paretune.error"].startswith("worker_lost: a worker was killed")
+    assert len(json.dumps(own["confirm-0001-1"]["tags"])) < MAX_TAG_CHARACTERS
+    trial = {key: value for key, _, _, value in sorted(runs["trial-0000"]["metrics"])}
+    assert trial["confirmed/test_accuracy"] == pytest.approx(0.72)
+    assert trial["confirmed/test_accuracy_half_width"] == pytest.approx(stats.t.ppf(0.975, 1) * 0.02)
+    assert trial["confirmed/train_seconds"] == pytest.approx(9.2)
+
+
+def test_confirmations_told_again_change_nothing_but_the_seed_that_was_tried_again() -> None:
+    again = confirmed_event(1, 1, accuracy=0.9, seconds=8.0, test=0.8)
+    events = [*EVENTS, *CONFIRMED]
+    once = mirrored(events)
+    assert mirrored(events, mirrored(events)).runs == once.runs
+    retried = mirrored([*events, again]).runs["confirm-0001-1"]
+    assert (retried["status"], retried["tags"]["paretune.error"]) == ("FINISHED", "")
+    for fails_at in range(mirrored(EVENTS).num_calls + 1, once.num_calls + 1):
+        runs = FakeRuns()
+        runs.fails_at = fails_at
+        mirror = Mirror(runs, "synthetic", "parent")
+        for event in events:
+            try:
+                mirror.deliver(event)
+            except ConnectionError:
+                mirror.deliver(event)
+        assert runs.runs == once.runs
+
+
+def test_the_front_in_mlflow_is_that_of_the_trials_alone() -> None:
+    runs = FakeRuns()
+    mirror = Mirror(runs, "synthetic", "parent")
+    for event in [*EVENTS, *CONFIRMED]:
+        mirror.deliver(event)
+    mirror.write_front(front(RECORDS, OBJECTIVES), [], note="", metrics={})
+    assert all("pareto" not in run["tags"] for name, run in runs.runs.items() if name.startswith("confirm"))
+    assert len(json.loads(runs.runs["parent"]["files"]["trials.json"])["data"]) == len(RECORDS)
 
 
 def test_steps_that_are_trained_again_give_no_second_point() -> None:

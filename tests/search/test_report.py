@@ -8,12 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from synthetic import OBJECTIVES, numbers_on_front, synthetic_events
+from synthetic import OBJECTIVES, confirmed_event, numbers_on_front, synthetic_events
 
+from search.advice import caveats, recommendation
 from search.ledger import SearchState, replay
-from search.pareto import front
+from search.pareto import front, knee
 from search.record import TrialRecord, TrialState
-from search.report import caveats, recommendation, write_report
+from search.report import write_report
 from search.scaling import Law
 from spaces.loading import parse_spec
 from spaces.spec import Objective
@@ -76,6 +77,38 @@ def test_the_front_can_be_read_without_javascript(written: dict[str, Path]) -> N
     assert {"trial", "accuracy", "train seconds", "mfu", "test accuracy", "learning rate", "strategy"} <= set(heading)
     assert {int(row[0]) for row in rows} == numbers_on_front(RECORDS)
     assert all(len(row) == len(heading) for row in rows)
+
+
+def test_what_further_seeds_say_stands_in_the_advice_the_table_and_the_figure(tmp_path: Path) -> None:
+    members = front(RECORDS, OBJECTIVES)
+    chosen = knee(members, OBJECTIVES)
+    assert chosen is not None
+    events = [
+        confirmed_event(r.number, seed, accuracy=0.9, seconds=10.0 + seed, test=0.7 + 0.01 * seed)
+        for r in members
+        for seed in (1, 2, 3)
+    ]
+    paths = write_report(replay([*synthetic_events(24), *events]), SPEC, OBJECTIVES, tmp_path, command="paretune")
+    page = paths["html"].read_text(encoding="utf-8")
+    before = page.partition("<script")[0]
+    assert (
+        f"Take trial {chosen.number} of made-up: accuracy 0.720 ± 0.025 (test, 3 seeds) at train_seconds 12.0 ± 2.5 s (3 seeds)"
+        in before
+    )
+    assert f"not told apart from trial {chosen.number} in accuracy (0.720 ± 0.025): trial" in before
+    assert "mean and 95% interval over further seeds, each trained alone, scored on the test rows" in before
+    cells = Cells()
+    cells.feed(before)
+    heading, *rows = cells.rows
+    place = heading.index("confirmed accuracy")
+    assert {row[place] for row in rows} == {"0.720 ± 0.025"}
+    assert '"error_x"' in page.replace("\\", "")
+    assert paths["png"].stat().st_size > 10_000
+    with paths["confirmations_csv"].open() as file:
+        told = [(int(r["trial"]), int(r["seed"]), float(r["test_accuracy"])) for r in csv.DictReader(file)]
+    assert told == sorted((e["number"], e["seed"], e["test"]["accuracy"]) for e in events)
+    known = json.loads(paths["json"].read_text())["confirmed"][str(chosen.number)]["accuracy"]
+    assert (known["mean"], known["num_seeds"], known["split"]) == (pytest.approx(0.72), 3, "test")
 
 
 def test_what_others_wrote_is_text_and_not_markup(written: dict[str, Path]) -> None:
@@ -186,7 +219,7 @@ def test_three_objectives_and_prices_of_zero_can_be_drawn(tmp_path: Path) -> Non
     }
     memory = Objective(metric="peak_memory_bytes", direction="minimize", reference=None)
     paths = write_report(SearchState(records=records), SPEC, (*OBJECTIVES, memory), tmp_path)
-    assert len(paths) == 7
+    assert len(paths) == 8
 
 
 def test_a_noisy_member_is_named() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from synthetic import OBJECTIVES, synthetic_events
+from synthetic import OBJECTIVES, confirmed_event, synthetic_events
 from waiting import wait_for
 
 from search.endpoint import problem_with
@@ -19,7 +19,11 @@ from search.ledger import replay
 from search.pareto import front
 from search.tracking import Tracker, TrackingError, load_search
 
-EVENTS = synthetic_events(8)
+EVENTS = [
+    *synthetic_events(8),
+    *(confirmed_event(0, seed, accuracy=0.8, seconds=9.0 + seed, test=0.7) for seed in (1, 2)),
+    confirmed_event(2, 1, accuracy=0.8, seconds=9.0, error={"kind": "error", "message": "it broke"}),
+]
 STATE = replay(EVENTS)
 RECORDS = list(STATE.records.values())
 SPEC = "model: {}\n"
@@ -81,7 +85,8 @@ def test_mlflow_holds_one_parent_and_one_run_per_trial(tracked: Tracked) -> None
     assert "mlflow.sharedViewState.pareto-synthetic" in experiment.tags
     runs = client.search_runs([experiment.experiment_id])
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    trials = {run.info.run_name: run for run in runs if run is not parent}
+    trials = {run.info.run_name: run for run in runs if run.data.tags["kind"] == "trial"}
+    assert len(runs) == 1 + len(trials) + 3, "beside the search and its trials the confirmations"
     assert sorted(trials) == [f"trial-{n:04d}" for n in sorted(STATE.records)]
     assert parent.info.status == "FINISHED"
     assert len(parent.data.params) == len(PARAMS)

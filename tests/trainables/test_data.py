@@ -94,6 +94,9 @@ def test_leaks_and_duplicates_are_counted(model: ModelSpec, tmp_path: Path) -> N
     summary = data_of(model, train=train, evaluation=test).summary
     assert summary["duplicate_train_rows"] == 1
     assert summary["evaluation_rows_also_in_train"] == 1
+    unseen = write(tmp_path, "u.csv", "text,label\nsun,weather\nsnow,weather\nsnow,weather\nsoup,food\nbread,food\n")
+    summary = data_of(model, train=train, evaluation=test, test=unseen).summary
+    assert (summary["test_rows"], summary["test_rows_also_in_train"], summary["test_rows_also_in_evaluation"]) == (5, 2, 3)
 
 
 BAD = {

@@ -1,0 +1,57 @@
+"""Which trial of a front to take, in words: what it reached, how sure that is, and what speaks against its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from search.confidence import confidence_lines, confirmed, rival_lines
+from search.formatting import number_text
+from search.pareto import cost_objective, knee
+from search.record import TrialRecord
+from spaces.metrics import TRAIN_SECONDS
+from spaces.spec import Objective
+
+
+def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objective], name: str) -> str:
+    """Return in one sentence which trial of the front to take, and what the best of it would cost."""
+    chosen = knee(members, objectives)
+    if chosen is None:
+        return f"Nothing to recommend: no trial of {name} is complete and feasible."
+    price = cost_objective(objectives)
+    quality = next(o for o in objectives if o is not price)
+    sign = -1.0 if quality.direction == "maximize" else 1.0
+    best = min(members, key=lambda r: sign * r.values[quality.metric])
+    text = f"Take trial {chosen.number} of {name}: {_reached(chosen, quality, price)}"
+    if best.number == chosen.number:
+        return f"{text}, the best on the front."
+    text += f", the knee of the {len(members)} on the front; "
+    text += f"the best is trial {best.number}, {_reached(best, quality, price)}"
+    ratio = best.values[price.metric] / chosen.values[price.metric] if chosen.values[price.metric] else 0.0
+    return f"{text}, {ratio:.1f} times the price." if ratio > 1 else f"{text}."
+
+
+def recommendation_lines(members: Sequence[TrialRecord], objectives: Sequence[Objective], name: str) -> list[str]:
+    """Return which trial to take, who may be as good as it, and how sure all of that is."""
+    chosen = knee(members, objectives)
+    rivals = [] if chosen is None else rival_lines(chosen, members, objectives)
+    return [recommendation(members, objectives, name), *rivals, *confidence_lines(members, objectives)]
+
+
+def caveats(members: Sequence[TrialRecord]) -> list[str]:
+    """Return one line for every member whose times are not to be trusted, or are not of a training of its own."""
+    noisy = [
+        (r, "train it again before you trust its" if confirmed(r, TRAIN_SECONDS) is None else "trust its confirmed") for r in members
+    ]
+    lines = [f"trial {r.number} is noisy: {r.noise}; {what} times" for r, what in noisy if r.noise]
+    return lines + [f"trial {r.number} is {r.why_not_trained}" for r in members if r.source is not None]
+
+
+def _reached(record: TrialRecord, quality: Objective, price: Objective) -> str:
+    texts = []
+    for metric in (quality.metric, price.metric):
+        known = confirmed(record, metric)
+        text = f"{metric} {number_text(metric, record.values[metric])}" if known is None else f"{metric} {known.text}"
+        if known is None and metric in record.test:
+            text += f" ({number_text(metric, record.test[metric])} on the test file)"
+        texts.append(text)
+    return " at ".join(texts)
