@@ -1,4 +1,4 @@
-"""Quantised linear layers of a frozen base, through bitsandbytes: the same layers, weights and results as transformers' loading gives."""
+"""Quantised linear layers of a frozen base, through bitsandbytes: layers, weights and results are those of transformers' loading."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from spaces.config import Quantization
 
-# On some CPUs it says at its import, in every worker, that a kernel which we do not use is not installed; and in every evaluation that
-# int8 goes through fp16.
+# On some CPUs it says at its import, in every worker, that a kernel is not installed which we do not use, and in every evaluation
+# that int8 goes through fp16.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-import bitsandbytes as bnb  # noqa: E402  # after its logger was told
+from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit  # noqa: E402  # after its logger was told
+from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit  # noqa: E402
 
 # Values of an nf4 weight that share a scale, and the activations that int8 leaves to fp16: what transformers' configuration has.
 BLOCK_SIZE, OUTLIER_THRESHOLD = 64, 6.0
@@ -53,7 +54,7 @@ def pack_linears(
         return {}
     new = {name.rpartition(".")[0] for name in new_parameters}
     linears = {name: linear for name, linear in _linears(module) if name not in new and not is_head(name)}
-    return {name: _pack(_weight(linear).to(device, dtype), method) for name, linear in linears.items()}
+    return {name: _pack(_weight(linear).to(device, dtype).contiguous(), method) for name, linear in linears.items()}
 
 
 def quantize(module: nn.Module, packed: Mapping[str, Packed], dtype: torch.dtype) -> None:
@@ -65,15 +66,16 @@ def quantize(module: nn.Module, packed: Mapping[str, Packed], dtype: torch.dtype
         dtype: what nf4 computes in.
     """
     for name, weight in packed.items():
-        linear = module.get_submodule(name)
+        linear: Any = module.get_submodule(name)
         num_outputs, num_inputs = _weight(linear).shape
         # On `meta`: the weights that a layer makes for itself are thrown away.
         with torch.device("meta"):
-            layer: nn.Module
+            layer: Nf4Linear | Int8Linear
+            sizes = (num_inputs, num_outputs, linear.bias is not None)
             if weight.state is not None:
-                layer = Nf4Linear(num_inputs, num_outputs, linear.bias is not None, dtype, compress_statistics=False, quant_type="nf4")
+                layer = Nf4Linear(*sizes, compute_dtype=dtype, compress_statistics=False, quant_type="nf4")
             else:
-                layer = Int8Linear(num_inputs, num_outputs, linear.bias is not None, False, OUTLIER_THRESHOLD)
+                layer = Int8Linear(*sizes, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD)
         layer.hold(weight)
         layer.bias = linear.bias
         module.set_submodule(name, layer)
@@ -83,12 +85,12 @@ def quantize(module: nn.Module, packed: Mapping[str, Packed], dtype: torch.dtype
         setattr(module, "is_loaded_in_4bit" if is_nf4 else "is_loaded_in_8bit", True)
 
 
-class Nf4Linear(bnb.nn.Linear4bit):
+class Nf4Linear(Linear4bit):
     """A frozen linear layer in nf4."""
 
     def hold(self, packed: Packed) -> None:
         """Take a weight."""
-        self.weight = bnb.nn.Params4bit(
+        self.weight = Params4bit(
             packed.weight,
             requires_grad=False,
             quant_state=packed.state,
@@ -108,20 +110,26 @@ class Nf4Linear(bnb.nn.Linear4bit):
         """Return x W' + b."""
         return quantized_product(x, self)
 
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """Let bitsandbytes multiply."""
+        return super().forward(x)
 
-class Int8Linear(bnb.nn.Linear8bitLt):
+
+class Int8Linear(Linear8bitLt):
     """A frozen linear layer in int8."""
 
     def hold(self, packed: Packed) -> None:
         """Take a weight."""
-        self.weight = bnb.nn.Int8Params(
-            packed.weight, requires_grad=False, has_fp16_weights=False, CB=packed.weight, SCB=packed.scales
-        )
+        self.weight = Int8Params(packed.weight, requires_grad=False, has_fp16_weights=False, CB=packed.weight, SCB=packed.scales)
         self.register_buffer("scales", packed.scales, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W' + b."""
-        result = quantized_product(x, self)
+        return quantized_product(x, self)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """Let bitsandbytes multiply, and keep nothing for the backward pass."""
+        result = super().forward(x)
         if result.grad_fn is not None:
             # bitsandbytes keeps the input for the gradient of a weight that has none, and past all hooks: recomputation would save
             # nothing.
@@ -134,7 +142,7 @@ def quantized_product(x: torch.Tensor, layer: Nf4Linear | Int8Linear) -> torch.T
     """Return the layer's result: a function of its own, because that is what `trainables.meter` sees."""
     if has_torch_function_unary(x):
         return handle_torch_function(quantized_product, (x,), x, layer)
-    return super(type(layer), layer).forward(x)
+    return layer.multiply(x)
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -148,12 +156,12 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _weight(linear: Any) -> torch.Tensor:
     """Return the weight as (outputs, inputs); GPT-2 holds it the other way."""
     weight: torch.Tensor = linear.weight.detach()
-    return weight.T.contiguous() if isinstance(linear, Conv1D) else weight
+    return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def _pack(weight: torch.Tensor, method: Quantization) -> Packed:
     if method == "nf4":
-        data, state = bnb.functional.quantize_4bit(weight, blocksize=BLOCK_SIZE, compress_statistics=False, quant_type="nf4")
+        data, state = quantize_4bit(weight, blocksize=BLOCK_SIZE, compress_statistics=False, quant_type="nf4")
         return Packed(weight=data, scales=state.absmax, state=state)
-    data, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
+    data, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
     return Packed(weight=data, scales=scales)
