@@ -61,7 +61,9 @@ def data_curves(records: Iterable[TrialRecord]) -> list[DataCurve]:
         sized = _sized(record)
         if sized is not None:
             recipe = (record.config or {})["recipe"]
-            groups.setdefault(recipe["adapter"], {}).setdefault(recipe["adapter_rank"], []).append(sized)
+            quantization = recipe.get("quantization", "none")  # of a search before there was one
+            adapter = recipe["adapter"] if quantization == "none" else f"{quantization} {recipe['adapter']}"
+            groups.setdefault(adapter, {}).setdefault(recipe["adapter_rank"], []).append(sized)
     curves = []
     for adapter, ranks in sorted(groups.items()):
         # Ranks are no labels but numbers; None comes alone.

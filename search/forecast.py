@@ -67,7 +67,7 @@ class Forecaster:
         space = self.spec.space
         tokens = self._tokens(max(space.dataset_fraction.ends()), max(space.epochs.ends()))
         seconds = tokens / best["step"]["tokens_per_second"]
-        shown = ("adapter", "world_size", "strategy", "global_batch_size", "micro_batch_size", "recomputation")
+        shown = ("adapter", "quantization", "world_size", "strategy", "global_batch_size", "micro_batch_size", "recomputation")
         result["run"] = {**{k: best[k] for k in shown}, **self._cost(seconds / 3600, best["world_size"])}
         mean = self._mean_device_hours()
         if mean is not None:

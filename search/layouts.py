@@ -15,7 +15,7 @@ from spaces.constraints import Limits
 from spaces.spec import SearchSpec
 
 # What of a recipe changes the time of a step; what it learns with (rate, decay, alpha, seed) does not.
-TIMED_KNOBS = ("global_batch_size", "precision", "adapter", "adapter_rank", "adapter_target_modules")
+TIMED_KNOBS = ("global_batch_size", "precision", "adapter", "adapter_rank", "adapter_target_modules", "quantization")
 
 
 class Forecaster(Protocol):

@@ -26,6 +26,7 @@ from trainables.formats import DataError, read_rows
 CHARACTERS_PER_TOKEN = 4
 KNOB_COLUMNS = (
     "adapter",
+    "quantization",
     "precision",
     "world_size",
     "strategy",
@@ -139,6 +140,7 @@ def layout_rows(
         rows.append(
             {
                 "adapter": config.recipe.adapter,
+                "quantization": config.recipe.quantization,
                 "precision": config.recipe.precision,
                 "world_size": config.layout.world_size,
                 "strategy": config.layout.strategy,

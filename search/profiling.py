@@ -24,7 +24,17 @@ from trainables.job import Job
 
 # What else a machine does comes and goes: each layout is measured again when all others were.
 NUM_ROUNDS = 2
-COLUMNS = ("adapter", "adapter_rank", "precision", "world_size", "strategy", "global_batch_size", "micro_batch_size", "recomputation")
+COLUMNS = (
+    "adapter",
+    "adapter_rank",
+    "quantization",
+    "precision",
+    "world_size",
+    "strategy",
+    "global_batch_size",
+    "micro_batch_size",
+    "recomputation",
+)
 
 
 def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe, TrialConfig
+from spaces.quantization import is_quantized
 
 FP32_BYTES, BF16_BYTES, INT64_BYTES = 4, 2, 8
 
@@ -164,7 +165,17 @@ class Activations:
         # What PEFT has multiplied out has a gradient as large, before that becomes those of the factors.
         last = self.plan.feed_forward_out[0]
         merged = last.num_params if self._has_experts and is_wrapped(last, self.recipe) else 0
-        return self.num_tokens * inside + self.width.products * merged
+        return max(self.num_tokens * inside + self.width.products * merged, self._while_spread_out(gradient))
+
+    def _while_spread_out(self, gradient: int) -> int:
+        """Return what is held beside in the last product of a block whose weight is quantised: that weight in full, and in the
+        backward pass, of the inner width, the gradient of its input.
+        """
+        last = self.plan.feed_forward_out[0]
+        if not is_quantized(last, self.recipe):
+            return 0
+        inside = self.width.products * last.num_inputs + gradient
+        return self.num_tokens * inside + self.width.products * last.num_inputs * last.num_outputs
 
     @property
     def _has_experts(self) -> bool:

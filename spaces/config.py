@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 Adapter = Literal["none", "lora"]
 Precision = Literal["fp32", "bf16"]
+Quantization = Literal["none", "nf4", "int8"]
 Strategy = Literal["ddp", "fsdp"]
 Recomputation = Literal["none", "full"]
 
@@ -42,6 +43,8 @@ class Recipe:
     adapter_alpha: float | None = None
     adapter_target_modules: tuple[str, ...] | None = None
     """Module name suffixes that LoRA wraps; `("all-linear",)` for every linear layer but the head."""
+    quantization: Quantization = "none"
+    """How the linear layers of a frozen base are held; always `none` without an adapter."""
 
     def key(self) -> str:
         """Return a short, stable fingerprint of the recipe: 12 hexadecimal digits."""
@@ -106,6 +109,7 @@ class TrialConfig:
             adapter_rank=int(params["lora_rank"]) if lora else None,
             adapter_alpha=float(params["lora_alpha"]) if lora else None,
             adapter_target_modules=tuple(t.strip() for t in targets.split(",")) if lora else None,
+            quantization=params.get("quantization", "none") if lora else "none",
         )
         micro = params["micro_batch_size"]
         world_size = int(params["world_size"])

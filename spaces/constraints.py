@@ -46,6 +46,12 @@ def adapter_rank_within_width(config: TrialConfig, limits: Limits) -> float:
     return config.recipe.adapter_rank - limits.hidden_size
 
 
+def quantized_base_whole(config: TrialConfig, limits: Limits) -> float:
+    """1 where a quantised base would be spread over ranks: FSDP2 casts and splits what it shards, and so loses its scales."""
+    is_spread = config.layout.strategy != "ddp" and config.layout.world_size > 1
+    return float(config.recipe.quantization != "none" and is_spread)
+
+
 def memory_within_device(config: TrialConfig, limits: Limits) -> float:
     """Bytes that a rank lacks at its peak; 0 for a family without formulas, where only running it tells."""
     predicted = predicted_memory(config, limits)
@@ -62,7 +68,13 @@ def predicted_memory(config: TrialConfig, limits: Limits) -> RankMemory | None:
     return rank_memory(limits.plan, config, limits.max_length, most)
 
 
-CONSTRAINTS = (global_batch_divisible, world_size_within_cluster, adapter_rank_within_width, memory_within_device)
+CONSTRAINTS = (
+    global_batch_divisible,
+    world_size_within_cluster,
+    adapter_rank_within_width,
+    quantized_base_whole,
+    memory_within_device,
+)
 
 
 def reason(name: str, config: TrialConfig, limits: Limits) -> str:
@@ -73,6 +85,7 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         f"{layout.world_size} ranks of {layout.micro_batch_size}",
         world_size_within_cluster.__name__: f"needs {layout.world_size} workers, and there are {limits.num_workers}",
         adapter_rank_within_width.__name__: f"rank {recipe.adapter_rank} exceeds the model's width of {limits.hidden_size}",
+        quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
         memory_within_device.__name__: f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
     }
     return words[name]

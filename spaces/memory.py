@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from spaces.activations import FP32_BYTES, Activations, adapter_params, widths
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe, TrialConfig
+from spaces.quantization import frozen_bytes
 
 # Scores of the cross entropy, the gradient of the picked one, and that of all; in fp32 whatever the model computes in.
 LOGITS_COPIES = 3
@@ -81,10 +82,11 @@ def rank_memory(plan: Blueprint, config: TrialConfig, length: int, num_targets: 
         num_targets=targets,
         recomputes=recomputes,
     )
-    trained, frozen = num_trained(plan, recipe), _num_frozen(plan, recipe)
+    trained = num_trained(plan, recipe)
+    frozen = 0 if recipe.adapter == "none" else frozen_bytes(plan, recipe, step.width.frozen)
     shards = config.layout.world_size if config.layout.is_sharded else 1
     state = RankMemory(
-        weights_bytes=(FP32_BYTES * trained + step.width.frozen * frozen) // shards,
+        weights_bytes=(FP32_BYTES * trained + frozen) // shards,
         optimizer_bytes=FP32_BYTES * ADAMW_STATES * trained // shards,
         # DDP's buckets are a second copy of all gradients, made before the first step.
         communication_bytes=FP32_BYTES * trained if shards == 1 and config.layout.world_size > 1 else 0,

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from spaces.config import Adapter, Precision, Recomputation, Strategy
+from spaces.config import Adapter, Precision, Quantization, Recomputation, Strategy
 from spaces.domains import Choice, Domain, Fixed, IntRange, LogUniform, Profile, Suggester, Uniform, Within
 from spaces.forms import (
     ByAdapter,
@@ -46,6 +46,8 @@ WholeEpochs = Annotated[int, Within(ge=1, le=1000)]
 Alpha = Annotated[float, Within(gt=0, le=100_000)]
 WeightDecay = Annotated[float, Within(ge=0, le=100)]
 
+# What says nothing without LoRA.
+LORA_KNOBS = ("lora_rank", "lora_alpha", "lora_target_modules", "quantization")
 LAYOUT_KNOBS = ("world_size", "strategy", "micro_batch_size", "recomputation")
 # What `profile` alone stands for.
 EVERY: dict[str, list[Any]] = {
@@ -109,6 +111,9 @@ class SpaceSpec(BaseModel):
     """LoRA's scale is alpha / rank; only with `adapter: lora`."""
     lora_target_modules: NameDomain[ModuleNames] = Fixed[ModuleNames]("all-linear")
     """Module name suffixes that LoRA wraps, with commas between; only with `adapter: lora`."""
+    quantization: NameDomain[Quantization] = Fixed[Quantization]("none")
+    """How the blocks' frozen linear layers are held: `nf4` in 4.5 bits a weight (QLoRA), `int8` in 8 (LLM.int8()), `none` in the
+    precision; only with `adapter: lora`."""
     warmup_fraction: FloatDomain[WarmupFraction] = Fixed[WarmupFraction](0.1)
     """Share of the optimizer steps in which the learning rate rises."""
     weight_decay: FloatDomain[WeightDecay] = Fixed[WeightDecay](0.0)
@@ -209,12 +214,14 @@ class SpaceSpec(BaseModel):
         On one rank the strategies are the same, and one of them stands for all.
         """
         strategies = self.strategy.ends()
-        knobs = ("adapter", "precision", "global_batch_size", "micro_batch_size", "recomputation")
+        knobs = ("adapter", "quantization", "precision", "global_batch_size", "micro_batch_size", "recomputation")
         for world_size, strategy in self.layouts():
             if world_size == 1 and strategy != strategies[0]:
                 continue
             for values in itertools.product(*(getattr(self, knob).ends() for knob in knobs)):
-                yield self.first(world_size=world_size, strategy=strategy, **dict(zip(knobs, values, strict=True)))
+                adapter, quantization, *_ = values
+                if adapter == "lora" or quantization == self.quantization.ends()[0]:
+                    yield self.first(world_size=world_size, strategy=strategy, **dict(zip(knobs, values, strict=True)))
 
     def layouts(self) -> list[tuple[int, str]]:
         """Return every combination of world size and strategy."""
@@ -248,7 +255,7 @@ class SpaceSpec(BaseModel):
         return [f"space.{knob}={params[knob]}" for knob in type(self).model_fields if knob in params]
 
     def _is_searched(self, knob: str) -> bool:
-        if knob.startswith("lora_") and "lora" not in self.adapter.ends():
+        if knob in LORA_KNOBS and "lora" not in self.adapter.ends():
             return False
         domain = getattr(self, knob)
         if isinstance(domain, ByAdapter):
@@ -262,7 +269,7 @@ class SpaceSpec(BaseModel):
         `params` may be filled while iterating: the adapter comes first, and all conditions are on it.
         """
         for knob in type(self).model_fields:
-            if knob.startswith("lora_") and params["adapter"] != "lora":
+            if knob in LORA_KNOBS and params["adapter"] != "lora":
                 continue
             domain = getattr(self, knob)
             if isinstance(domain, ByAdapter):

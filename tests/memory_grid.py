@@ -36,6 +36,7 @@ class Case:
     num_micro_batches: int = 1
     precision: str = "fp32"
     recomputation: str = "none"
+    quantization: str = "none"
     changes: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -57,6 +58,7 @@ class Case:
             adapter_rank=8 if targets else None,
             adapter_alpha=16.0 if targets else None,
             adapter_target_modules=targets,
+            quantization=self.quantization,  # type: ignore[arg-type]
         )
         layout = Layout(
             world_size=world_size,
@@ -117,6 +119,16 @@ ACCUMULATED = [
     for c in ("none", "full")
 ]
 ALONE += ACCUMULATED
+QUANTIZED = [
+    Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation=c, quantization=q)
+    for f in ("llama", "qwen3", "gemma", "gpt2", "bert")
+    for q in ("nf4", "int8")
+    for p in PRECISIONS
+    for a in ("all-linear", "some")
+    for c in ("none", "full")
+    for r, n in ((2, 16), (8, 32), (16, 48))
+]
+ALONE += QUANTIZED
 SHARDED = [
     Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation=c, changes=v)
     for f in DISTINCT

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import difflib
 
-from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 
 from spaces.config import Recipe
+from trainables.quantize import is_head
 from trainables.report import TrialError
 
+# isort: split
+# After `trainables.quantize`, which tells the logger of bitsandbytes: PEFT imports that.
+from peft import LoraConfig, TaskType, get_peft_model
+
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
-
-
-# What PEFT trains whole beside an adapter on a classifier, by the end of the module's name.
-HEADS = ("classifier", "score")
 
 
 def add_lora(module: nn.Module, recipe: Recipe, task: str, new_parameters: tuple[str, ...]) -> nn.Module:
@@ -34,7 +34,7 @@ def add_lora(module: nn.Module, recipe: Recipe, task: str, new_parameters: tuple
     targets = recipe.adapter_target_modules or ()
     _check_targets(module, targets)
     new = {name.rpartition(".")[0] for name in new_parameters}
-    heads = {name for name, _ in module.named_modules() if any(part.endswith(HEADS) for part in name.split("."))}
+    heads = {name for name, _ in module.named_modules() if is_head(name)}
     config = LoraConfig(
         task_type=TASK_TYPES[task],
         r=recipe.adapter_rank or 0,

@@ -61,7 +61,7 @@ def cache_directory() -> Path:
 
 def package_versions() -> dict[str, str]:
     """Return the versions that the numbers and the speed of a trial depend on."""
-    return {name: version(name) for name in ("torch", "transformers", "peft")} | {"python": platform.python_version()}
+    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")} | {"python": platform.python_version()}
 
 
 def copied_bytes_per_second() -> float:

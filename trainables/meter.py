@@ -23,6 +23,7 @@ from trainables.batching import Batch, StepSizes
 from trainables.device import device_peak, package_versions
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
+from trainables.quantize import quantized_product
 from trainables.step_time import fit, fit_steady, steady_steps
 
 STEP_PARTS = tuple(metrics.PART_SECONDS)
@@ -210,6 +211,8 @@ class CountingPass(TorchFunctionMode):
         result = func(*args, **named)
         if func is functional.linear:
             self._note(args[0], args[1] if len(args) > 1 else named["weight"])
+        elif func is quantized_product:
+            self._note_product(args[0], args[1].in_features * args[1].out_features)
         elif func is torch.addmm:
             self._note(args[1], args[2])
         elif func is functional.scaled_dot_product_attention:
@@ -219,17 +222,21 @@ class CountingPass(TorchFunctionMode):
         return result
 
     def _note(self, x: torch.Tensor, weight: torch.Tensor, num_experts: int = 1) -> None:
+        # An expert is a slice of a parameter; it may see as many tokens as there are targets.
+        is_whole, num_weights = isinstance(weight, torch.nn.Parameter), weight.numel() // num_experts
+        self._note_product(x, num_weights, weight_needs_grad=weight.requires_grad, is_whole=is_whole)
+
+    def _note_product(self, x: torch.Tensor, num_weights: int, *, weight_needs_grad: bool = False, is_whole: bool = True) -> None:
         positions = x.numel() // x.shape[-1]
-        # With one token per row the two are the same number, and the same FLOPs. An expert is a slice of a parameter; it may
-        # see as many tokens as there are targets.
-        is_elsewhere = positions != self._num_positions and isinstance(weight, torch.nn.Parameter)
+        # With one token per row the two are the same number, and the same FLOPs.
+        is_elsewhere = positions != self._num_positions and is_whole
         per_target = is_elsewhere and positions in self._num_targets
         self.linears.append(
             LinearUse(
-                num_weights=weight.numel() // num_experts,
+                num_weights=num_weights,
                 per="target" if per_target else "token",
                 input_needs_grad=x.requires_grad,
-                weight_needs_grad=weight.requires_grad,
+                weight_needs_grad=weight_needs_grad,
                 share=1.0 if per_target else positions / self._num_positions,
             )
         )

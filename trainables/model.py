@@ -14,11 +14,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from spaces.architecture import ModelShape
-from spaces.config import TrialConfig
+from spaces.config import Quantization, TrialConfig
 from trainables.adapters import add_lora
 from trainables.mesh import World
 from trainables.meter import StepTimer
 from trainables.parallelize import parallelize
+from trainables.quantize import Packed, pack_linears, quantize
 
 CLASSES = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 
@@ -36,6 +37,8 @@ class BaseModel:
     shape: ModelShape
     _held: dict[tuple[torch.dtype, torch.device], dict[int, torch.Tensor]] = field(default_factory=dict)
     """Weights that trials leave frozen, where and as they compute, by the address of the base's own."""
+    _packed: dict[tuple[Quantization, torch.dtype, torch.device], dict[str, Packed]] = field(default_factory=dict)
+    """Quantised weights, by the module's name."""
 
     @staticmethod
     @cache
@@ -80,17 +83,28 @@ class BaseModel:
             memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in own.values()}
         else:
             self._held.clear()  # memory that this trial may need
+            self._packed.clear()
         return copy.deepcopy(self.module, memo)
+
+    def quantize(self, module: nn.Module, method: Quantization, dtype: torch.dtype, device: torch.device) -> None:
+        """Quantise the linear layers of a frozen copy, once for all trials; one method on one device is kept at a time."""
+        if (method, dtype, device) not in self._packed:
+            self._held.clear()
+            self._packed.clear()
+            self._packed[method, dtype, device] = pack_linears(self.module, method, dtype, device, self.new_parameters)
+        quantize(module, self._packed[method, dtype, device], dtype)
 
     def hold_frozen(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """Put what does not train where it computes, once for all trials; one number format on one device is kept at a time."""
         if (dtype, device) not in self._held:
             self._held.clear()
-            own = {p.data_ptr(): p.detach() for p in self.module.parameters()}
+            frozen = {p.data_ptr() for p in module.parameters() if not p.requires_grad}
+            # Without what is quantised.
+            own = {p.data_ptr(): p.detach() for p in self.module.parameters() if p.data_ptr() in frozen}
             self._held[dtype, device] = {pointer: weights.to(device, dtype) for pointer, weights in own.items()}
         held = self._held[dtype, device]
         for parameter in module.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = held[parameter.data_ptr()] if parameter.data_ptr() in held else parameter.data.to(device, dtype)
 
 
@@ -112,14 +126,17 @@ def build(
     recipe = config.recipe
     # FSDP2 moves what it shards block by block: a whole model may not fit the device.
     device = torch.device("cpu") if config.layout.is_sharded else world.device
+    # Products of a bf16 recipe are in bf16 anyway, and an fp32 copy beside would be most of the memory.
+    frozen = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     module = base.copy(is_frozen=recipe.adapter != "none")
+    if recipe.adapter == "lora":
+        base.quantize(module, recipe.quantization, frozen, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         _initialise(module, base.new_parameters)
         if recipe.adapter == "lora":
             module = add_lora(module, recipe, base.task, base.new_parameters)
-            # Products of a bf16 recipe are in bf16 anyway, and an fp32 copy beside would be most of the memory.
-            base.hold_frozen(module, torch.bfloat16 if recipe.precision == "bf16" else torch.float32, device)
+            base.hold_frozen(module, frozen, device)
     return parallelize(module.to(device), config, world, recompute_context, timer)
 
 

@@ -28,6 +28,9 @@ from trainables.tokenization import IGNORE, Encoded
 
 RELATIVE, STEPS = 2e-4, 12
 TASKS = ("causal-lm", "sequence-classification")
+# LoRA on a base in fp32, and on quantised ones, which are not sharded.
+QUANTIZED = ("nf4", "int8")
+LORA = ("lora", *QUANTIZED)
 
 
 def make_base(directory: Path, task: str) -> str:
@@ -87,8 +90,9 @@ def config(
     recomputation: str = "none",
 ) -> TrialConfig:
     lora: dict[str, Any] = {}
-    if adapter == "lora":
+    if adapter in LORA:
         lora = {"adapter_rank": 4, "adapter_alpha": 8.0, "adapter_target_modules": ("all-linear",)}
+        lora["quantization"] = "none" if adapter == "lora" else adapter
     recipe = Recipe(
         learning_rate=5e-3,
         global_batch_size=8,
@@ -98,7 +102,7 @@ def config(
         weight_decay=0.01,
         precision=precision,
         seed=3,
-        adapter=adapter,
+        adapter="lora" if lora else "none",
         **lora,
     )
     layout = Layout(world_size=world_size, strategy=strategy, micro_batch_size=micro, recomputation=recomputation)
@@ -133,8 +137,9 @@ def all_layouts(world: World, names: dict[str, str]) -> dict[tuple[str, ...], An
             world, names[task], task, config(adapter, world.world_size, layout[0], layout[1], recomputation=layout[2])
         )
         for task in TASKS
-        for adapter in ("none", "lora")
+        for adapter in ("none", *LORA)
         for layout in layouts
+        if not (adapter in QUANTIZED and layout[0] == "fsdp")
     }
 
 
@@ -149,7 +154,7 @@ def two_ranks(names: dict[str, str]) -> list[dict[tuple[str, ...], Any]]:
     return distributed.run(2, all_layouts, names)
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("adapter", ["none", *LORA])
 @pytest.mark.parametrize("task", TASKS)
 def test_every_layout_has_the_loss_curve_of_one_process(
     names: dict[str, str], two_ranks: list[dict[tuple[str, ...], Any]], task: str, adapter: str
@@ -167,15 +172,16 @@ def test_every_layout_has_the_loss_curve_of_one_process(
 
 
 def repeated(world: World, name: str) -> list[tuple[list[float], dict[str, float]]]:
-    trials = [config("lora", world.world_size, strategy, 4) for strategy in ("ddp", "fsdp")] * 2
-    return [losses(world, name, "causal-lm", trial) for trial in trials]
+    kinds = [("lora", "ddp"), ("lora", "fsdp"), ("nf4", "ddp"), ("int8", "ddp")]
+    return [losses(world, name, "causal-lm", config(adapter, world.world_size, strategy, 4)) for adapter, strategy in kinds * 2]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_same_recipe_and_layout_give_the_same_trial_bit_for_bit(names: dict[str, str], world_size: int) -> None:
     name = names["causal-lm"]
-    for first, second, *again in distributed.run(2, repeated, name) if world_size == 2 else [repeated(World.alone(), name)]:
-        for (curve, scores), (curve_again, scores_again) in zip((first, second), again, strict=True):
+    for trials in distributed.run(2, repeated, name) if world_size == 2 else [repeated(World.alone(), name)]:
+        half = len(trials) // 2
+        for (curve, scores), (curve_again, scores_again) in zip(trials[:half], trials[half:], strict=True):
             assert curve == curve_again
             assert scores["eval_loss"] == scores_again["eval_loss"]
 
@@ -245,32 +251,35 @@ def test_evaluation_is_the_mean_over_tokens_one_by_one(names: dict[str, str]) ->
     assert scores["accuracy"] == pytest.approx(right / count)
 
 
-def interrupted(world: World, name: str, directory: str) -> dict[str, tuple[list[float], list[float]]]:
-    """Stop after a checkpoint in the middle and go on; return the undisturbed and the resumed curve by strategy."""
+INTERRUPTED = {"ddp": ("none", "ddp"), "fsdp": ("none", "fsdp"), "nf4": ("nf4", "ddp"), "int8": ("int8", "ddp")}
+
+
+def interrupted(world: World, model: str, directory: str) -> dict[str, tuple[list[float], list[float]]]:
+    """Stop after a checkpoint in the middle and go on; return the undisturbed and the resumed curve by what is trained."""
     data = make_data("causal-lm")
-    base = BaseModel.load(name, None, "causal-lm", ())
+    base = BaseModel.load(model, None, "causal-lm", ())
     curves = {}
-    for strategy in ("ddp", "fsdp"):
-        trial = config("none", world.world_size, strategy, micro=4)
-        undisturbed = CheckpointStore(Path(directory) / strategy / "undisturbed")
+    for name, (adapter, strategy) in INTERRUPTED.items():
+        trial = config(adapter, world.world_size, strategy, micro=4)
+        undisturbed = CheckpointStore(Path(directory) / name / "undisturbed")
         whole = list(train(trial, data, base, world, control=go_on, checkpoints=undisturbed))
         commands = iter([Command.CONTINUE] * 6 + [Command.SAVE, Command.CONTINUE, Command.STOP])
-        store = CheckpointStore(Path(directory) / strategy / "cut")
+        store = CheckpointStore(Path(directory) / name / "cut")
         cut = list(train(trial, data, base, world, control=lambda c=commands: next(c), checkpoints=store))
         assert not any(report.final for report in cut)
         rest = list(train(trial, data, base, world, control=go_on, checkpoints=store))
-        curves[strategy] = (whole[-1].details["train_losses"], rest[-1].details["train_losses"])
+        curves[name] = (whole[-1].details["train_losses"], rest[-1].details["train_losses"])
     return curves
 
 
 def test_a_resumed_trial_ends_with_the_very_weights_of_an_undisturbed_one(names: dict[str, str], tmp_path: Path) -> None:
     for curves in distributed.run(2, interrupted, names["causal-lm"], str(tmp_path)):
-        for strategy, (whole, resumed) in curves.items():
-            assert resumed == whole, strategy  # bit for bit
-    for strategy in ("ddp", "fsdp"):
-        a, b = (read_checkpoint(tmp_path / strategy / part / "final").weights for part in ("undisturbed", "cut"))
+        for name, (whole, resumed) in curves.items():
+            assert resumed == whole, name  # bit for bit
+    for name in INTERRUPTED:
+        a, b = (read_checkpoint(tmp_path / name / part / "final").weights for part in ("undisturbed", "cut"))
         assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a), strategy
+        assert all(torch.equal(a[key], b[key]) for key in a), name
 
     # A checkpoint of two shards goes on in one process: it holds whole tensors.
     steps = sorted((tmp_path / "fsdp" / "undisturbed").glob("step-*"))

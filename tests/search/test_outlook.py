@@ -100,6 +100,8 @@ def test_whatever_changes_the_time_of_a_step_is_another_profile(tmp_path: Path) 
         {"global_batch_size": 32},
         {"recomputation": "full"},
         {"precision": "bf16"},
+        {"quantization": "nf4"},
+        {"quantization": "int8"},
     ):
         assert cache.get(outlook(cache).key(config(**other))) is None, other
     for device in ({"name": "another"}, {"threads": 2}, {"versions": {"torch": "2.14.0"}}):

@@ -62,7 +62,9 @@ def shape(name: str) -> Blueprint:
     return blueprint({**PUBLIC[name][0], "tie_word_embeddings": False}, "causal-lm")
 
 
-def config(adapter: str, world_size: int, strategy: str = "ddp", recomputation: str = "none") -> TrialConfig:
+def config(
+    adapter: str, world_size: int, strategy: str = "ddp", recomputation: str = "none", quantization: str = "none"
+) -> TrialConfig:
     lora: dict[str, Any] = {"adapter_rank": 16, "adapter_alpha": 32.0, "adapter_target_modules": ("all-linear",)}
     recipe = Recipe(
         learning_rate=1e-4,
@@ -74,6 +76,7 @@ def config(adapter: str, world_size: int, strategy: str = "ddp", recomputation: 
         precision="bf16",
         seed=0,
         adapter=adapter,  # type: ignore[arg-type]
+        quantization=quantization,  # type: ignore[arg-type]
         **(lora if adapter == "lora" else {}),
     )
     layout = Layout(world_size=world_size, strategy=strategy, micro_batch_size=1, recomputation=recomputation)  # type: ignore[arg-type]
@@ -110,6 +113,8 @@ def test_published_rows_are_predicted_within_a_fifth(name: str, trial: TrialConf
     [
         ("Llama-3 8B", config("none", 1), False),  # 16 bytes a parameter are 128 GB
         ("Llama-3 70B", config("lora", 1, recomputation="full"), False),  # 141 GB of frozen weights
+        ("Llama-3 70B", config("lora", 1, "ddp", "full", "int8"), False),  # 68 GB of them in int8, and 5 GB of tables and head
+        ("Llama-3 70B", config("lora", 1, "ddp", "full", "nf4"), True),  # 43 GB
         ("Llama-3 70B", config("lora", 8, "fsdp", "full"), True),  # 18 GB of them on each
         ("Llama-3 70B", config("none", 8, "fsdp", "full"), False),  # 12 bytes a parameter on eight are 106 GB
         ("Qwen2.5 32B", config("none", 8, "fsdp", "full"), False),  # 16 bytes a parameter are 66 GB, and what is gathered and reduced

@@ -21,8 +21,8 @@ def config(**params: object) -> TrialConfig:
 
 def test_the_default_space_is_feasible():
     values = violations(config(), ROOMY)
-    names = ["global_batch_divisible", "world_size_within_cluster", "adapter_rank_within_width", "memory_within_device"]
-    assert list(values) == names
+    names = ["global_batch_divisible", "world_size_within_cluster", "adapter_rank_within_width", "quantized_base_whole"]
+    assert list(values) == [*names, "memory_within_device"]
     assert is_feasible(values)
 
 
@@ -34,6 +34,8 @@ def test_the_default_space_is_feasible():
         ({"global_batch_size": 2, "world_size": 4}, ROOMY, "global_batch_divisible", 2),
         ({"world_size": 4}, Limits(num_workers=1, hidden_size=None), "world_size_within_cluster", 3),
         ({"lora_rank": 385}, ROOMY, "adapter_rank_within_width", 1),
+        ({"quantization": "nf4", "world_size": 2, "strategy": "fsdp"}, ROOMY, "quantized_base_whole", 1),
+        ({"quantization": "int8", "world_size": 8, "strategy": "fsdp"}, ROOMY, "quantized_base_whole", 1),
     ],
 )
 def test_each_constraint_alone(params, limits, name, value):
@@ -59,6 +61,9 @@ def test_the_edges_are_feasible():
     assert is_feasible(violations(config(lora_rank=384, world_size=8), ROOMY))
     assert is_feasible(violations(config(lora_rank=9999), Limits(num_workers=1, hidden_size=None)))
     assert is_feasible(violations(config(adapter="none", lora_rank=9999), ROOMY))
+    assert is_feasible(violations(config(quantization="nf4", world_size=2), ROOMY))
+    assert is_feasible(violations(config(quantization="nf4", strategy="fsdp"), ROOMY)), "one rank spreads nothing"
+    assert is_feasible(violations(config(adapter="none", quantization="nf4", world_size=2, strategy="fsdp"), ROOMY))
 
 
 @given(batch=st.integers(1, 256), world=st.integers(1, 8), micro=st.one_of(st.just("auto"), st.integers(1, 64)))

@@ -44,6 +44,21 @@ def test_lora_knobs_are_asked_for_only_with_lora():
         assert ("lora_rank" in params) == (params["adapter"] == "lora")
         assert ("lora_alpha" in params) == (params["adapter"] == "lora")
         assert ("lora_target_modules" in params) == (params["adapter"] == "lora")
+        assert ("quantization" in params) == (params["adapter"] == "lora")
+
+
+def test_a_base_is_quantised_only_with_lora():
+    searched = space(**BOTH, quantization={"choice": ["none", "nf4", "int8"]})
+    assert "quantization" in searched.names_searched()
+    assert "quantization" not in space(adapter="none", quantization={"choice": ["none", "nf4"]}).names_searched()
+    recipes = [TrialConfig.from_params(params, max_length=128).recipe for params in proposals(searched)]
+    assert {(r.adapter, r.quantization) for r in recipes} == {("none", "none"), *(("lora", q) for q in ("none", "nf4", "int8"))}
+    whole = TrialConfig.from_params({**searched.first(adapter="none"), "quantization": "nf4"}, max_length=128)
+    assert whole.recipe.quantization == "none"
+    assert TrialConfig.from_dict(whole.to_dict()) == whole
+    older = whole.to_dict()
+    del older["recipe"]["quantization"]
+    assert TrialConfig.from_dict(older) == whole, "a search that was begun before can go on"
 
 
 def test_the_learning_rate_follows_the_adapter():
@@ -137,6 +152,9 @@ def test_corners_are_trial_configs_at_the_ends():
     assert {c["recomputation"] for c in corners} == {"none", "full"}
     for params in corners:
         TrialConfig.from_params(params, max_length=128)
+    quantised = list(space(**BOTH, quantization={"choice": ["none", "nf4"]}).corners())
+    pairs = [(c["adapter"], c.get("quantization")) for c in quantised]
+    assert pairs.count(("none", None)) == pairs.count(("lora", "none")) == pairs.count(("lora", "nf4")) == len(pairs) // 3
 
 
 @pytest.mark.parametrize(
@@ -158,6 +176,7 @@ def test_corners_are_trial_configs_at_the_ends():
         {"warmup_fraction": -0.1},
         {"weight_decay": -0.1},
         {"precision": "fp16"},
+        {"quantization": "fp4"},
         {"strategy": "fsdp2"},
         {"adapter": "None"},
         {"seed": -1},

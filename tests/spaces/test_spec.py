@@ -186,6 +186,7 @@ def test_the_import_is_fast_and_brings_neither_torch_nor_ray():
         ({"dataset_fraction": 0.01}, r"dataset_fraction lies in \[0.1, 1\], got 0.01"),
         ({"epochs": "many"}, "many"),
         ({"adapter": "none", "lora_rank": 8}, "lora_rank says nothing without LoRA"),
+        ({"adapter": "none", "quantization": "nf4"}, "quantization says nothing without LoRA"),
         ({"adapter": "dora"}, "adapter"),
         ({"learning_rate": 1e-3}, "learning_rate depends on the adapter"),
     ],

@@ -1,0 +1,167 @@
+"""Quantised linear layers of a frozen base, through bitsandbytes: layers, weights and results are those of transformers' loading."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from spaces.config import Quantization
+
+# On some CPUs it says at its import, in every worker, that a kernel is not installed which we do not use, and in every evaluation
+# that int8 goes through fp16.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit  # noqa: E402  # after its logger was told
+from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit  # noqa: E402
+
+# Values of an nf4 weight that share a scale, and the activations that int8 leaves to fp16: what transformers' configuration has.
+BLOCK_SIZE, OUTLIER_THRESHOLD = 64, 6.0
+# What PEFT trains whole beside an adapter on a classifier, by the end of the module's name.
+HEADS = ("classifier", "score")
+
+
+def is_head(name: str) -> bool:
+    """Return whether a module is the head of a classifier, or in it."""
+    return any(part.endswith(HEADS) for part in name.split("."))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """A quantised weight of a linear layer."""
+
+    weight: torch.Tensor
+    """Two values of four bits in a uint8, flat; or int8 (outputs, inputs)."""
+    scales: torch.Tensor
+    """fp32, one for each block of values (nf4) or each row (int8)."""
+    state: Any = None
+    """What bitsandbytes knows of an nf4 weight: its scales, shape and number format."""
+
+
+def pack_linears(
+    module: nn.Module, method: Quantization, dtype: torch.dtype, device: torch.device, new_parameters: tuple[str, ...]
+) -> dict[str, Packed]:
+    """Quantise every linear layer that transformers quantises, by the module's name; heads and what is new train whole, and stay."""
+    if method == "none":
+        return {}
+    new = {name.rpartition(".")[0] for name in new_parameters}
+    linears = {name: linear for name, linear in _linears(module) if name not in new and not is_head(name)}
+    return {name: _pack(_weight(linear).to(device, dtype).contiguous(), method) for name, linear in linears.items()}
+
+
+def quantize(module: nn.Module, packed: Mapping[str, Packed], dtype: torch.dtype) -> None:
+    """Put quantised layers in the place of a model's own, with the weights that other trials have too.
+
+    Args:
+        module: a transformers model; changed in place.
+        packed: what `pack_linears` made of the same model.
+        dtype: what nf4 computes in.
+    """
+    for name, weight in packed.items():
+        linear: Any = module.get_submodule(name)
+        num_outputs, num_inputs = _weight(linear).shape
+        # On `meta`: the weights that a layer makes for itself are thrown away.
+        with torch.device("meta"):
+            layer: Nf4Linear | Int8Linear
+            sizes = (num_inputs, num_outputs, linear.bias is not None)
+            if weight.state is not None:
+                layer = Nf4Linear(*sizes, compute_dtype=dtype, compress_statistics=False, quant_type="nf4")
+            else:
+                layer = Int8Linear(*sizes, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD)
+        layer.hold(weight)
+        layer.bias = linear.bias
+        module.set_submodule(name, layer)
+    if packed:
+        # PEFT asks for it before it looks at the layers.
+        is_nf4 = next(iter(packed.values())).state is not None
+        setattr(module, "is_loaded_in_4bit" if is_nf4 else "is_loaded_in_8bit", True)
+
+
+class Nf4Linear(Linear4bit):
+    """A frozen linear layer in nf4."""
+
+    def hold(self, packed: Packed) -> None:
+        """Take a weight."""
+        self.weight = Params4bit(
+            packed.weight,
+            requires_grad=False,
+            quant_state=packed.state,
+            blocksize=BLOCK_SIZE,
+            compress_statistics=False,
+            quant_type="nf4",
+            bnb_quantized=True,
+            module=self,
+        )
+        self.quant_state = packed.state
+        # A buffer: so it is seen where memory is weighed.
+        self.register_buffer("scales", packed.scales, persistent=False)
+        # Evaluation would reorder the weight that all trials share for a kernel that has no backward pass.
+        self.support_avx512bf16_for_cpu = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W' + b."""
+        return quantized_product(x, self)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """Let bitsandbytes multiply."""
+        return super().forward(x)
+
+
+class Int8Linear(Linear8bitLt):
+    """A frozen linear layer in int8."""
+
+    def hold(self, packed: Packed) -> None:
+        """Take a weight."""
+        self.weight = Int8Params(packed.weight, requires_grad=False, has_fp16_weights=False, CB=packed.weight, SCB=packed.scales)
+        self.register_buffer("scales", packed.scales, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W' + b."""
+        return quantized_product(x, self)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """Let bitsandbytes multiply, and keep nothing for the backward pass."""
+        result = super().forward(x)
+        if result.grad_fn is not None:
+            # bitsandbytes keeps the input for the gradient of a weight that has none, and past all hooks: recomputation would save
+            # nothing.
+            node: Any = result.grad_fn
+            node.A, node.tensors = None, (None, None, None)
+        return result
+
+
+def quantized_product(x: torch.Tensor, layer: Nf4Linear | Int8Linear) -> torch.Tensor:
+    """Return the layer's result: a function of its own, because that is what `trainables.meter` sees."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(quantized_product, (x,), x, layer)
+    return layer.multiply(x)
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what transformers' loading replaces: not the output embedding, what is tied to it, or the last layer of all."""
+    kept = get_keys_to_not_convert(module)
+    for name, part in module.named_modules():
+        if (type(part) is nn.Linear or isinstance(part, Conv1D)) and should_convert_module(name, kept):
+            yield name, part
+
+
+def _weight(linear: Any) -> torch.Tensor:
+    """Return the weight as (outputs, inputs); GPT-2 holds it the other way."""
+    weight: torch.Tensor = linear.weight.detach()
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def _pack(weight: torch.Tensor, method: Quantization) -> Packed:
+    if method == "nf4":
+        data, state = quantize_4bit(weight, blocksize=BLOCK_SIZE, compress_statistics=False, quant_type="nf4")
+        return Packed(weight=data, scales=state.absmax, state=state)
+    data, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
+    return Packed(weight=data, scales=scales)
