@@ -40,12 +40,8 @@ def check_alone(cases: list[Case]) -> None:
 
 
 def check_sharded(cases: list[Case]) -> None:
-    peaks = dict(zip(cases, distributed.run(2, peaks_of, cases)[0], strict=True))
-    # Where the other rank is late, as on a busy machine, buffers of a collective live longer: what is off is measured once more.
-    off = [case for case, peak in peaks.items() if not LEAST < error(case, 2, peak) < MOST]
-    for case, peak in zip(off, distributed.run(2, peaks_of, off)[0] if off else (), strict=True):
-        peaks[case] = min(peak, peaks[case])
-    check({case: error(case, 2, peak) for case, peak in peaks.items()})
+    peaks = distributed.run(2, peaks_of, cases)[0]
+    check({case: error(case, 2, peak) for case, peak in zip(cases, peaks, strict=True)})
 
 
 def test_every_family_and_precision_is_predicted() -> None:
