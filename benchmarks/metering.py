@@ -116,15 +116,15 @@ def total(flops: TrainingFlops, lengths: list[int], causal: bool) -> float:
 
 
 def memory_rows() -> list[dict[str, Any]]:
-    """Return measured and predicted peaks, on one rank and with FSDP2 on two."""
-    peaks = {1: [measured(case, case.config(1), World.alone())[0] for case in ALONE], 2: distributed.run(2, peaks_of, SHARDED)[0]}
+    """Return measured and predicted peaks, on one rank, and with FSDP2 and tensor parallelism on two."""
     rows = []
-    for num_ranks, cases in ((1, ALONE), (2, SHARDED)):
-        for case, peak in zip(cases, peaks[num_ranks], strict=True):
-            off = error(case, num_ranks, peak)
+    for num_ranks, strategy, cases in ((1, "ddp", ALONE), (2, "fsdp", SHARDED), (2, "tp", SPLIT)):
+        measured_peaks = peaks_of(World.alone(), cases, strategy) if num_ranks == 1 else distributed.run(2, peaks_of, cases, strategy)[0]
+        for case, (peak, _) in zip(cases, measured_peaks, strict=True):
+            off = error(case, num_ranks, peak, strategy)
             what = {k: v for k, v in asdict(case).items() if k != "changes"} | dict(case.changes)
-            rows.append({"num_ranks": num_ranks, **what, "peak_bytes": peak, "error": off})
-            shape = f"{case.rows:2} x {case.length} {case.precision} recomputation {case.recomputation} on {num_ranks}"
+            rows.append({"num_ranks": num_ranks, "strategy": strategy, **what, "peak_bytes": peak, "error": off})
+            shape = f"{case.rows:2} x {case.length} {case.precision} recomputation {case.recomputation} on {num_ranks} ({strategy})"
             print(f"{case.family:11} {case.adapter:10} {shape}: {peak:10,} bytes  {off:+.1%}")
     return rows
 

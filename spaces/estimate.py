@@ -5,6 +5,8 @@ What is assumed, and stands beside every number that follows from it:
 - the matrix units reach `ASSUMED_UTILISATION` of their dense peak, recomputation counted;
 - the exchange of gradients overlaps with the backward pass of the last micro batch under DDP, and with all of the computation
   under FSDP2 (https://pytorch.org/blog/introducing-pytorch-fully-sharded-data-parallel-api/);
+- tensor-parallel ranks wait for every sum of activations: each half of a block has one forward, one backward, and one in recomputation where
+  that needs the sum;
 - a ring moves 2 (N - 1) / N of the bytes to sum them on N ranks, half of that to gather or to reduce them
   (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md);
 - between nodes every GPU has one adapter of 400 Gbit/s, as in https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html.

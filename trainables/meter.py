@@ -24,6 +24,7 @@ from trainables.device import device_peak, package_versions
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.step_time import fit, fit_steady, steady_steps
+from trainables.tensor_parallel import piece_of
 
 STEP_PARTS = tuple(metrics.PART_SECONDS)
 # The median of fewer steady steps is that of single ones; the drift has one for every quarter.
@@ -224,9 +225,11 @@ class CountingPass(TorchFunctionMode):
         # see as many tokens as there are targets.
         is_elsewhere = positions != self._num_positions and isinstance(weight, torch.nn.Parameter)
         per_target = is_elsewhere and positions in self._num_targets
+        piece = piece_of(weight)
         self.linears.append(
             LinearUse(
-                num_weights=weight.numel() // num_experts,
+                # A matrix that is split over ranks is one product of the model.
+                num_weights=weight.numel() // num_experts * (piece.num_pieces if piece else 1),
                 per="target" if per_target else "token",
                 input_needs_grad=x.requires_grad,
                 weight_needs_grad=weight.requires_grad,

@@ -110,8 +110,9 @@ def build(
         TrialError: the adapter does not fit the model.
     """
     recipe = config.recipe
-    # FSDP2 moves what it shards block by block: a whole model may not fit the device.
-    device = torch.device("cpu") if config.layout.is_sharded else world.device
+    # What is sharded or split moves piece by piece: a whole model may not fit the device.
+    is_whole = not config.layout.is_sharded and config.layout.tensor_parallel_size == 1
+    device = world.device if is_whole else torch.device("cpu")
     module = base.copy(is_frozen=recipe.adapter != "none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)

@@ -22,7 +22,7 @@ from trainables.checkpoint import CheckpointStore, read_checkpoint
 from trainables.data import TaskData, TokenTable
 from trainables.evaluation import evaluate, exact_match
 from trainables.loop import Command, Trainer, evaluate_untrained, train
-from trainables.mesh import World
+from trainables.mesh import AXES, World
 from trainables.model import BaseModel, build
 from trainables.tokenization import IGNORE, Encoded
 
@@ -116,7 +116,7 @@ def losses(world: World, name: str, task: str, trial: TrialConfig) -> tuple[list
     reports = list(train(trial, data, base, world, control=go_on, checkpoints=None))
     details = reports[-1].details
     assert [rank["mesh"] for rank in details["process_map"]] == [
-        {"dp_shard" if trial.layout.strategy == "fsdp" and world.world_size > 1 else "dp_replicate": rank}
+        {AXES[trial.layout.strategy] if world.world_size > 1 else "dp_replicate": rank}
         for rank in range(world.world_size)
     ]
     assert all(rank["working_bytes"] > 0 for rank in details["memory_by_rank"])

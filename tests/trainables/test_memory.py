@@ -9,10 +9,11 @@ import distributed
 import pytest
 import torch
 from families import make
-from memory_grid import ALONE, ALONE_IN_SHORT, SHARDED, SHARDED_IN_SHORT, Case, error, measured, peaks_of
+from memory_grid import ALONE, ALONE_IN_SHORT, SHARDED, SHARDED_IN_SHORT, SPLIT, SPLIT_IN_SHORT, Case, error, measured, peaks_of
 
 from spaces.blueprint import FAMILIES
 from spaces.memory import num_trained, rank_memory
+from spaces.tensor_parallel import PLANS, local_blueprint
 from trainables.adapters import add_lora
 from trainables.mesh import World
 from trainables.model import build
@@ -40,8 +41,17 @@ def check_alone(cases: list[Case]) -> None:
 
 
 def check_sharded(cases: list[Case]) -> None:
-    peaks = distributed.run(2, peaks_of, cases)[0]
-    check({case: error(case, 2, peak) for case, peak in zip(cases, peaks, strict=True)})
+    peaks = distributed.run(2, peaks_of, cases, "fsdp")[0]
+    check({case: error(case, 2, peak) for case, (peak, _) in zip(cases, peaks, strict=True)})
+
+
+def check_split(cases: list[Case]) -> None:
+    for results in distributed.run(2, peaks_of, cases, "tp"):
+        errors = {}
+        for case, (peak, trained) in zip(cases, results, strict=True):
+            assert trained == num_trained(local_blueprint(case.blueprint(), 2), case.config(2, "tp").recipe), case
+            errors[case] = error(case, 2, peak, "tp")
+        check(errors)
 
 
 def test_every_family_and_precision_is_predicted() -> None:
@@ -51,6 +61,16 @@ def test_every_family_and_precision_is_predicted() -> None:
 
 def test_sharded_layouts_are_predicted() -> None:
     check_sharded(SHARDED_IN_SHORT)
+
+
+def test_tensor_parallel_layouts_are_predicted() -> None:
+    assert {c.family for c in SPLIT_IN_SHORT} == set(PLANS)
+    check_split(SPLIT_IN_SHORT)
+
+
+@pytest.mark.slow
+def test_the_rest_of_the_tensor_parallel_grid_is_predicted() -> None:
+    check_split([case for case in SPLIT if case not in SPLIT_IN_SHORT])
 
 
 @pytest.mark.slow
