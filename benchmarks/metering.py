@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import distributed  # noqa: E402
 from families import NUM_LABELS, SOME_TARGETS, batch_of, config_of, make  # noqa: E402
-from memory_grid import ALONE, SHARDED, error, measured, peaks_of  # noqa: E402
+from memory_grid import ALONE, SHARDED, SPLIT, error, peaks_of  # noqa: E402
 from time_grid import ALONE as TIMED_ALONE  # noqa: E402
 from time_grid import ON_TWO as TIMED_ON_TWO  # noqa: E402
 from time_grid import predicted_and_measured  # noqa: E402
@@ -175,8 +175,8 @@ def main() -> None:
         "flops_seen": spread([row["error_seen"] for row in rows]),
         "flops_planned": spread([row["error_planned"] for row in rows]),
         **{
-            f"memory_on_{ranks}": spread([row["error"] for row in memory if row["num_ranks"] == ranks])
-            for ranks in sorted({row["num_ranks"] for row in memory})
+            f"memory_on_{ranks}_{strategy}": spread([row["error"] for row in memory if row["strategy"] == strategy])
+            for ranks, strategy in sorted({(row["num_ranks"], row["strategy"]) for row in memory})
         },
         "time": {**spread(time_errors), "share_within_10_percent": sum(abs(e) <= 0.1 for e in time_errors) / len(time_errors)},
         "time_reported": spread([row["reported_seconds"] / row["measured_seconds"] - 1 for row in times]),

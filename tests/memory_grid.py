@@ -46,9 +46,15 @@ class Case:
 
     def config(self, world_size: int, strategy: str = "ddp") -> TrialConfig:
         targets = {"none": None, "all-linear": ("all-linear",)}.get(self.adapter, SOME_TARGETS.get(self.family, ("q_proj", "v_proj")))
+        layout = Layout(
+            world_size=world_size,
+            strategy=strategy,  # type: ignore[arg-type]
+            micro_batch_size=self.rows,
+            recomputation=self.recomputation,  # type: ignore[arg-type]
+        )
         recipe = Recipe(
             learning_rate=1e-3,
-            global_batch_size=self.rows * world_size * self.num_micro_batches,
+            global_batch_size=self.rows * layout.data_parallel_size * self.num_micro_batches,
             dataset_fraction=1,
             epochs=1,
             warmup_fraction=0,
@@ -59,12 +65,6 @@ class Case:
             adapter_rank=8 if targets else None,
             adapter_alpha=16.0 if targets else None,
             adapter_target_modules=targets,
-        )
-        layout = Layout(
-            world_size=world_size,
-            strategy=strategy,  # type: ignore[arg-type]
-            micro_batch_size=self.rows,
-            recomputation=self.recomputation,  # type: ignore[arg-type]
         )
         return TrialConfig(recipe=recipe, layout=layout)
 
