@@ -99,6 +99,13 @@ ALONE += [
     for p in PRECISIONS
     for a in ("none", "all-linear")
 ]
+# Where a layer is narrower between its matrices than outside, as one rank's part of it is, the normalisation before it is the peak.
+ALONE += [
+    Case(family="llama", adapter=a, precision=p, recomputation=c, changes=(("intermediate_size", 40),))
+    for p in PRECISIONS
+    for a in ADAPTERS
+    for c in ("none", "full")
+]
 # What grows with the square of the length, with the experts that a token meets, and with those that it does not.
 ALONE += [
     Case(family=f, adapter=a, precision=p, rows=2, length=120, recomputation=c, changes=v)
