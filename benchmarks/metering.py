@@ -119,7 +119,9 @@ def memory_rows() -> list[dict[str, Any]]:
     """Return measured and predicted peaks, on one rank, and with FSDP2 and tensor parallelism on two."""
     rows = []
     for num_ranks, strategy, cases in ((1, "ddp", ALONE), (2, "fsdp", SHARDED), (2, "tp", SPLIT)):
-        measured_peaks = peaks_of(World.alone(), cases, strategy) if num_ranks == 1 else distributed.run(2, peaks_of, cases, strategy)[0]
+        measured_peaks = (
+            peaks_of(World.alone(), cases, strategy) if num_ranks == 1 else distributed.run(2, peaks_of, cases, strategy)[0]
+        )
         for case, (peak, _) in zip(cases, measured_peaks, strict=True):
             off = error(case, num_ranks, peak, strategy)
             what = {k: v for k, v in asdict(case).items() if k != "changes"} | dict(case.changes)

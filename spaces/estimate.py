@@ -5,8 +5,8 @@ What is assumed, and stands beside every number that follows from it:
 - the matrix units reach `ASSUMED_UTILISATION` of their dense peak, recomputation counted;
 - the exchange of gradients overlaps with the backward pass of the last micro batch under DDP, and with all of the computation
   under FSDP2 (https://pytorch.org/blog/introducing-pytorch-fully-sharded-data-parallel-api/);
-- tensor-parallel ranks wait for every sum: of activations in each half of a block one forward and one backward, and one more where its
-  recomputation needs the sum; of an adapter's gradients one a step; and each computes all of the head and of the uncut factors;
+- tensor-parallel ranks wait for every sum: of activations in each half of a block one forward and one backward, and one more where
+  its recomputation needs the sum; of an adapter's gradients one a step; and each computes all of the head and of the uncut factors;
 - a ring moves 2 (N - 1) / N of the bytes to sum them on N ranks, half of that to gather or to reduce them
   (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md);
 - between nodes every GPU has one adapter of 400 Gbit/s, as in https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html.
@@ -220,7 +220,7 @@ def exchanged_bytes(plan: Blueprint, config: TrialConfig, num_tokens: float) -> 
 
 
 def _summed_activations(plan: Blueprint, config: TrialConfig) -> int:
-    """Return the bytes per token that tensor-parallel ranks sum: results forward and again, gradients of the residual stream backward."""
+    """Return the bytes per token that tensor-parallel ranks sum: results forward and again, gradients of their inputs backward."""
     width = widths(config)
     # Recomputation ends before the last sum, where nothing after it in the block needs that.
     again = (1 + plan.is_last_result_needed) if config.layout.recomputation == "full" else 0

@@ -1,8 +1,8 @@
 """Which models can be split over ranks matrix by matrix, and what one rank has of them, from a blueprint alone.
 
-The first matrices of a half of a block (queries, keys, values; gate, up) are cut by their outputs, the last one (attention's output, down)
-by its inputs (https://arxiv.org/abs/1909.08053, section 3): a rank then has some of the heads and some of the inner width, and the halves'
-results are sums over the ranks. Embeddings, normalisation, the residual stream and the head are on every rank.
+The first matrices of a half of a block (queries, keys, values; gate, up) are cut by their outputs, the last one (attention's output,
+down) by its inputs (https://arxiv.org/abs/1909.08053, section 3): a rank then has some of the heads and some of the inner width, and the
+results of the halves are sums over the ranks. Embeddings, normalisation, the residual stream and the head are on every rank.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PLANS: Mapping[str, Mapping[str, str]] = {
 
 
 def local_blueprint(plan: Blueprint, num_ranks: int) -> Blueprint:
-    """Return what one of the ranks has of a model, rounded up where they do not divide it; the whole where there is no plan for it."""
+    """Return what one of the ranks has of a model, rounded up where they do not divide it; all of it where there is no plan."""
     if num_ranks == 1 or plan.family not in PLANS:
         return plan
 
@@ -70,15 +70,15 @@ def local_blueprint(plan: Blueprint, num_ranks: int) -> Blueprint:
 def left_over(plan: Blueprint, num_ranks: int) -> dict[str, int]:
     """Return what does not divide by the ranks, by its name with its size in front, and what is left over of it."""
     shape = plan.shape
-    sizes = {"heads": shape.num_heads, "key-value heads": shape.num_kv_heads, "features between the layers": shape.intermediate_size}
+    sizes = {"heads": shape.num_heads, "key-value heads": shape.num_kv_heads, "inner features": shape.intermediate_size}
     return {f"{size} {name}": size % num_ranks for name, size in sizes.items() if size % num_ranks}
 
 
 def num_partial_params(plan: Blueprint, recipe: Recipe) -> int:
     """Return the parameters of which every rank has all, and of their gradients its own summand.
 
-    Of an adapter the factor that is not cut; of full fine-tuning the weights of normalised heads, and the biases of what is cut by its
-    inputs, which one rank adds.
+    Of an adapter the factor that is not cut; of full fine-tuning the weights of normalised heads, and the biases of what is cut by
+    its inputs, which one rank adds.
     """
     layers, rank = plan.shape.num_layers, recipe.adapter_rank or 0
     last = (*plan.attention_out, *plan.feed_forward_out)

@@ -220,7 +220,7 @@ class Trainer:
         """Run one micro batch forward and backward; return its part of the step's loss."""
         watched = self._watch.forward(batch) if self._flops is None else nullcontext()
         with autocast(self.config, self.world), watched:
-            loss, _ = summed_loss(self.module, batch, self.data.task)
+            loss = summed_loss(self.module, batch, self.data.task)[0]  # a name for the logits would keep them to the end
         mark("forward")
         loss = loss * scale
         loss.backward()

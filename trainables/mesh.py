@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from spaces.config import Layout, Strategy
 
-
 # The axis of the device mesh that the ranks of a strategy are on.
 AXES: dict[Strategy, str] = {"ddp": "dp_replicate", "fsdp": "dp_shard", "tp": "tp"}
 

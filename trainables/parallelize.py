@@ -27,10 +27,10 @@ def parallelize(
     recompute_context: Callable[[], AbstractContextManager[object]] = nullcontext,
     timer: StepTimer | None = None,
 ) -> nn.Module:
-    """Split matrices over the ranks, switch recomputation on, then wrap in DDP or shard with FSDP2: block by block, then what is left.
+    """Split matrices, switch recomputation on, then wrap in DDP or shard with FSDP2: every block by itself, then what is left.
 
-    Splitting comes first: what is computed again is a block as this rank has it, with its sums over the ranks. Recomputation comes before
-    sharding: what is computed again is the block without its gathering of weights. The blocks come
+    Splitting comes first: what is computed again is a block as this rank has it, with its sums over the ranks. Recomputation comes
+    before sharding: what is computed again is the block without its gathering of weights. The blocks come
     before the root: what that then shards is only what no block holds (embeddings, head), so that no more than one block is
     gathered at a time. One process has nothing to share and is left as it is.
 

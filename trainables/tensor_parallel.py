@@ -1,8 +1,8 @@
 """Tensor parallelism: every rank has some of the heads and some of the inner width of every block, and sees every row.
 
 The model's own plan (transformers' `base_model_tp_plan`) says which matrices are cut how. A parameter is this rank's piece, a plain
-tensor: adapters, the optimizer and autocast know nothing of it. In each half of a block there is one sum over the ranks in the forward
-pass, of its results, and one in the backward pass, of the gradient of its input (https://arxiv.org/abs/1909.08053, section 3).
+tensor: adapters, the optimizer and autocast know nothing of it. In each half of a block there is one sum over the ranks in the
+forward pass, of its results, and one in the backward pass, of the gradient of its input (https://arxiv.org/abs/1909.08053, section 3).
 """
 
 from __future__ import annotations
@@ -68,25 +68,18 @@ def split(module: nn.Module, world: World, exchange: Exchange) -> nn.Module:
     for name, part, style in _planned(module):
         base, factors = getattr(part, "base_layer", part), _adapter_factors(part)
         if style == "replicated_with_grad_allreduce":
-            for parameter in base.parameters():
-                _mark_partial(parameter)
+            _mark_partial(base.parameters())
         elif style == "colwise":
             entered.add(name.rpartition(".")[0])
-            for parameter in (base.weight, base.bias, *factors["lora_B"]):
-                _cut(parameter, 0, world)
-            for parameter in factors["lora_A"]:
-                _mark_partial(parameter)
+            _cut((base.weight, base.bias, *factors["lora_B"]), 0, world)
+            _mark_partial(factors["lora_A"])
             base.out_features //= world.world_size
         elif style == "rowwise":
-            for parameter in (base.weight, *factors["lora_A"]):
-                _cut(parameter, 1, world)
-            for parameter in factors["lora_B"]:
-                _mark_partial(parameter)
+            _cut((base.weight, *factors["lora_A"]), 1, world)
+            _mark_partial((base.bias, *factors["lora_B"]))
             base.in_features //= world.world_size
-            if base.bias is not None:
-                _mark_partial(base.bias)
-                if world.rank > 0:
-                    base.forward = _without_bias(base)
+            if base.bias is not None and world.rank > 0:
+                base.forward = _without_bias(base)
             part.register_forward_hook(lambda _, args, out: _Leave.apply(out, exchange))
         else:
             raise TrialError(f"strategy tp: the model's plan wants '{style}' for {name}, which is not supported")
@@ -107,7 +100,8 @@ def sum_partial_gradients(parameters: Iterable[nn.Parameter], exchange: Exchange
 
 def total_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     """Return the norm of all gradients, of every whole parameter once: float32 (), the same on every rank, and each must call it."""
-    cut, whole = [], []
+    cut: list[torch.Tensor] = []
+    whole: list[torch.Tensor] = []
     for parameter in parameters:
         if parameter.grad is not None:
             (whole if piece_of(parameter) is None else cut).append(parameter.grad)
@@ -132,16 +126,18 @@ def _adapter_factors(part: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {name: list(part.get_submodule(name).parameters()) if hasattr(part, name) else [] for name in names}
 
 
-def _cut(parameter: nn.Parameter | None, dim: int, world: World) -> None:
-    if parameter is None:
-        return
+def _cut(parameters: Iterable[nn.Parameter | None], dim: int, world: World) -> None:
     piece = Piece(dim=dim, rank=world.rank, num_pieces=world.world_size)
-    parameter.data = piece.of(parameter.data).to(world.device)
-    setattr(parameter, _PIECE, piece)
+    for parameter in parameters:
+        if parameter is not None:
+            parameter.data = piece.of(parameter.data).to(world.device)
+            setattr(parameter, _PIECE, piece)
 
 
-def _mark_partial(parameter: nn.Parameter) -> None:
-    setattr(parameter, _IS_PARTIAL, True)
+def _mark_partial(parameters: Iterable[nn.Parameter | None]) -> None:
+    for parameter in parameters:
+        if parameter is not None:
+            setattr(parameter, _IS_PARTIAL, True)
 
 
 def _without_bias(base: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -117,8 +117,7 @@ def losses(world: World, name: str, task: str, trial: TrialConfig) -> tuple[list
     reports = list(train(trial, data, base, world, control=go_on, checkpoints=None))
     details = reports[-1].details
     assert [rank["mesh"] for rank in details["process_map"]] == [
-        {AXES[trial.layout.strategy] if world.world_size > 1 else "dp_replicate": rank}
-        for rank in range(world.world_size)
+        {AXES[trial.layout.strategy] if world.world_size > 1 else "dp_replicate": rank} for rank in range(world.world_size)
     ]
     assert all(rank["working_bytes"] > 0 for rank in details["memory_by_rank"])
     metrics = dict(reports[-1].metrics)
@@ -250,7 +249,7 @@ SPLIT = [(adapter, recomputation, micro) for adapter in ("none", "lora") for rec
 
 
 def make_split_base(directory: Path, family: str) -> str:
-    """Save a decoder whose four key-value heads four ranks can share; biases and normalised heads are what ranks could count twice."""
+    """Save a decoder whose key-value heads four ranks can share; biases and normalised heads are what they could count twice."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
     set_seed(0)
@@ -267,7 +266,7 @@ def make_split_base(directory: Path, family: str) -> str:
 
 
 def trained_by(world: World, names: dict[str, str], directory: str, strategy: str) -> dict[tuple[Any, ...], list[float]]:
-    """Train every case and leave its weights in the directory; return the loss of every step, and that of the evaluation."""
+    """Train every case and leave its weights in the directory; return the losses of all steps and of the evaluation, and the FLOPs."""
     curves = {}
     for family, name in names.items():
         data, base = make_data("causal-lm"), BaseModel.load(name, None, "causal-lm", ())
@@ -275,7 +274,10 @@ def trained_by(world: World, names: dict[str, str], directory: str, strategy: st
             trial = config(adapter, world.world_size, strategy, micro, recomputation=recomputation)
             store = CheckpointStore(Path(directory) / strategy / f"{family}-{adapter}-{recomputation}")
             (*_, report) = train(trial, data, base, world, control=go_on, checkpoints=store)
-            curves[family, adapter, recomputation] = [*report.details["train_losses"], report.metrics["eval_loss"]]
+            curves[family, adapter, recomputation] = [
+                *report.details["train_losses"],
+                *(report.metrics[m] for m in ("eval_loss", "flops_per_step")),
+            ]
             assert report.details["process_map"][-1]["mesh"].get("tp", 0) == world.world_size - 1
     return curves
 
