@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import distributed  # noqa: E402
 from families import NUM_LABELS, SOME_TARGETS, batch_of, config_of, make  # noqa: E402
-from memory_grid import ALONE, SHARDED, error, measured, peaks_of  # noqa: E402
+from memory_grid import ALONE, SHARDED, SPLIT, error, peaks_of  # noqa: E402
 from time_grid import ALONE as TIMED_ALONE  # noqa: E402
 from time_grid import ON_TWO as TIMED_ON_TWO  # noqa: E402
 from time_grid import predicted_and_measured  # noqa: E402
@@ -116,15 +116,17 @@ def total(flops: TrainingFlops, lengths: list[int], causal: bool) -> float:
 
 
 def memory_rows() -> list[dict[str, Any]]:
-    """Return measured and predicted peaks, on one rank and with FSDP2 on two."""
-    peaks = {1: [measured(case, case.config(1), World.alone())[0] for case in ALONE], 2: distributed.run(2, peaks_of, SHARDED)[0]}
+    """Return measured and predicted peaks, on one rank, and with FSDP2 and tensor parallelism on two."""
     rows = []
-    for num_ranks, cases in ((1, ALONE), (2, SHARDED)):
-        for case, peak in zip(cases, peaks[num_ranks], strict=True):
-            off = error(case, num_ranks, peak)
+    for num_ranks, strategy, cases in ((1, "ddp", ALONE), (2, "fsdp", SHARDED), (2, "tp", SPLIT)):
+        measured_peaks = (
+            peaks_of(World.alone(), cases, strategy) if num_ranks == 1 else distributed.run(2, peaks_of, cases, strategy)[0]
+        )
+        for case, (peak, _) in zip(cases, measured_peaks, strict=True):
+            off = error(case, num_ranks, peak, strategy)
             what = {k: v for k, v in asdict(case).items() if k != "changes"} | dict(case.changes)
-            rows.append({"num_ranks": num_ranks, **what, "peak_bytes": peak, "error": off})
-            shape = f"{case.rows:2} x {case.length} {case.precision} recomputation {case.recomputation} on {num_ranks}"
+            rows.append({"num_ranks": num_ranks, "strategy": strategy, **what, "peak_bytes": peak, "error": off})
+            shape = f"{case.rows:2} x {case.length} {case.precision} recomputation {case.recomputation} on {num_ranks} ({strategy})"
             print(f"{case.family:11} {case.adapter:10} {shape}: {peak:10,} bytes  {off:+.1%}")
     return rows
 
@@ -175,8 +177,8 @@ def main() -> None:
         "flops_seen": spread([row["error_seen"] for row in rows]),
         "flops_planned": spread([row["error_planned"] for row in rows]),
         **{
-            f"memory_on_{ranks}": spread([row["error"] for row in memory if row["num_ranks"] == ranks])
-            for ranks in sorted({row["num_ranks"] for row in memory})
+            f"memory_on_{ranks}_{strategy}": spread([row["error"] for row in memory if row["strategy"] == strategy])
+            for ranks, strategy in sorted({(row["num_ranks"], row["strategy"]) for row in memory})
         },
         "time": {**spread(time_errors), "share_within_10_percent": sum(abs(e) <= 0.1 for e in time_errors) / len(time_errors)},
         "time_reported": spread([row["reported_seconds"] / row["measured_seconds"] - 1 for row in times]),

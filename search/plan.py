@@ -64,7 +64,7 @@ def make_plan(loaded: LoadedSpec, rental: Rental | None = None) -> dict[str, Any
         capacity = spec.resources.workers if is_submitted() and spec.resources.workers else local_capacity(spec.resources)
         where = os.environ.get("RAY_ADDRESS", "this machine")
     plan, unknown = _blueprint(spec)
-    limits = Limits(num_workers=capacity, hidden_size=None if plan is None else plan.shape.hidden_size)
+    limits = Limits(num_workers=capacity, hidden_size=None if plan is None else plan.shape.hidden_size, plan=plan)
     forecaster = None
     if rental is not None:
         if plan is None:

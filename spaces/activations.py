@@ -13,6 +13,8 @@ from spaces.config import Recipe, TrialConfig
 from spaces.quantization import is_quantized
 
 FP32_BYTES, BF16_BYTES, INT64_BYTES = 4, 2, 8
+# Of RMSNorm's backward pass, written out: five tensors in fp32, per number that it normalises.
+RMS_BACKWARD_BYTES = 5 * FP32_BYTES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,6 +164,8 @@ class Activations:
         # From the backward pass on, and so when a block is computed again, there is the gradient of its result.
         gradient = self.width.stream * self.plan.shape.hidden_size
         inside = max(self._forward_per_token() + (gradient if self.recomputes else 0), backward + gradient)
+        if self.plan.norm == "rms":
+            inside = max(inside, RMS_BACKWARD_BYTES * self.plan.shape.hidden_size + gradient - self._feed_forward_per_token())
         # What PEFT has multiplied out has a gradient as large, before that becomes those of the factors.
         last = self.plan.feed_forward_out[0]
         merged = last.num_params if self._has_experts and is_wrapped(last, self.recipe) else 0
@@ -258,6 +262,19 @@ class Activations:
             kept += width.products * hidden
         return kept
 
+    def _feed_forward_per_token(self) -> int:
+        """Return what is gone of a block's activations when the normalisation before its feed-forward has its backward pass."""
+        plan, recipe, width = self.plan, self.recipe, self.width
+        kept = self._experts_per_token() if self._has_experts else self._activation_per_token()
+        stages = (*plan.feed_forward_in, *plan.feed_forward_out)
+        wrapped = [m for m in stages if is_wrapped(m, recipe) and m.num_experts == 1]
+        kept += width.products * (recipe.adapter_rank or 0) * len(wrapped)
+        if width.is_autocast:
+            copies = [m for m in plan.feed_forward_in if self._is_full and m.num_experts == 1]
+            return kept + width.products * sum(m.num_inputs for m in (*wrapped, *copies))
+        reads = self._is_full or any(is_wrapped(m, recipe) for m in plan.feed_forward_in)
+        return kept + (width.products * plan.shape.hidden_size if reads else 0)
+
     def _forward_per_token(self) -> int:
         """Return what is held beside as a block ends: the input and the result of its last product, and what is added to it."""
         plan, width, hidden, last = self.plan, self.width, self.plan.shape.hidden_size, self.plan.feed_forward_out[0]
@@ -295,8 +312,8 @@ class Activations:
         if self.width.is_autocast and wrapped:
             # PEFT hands the adapter its input in fp32, and gets the gradient so.
             inside += FP32_BYTES
-        # Where the last product is normalised, that comes first: five tensors of its backward pass, written out in fp32.
-        norm = 5 * FP32_BYTES * last.num_outputs if self.plan.num_norms_per_block == 4 else 0
+        # Where the last product is normalised, that comes first.
+        norm = RMS_BACKWARD_BYTES * last.num_outputs if self.plan.num_norms_per_block == 4 else 0
         return max(inside * last.num_inputs, norm)
 
     def _weighing_or_activation_per_token(self) -> int:

@@ -57,6 +57,8 @@ class Matrix:
 class Blueprint:
     """A model as its weights: tables, equal blocks, and what comes after them."""
 
+    family: str
+    """The `model_type` of its `config.json`."""
     shape: ModelShape
     num_embedding_params: int
     """Look-up tables and their normalisation; a tied head is this table."""
@@ -155,6 +157,7 @@ def _decoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -
     tied = task == "causal-lm" and bool(c.get("tie_word_embeddings", family.startswith("gemma")))
     outputs = s.vocab_size if task == "causal-lm" else num_labels
     return Blueprint(
+        family=family,
         shape=s,
         num_embedding_params=s.vocab_size * width,
         attention_in=attention_in,
@@ -210,6 +213,7 @@ def _gpt2(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -> B
     width, inner = s.hidden_size, s.intermediate_size
     causal = task == "causal-lm"
     return Blueprint(
+        family=c["model_type"],
         shape=s,
         num_embedding_params=(s.vocab_size + int(c.get("n_positions", 1024))) * width,
         attention_in=(Matrix(name="c_attn", num_inputs=width, num_outputs=3 * width, has_bias=True),),
@@ -241,6 +245,7 @@ def _encoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -
     tables = s.vocab_size + int(c.get("max_position_embeddings", 512)) + (0 if distil else int(c.get("type_vocab_size", 2)))
     dense = "pre_classifier" if distil else "dense"
     return Blueprint(
+        family=family,
         shape=s,
         num_embedding_params=(tables + 2) * width,
         attention_in=tuple(Matrix(name=n, num_inputs=width, num_outputs=width, has_bias=True) for n in (q, k, v)),

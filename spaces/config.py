@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 Adapter = Literal["none", "lora"]
 Precision = Literal["fp32", "bf16"]
 Quantization = Literal["none", "nf4", "int8"]
-Strategy = Literal["ddp", "fsdp"]
+Strategy = Literal["ddp", "fsdp", "tp"]
 Recomputation = Literal["none", "full"]
 
 # `micro_batch_size: auto` keeps one forward pass to at most this many padded tokens per rank.
@@ -64,12 +64,22 @@ class Layout:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether weights are spread over ranks; one rank has nothing to spread."""
+        """Whether FSDP2 spreads weights over ranks; one rank has nothing to spread."""
         return self.strategy == "fsdp" and self.world_size > 1
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Ranks over which every matrix of a block is split."""
+        return self.world_size if self.strategy == "tp" else 1
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks, or groups of them, that rows are dealt to."""
+        return self.world_size // self.tensor_parallel_size
 
     def num_grad_accum_steps(self, global_batch_size: int) -> int:
         """Return the forward passes per rank and optimizer step, rounded up."""
-        return -(-global_batch_size // (self.world_size * self.micro_batch_size))
+        return -(-global_batch_size // (self.data_parallel_size * self.micro_batch_size))
 
     def key(self) -> str:
         """Return a short, stable fingerprint of the layout: 12 hexadecimal digits."""
@@ -112,15 +122,15 @@ class TrialConfig:
             quantization=params.get("quantization", "none") if lora else "none",
         )
         micro = params["micro_batch_size"]
-        world_size = int(params["world_size"])
-        if micro == "auto":
-            micro = auto_micro_batch_size(recipe.global_batch_size, world_size, max_length)
         layout = Layout(
-            world_size=world_size,
+            world_size=int(params["world_size"]),
             strategy=params["strategy"],
-            micro_batch_size=int(micro),
+            micro_batch_size=1 if micro == "auto" else int(micro),
             recomputation=params["recomputation"],
         )
+        if micro == "auto":
+            micro = auto_micro_batch_size(recipe.global_batch_size, layout.data_parallel_size, max_length)
+            layout = replace(layout, micro_batch_size=micro)
         return cls(recipe=recipe, layout=layout)
 
     @classmethod
@@ -149,9 +159,9 @@ class TrialConfig:
         return _fingerprint(self.to_dict())
 
 
-def auto_micro_batch_size(global_batch_size: int, world_size: int, max_length: int) -> int:
+def auto_micro_batch_size(global_batch_size: int, data_parallel_size: int, max_length: int) -> int:
     """Return the largest divisor of the rows per rank whose padded tokens fit `AUTO_MICRO_BATCH_TOKENS`."""
-    per_rank = max(1, global_batch_size // world_size)
+    per_rank = max(1, global_batch_size // data_parallel_size)
     limit = max(1, AUTO_MICRO_BATCH_TOKENS // max_length)
     return max(d for d in range(1, per_rank + 1) if per_rank % d == 0 and d <= limit)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
 from spaces.memory import RankMemory, rank_memory
+from spaces.tensor_parallel import PLANS, left_over
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,12 +32,22 @@ class Limits:
 def global_batch_divisible(config: TrialConfig, limits: Limits) -> float:
     """Rows left over when the global batch is dealt to ranks and accumulation steps."""
     layout = config.layout
-    return config.recipe.global_batch_size % (layout.world_size * layout.micro_batch_size)
+    return config.recipe.global_batch_size % (layout.data_parallel_size * layout.micro_batch_size)
 
 
 def world_size_within_cluster(config: TrialConfig, limits: Limits) -> float:
     """Workers that the cluster lacks."""
     return config.layout.world_size - limits.num_workers
+
+
+def matrices_split_evenly(config: TrialConfig, limits: Limits) -> float:
+    """What is left over when heads and widths are dealt to tensor-parallel ranks; 1 for a model that has no plan for it."""
+    num_ranks = config.layout.tensor_parallel_size
+    if num_ranks == 1 or limits.hidden_size is None:
+        return 0.0
+    if limits.plan is None or limits.plan.family not in PLANS:
+        return 1.0
+    return sum(left_over(limits.plan, num_ranks).values())
 
 
 def adapter_rank_within_width(config: TrialConfig, limits: Limits) -> float:
@@ -71,6 +82,7 @@ def predicted_memory(config: TrialConfig, limits: Limits) -> RankMemory | None:
 CONSTRAINTS = (
     global_batch_divisible,
     world_size_within_cluster,
+    matrices_split_evenly,
     adapter_rank_within_width,
     quantized_base_whole,
     memory_within_device,
@@ -82,13 +94,21 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
     recipe, layout = config.recipe, config.layout
     words = {
         global_batch_divisible.__name__: f"a global batch of {recipe.global_batch_size} rows is not divisible by "
-        f"{layout.world_size} ranks of {layout.micro_batch_size}",
+        f"{layout.data_parallel_size} ranks of {layout.micro_batch_size}",
         world_size_within_cluster.__name__: f"needs {layout.world_size} workers, and there are {limits.num_workers}",
+        matrices_split_evenly.__name__: _why_not_split(config, limits),
         adapter_rank_within_width.__name__: f"rank {recipe.adapter_rank} exceeds the model's width of {limits.hidden_size}",
         quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
         memory_within_device.__name__: f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
     }
     return words[name]
+
+
+def _why_not_split(config: TrialConfig, limits: Limits) -> str:
+    if limits.plan is None or limits.plan.family not in PLANS:
+        return f"strategy tp splits models of these families: {', '.join(sorted(PLANS))}; this is none"
+    num_ranks = config.layout.tensor_parallel_size
+    return f"strategy tp: not divisible by {num_ranks} ranks: {', '.join(left_over(limits.plan, num_ranks))}"
 
 
 def violations(config: TrialConfig, limits: Limits) -> dict[str, float]:

@@ -5,6 +5,8 @@ What is assumed, and stands beside every number that follows from it:
 - the matrix units reach `ASSUMED_UTILISATION` of their dense peak, recomputation counted;
 - the exchange of gradients overlaps with the backward pass of the last micro batch under DDP, and with all of the computation
   under FSDP2 (https://pytorch.org/blog/introducing-pytorch-fully-sharded-data-parallel-api/);
+- tensor-parallel ranks wait for every sum: of activations in each half of a block one forward and one backward, and one more where
+  its recomputation needs the sum; of an adapter's gradients one a step; and each computes all of the head and of the uncut factors;
 - a ring moves 2 (N - 1) / N of the bytes to sum them on N ranks, half of that to gather or to reduce them
   (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md);
 - between nodes every GPU has one adapter of 400 Gbit/s, as in https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html.
@@ -19,9 +21,10 @@ from typing import Any, Protocol
 from spaces.activations import FP32_BYTES, widths
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
-from spaces.flops import flops_of_blueprint, recomputed_flops_of_blueprint
+from spaces.flops import TrainingFlops, flops_of_blueprint, recomputed_flops_of_blueprint
 from spaces.hardware import Device
 from spaces.memory import num_adapter_params, num_trained
+from spaces.tensor_parallel import local_blueprint, num_partial_params
 
 # Of the dense peak, between published rows on H100, as counted here: Llama-3 8B with LoRA on one at 4,096 tokens, 12,473 tokens/s
 # (42 %; https://github.com/NVIDIA-NeMo/Automodel/blob/main/docs/performance-summary.mdx), in full on eight at 8,192, 6,667 tokens/s
@@ -167,18 +170,22 @@ def estimate_step(
     recipe, layout = config.recipe, config.layout
     targets = plan.targets_per_row(length) if targets_per_row is None else targets_per_row
     rows, num_ranks = recipe.global_batch_size, layout.world_size
-    model, recomputed = (
-        part.total(num_tokens=rows * length, num_targets=rows * targets, sum_of_squared_lengths=rows * length**2)
-        for part in (flops_of_blueprint(plan, recipe), recomputed_flops_of_blueprint(plan, config))
-    )
-    peak_of_all = machine.peak_flops_per_second(recipe.precision) * num_ranks
-    compute = (model + recomputed) / (peak_of_all * ASSUMED_UTILISATION)
+
+    def total(flops: TrainingFlops) -> float:
+        return flops.total(num_tokens=rows * length, num_targets=rows * targets, sum_of_squared_lengths=rows * length**2)
+
+    # What one rank has of the model, or the ranks among whom the rows are dealt.
+    local = local_blueprint(plan, layout.tensor_parallel_size)
+    computed = total(flops_of_blueprint(local, recipe)) + total(recomputed_flops_of_blueprint(local, config))
+    peak = machine.peak_flops_per_second(recipe.precision)
+    compute = computed / layout.data_parallel_size / (peak * ASSUMED_UTILISATION)
     is_sharded = layout.strategy == "fsdp"
-    trained = num_trained(plan, recipe)
+    trained = num_trained(local, recipe)
     num_micro_batches = config.num_grad_accum_steps
-    exchange = _exchanged_bytes(plan, config) * (num_ranks - 1) / num_ranks / machine.link_bytes_per_second(num_ranks)
+    exchanged = exchanged_bytes(plan, config, rows * length)
+    exchange = exchanged * (num_ranks - 1) / num_ranks / machine.link_bytes_per_second(num_ranks)
     # Two thirds of the work are the backward pass.
-    overlap = compute if is_sharded else compute * 2 / 3 / num_micro_batches
+    overlap = {"fsdp": compute, "ddp": compute * 2 / 3 / num_micro_batches, "tp": 0.0}[layout.strategy]
     communication = max(0.0, exchange - overlap)
     updated = trained / num_ranks if is_sharded else trained
     update = UPDATE_BYTES_PER_PARAM * updated / machine.memory_bytes_per_second()
@@ -187,18 +194,34 @@ def estimate_step(
         communication_seconds=communication,
         update_seconds=update,
         num_tokens=round(rows * length),
-        mfu=model / (compute + communication + update) / peak_of_all,
+        mfu=total(flops_of_blueprint(plan, recipe)) / (compute + communication + update) / (peak * num_ranks),
     )
 
 
-def _exchanged_bytes(plan: Blueprint, config: TrialConfig) -> float:
-    """Return the bytes of a step's collectives, before the share of them that every rank sends."""
+def exchanged_bytes(plan: Blueprint, config: TrialConfig, num_tokens: float) -> float:
+    """Return the bytes of a step's collectives, before the share of them that every rank sends: what is summed counts twice.
+
+    Args:
+        plan: the model.
+        config: recipe and layout.
+        num_tokens: padded tokens of the global batch.
+    """
     recipe = config.recipe
     gradients = FP32_BYTES * num_trained(plan, recipe)
     if config.layout.strategy == "ddp":
         return 2.0 * gradients
+    if config.layout.strategy == "tp":
+        return 2.0 * (_summed_activations(plan, config) * num_tokens + FP32_BYTES * num_partial_params(plan, recipe))
     held = plan.num_params + num_adapter_params(plan, recipe)
     blocks = plan.shape.num_layers * plan.num_block_params
     # Blocks are gathered for the forward and again for the backward pass, what no block holds once.
     gathered = widths(config).products * (held + blocks)
     return float(config.num_grad_accum_steps * (gathered + gradients))
+
+
+def _summed_activations(plan: Blueprint, config: TrialConfig) -> int:
+    """Return the bytes per token that tensor-parallel ranks sum: results forward and again, gradients of their inputs backward."""
+    width = widths(config)
+    # Recomputation ends before the last sum, where nothing after it in the block needs that.
+    again = (1 + plan.is_last_result_needed) if config.layout.recomputation == "full" else 0
+    return plan.shape.num_layers * plan.shape.hidden_size * ((2 + again) * width.products + 2 * width.stream)

@@ -12,6 +12,7 @@ from spaces.activations import FP32_BYTES, Activations, adapter_params, widths
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe, TrialConfig
 from spaces.quantization import frozen_bytes
+from spaces.tensor_parallel import local_blueprint, num_partial_params
 
 # Scores of the cross entropy, the gradient of the picked one, and that of all; in fp32 whatever the model computes in.
 LOGITS_COPIES = 3
@@ -36,7 +37,7 @@ class RankMemory:
     activations_bytes: int = 0
     logits_bytes: int = 0
     communication_bytes: int = 0
-    """DDP's buckets; what FSDP2 gathers, and its buffers."""
+    """DDP's buckets; what FSDP2 gathers, and its buffers; gradients that tensor-parallel ranks sum together."""
 
     @property
     def peak_bytes(self) -> int:
@@ -71,6 +72,9 @@ def rank_memory(plan: Blueprint, config: TrialConfig, length: int, num_targets: 
         num_targets: positions of a micro batch that the loss counts; by default those of plain text or of a class.
     """
     recipe, rows = config.recipe, config.layout.micro_batch_size
+    # Whose ranks split matrices hold what one rank would of a model with fewer heads and a narrower inner width.
+    num_partial = num_partial_params(plan, recipe) if config.layout.tensor_parallel_size > 1 else 0
+    plan = local_blueprint(plan, config.layout.tensor_parallel_size)
     recomputes = config.layout.recomputation == "full"
     targets = int(rows * plan.targets_per_row(length)) if num_targets is None else num_targets
     step = Activations(
@@ -89,7 +93,7 @@ def rank_memory(plan: Blueprint, config: TrialConfig, length: int, num_targets: 
         weights_bytes=(FP32_BYTES * trained + frozen) // shards,
         optimizer_bytes=FP32_BYTES * ADAMW_STATES * trained // shards,
         # DDP's buckets are a second copy of all gradients, made before the first step.
-        communication_bytes=FP32_BYTES * trained if shards == 1 and config.layout.world_size > 1 else 0,
+        communication_bytes=FP32_BYTES * trained if shards == 1 and config.layout.data_parallel_size > 1 else 0,
     )
     head = plan.head[-1]
     per_logit = LOGITS_COPIES * FP32_BYTES + (step.width.products if plan.are_logits_capped else 0)  # a cap keeps its tanh
@@ -97,6 +101,8 @@ def rank_memory(plan: Blueprint, config: TrialConfig, length: int, num_targets: 
     at_loss, in_last_block, in_first_block = _while_computing(step, state)
     at_loss = replace(at_loss, logits_bytes=logits)
     at_update = replace(state, gradients_bytes=FP32_BYTES * trained // shards)
+    if num_partial:
+        at_update = replace(at_update, communication_bytes=FP32_BYTES * num_partial)
     moments = [at_loss, in_last_block, in_first_block, at_update]
     if shards > 1:
         moments = _while_sharded(step, shards, *moments)

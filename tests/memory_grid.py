@@ -11,12 +11,14 @@ from spaces.architecture import ModelShape
 from spaces.blueprint import FAMILIES, Blueprint, blueprint
 from spaces.config import Layout, Recipe, TrialConfig
 from spaces.memory import rank_memory
+from spaces.tensor_parallel import PLANS
 from trainables.evaluation import summed_loss
 from trainables.memory_meter import LiveBytes
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
-from trainables.optim import make_optimizer
-from trainables.parallelize import autocast
+from trainables.optim import clip_gradients, make_optimizer
+from trainables.parallelize import autocast, summing
+from trainables.tensor_parallel import sum_partial_gradients
 
 ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
 # One of every modelling file that keeps something of its own; the others repeat one of these.
@@ -45,9 +47,15 @@ class Case:
 
     def config(self, world_size: int, strategy: str = "ddp") -> TrialConfig:
         targets = {"none": None, "all-linear": ("all-linear",)}.get(self.adapter, SOME_TARGETS.get(self.family, ("q_proj", "v_proj")))
+        layout = Layout(
+            world_size=world_size,
+            strategy=strategy,  # type: ignore[arg-type]
+            micro_batch_size=self.rows,
+            recomputation=self.recomputation,  # type: ignore[arg-type]
+        )
         recipe = Recipe(
             learning_rate=1e-3,
-            global_batch_size=self.rows * world_size * self.num_micro_batches,
+            global_batch_size=self.rows * layout.data_parallel_size * self.num_micro_batches,
             dataset_fraction=1,
             epochs=1,
             warmup_fraction=0,
@@ -59,12 +67,6 @@ class Case:
             adapter_alpha=16.0 if targets else None,
             adapter_target_modules=targets,
             quantization=self.quantization,  # type: ignore[arg-type]
-        )
-        layout = Layout(
-            world_size=world_size,
-            strategy=strategy,  # type: ignore[arg-type]
-            micro_batch_size=self.rows,
-            recomputation=self.recomputation,  # type: ignore[arg-type]
         )
         return TrialConfig(recipe=recipe, layout=layout)
 
@@ -98,6 +100,13 @@ ALONE += [
     for f in ("llama", "gpt2", "gemma2")
     for p in PRECISIONS
     for a in ("none", "all-linear")
+]
+# Where a layer is narrower between its matrices than outside, as one rank's part of it is, the normalisation before it is the peak.
+ALONE += [
+    Case(family="llama", adapter=a, precision=p, recomputation=c, changes=(("intermediate_size", 40),))
+    for p in PRECISIONS
+    for a in ADAPTERS
+    for c in ("none", "full")
 ]
 # What grows with the square of the length, with the experts that a token meets, and with those that it does not.
 ALONE += [
@@ -142,7 +151,17 @@ SHARDED = [
     )
 ]
 SHARDED += [c for c in ACCUMULATED if c.recomputation == "none"]
-# Of both grids what a test run has time for: every family in every precision, every modelling file with every adapter and
+SPLIT = [
+    Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation=c, changes=v)
+    for f in PLANS
+    for p in PRECISIONS
+    for a in ADAPTERS
+    for c in ("none", "full")
+    for r, n, v in ((8, 32, ()), (2, 16, ()), (4, 32, (("vocab_size", 1000),)))
+]
+SPLIT += [c for c in ACCUMULATED if c.family in PLANS]
+SPLIT += [Case(family="llama", adapter=a, changes=(("attention_bias", True), ("mlp_bias", True))) for a in ("none", "all-linear")]
+# Of the grids what a test run has time for: every family in every precision, every modelling file with every adapter and
 # recomputation; on two ranks every kind of block, and either precision.
 ALONE_IN_SHORT = [
     c for c in ALONE if (c.rows == 8 and c.family in DISTINCT) or (c.rows == 16 and c.recomputation == c.adapter == "none")
@@ -151,6 +170,7 @@ ALONE_IN_SHORT += [c for c in ALONE if c.length == 120 and c.adapter != "some" a
 _SHARDED_IN_SHORT = {"llama": ("fp32", "bf16"), "bert": ("fp32",), "qwen3_moe": ("fp32",)}
 _SHARDED_IN_SHORT |= dict.fromkeys(("gpt2", "gemma2", "mixtral"), ("bf16",))
 SHARDED_IN_SHORT = [c for c in SHARDED if c.precision in _SHARDED_IN_SHORT.get(c.family, ())]
+SPLIT_IN_SHORT = [c for c in SPLIT if c.rows == 8 and c.adapter != "some"]
 
 
 def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
@@ -177,19 +197,21 @@ def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
                     loss = summed_loss(module, batch, case.task)[0]
                 loss.backward()
                 del loss
-            torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            sum_partial_gradients(trained.values(), summing(None))
+            clip_gradients(trained.values())
             optimizer.step()
             optimizer.zero_grad()
             peaks.append(tensors.peak)
     return min(peaks[1:]), sum(p.numel() for p in trained.values())
 
 
-def peaks_of(world: World, cases: list[Case]) -> list[int]:
-    return [measured(case, case.config(world.world_size, "fsdp"), world)[0] for case in cases]
+def peaks_of(world: World, cases: list[Case], strategy: str) -> list[tuple[int, int]]:
+    """Return what `measured` does of every case on the ranks of a world."""
+    return [measured(case, case.config(world.world_size, strategy), world) for case in cases]
 
 
-def error(case: Case, world_size: int, peak: int) -> float:
-    """Return the relative error of the prediction against a measured peak; several ranks share the model with FSDP2."""
+def error(case: Case, world_size: int, peak: int, strategy: str = "fsdp") -> float:
+    """Return the relative error of the prediction against a measured peak; several ranks share the model by the strategy."""
     plan = case.blueprint()
     num_targets = case.rows * (case.length - case.num_prompt if case.task == "causal-lm" else 1)
-    return rank_memory(plan, case.config(world_size, "fsdp"), case.length, num_targets).peak_bytes / peak - 1
+    return rank_memory(plan, case.config(world_size, strategy), case.length, num_targets).peak_bytes / peak - 1

@@ -136,7 +136,7 @@ class BatchPlan:
         """
         batch = self._batches[step]
         by_length = batch[np.argsort(self._lengths[batch], kind="stable")]
-        size, world = self._layout.micro_batch_size, self._layout.world_size
+        size, world = self._layout.micro_batch_size, self._layout.data_parallel_size
         parts = [by_length[i * size : (i + 1) * size] for i in range(self._num_accum * world)]
         return [parts[i * world : (i + 1) * world] for i in range(self._num_accum)]
 

@@ -61,12 +61,13 @@ def picking(head: nn.Module, positions: torch.Tensor) -> Iterator[None]:
 def evaluate(module: nn.Module, config: TrialConfig, data: TaskData, table: TokenTable, world: World) -> dict[str, float]:
     """Return eval_loss and accuracy, and macro_f1 for classification; every rank must call it."""
     module.eval()
+    rows_world = world.data_parallel(config.layout)
     num_classes = len(data.label_names)
     totals = torch.zeros(3, dtype=torch.float64)  # loss, right, counted
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.float64)
     vocab_size = unwrapped(module).config.get_text_config().vocab_size if data.task == "causal-lm" else 0
     training_tokens = config.layout.micro_batch_size * int(data.train.lengths.max())
-    for rows in evaluation_batches(table, world, training_tokens=training_tokens, vocab_size=vocab_size):
+    for rows in evaluation_batches(table, rows_world, training_tokens=training_tokens, vocab_size=vocab_size):
         batch = collate(table, rows, data.pad_token_id).to(world.device)
         with autocast(config, world):
             loss, logits = summed_loss(module, batch, data.task)
@@ -76,7 +77,7 @@ def evaluate(module: nn.Module, config: TrialConfig, data: TaskData, table: Toke
         if num_classes:
             confusion += torch.bincount((targets * num_classes + predicted).cpu(), minlength=num_classes**2)
     module.train()
-    summed = world.sum(torch.cat([totals, confusion])).cpu()
+    summed = rows_world.sum(torch.cat([totals, confusion])).cpu()
     loss_sum, num_right, num_counted = summed[:3].tolist()
     result = {metrics.EVAL_LOSS: loss_sum / num_counted, metrics.ACCURACY: num_right / num_counted}
     if num_classes:
@@ -96,7 +97,7 @@ def _macro_f1(confusion: torch.Tensor) -> float:
 def exact_match(module: nn.Module, config: TrialConfig, data: TaskData, world: World, tokenizer: Any, num_rows: int) -> float:
     """Return the share of the first evaluation rows whose greedy completion gives the expected answer.
 
-    Every rank generates its own rows and must call this; with FSDP2 all ranks keep stepping until the last is done.
+    Every rank generates its own rows, or all where it sees all, and must call this; with FSDP2 all step until the last is done.
     """
     assert data.answers is not None  # the caller asks only for data with answers
     assert data.answer_pattern is not None
@@ -106,8 +107,9 @@ def exact_match(module: nn.Module, config: TrialConfig, data: TaskData, world: W
         module.unshard()  # generation calls the model inside PEFT's, whose hooks gather nothing of what no block holds
     num_rows = min(num_rows, data.evaluation.num_rows)
     limit = int(np.percentile(data.evaluation.num_targets[:num_rows], 95))
-    mine = np.arange(num_rows)[world.rank :: world.world_size]
-    per_rank = -(-num_rows // world.world_size)
+    rows_world = world.data_parallel(config.layout)
+    mine = np.arange(num_rows)[rows_world.rank :: rows_world.world_size]
+    per_rank = -(-num_rows // rows_world.world_size)
     right = 0
     for start in range(0, per_rank, GENERATION_ROWS):
         rows = mine[start : start + GENERATION_ROWS]
@@ -125,13 +127,13 @@ def exact_match(module: nn.Module, config: TrialConfig, data: TaskData, world: W
                 use_cache=True,
                 pad_token_id=data.pad_token_id,
                 eos_token_id=data.eos_token_id,
-                synced_gpus=world.world_size > 1,
+                synced_gpus=rows_world.world_size > 1,
             )
         for i, completion in zip(rows, out[:, width:], strict=False):
             found = re.search(data.answer_pattern, tokenizer.decode(completion, skip_special_tokens=True))
             right += found is not None and found.group(1).strip() == data.answers[int(i)]
     model.train()
-    return float(world.sum(torch.tensor([float(right)]))[0]) / num_rows
+    return float(rows_world.sum(torch.tensor([float(right)]))[0]) / num_rows
 
 
 def _prompt(table: TokenTable, index: int) -> list[int]:

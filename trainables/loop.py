@@ -26,9 +26,10 @@ from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.meter import FlopWatch, StepTimer, details, speed
 from trainables.model import BaseModel, build, trainable
-from trainables.optim import MAX_GRAD_NORM, learning_rate, make_optimizer
-from trainables.parallelize import autocast, gradient_sync
+from trainables.optim import clip_gradients, learning_rate, make_optimizer
+from trainables.parallelize import autocast, gradient_sync, summing
 from trainables.report import Diverged, OutOfMemory, TrialReport
+from trainables.tensor_parallel import piece_of, sum_partial_gradients
 from trainables.tokenization import load_tokenizer
 
 # Whether the loss is still finite is looked at this often: every look makes a GPU wait.
@@ -112,6 +113,7 @@ class Trainer:
         rungs: tuple[float, ...] = rung_shares(),
     ) -> None:
         self.config, self.data, self.base, self.world, self.checkpoints = config, data, base, world, checkpoints
+        self._rows_world = world.data_parallel(config.layout)
         self._started = time.perf_counter()
         self._watch = FlopWatch(base.shape)
         saved = checkpoints.latest_valid() if checkpoints else None
@@ -140,13 +142,14 @@ class Trainer:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, self.step, self.num_steps)
             # DDP and FSDP2 average gradients over the ranks; the loss is a mean over the whole global batch.
-            scale = self.world.world_size / self._plan.num_targets(self.step)
-            micro_batches = [b.to(self.world.device) for b in self._plan.micro_batches(self.step, self.world.rank)]
+            scale = self._rows_world.world_size / self._plan.num_targets(self.step)
+            micro_batches = [b.to(self.world.device) for b in self._plan.micro_batches(self.step, self._rows_world.rank)]
             mark("data")
             for i, batch in enumerate(micro_batches, start=1):
                 with gradient_sync(self.module, i == len(micro_batches)):
                     self._losses[self.step] += self._backward(batch, scale, mark)
-            torch.nn.utils.clip_grad_norm_(self._parameters.values(), MAX_GRAD_NORM)
+            sum_partial_gradients(self._parameters.values(), summing(self._timer))
+            clip_gradients(self._parameters.values())
             self._optimizer.step()
             self._optimizer.zero_grad()
             mark("optimizer")
@@ -171,7 +174,7 @@ class Trainer:
                 score = exact_match(self.module, self.config, self.data, self.world, tokenizer, exact_match_rows)
             scores[metrics.EXACT_MATCH] = score
         if self.checkpoints is not None:
-            weights = {name: _whole(p) for name, p in self._parameters.items()}
+            weights = {name: _whole(p, p) for name, p in self._parameters.items()}
             if self.world.rank == 0:
                 state = {"config": self.config.to_dict(), "step": self.step}
                 self.checkpoints.save_final(Checkpoint(weights=weights, optimizer={}, state=state))
@@ -190,9 +193,9 @@ class Trainer:
             return
         weights, optimizer = {}, {}
         for name, parameter in self._parameters.items():
-            weights[name] = _whole(parameter)
+            weights[name] = _whole(parameter, parameter)
             for key, value in self._optimizer.state[parameter].items():
-                optimizer[f"{name}/{key}"] = _whole(value)
+                optimizer[f"{name}/{key}"] = _whole(value, parameter)
         assert self._flops is not None  # a step was trained
         state = {
             "step": self.step,
@@ -217,7 +220,7 @@ class Trainer:
         """Run one micro batch forward and backward; return its part of the step's loss."""
         watched = self._watch.forward(batch) if self._flops is None else nullcontext()
         with autocast(self.config, self.world), watched:
-            loss, _ = summed_loss(self.module, batch, self.data.task)
+            loss = summed_loss(self.module, batch, self.data.task)[0]  # a name for the logits would keep them to the end
         mark("forward")
         loss = loss * scale
         loss.backward()
@@ -225,14 +228,14 @@ class Trainer:
         mark("backward")
         if self._flops is None:
             self._flops = self._watch.flops()
-        return loss.detach() / self.world.world_size
+        return loss.detach() / self._rows_world.world_size
 
     def _collect_losses(self) -> None:
         """Sum the ranks' parts of the losses since the last time, and stop a trial that has none any more."""
         start = len(self._global_losses)
         if start == self.step:
             return
-        recent = self.world.sum(self._losses[start : self.step].clone()).tolist()
+        recent = self._rows_world.sum(self._losses[start : self.step].clone()).tolist()
         for offset, loss in enumerate(recent):
             if not math.isfinite(loss):
                 raise Diverged(f"the training loss is {loss} at step {start + offset + 1} of {self.num_steps}")
@@ -302,15 +305,19 @@ def load_weights(parameters: dict[str, torch.nn.Parameter], weights: dict[str, t
         parameter.copy_(_like(weights[name], parameter))
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a sharded tensor on every rank; on the CPU, apart from the original."""
+def _whole(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Gather a parameter, or what the optimizer keeps of it, on every rank; on the CPU, apart from the original."""
+    piece = piece_of(parameter)
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if piece is not None and whole.dim():  # a count of steps is no tensor of the parameter's shape
+        whole = piece.gathered(whole.detach())
     return whole.detach().cpu().clone().contiguous()
 
 
 def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Put a whole tensor where a parameter is, sharded as it is."""
-    whole = whole.to(parameter.device)
+    """Put a whole tensor where a parameter is, sharded or split as it is."""
+    piece = piece_of(parameter)
+    whole = (whole if piece is None else piece.of(whole)).to(parameter.device)
     if isinstance(parameter, DTensor):
         return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
     return whole

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from spaces.config import Strategy
+from spaces.config import Layout, Strategy
+
+# The axis of the device mesh that the ranks of a strategy are on.
+AXES: dict[Strategy, str] = {"ddp": "dp_replicate", "fsdp": "dp_shard", "tp": "tp"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +38,10 @@ class World:
         """Return the one-dimensional device mesh over which FSDP2 shards."""
         return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("dp_shard",))
 
+    def data_parallel(self, layout: Layout) -> World:
+        """Return the ranks that rows are dealt to; where they share every matrix product, each sees all rows as if it were alone."""
+        return self if layout.tensor_parallel_size == 1 else replace(self, rank=0, world_size=1)
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over the ranks, on all of them."""
         if self.world_size > 1:
@@ -55,7 +62,7 @@ class World:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         return {
             "rank": self.rank,
-            "mesh": {"dp_shard" if strategy == "fsdp" and self.world_size > 1 else "dp_replicate": self.rank},
+            "mesh": {AXES[strategy] if self.world_size > 1 else "dp_replicate": self.rank},
             "node_id": self.node_id,
             "host": platform.node(),
             "device": str(self.device),

@@ -25,6 +25,7 @@ from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.quantize import quantized_product
 from trainables.step_time import fit, fit_steady, steady_steps
+from trainables.tensor_parallel import piece_of
 
 STEP_PARTS = tuple(metrics.PART_SECONDS)
 # The median of fewer steady steps is that of single ones; the drift has one for every quarter.
@@ -224,6 +225,9 @@ class CountingPass(TorchFunctionMode):
     def _note(self, x: torch.Tensor, weight: torch.Tensor, num_experts: int = 1) -> None:
         # An expert is a slice of a parameter; it may see as many tokens as there are targets.
         is_whole, num_weights = isinstance(weight, torch.nn.Parameter), weight.numel() // num_experts
+        piece = piece_of(weight)
+        if piece is not None:  # a matrix that is split over ranks is one product of the model
+            num_weights *= piece.num_pieces
         self._note_product(x, num_weights, weight_needs_grad=weight.requires_grad, is_whole=is_whole)
 
     def _note_product(self, x: torch.Tensor, num_weights: int, *, weight_needs_grad: bool = False, is_whole: bool = True) -> None:

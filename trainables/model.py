@@ -124,8 +124,9 @@ def build(
         TrialError: the adapter does not fit the model.
     """
     recipe = config.recipe
-    # FSDP2 moves what it shards block by block: a whole model may not fit the device.
-    device = torch.device("cpu") if config.layout.is_sharded else world.device
+    # What is sharded or split moves piece by piece: a whole model may not fit the device.
+    is_whole = not config.layout.is_sharded and config.layout.tensor_parallel_size == 1
+    device = world.device if is_whole else torch.device("cpu")
     # Products of a bf16 recipe are in bf16 anyway, and an fp32 copy beside would be most of the memory.
     frozen = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     module = base.copy(is_frozen=recipe.adapter != "none")

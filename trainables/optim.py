@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from spaces.config import Recipe
+from trainables.tensor_parallel import piece_of, total_norm
 
 MAX_GRAD_NORM = 1.0
 
@@ -20,6 +24,15 @@ def make_optimizer(parameters: dict[str, nn.Parameter], recipe: Recipe) -> AdamW
     ]
     sharded = any(isinstance(p, DTensor) for p in values)
     return AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, fused=None if sharded else True)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Scale the gradients down to a norm of `MAX_GRAD_NORM` together; every rank must call it."""
+    clipped = list(parameters)
+    if any(piece_of(p) is not None for p in clipped):
+        torch.nn.utils.clip_grads_with_norm_(clipped, MAX_GRAD_NORM, total_norm(clipped))
+    else:
+        torch.nn.utils.clip_grad_norm_(clipped, MAX_GRAD_NORM)
 
 
 def learning_rate(recipe: Recipe, step: int, num_steps: int) -> float:

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from spaces.config import TrialConfig
 from trainables.mesh import World
 from trainables.meter import StepTimer
+from trainables.tensor_parallel import Exchange, split
 
 
 def parallelize(
@@ -26,9 +27,10 @@ def parallelize(
     recompute_context: Callable[[], AbstractContextManager[object]] = nullcontext,
     timer: StepTimer | None = None,
 ) -> nn.Module:
-    """Switch recomputation on, then wrap in DDP or shard with FSDP2: every transformer block by itself, then what is left.
+    """Split matrices, switch recomputation on, then wrap in DDP or shard with FSDP2: every block by itself, then what is left.
 
-    Recomputation comes before sharding: what is computed again is the block without its gathering of weights. The blocks come
+    Splitting comes first: what is computed again is a block as this rank has it, with its sums over the ranks. Recomputation comes
+    before sharding: what is computed again is the block without its gathering of weights. The blocks come
     before the root: what that then shards is only what no block holds (embeddings, head), so that no more than one block is
     gathered at a time. One process has nothing to share and is left as it is.
 
@@ -36,11 +38,13 @@ def parallelize(
         recompute_context: called in every block's forward pass; what it returns is entered around the block's recomputation.
         timer: is told where the computation waits for other ranks.
     """
+    if config.layout.tensor_parallel_size > 1:
+        module = split(module, world, summing(timer))
     if config.layout.recomputation == "full":
         # The reentrant form needs an input that requires a gradient, which a frozen embedding does not give.
         options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), recompute_context())}
         cast("Any", module).gradient_checkpointing_enable(options)
-    if world.world_size == 1:
+    if config.layout.data_parallel_size == 1:
         return module
     if config.layout.strategy == "ddp":
         # Buffers are tables that all ranks compute alike: without this they would be sent in every forward pass.
@@ -65,6 +69,20 @@ def parallelize(
                 part.set_custom_all_gather(cast("Any", _TimedExchange(timer, dist.all_gather_into_tensor)))
                 part.set_custom_reduce_scatter(cast("Any", _TimedExchange(timer, dist.reduce_scatter_tensor)))
     return module
+
+
+def summing(timer: StepTimer | None) -> Exchange:
+    """Return what sums a tensor over all ranks, in place; the computation waits for it, which the timer is told."""
+
+    def exchange(tensor: torch.Tensor) -> torch.Tensor:
+        if timer is not None:
+            timer.begin_exchange()
+        dist.all_reduce(tensor)
+        if timer is not None:
+            timer.end_exchange()
+        return tensor
+
+    return exchange
 
 
 def _timed_all_reduce(timer: StepTimer, bucket: Any) -> torch.futures.Future[torch.Tensor]:

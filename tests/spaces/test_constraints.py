@@ -11,6 +11,7 @@ from spaces.config import TrialConfig
 from spaces.constraints import Limits, is_feasible, reason, violations
 from spaces.memory import rank_memory
 from spaces.space import SpaceSpec
+from spaces.tensor_parallel import PLANS
 
 ROOMY = Limits(num_workers=8, hidden_size=384)
 
@@ -21,8 +22,14 @@ def config(**params: object) -> TrialConfig:
 
 def test_the_default_space_is_feasible():
     values = violations(config(), ROOMY)
-    names = ["global_batch_divisible", "world_size_within_cluster", "adapter_rank_within_width", "quantized_base_whole"]
-    assert list(values) == [*names, "memory_within_device"]
+    assert list(values) == [
+        "global_batch_divisible",
+        "world_size_within_cluster",
+        "matrices_split_evenly",
+        "adapter_rank_within_width",
+        "quantized_base_whole",
+        "memory_within_device",
+    ]
     assert is_feasible(values)
 
 
@@ -42,6 +49,39 @@ def test_each_constraint_alone(params, limits, name, value):
     values = violations(config(**params), limits)
     assert {k: v for k, v in values.items() if v > 0} == {name: value}
     assert not is_feasible(values)
+
+
+def test_matrices_are_split_where_the_family_has_a_plan_and_the_sizes_divide():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 96, "vocab_size": 97}
+    name = "matrices_split_evenly"
+
+    def limits(family, **changes):
+        return replace(ROOMY, plan=blueprint({"model_type": family, **sizes, **changes}, "causal-lm"))
+
+    split = config(strategy="tp", world_size=4)
+    for known, value, why in (
+        (limits("llama"), 0, ""),
+        (limits("llama", num_key_value_heads=2), 2, "strategy tp: not divisible by 4 ranks: 2 key-value heads"),
+        (limits("qwen3", intermediate_size=98), 2, "strategy tp: not divisible by 4 ranks: 98 inner features"),
+        (
+            limits("gpt2"),
+            1,
+            f"strategy tp splits models of these families: {', '.join(sorted(PLANS))}; this is none",
+        ),
+        (replace(ROOMY, plan=None), 1, "strategy tp splits models of these families"),
+        (replace(ROOMY, plan=None, hidden_size=None), 0, ""),
+    ):
+        assert violations(split, known)[name] == value
+        assert violations(config(strategy="tp", world_size=1), known)[name] == 0, "one rank splits nothing"
+        assert violations(config(strategy="fsdp", world_size=4), known)[name] == 0
+        assert not value or reason(name, split, known).startswith(why)
+
+
+def test_ranks_that_split_matrices_all_see_every_row():
+    split = config(strategy="tp", world_size=4, global_batch_size=6)
+    assert split.layout.micro_batch_size == 6
+    assert violations(split, ROOMY)["global_batch_divisible"] == 0
+    assert violations(config(strategy="ddp", world_size=4, global_batch_size=6), ROOMY)["global_batch_divisible"] > 0
 
 
 def test_what_is_predicted_to_need_more_memory_than_a_rank_may_take_is_infeasible_by_as_much():

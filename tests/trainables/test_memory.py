@@ -6,17 +6,22 @@ import statistics
 from dataclasses import replace
 
 import distributed
+import numpy as np
 import pytest
 import torch
 from families import make
-from memory_grid import ALONE, ALONE_IN_SHORT, SHARDED, SHARDED_IN_SHORT, Case, error, measured, peaks_of
+from memory_grid import ALONE, ALONE_IN_SHORT, SHARDED, SHARDED_IN_SHORT, SPLIT, SPLIT_IN_SHORT, Case, error, measured, peaks_of
 
 from spaces.blueprint import FAMILIES
 from spaces.memory import num_trained, rank_memory
+from spaces.tensor_parallel import PLANS, local_blueprint
 from trainables.adapters import add_lora
+from trainables.data import TaskData, TokenTable
+from trainables.loop import Trainer
 from trainables.mesh import World
 from trainables.model import build
 from trainables.parallelize import parallelize
+from trainables.tokenization import Encoded
 
 # What the grids have; what is too low is worse, since it then does not fit.
 LEAST, MOST = -0.06, 0.08
@@ -40,8 +45,17 @@ def check_alone(cases: list[Case]) -> None:
 
 
 def check_sharded(cases: list[Case]) -> None:
-    peaks = distributed.run(2, peaks_of, cases)[0]
-    check({case: error(case, 2, peak) for case, peak in zip(cases, peaks, strict=True)})
+    peaks = distributed.run(2, peaks_of, cases, "fsdp")[0]
+    check({case: error(case, 2, peak) for case, (peak, _) in zip(cases, peaks, strict=True)})
+
+
+def check_split(cases: list[Case]) -> None:
+    for results in distributed.run(2, peaks_of, cases, "tp"):
+        errors = {}
+        for case, (peak, trained) in zip(cases, results, strict=True):
+            assert trained == num_trained(local_blueprint(case.blueprint(), 2), case.config(2, "tp").recipe), case
+            errors[case] = error(case, 2, peak, "tp")
+        check(errors)
 
 
 def test_every_family_and_precision_is_predicted() -> None:
@@ -53,6 +67,16 @@ def test_sharded_layouts_are_predicted() -> None:
     check_sharded(SHARDED_IN_SHORT)
 
 
+def test_tensor_parallel_layouts_are_predicted() -> None:
+    assert {c.family for c in SPLIT_IN_SHORT} == set(PLANS)
+    check_split(SPLIT_IN_SHORT)
+
+
+@pytest.mark.slow
+def test_the_rest_of_the_tensor_parallel_grid_is_predicted() -> None:
+    check_split([case for case in SPLIT if case not in SPLIT_IN_SHORT])
+
+
 @pytest.mark.slow
 def test_the_rest_of_the_grid_is_predicted() -> None:
     check_alone([case for case in ALONE if case not in ALONE_IN_SHORT])
@@ -61,6 +85,35 @@ def test_the_rest_of_the_grid_is_predicted() -> None:
 @pytest.mark.slow
 def test_the_rest_of_the_sharded_grid_is_predicted() -> None:
     check_sharded([case for case in SHARDED if case not in SHARDED_IN_SHORT])
+
+
+@pytest.mark.parametrize("recomputation", ["none", "full"])
+def test_the_loop_itself_holds_no_more_than_the_steps_of_the_grid(recomputation: str) -> None:
+    """With a wide vocabulary, where one name too many for the logits is most of the memory."""
+    case = Case(family="llama", adapter="all-linear", recomputation=recomputation, changes=(("vocab_size", 1000),))
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(3, 97, size=case.length).tolist() for _ in range(3 * case.rows)]
+    table = TokenTable.build([Encoded(input_ids=ids, targets=ids) for ids in rows], None)
+    data = TaskData(
+        task=case.task,
+        train=table,
+        evaluation=table,
+        test=None,
+        fraction_key=np.arange(len(rows)) / len(rows),
+        label_names=(),
+        answers=None,
+        answer_pattern=None,
+        pad_token_id=0,
+        eos_token_id=None,
+        fingerprint="",
+        summary={},
+    )
+    trainer = Trainer(case.config(1), data, case.base(), World.alone(), checkpoints=None)
+    for _ in range(trainer.num_steps):
+        trainer.train_step()
+    held = trainer.memory.measured()
+    assert held is not None
+    assert LEAST < error(case, 1, held.tensor_bytes) < MOST
 
 
 def test_a_wide_vocabulary_and_a_wide_layer_move_the_peak() -> None:
