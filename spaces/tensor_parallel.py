@@ -1,8 +1,8 @@
 """Which models can be split over ranks matrix by matrix, and what one rank has of them, from a blueprint alone.
 
 The first matrices of a half of a block (queries, keys, values; gate, up) are cut by their outputs, the last one (attention's output,
-down) by its inputs (https://arxiv.org/abs/1909.08053, section 3): a rank then has some of the heads and some of the inner width, and the
-results of the halves are sums over the ranks. Embeddings, normalisation, the residual stream and the head are on every rank.
+down) by its inputs (https://arxiv.org/abs/1909.08053, section 3): a rank then has some of the heads and some of the inner width, and
+the results of the halves are sums over the ranks. Embeddings, normalisation, the residual stream and the head are on every rank.
 """
 
 from __future__ import annotations
