@@ -97,7 +97,7 @@ def _macro_f1(confusion: torch.Tensor) -> float:
 def exact_match(module: nn.Module, config: TrialConfig, data: TaskData, world: World, tokenizer: Any, num_rows: int) -> float:
     """Return the share of the first evaluation rows whose greedy completion gives the expected answer.
 
-    Every rank generates its own rows, or all where it sees all, and must call this; with FSDP2 all step until the last is done.
+    Every rank generates its own rows, or all where it sees all, and must call this; with FSDP2 all step on until the last is done.
     """
     assert data.answers is not None  # the caller asks only for data with answers
     assert data.answer_pattern is not None

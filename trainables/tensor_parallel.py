@@ -2,7 +2,8 @@
 
 The model's own plan (transformers' `base_model_tp_plan`) says which matrices are cut how. A parameter is this rank's piece, a plain
 tensor: adapters, the optimizer and autocast know nothing of it. In each half of a block there is one sum over the ranks in the
-forward pass, of its results, and one in the backward pass, of its input's gradient (https://arxiv.org/abs/1909.08053, section 3).
+forward pass, of its results, and one in the backward pass, of the gradient of its input (section 3 of
+https://arxiv.org/abs/1909.08053).
 """
 
 from __future__ import annotations

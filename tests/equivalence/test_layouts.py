@@ -275,7 +275,7 @@ def make_split_base(directory: Path, family: str) -> str:
 
 
 def trained_by(world: World, names: dict[str, str], directory: str, strategy: str) -> dict[tuple[Any, ...], list[float]]:
-    """Train every case and leave its weights in the directory; return the losses of all steps and of the evaluation, and FLOPs."""
+    """Train every case and leave its weights in the directory; return the losses of steps and evaluation, and the FLOPs."""
     curves = {}
     for family, name in names.items():
         data, base = make_data("causal-lm"), BaseModel.load(name, None, "causal-lm", ())
