@@ -7,6 +7,8 @@ What is assumed, and stands beside every number that follows from it:
   under FSDP2 (https://pytorch.org/blog/introducing-pytorch-fully-sharded-data-parallel-api/);
 - a ring moves 2 (N - 1) / N of the bytes to sum them on N ranks, half of that to gather or to reduce them
   (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md);
+- a quantised base is read, and written spread out, once for the forward and once for the backward pass of every micro batch, and once
+  more where the forward pass is computed again; none of that overlaps with the matrix units' work;
 - between nodes every GPU has one adapter of 400 Gbit/s, as in https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html.
 """
 
@@ -22,6 +24,7 @@ from spaces.config import TrialConfig
 from spaces.flops import flops_of_blueprint, recomputed_flops_of_blueprint
 from spaces.hardware import Device
 from spaces.memory import num_adapter_params, num_trained
+from spaces.quantization import spread_bytes
 
 # Of the dense peak, between published rows on H100, as counted here: Llama-3 8B with LoRA on one at 4,096 tokens, 12,473 tokens/s
 # (42 %; https://github.com/NVIDIA-NeMo/Automodel/blob/main/docs/performance-summary.mdx), in full on eight at 8,192, 6,667 tokens/s
@@ -116,7 +119,7 @@ class StepEstimate:
     """Seconds of one optimizer step of full rows, by part, and what follows."""
 
     compute_seconds: float
-    """Forward, backward and recomputation of all micro batches."""
+    """Forward, backward and recomputation of all micro batches, with the spreading out of a quantised base."""
     communication_seconds: float
     """What of the exchange does not overlap with the computation."""
     update_seconds: float
@@ -176,6 +179,8 @@ def estimate_step(
     is_sharded = layout.strategy == "fsdp"
     trained = num_trained(plan, recipe)
     num_micro_batches = config.num_grad_accum_steps
+    num_spreads = num_micro_batches * (3 if layout.recomputation == "full" else 2)
+    compute += num_spreads * spread_bytes(plan, recipe, widths(config).products) / machine.memory_bytes_per_second()
     exchange = _exchanged_bytes(plan, config) * (num_ranks - 1) / num_ranks / machine.link_bytes_per_second(num_ranks)
     # Two thirds of the work are the backward pass.
     overlap = compute if is_sharded else compute * 2 / 3 / num_micro_batches
