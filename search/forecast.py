@@ -128,6 +128,8 @@ class Forecaster:
         ]
         if self.plan.num_params < PUBLISHED_PARAMS:
             lines.append("a model this small is bound by kernel launches, and reaches less than the share of the peak above")
+        if self.spec.space.quantization.ends() != ["none"]:
+            lines.append("a quantised base is spread out before every product, at the bandwidth of the device's memory")
         if self.cluster.num_nodes > 1:
             lines.append(f"between nodes {NETWORK_BYTES_PER_SECOND / 1e9:g} GB/s per GPU, each way")
         return lines

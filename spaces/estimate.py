@@ -9,6 +9,8 @@ What is assumed, and stands beside every number that follows from it:
   its recomputation needs the sum; of an adapter's gradients one a step; and each computes all of the head and of the uncut factors;
 - a ring moves 2 (N - 1) / N of the bytes to sum them on N ranks, half of that to gather or to reduce them
   (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md);
+- a quantised base is read, and written spread out, once for the forward and once for the backward pass of every micro batch, and once
+  more where the forward pass is computed again; none of that overlaps with the matrix units' work;
 - between nodes every GPU has one adapter of 400 Gbit/s, as in https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html.
 """
 
@@ -24,6 +26,7 @@ from spaces.config import TrialConfig
 from spaces.flops import TrainingFlops, flops_of_blueprint, recomputed_flops_of_blueprint
 from spaces.hardware import Device
 from spaces.memory import num_adapter_params, num_trained
+from spaces.quantization import spread_bytes
 from spaces.tensor_parallel import local_blueprint, num_partial_params
 
 # Of the dense peak, between published rows on H100, as counted here: Llama-3 8B with LoRA on one at 4,096 tokens, 12,473 tokens/s
@@ -119,7 +122,7 @@ class StepEstimate:
     """Seconds of one optimizer step of full rows, by part, and what follows."""
 
     compute_seconds: float
-    """Forward, backward and recomputation of all micro batches."""
+    """Forward, backward and recomputation of all micro batches, with the spreading out of a quantised base."""
     communication_seconds: float
     """What of the exchange does not overlap with the computation."""
     update_seconds: float
@@ -182,6 +185,8 @@ def estimate_step(
     is_sharded = layout.strategy == "fsdp"
     trained = num_trained(local, recipe)
     num_micro_batches = config.num_grad_accum_steps
+    num_spreads = num_micro_batches * (3 if layout.recomputation == "full" else 2)
+    compute += num_spreads * spread_bytes(local, recipe, widths(config).products) / machine.memory_bytes_per_second()
     exchanged = exchanged_bytes(plan, config, rows * length)
     exchange = exchanged * (num_ranks - 1) / num_ranks / machine.link_bytes_per_second(num_ranks)
     # Two thirds of the work are the backward pass.

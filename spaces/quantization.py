@@ -34,7 +34,21 @@ def frozen_bytes(plan: Blueprint, recipe: Recipe, width: int) -> int:
     Args:
         width: bytes of a weight that is not quantised.
     """
-    matrices = [*plan.block * plan.shape.num_layers, *plan.head]
-    quantized = [m for m in matrices if is_quantized(m, recipe)]
-    num_weights = sum(m.num_inputs * m.num_outputs for m in quantized)
-    return width * (plan.num_params - num_weights) + sum(packed_bytes(m, recipe) for m in quantized)
+    num_weights, packed = _quantized(plan, recipe)
+    return width * (plan.num_params - num_weights) + packed
+
+
+def spread_bytes(plan: Blueprint, recipe: Recipe, width: int) -> int:
+    """Return what is read and written to spread all quantised weights out once.
+
+    Args:
+        width: bytes of a weight that is spread out.
+    """
+    num_weights, packed = _quantized(plan, recipe)
+    return width * num_weights + packed
+
+
+def _quantized(plan: Blueprint, recipe: Recipe) -> tuple[int, int]:
+    """Return how many weights are quantised, and their bytes."""
+    quantized = [m for m in (*plan.block * plan.shape.num_layers, *plan.head) if is_quantized(m, recipe)]
+    return sum(m.num_inputs * m.num_outputs for m in quantized), sum(packed_bytes(m, recipe) for m in quantized)
