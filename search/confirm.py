@@ -164,6 +164,7 @@ def _drive(
             tracker.submit(event)
         with _cut_short(tracker, state), DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
             for number, training in enumerate(left, start=1):
+                interruption.check()
                 found = _train(dispatcher, store, training, prepared, objectives_of(spec, state), interruption)
                 event = ledger.append("confirmed", number=training.record.number, seed=training.seed, **found)
                 tracker.submit(event)
