@@ -6,6 +6,7 @@ front nor the study changes by it: a trial that is trained more often than the o
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,7 +82,8 @@ def confirm(store: Store, *, num_seeds: int, trials: str | None, say: Callable[[
         if left:
             prepared = prepare(loaded)
             check_same_data(prepared, store, state)
-            command = f"paretune confirm {store.name} --seeds {num_seeds}{'' if trials is None else f' --trials {trials}'}"
+            named = [] if trials is None else ["--trials", trials]
+            command = shlex.join(["paretune", "confirm", store.name, "--seeds", str(num_seeds), *named])
             _drive(store, prepared, state, left, command, say)
         else:
             say(f"confirmed already: {len(chosen)} trials with {num_seeds} further seeds")
