@@ -26,7 +26,8 @@ def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objectiv
         return f"{text}, the best on the front."
     text += f", the knee of the {len(members)} on the front; "
     text += f"the best is trial {best.number}, {_reached(best, quality, price)}"
-    ratio = best.values[price.metric] / chosen.values[price.metric] if chosen.values[price.metric] else 0.0
+    cheap, dear = (_price(r, price.metric) for r in (chosen, best))
+    ratio = dear / cheap if cheap else 0.0
     return f"{text}, {ratio:.1f} times the price." if ratio > 1 else f"{text}."
 
 
@@ -44,6 +45,11 @@ def caveats(members: Sequence[TrialRecord]) -> list[str]:
     ]
     lines = [f"trial {r.number} is noisy: {r.noise}; {what} times" for r, what in noisy if r.noise]
     return lines + [f"trial {r.number} is {r.why_not_trained}" for r in members if r.source is not None]
+
+
+def _price(record: TrialRecord, metric: str) -> float:
+    known = confirmed(record, metric)
+    return record.values[metric] if known is None else known.estimate.mean
 
 
 def _reached(record: TrialRecord, quality: Objective, price: Objective) -> str:

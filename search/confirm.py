@@ -6,6 +6,7 @@ front nor the study changes by it: a trial that is trained more often than the o
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,7 +82,8 @@ def confirm(store: Store, *, num_seeds: int, trials: str | None, say: Callable[[
         if left:
             prepared = prepare(loaded)
             check_same_data(prepared, store, state)
-            command = f"paretune confirm {store.name} --seeds {num_seeds}{'' if trials is None else f' --trials {trials}'}"
+            named = [] if trials is None else ["--trials", trials]
+            command = shlex.join(["paretune", "confirm", store.name, "--seeds", str(num_seeds), *named])
             _drive(store, prepared, state, left, command, say)
         else:
             say(f"confirmed already: {len(chosen)} trials with {num_seeds} further seeds")
@@ -164,6 +166,7 @@ def _drive(
             tracker.submit(event)
         with _cut_short(tracker, state), DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
             for number, training in enumerate(left, start=1):
+                interruption.check()
                 found = _train(dispatcher, store, training, prepared, objectives_of(spec, state), interruption)
                 event = ledger.append("confirmed", number=training.record.number, seed=training.seed, **found)
                 tracker.submit(event)

@@ -302,10 +302,19 @@ def _knobs(record: TrialRecord) -> dict[str, Any]:
 def _table(records: Sequence[TrialRecord], on_front: set[int]) -> dict[str, list[Any]]:
     knobs = list(dict.fromkeys(k for r in records for k in _knobs(r)))
     metrics = list(dict.fromkeys(m for r in records for m in r.values))
+    sure = {r.number: _confirmed_metrics(r) for r in records}
+    means = list(dict.fromkeys(m for known in sure.values() for m in known))
 
     def row(record: TrialRecord) -> list[Any]:
         known = _knobs(record)
         values = [v if v is None or math.isfinite(v) else None for v in (record.values.get(m) for m in metrics)]
-        return [record.number, record.state.value, record.number in on_front, *(known.get(k) for k in knobs), *values]
+        return [
+            record.number,
+            record.state.value,
+            record.number in on_front,
+            *(known.get(k) for k in knobs),
+            *values,
+            *(sure[record.number].get(m) for m in means),
+        ]
 
-    return {"columns": ["trial", "state", "pareto", *knobs, *metrics], "data": [row(r) for r in records]}
+    return {"columns": ["trial", "state", "pareto", *knobs, *metrics, *means], "data": [row(r) for r in records]}

@@ -56,7 +56,7 @@ def test_an_interrupted_confirmation_goes_on_and_the_front_names_its_uncertainty
     members = [
         m["number"] for m in json.loads(paretune("front", "tiny", "--directory", "runs", "--json", cwd=finished).stdout)["front"]
     ]
-    num_seeds = 6
+    num_seeds = 3
     command = [sys.executable, "-m", "search.cli", "confirm", "tiny", "--directory", "runs", "--seeds", str(num_seeds)]
     with (finished / "confirm.log").open("wb") as log:
         running = subprocess.Popen(command, cwd=finished, env=environment(), stdout=log, stderr=log)
