@@ -116,4 +116,5 @@ def run(
         ),
     )
     tuner.fit()
+    searcher.stop_rest()
     shutil.rmtree(storage / "tune", ignore_errors=True)
