@@ -53,8 +53,8 @@ def limits_of(budget: BudgetSpec) -> dict[str, float]:
 
 
 def budget_text(limits: Mapping[str, float]) -> str:
-    """Return the limits in words."""
-    return " or ".join(amount_text(limit, most) for limit, most in limits.items())
+    """Return the limits in words; patience alone is none."""
+    return " or ".join(amount_text(limit, most) for limit, most in limits.items()) or "until the hypervolume stops growing"
 
 
 def counts(record: TrialRecord) -> bool:

@@ -70,8 +70,9 @@ class Forecaster:
         shown = ("adapter", "quantization", "world_size", "strategy", "global_batch_size", "micro_batch_size", "recomputation")
         result["run"] = {**{k: best[k] for k in shown}, **self._cost(seconds / 3600, best["world_size"])}
         mean = self._mean_device_hours()
-        if mean is not None:
-            result["search"] = self._cost(self._search_device_hours(mean) / self.cluster.num_workers, self.cluster.num_workers)
+        device_hours = math.inf if mean is None else self._search_device_hours(mean)
+        if math.isfinite(device_hours):
+            result["search"] = self._cost(device_hours / self.cluster.num_workers, self.cluster.num_workers)
         return result
 
     def _search_device_hours(self, mean: float) -> float:

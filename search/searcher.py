@@ -69,6 +69,11 @@ class EngineSearcher(Searcher):
         self._engine.ended(assignment.number, lost if error else {"state": "stopped"})
         self._stop_job(self._engine.job(assignment).job_id)
 
+    def stop_rest(self) -> None:
+        """Stop what still trains when Tune has left: of trials that it ends with its whole loop it tells nobody."""
+        for trial_id in list(self._assignments):
+            self.on_trial_complete(trial_id)
+
     def __getstate__(self) -> dict[str, Any]:
         return {}
 

@@ -60,6 +60,10 @@ class _Leave(tune.Stopper):
     def stop_all(self) -> bool:
         return self._is_asked()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles what it was given, and reads none of it.
+        return {}
+
 
 def run(
     engine: Engine,
@@ -112,4 +116,5 @@ def run(
         ),
     )
     tuner.fit()
+    searcher.stop_rest()
     shutil.rmtree(storage / "tune", ignore_errors=True)

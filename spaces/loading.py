@@ -199,7 +199,10 @@ def _validate(data: dict[str, Any], source: str, origins: _Origins, errors: list
 
 
 def _origin(origins: _Origins, path: yaml_text.Path) -> int | None:
-    """Return the line of the value, or of the nearest section around it; None where `--set` gave it."""
+    """Return the line of the value, or of the nearest section around it; None where `--set` gave it, or all that is in it."""
+    inside = [line for other, line in origins.items() if path and len(other) > len(path) and other[: len(path)] == path]
+    if inside and all(line is None for line in inside):
+        return None
     return next((origins[path[:n]] for n in range(len(path), -1, -1) if path[:n] in origins), 1)
 
 

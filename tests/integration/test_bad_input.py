@@ -58,6 +58,21 @@ def test_bad_input_is_one_line_and_starts_nothing(spec: Path, case: str, monkeyp
     assert not (spec.parent / "runs/tiny/ledger.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("amount", "words"),
+    [
+        ("30", "--budget 30: not a budget; allowed: 50trials, 30m, 2h, 8gpu-hours, 40usd"),
+        ("5usd", "--set: budget: dollars without a price"),
+        ("0m", "--set: budget.minutes: out of range"),
+    ],
+)
+def test_a_bad_budget_is_one_line(spec: Path, amount: str, words: str) -> None:
+    result = CliRunner().invoke(app, ["search", str(spec), "--budget", amount])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {words}")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_what_is_wrong_in_a_data_file_names_the_line_that_asked_for_it(spec: Path) -> None:
     bad = spec.with_name("bad.yaml")
     bad.write_text(spec.read_text().replace("train.csv", "other.csv"))

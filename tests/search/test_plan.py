@@ -198,6 +198,29 @@ def test_hours_and_dollars_follow_from_the_tokens(spec: Path) -> None:
     assert search["hours"] * 8 == pytest.approx(search["device_hours"])
 
 
+def test_the_forecast_ends_with_the_first_limit_of_the_budget(spec: Path) -> None:
+    def searched(budget: str) -> tuple[Any, str]:
+        sets = ("--set", f"budget={budget}", "--set", "resources.price_per_device_hour=2.5")
+        planned = json.loads(plan(str(spec), "--device", "h100-sxm", "--gpus-per-node", "8", "--json", *sets).stdout)
+        return planned["forecast"]["search"], plan(str(spec), *sets).output
+
+    ten, _ = searched("{trials: 10}")
+    one = ten["device_hours"] / 10
+    for limit, hours in [
+        ("minutes: 3", 8 * 3 / 60),
+        (f"device_hours: {one * 4}", one * 4),
+        (f"dollars: {one * 5}", one * 2),
+        (f"minutes: 1000000, trials: 3, dollars: {one * 10}", one * 3),
+    ]:
+        found, _ = searched(f"{{{limit}}}")
+        assert found["device_hours"] == pytest.approx(hours, rel=1e-6)
+        assert found["dollars"] == pytest.approx(found["device_hours"] * 2.5)
+    found, text = searched("{patience: 5}")
+    assert found is None
+    assert "\nuntil the hypervolume stops growing on " in text
+    assert "\n3 trials or 30 minutes on " in searched("{trials: 3, minutes: 30}")[1]
+
+
 def test_the_text_says_what_fits_by_how_much_and_what_is_assumed(spec: Path) -> None:
     text = plan(str(spec), "--device", "h100-sxm", "--gpus-per-node", "8", "--set", "space.adapter=none").output
     assert "GiB too much" in text

@@ -108,6 +108,26 @@ def test_a_trial_that_reports_a_rung_again_after_lost_workers_is_judged_by_what_
     }
 
 
+def test_the_searcher_tells_when_a_group_takes_a_trial_and_stops_what_tune_leaves_running(tmp_path: Path) -> None:
+    tune = Tune(tmp_path)
+    for trial_id in "abc":
+        tune.start(trial_id)
+    tune.result("a", event="started", group_id="g", attempt=1)
+    tune.reports("a", 0.5, 5.0, step=9)
+    tune.result("a", event="ended", state="complete", attempts=1)
+    tune.searcher.on_trial_complete("a", {})
+    tune.result("b", event="started", group_id="g", attempt=1)
+    tune.stopped_jobs.clear()
+    # The budget is used up: Tune ends its trials, and tells nobody.
+    tune.searcher.stop_rest()
+    records = tune.engine.state.records
+    assert [records[n].state for n in range(3)] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
+    assert records[0].held_seconds > 0
+    assert records[1].held_seconds > 0
+    assert records[2].held_seconds == 0
+    assert tune.stopped_jobs == [tune.configs[trial_id]["job"].job_id for trial_id in "bc"]
+
+
 def test_tune_may_pickle_and_question_it(tmp_path: Path) -> None:
     scheduler = Tune(tmp_path).scheduler
     assert isinstance(pickle.loads(pickle.dumps(scheduler)), RungScheduler)
