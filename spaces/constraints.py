@@ -49,8 +49,8 @@ def adapter_rank_within_width(config: TrialConfig, limits: Limits) -> float:
 def quantized_base_whole(config: TrialConfig, limits: Limits) -> float:
     """1 where a quantised base would be spread over ranks.
 
-    A shard of an int8 weight has lost the scales that bitsandbytes hangs on it; of nf4, every rank would hold all scales beside its shard
-    of the weights, and there is no formula for that.
+    A shard of an int8 weight has lost the scales that bitsandbytes hangs on it; of nf4, every rank would hold all scales beside its
+    shard of the weights, and there is no formula for that.
     """
     is_spread = config.layout.strategy != "ddp" and config.layout.world_size > 1
     return float(config.recipe.quantization != "none" and is_spread)
