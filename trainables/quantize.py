@@ -15,6 +15,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from spaces.config import Quantization
+from spaces.quantization import NF4_BLOCK
 
 # On some CPUs it says at its import, in every worker, that a kernel is not installed which we do not use, and in every evaluation
 # that int8 goes through fp16.
@@ -23,8 +24,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit  # noqa: E402  # after its logger was told
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit  # noqa: E402
 
-# Values of an nf4 weight that share a scale, and the activations that int8 leaves to fp16: what transformers' configuration has.
-BLOCK_SIZE, OUTLIER_THRESHOLD = 64, 6.0
+# Inputs beyond it int8 leaves to fp16: what transformers' configuration has.
+OUTLIER_THRESHOLD = 6.0
 # What PEFT trains whole beside an adapter on a classifier, by the end of the module's name.
 HEADS = ("classifier", "score")
 
@@ -94,7 +95,7 @@ class Nf4Linear(Linear4bit):
             packed.weight,
             requires_grad=False,
             quant_state=packed.state,
-            blocksize=BLOCK_SIZE,
+            blocksize=NF4_BLOCK,
             compress_statistics=False,
             quant_type="nf4",
             bnb_quantized=True,
@@ -161,7 +162,7 @@ def _weight(linear: Any) -> torch.Tensor:
 
 def _pack(weight: torch.Tensor, method: Quantization) -> Packed:
     if method == "nf4":
-        data, state = quantize_4bit(weight, blocksize=BLOCK_SIZE, compress_statistics=False, quant_type="nf4")
+        data, state = quantize_4bit(weight, blocksize=NF4_BLOCK, compress_statistics=False, quant_type="nf4")
         return Packed(weight=data, scales=state.absmax, state=state)
     data, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
     return Packed(weight=data, scales=scales)
