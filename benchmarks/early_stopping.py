@@ -1,0 +1,317 @@
+"""What early stopping saves: recorded learning curves, replayed on a simulated clock under several rules.
+
+    python benchmarks/early_stopping.py --tape benchmarks/results/learning_curves.json \
+        --results benchmarks/results/early_stopping.json
+
+The environment is the project's with the extra `bench` (Syne Tune). `benchmarks/learning_curves.py` recorded the tape. Every seed is
+an order of the tape's trials, the same for all rules; four workers train them. Random search lets NUM_TRIALS of them finish; every
+other rule goes on along the same order until the tape ends. Only completed trials count.
+
+- none: random search;
+- loss: Ray's `ASHAScheduler` on the evaluation loss;
+- scalarised: ASHA's rule on the weighted sum of the objectives, each as its z-score at the rung; equal weights, or random ones at
+  every decision;
+- syne-tune: its `MOASHA` with its own defaults;
+- paretune: `search/rungs.py`.
+
+All see the same rungs, the same reports and `train_seconds` of the whole trial, which a step profile tells before it starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler  # noqa: E402
+from replay import Curve, Judge, Look, Run, mean_regret, replay, time_to, volume_at  # noqa: E402
+from syne_tune.backend.trial_status import Trial  # noqa: E402
+from syne_tune.optimizer.scheduler import SchedulerDecision  # noqa: E402
+from syne_tune.optimizer.schedulers.multiobjective.moasha import MOASHA  # noqa: E402
+
+from search.hypervolume import hypervolume  # noqa: E402
+from search.pareto import cost_vector, front_indices  # noqa: E402
+from search.rungs import Rungs  # noqa: E402
+from spaces import metrics  # noqa: E402
+from spaces.fidelity import rung_shares  # noqa: E402
+from spaces.spec import SearchSpec  # noqa: E402
+
+NUM_WORKERS = 4
+# The first objective of each example.
+QUALITY = {"banking77": metrics.ACCURACY, "shakespeare": metrics.EVAL_LOSS, "gsm8k": metrics.EVAL_LOSS}
+GRACE_PERIOD, REDUCTION_FACTOR = 1 / 9, 3
+
+
+def spec_of(task: str, **scheduler: Any) -> SearchSpec:
+    kind = "sequence-classification" if QUALITY[task] == metrics.ACCURACY else "causal-lm"
+    return SearchSpec.model_validate(
+        {
+            "model": {"name": "m", "task": kind},
+            "data": {"train": "t.csv"},
+            "objectives": [{"metric": QUALITY[task]}, {"metric": metrics.TRAIN_SECONDS}],
+            "scheduler": {"method": "asha", "grace_period": GRACE_PERIOD, "reduction_factor": REDUCTION_FACTOR, **scheduler},
+        }
+    )
+
+
+def curves_of(tape: dict[str, Any], task: str) -> list[Curve]:
+    """Return the trials of a task that did not diverge."""
+    objectives = spec_of(task).resolved_objectives()
+    curves = []
+    for trial in tape["trials"]:
+        if trial["task"] != task or "curve" not in trial:
+            continue
+        rows = {row[0]: dict(zip(tape["columns"][1:], row[1:], strict=True)) for row in trial["curve"]}
+        tokens = trial["curve"][-1][1]
+        known = {metrics.TRAIN_SECONDS: trial["train_seconds"]}
+        curves.append(
+            Curve(
+                number=trial["number"],
+                seconds=trial["train_seconds"],
+                spent={step: row.pop("tokens") / tokens for step, row in rows.items()},
+                metrics={step: {**row, **known} for step, row in rows.items()},
+                costs=cost_vector({**rows[trial["num_steps"]], **known}, objectives),
+            )
+        )
+    return curves
+
+
+def reference_of(tape: dict[str, Any], task: str, curves: Sequence[Curve]) -> tuple[float, float]:
+    """Return the corner of the hypervolume: no accuracy or the untrained model's loss, as in a search, and a time that no trial takes."""
+    untrained = tape["tasks"][task]["untrained"]
+    quality = 0.0 if QUALITY[task] == metrics.ACCURACY else untrained[QUALITY[task]]
+    return quality, 1.05 * max(c.seconds for c in curves)
+
+
+# -- the rules -------------------------------------------------------------------------------------------------------------
+
+
+def none(task: str, seed: int) -> Judge:
+    return lambda look: True
+
+
+def on_loss(task: str, seed: int) -> Judge:
+    """Ray's own scheduler; time is in units of the first rung."""
+    scheduler = ASHAScheduler(
+        time_attr="t", metric="loss", mode="min", max_t=round(1 / GRACE_PERIOD), grace_period=1, reduction_factor=REDUCTION_FACTOR
+    )
+    known: dict[int, Any] = {}
+
+    def judge(look: Look) -> bool:
+        if look.number not in known:
+            known[look.number] = SimpleNamespace(trial_id=str(look.number))
+            scheduler.on_trial_add(None, known[look.number])
+        result = {"t": round(look.share / GRACE_PERIOD), "loss": look.metrics[metrics.EVAL_LOSS]}
+        return scheduler.on_trial_result(None, known[look.number], result) == TrialScheduler.CONTINUE
+
+    return judge
+
+
+def scalarised(weigh: Callable[[random.Random], float]) -> Callable[[str, int], Judge]:
+    """ASHA's rule on a weighted sum of z-scores at the rung: go on if not worse than the best 1 / factor of those before."""
+
+    def rule(task: str, seed: int) -> Judge:
+        rng = random.Random(seed)
+        objectives = spec_of(task).resolved_objectives()
+        recorded: dict[float, list[tuple[float, ...]]] = {}
+
+        def judge(look: Look) -> bool:
+            rows = recorded.setdefault(look.share, [])
+            rows.append(cost_vector(look.metrics, objectives))
+            weight = weigh(rng)
+            known = np.asarray(rows)
+            spread = known.std(axis=0)
+            scores = (known - known.mean(axis=0)) / np.where(spread > 0, spread, 1.0) @ np.array([weight, 1 - weight])
+            return len(rows) == 1 or bool(scores[-1] <= np.percentile(scores[:-1], 100 / REDUCTION_FACTOR))
+
+        return judge
+
+    return rule
+
+
+def syne_tune(task: str, seed: int) -> Judge:
+    """Syne Tune's own scheduler, all objectives to be minimised."""
+    scheduler = MOASHA(
+        config_space={},
+        metrics=["a", "b"],
+        time_attr="t",
+        max_t=round(1 / GRACE_PERIOD),
+        grace_period=1,
+        reduction_factor=REDUCTION_FACTOR,
+        random_seed=seed,
+    )
+    objectives = spec_of(task).resolved_objectives()
+    known: dict[int, Trial] = {}
+
+    def judge(look: Look) -> bool:
+        if look.number not in known:
+            known[look.number] = Trial(trial_id=look.number, config={}, creation_time=datetime.now(UTC))
+            scheduler.on_trial_add(known[look.number])
+        a, b = cost_vector(look.metrics, objectives)
+        decision = scheduler.on_trial_result(known[look.number], {"t": round(look.share / GRACE_PERIOD), "a": a, "b": b})
+        return decision == SchedulerDecision.CONTINUE
+
+    return judge
+
+
+def paretune(**scheduler: Any) -> Callable[[str, int], Judge]:
+    def rule(task: str, seed: int) -> Judge:
+        rungs = Rungs(spec_of(task, **scheduler))
+
+        def judge(look: Look) -> bool:
+            verdict = rungs.judge(look.number, {"step": look.step, "num_steps": look.num_steps, "metrics": look.metrics})
+            return verdict is None or bool(verdict["goes_on"])
+
+        return judge
+
+    return rule
+
+
+RULES: dict[str, Callable[[str, int], Judge]] = {
+    "none": none,
+    "ASHA on loss": on_loss,
+    "ASHA, equal weights": scalarised(lambda rng: 0.5),
+    "ASHA, random weights": scalarised(lambda rng: rng.random()),
+    "Syne Tune MOASHA": syne_tune,
+    "paretune": paretune(),
+}
+
+
+# -- what they make of the tape --------------------------------------------------------------------------------------------
+
+
+def measured(tape: dict[str, Any], task: str, num_trials: int | None, num_seeds: int) -> dict[str, list[dict[str, Any]]]:
+    """Return what every rule made of every order of the trials."""
+    curves = curves_of(tape, task)
+    reference = reference_of(tape, task, curves)
+    best = hypervolume([c.costs for c in curves], reference)
+    front = {c.number for c, rank in zip(curves, front_indices(np.asarray([c.costs for c in curves])), strict=True) if rank == 0}
+    shares = rung_shares(GRACE_PERIOD, REDUCTION_FACTOR)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in RULES}
+    for seed in range(num_seeds):
+        order = random.Random(seed).sample(curves, len(curves))
+        finished = replay(order[:num_trials], none(task, seed), shares, NUM_WORKERS)
+        steps = finished.hypervolumes(reference)
+        until, target, reached = max(at for at, _ in finished.completed), steps[-1][1], steps[-1][0]
+        for name, rule in RULES.items():
+            np.random.seed(seed)  # Ray and Syne Tune deal brackets by it
+            run = finished if name == "none" else replay(order, rule(task, seed), shares, NUM_WORKERS)
+            mine = run.hypervolumes(reference)
+            found[name].append(
+                {
+                    "seed": seed,
+                    "speed": reached / time_to(mine, target),
+                    "regret": 1 - volume_at(mine, until) / best,
+                    "mean_regret": mean_regret(mine, best, until) / best,
+                    **account(run, front, until),
+                }
+            )
+    return found
+
+
+def account(run: Run, front: set[int], until: float) -> dict[str, Any]:
+    """Return where the time went, and which members of the whole tape's front were stopped, and where."""
+    seen = front & run.trained.keys()
+    stopped_at = [share for number, share in run.stopped.items() if number in front]
+    return {
+        "completed": sum(at <= until for at, _ in run.completed),
+        "trials": len(run.trained),
+        "seconds_per_trial": statistics.fmean(run.trained.values()),
+        "front_seen": len(seen),
+        "front_stopped": {f"{share:.3g}": stopped_at.count(share) for share in sorted(set(stopped_at))},
+    }
+
+
+def interval(values: Sequence[Any], statistic: Callable[[Any], float], *, draws: int = 2000) -> dict[str, float]:
+    """Return a statistic of the seeds with its 95 % bootstrap interval."""
+    rng = np.random.default_rng(0)
+    known = np.asarray(values, dtype=float)
+    found = [statistic(known[rng.integers(0, len(known), len(known))]) for _ in range(draws)]
+    low, high = np.percentile(found, [2.5, 97.5])
+    return {"value": float(statistic(known)), "low": float(low), "high": float(high)}
+
+
+def summary(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a rule's figures beside random search's on the same orders."""
+
+    def ratio(key: str) -> dict[str, float]:
+        pairs = [(mine[key], theirs[key]) for mine, theirs in zip(rows, baseline, strict=True)]
+        return interval(pairs, lambda p: float(p[:, 0].mean() / p[:, 1].mean()))
+
+    stopped = [sum(row["front_stopped"].values()) for row in rows]
+    return {
+        # A rule that never gets there within the tape counts as infinitely slow.
+        "speed": interval([row["speed"] for row in rows], lambda v: float(np.median(v))),
+        "reaches": statistics.fmean(row["speed"] > 0 for row in rows),
+        "regret": interval([row["regret"] for row in rows], lambda v: float(v.mean())),
+        "regret_to_random": ratio("regret"),
+        "mean_regret_to_random": ratio("mean_regret"),
+        "completed": statistics.fmean(row["completed"] for row in rows),
+        "seconds_per_trial": statistics.fmean(row["seconds_per_trial"] for row in rows),
+        "front_stopped": sum(stopped) / sum(row["front_seen"] for row in rows),
+    }
+
+
+def experiment(tape: dict[str, Any], num_trials: int | None, num_seeds: int) -> dict[str, Any]:
+    """Return all rules' figures on every task, and over the tasks together."""
+    by_task = {task: measured(tape, task, num_trials, num_seeds) for task in QUALITY}
+    together = {name: [row for found in by_task.values() for row in found[name]] for name in RULES}
+    figures = {
+        task: {name: summary(found[name], found["none"]) for name in RULES} for task, found in {**by_task, "all": together}.items()
+    }
+    return {"num_trials": num_trials or "the tape", "figures": figures, "runs": by_task}
+
+
+def show(found: dict[str, Any]) -> None:
+    print(f"\nrandom search finishes {found['num_trials']} trials")
+    for task, rules in found["figures"].items():
+        print(f"  {task}")
+        for name, one in rules.items():
+            speed, regret, mean = one["speed"], one["regret_to_random"], one["mean_regret_to_random"]
+            print(
+                f"    {name:22} speed {speed['value']:5.2f} ({speed['low']:.2f} to {speed['high']:.2f}), reaches {one['reaches']:4.0%}, "
+                f"regret {regret['value']:.2f} ({regret['low']:.2f} to {regret['high']:.2f}), over time {mean['value']:.2f}, "
+                f"{one['completed']:.1f} completed, {one['seconds_per_trial']:.2f} s a trial, front stopped {one['front_stopped']:.0%}"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tape", type=Path, default=ROOT / "benchmarks" / "results" / "learning_curves.json")
+    parser.add_argument("--trials", type=int, default=15, help="that random search lets finish")
+    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--results", type=Path, help="where the results are written as JSON")
+    arguments = parser.parse_args()
+    tape = json.loads(arguments.tape.read_text())
+    found = [experiment(tape, num_trials, arguments.seeds) for num_trials in (arguments.trials, None)]
+    for one in found:
+        show(one)
+    if arguments.results:
+        results = {
+            "command": "python benchmarks/early_stopping.py --results benchmarks/results/early_stopping.json",
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": "two cores of a shared x86 server, no GPU; the clock is simulated",
+            "versions": {name: version(name) for name in ("ray", "syne-tune", "numpy")} | {"python": platform.python_version()},
+            "workers": NUM_WORKERS,
+            "seeds": arguments.seeds,
+            "experiments": found,
+        }
+        arguments.results.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
