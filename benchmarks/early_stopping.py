@@ -4,17 +4,19 @@
         --results benchmarks/results/early_stopping.json
 
 The environment is the project's with the extra `bench` (Syne Tune). `benchmarks/learning_curves.py` recorded the tape. Every seed is
-an order of the tape's trials, the same for all rules; four workers train them. Random search lets NUM_TRIALS of them finish; every
-other rule goes on along the same order until the tape ends. Only completed trials count.
+an order of a task's trials, the same for all rules. Random search lets the first quarter of them (or all) finish; every other rule
+goes on along the same order until the tape ends. Only completed trials count.
 
 - none: random search;
-- loss: Ray's `ASHAScheduler` on the evaluation loss;
-- scalarised: ASHA's rule on the weighted sum of the objectives, each as its z-score at the rung; equal weights, or random ones at
-  every decision;
-- syne-tune: its `MOASHA` with its own defaults;
-- paretune: `search/rungs.py`.
+- ASHA on loss: Ray's `ASHAScheduler` on the evaluation loss;
+- ASHA, equal or random weights: its rule on the weighted sum of the objectives, each as its z-score at the rung;
+- Syne Tune MOASHA: its own class with its own defaults;
+- paretune: `search/rungs.py`; "quota alone" without what the first front has beyond 1 / factor, "by the objective" without the
+  loss for the accuracy;
+- foresight: stops what will be dominated at its end by a trial that came to the rung before it. No rule knows that.
 
 All see the same rungs, the same reports and `train_seconds` of the whole trial, which a step profile tells before it starts.
+Evaluation takes no time here.
 """
 
 from __future__ import annotations
@@ -44,26 +46,28 @@ from syne_tune.optimizer.scheduler import SchedulerDecision  # noqa: E402
 from syne_tune.optimizer.schedulers.multiobjective.moasha import MOASHA  # noqa: E402
 
 from search.hypervolume import hypervolume  # noqa: E402
-from search.pareto import cost_vector, front_indices  # noqa: E402
-from search.rungs import Rungs  # noqa: E402
+from search.pareto import cost_vector, dominates, front_indices  # noqa: E402
+from search.rungs import Entry, Rungs, decide  # noqa: E402
 from spaces import metrics  # noqa: E402
 from spaces.fidelity import rung_shares  # noqa: E402
 from spaces.spec import SearchSpec  # noqa: E402
 
-NUM_WORKERS = 4
 # The first objective of each example.
 QUALITY = {"banking77": metrics.ACCURACY, "shakespeare": metrics.EVAL_LOSS, "gsm8k": metrics.EVAL_LOSS}
 GRACE_PERIOD, REDUCTION_FACTOR = 1 / 9, 3
+FORESIGHT = "foresight"
+# Share of the tape that random search lets finish, and workers. After a quarter every rule has four times as many trials to see.
+EXPERIMENTS = ((0.25, 2), (0.25, 4), (1.0, 2))
 
 
-def spec_of(task: str, **scheduler: Any) -> SearchSpec:
+def spec_of(task: str) -> SearchSpec:
     kind = "sequence-classification" if QUALITY[task] == metrics.ACCURACY else "causal-lm"
     return SearchSpec.model_validate(
         {
             "model": {"name": "m", "task": kind},
             "data": {"train": "t.csv"},
             "objectives": [{"metric": QUALITY[task]}, {"metric": metrics.TRAIN_SECONDS}],
-            "scheduler": {"method": "asha", "grace_period": GRACE_PERIOD, "reduction_factor": REDUCTION_FACTOR, **scheduler},
+            "scheduler": {"method": "asha", "grace_period": GRACE_PERIOD, "reduction_factor": REDUCTION_FACTOR},
         }
     )
 
@@ -91,7 +95,7 @@ def curves_of(tape: dict[str, Any], task: str) -> list[Curve]:
 
 
 def reference_of(tape: dict[str, Any], task: str, curves: Sequence[Curve]) -> tuple[float, float]:
-    """Return the corner of the hypervolume: no accuracy or the untrained model's loss, as in a search, and a time that no trial takes."""
+    """Return the hypervolume's corner: as in a search no accuracy or the untrained model's loss, and a time that no trial takes."""
     untrained = tape["tasks"][task]["untrained"]
     quality = 0.0 if QUALITY[task] == metrics.ACCURACY else untrained[QUALITY[task]]
     return quality, 1.05 * max(c.seconds for c in curves)
@@ -168,13 +172,49 @@ def syne_tune(task: str, seed: int) -> Judge:
     return judge
 
 
-def paretune(**scheduler: Any) -> Callable[[str, int], Judge]:
+def paretune(task: str, seed: int) -> Judge:
+    rungs = Rungs(spec_of(task))
+
+    def judge(look: Look) -> bool:
+        verdict = rungs.judge(look.number, {"step": look.step, "num_steps": look.num_steps, "metrics": look.metrics})
+        return verdict is None or bool(verdict["goes_on"])
+
+    return judge
+
+
+def ranked(*, whole_front: bool, by_objective: bool) -> Callable[[str, int], Judge]:
+    """Return paretune's rank with less than its rule."""
+
     def rule(task: str, seed: int) -> Judge:
-        rungs = Rungs(spec_of(task, **scheduler))
+        spec = spec_of(task)
+        objectives = spec.resolved_objectives() if by_objective else spec.rung_objectives()
+        recorded: dict[float, list[Entry]] = {}
 
         def judge(look: Look) -> bool:
-            verdict = rungs.judge(look.number, {"step": look.step, "num_steps": look.num_steps, "metrics": look.metrics})
-            return verdict is None or bool(verdict["goes_on"])
+            known = recorded.setdefault(look.share, [])
+            entry = Entry(number=look.number, costs=cost_vector(look.metrics, objectives))
+            verdict = decide(known, entry, REDUCTION_FACTOR)
+            known.append(entry)
+            return verdict.goes_on and (
+                whole_front or verdict.place * REDUCTION_FACTOR <= len(known) or len(known) < REDUCTION_FACTOR
+            )
+
+        return judge
+
+    return rule
+
+
+def foresight(curves: Sequence[Curve]) -> Callable[[str, int], Judge]:
+    ends = {curve.number: curve.costs for curve in curves}
+
+    def rule(task: str, seed: int) -> Judge:
+        recorded: dict[float, list[int]] = {}
+
+        def judge(look: Look) -> bool:
+            earlier = recorded.setdefault(look.share, [])
+            goes_on = not any(dominates(ends[number], ends[look.number]) for number in earlier)
+            earlier.append(look.number)
+            return goes_on
 
         return judge
 
@@ -187,29 +227,33 @@ RULES: dict[str, Callable[[str, int], Judge]] = {
     "ASHA, equal weights": scalarised(lambda rng: 0.5),
     "ASHA, random weights": scalarised(lambda rng: rng.random()),
     "Syne Tune MOASHA": syne_tune,
-    "paretune": paretune(),
+    "paretune": paretune,
+    "paretune, quota alone": ranked(whole_front=False, by_objective=False),
+    "paretune, by the objective": ranked(whole_front=True, by_objective=True),
+    "paretune, neither": ranked(whole_front=False, by_objective=True),
 }
 
 
 # -- what they make of the tape --------------------------------------------------------------------------------------------
 
 
-def measured(tape: dict[str, Any], task: str, num_trials: int | None, num_seeds: int) -> dict[str, list[dict[str, Any]]]:
+def measured(tape: dict[str, Any], task: str, share: float, num_workers: int, num_seeds: int) -> dict[str, list[dict[str, Any]]]:
     """Return what every rule made of every order of the trials."""
     curves = curves_of(tape, task)
     reference = reference_of(tape, task, curves)
     best = hypervolume([c.costs for c in curves], reference)
     front = {c.number for c, rank in zip(curves, front_indices(np.asarray([c.costs for c in curves])), strict=True) if rank == 0}
     shares = rung_shares(GRACE_PERIOD, REDUCTION_FACTOR)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in RULES}
+    rules = {**RULES, FORESIGHT: foresight(curves)}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in rules}
     for seed in range(num_seeds):
         order = random.Random(seed).sample(curves, len(curves))
-        finished = replay(order[:num_trials], none(task, seed), shares, NUM_WORKERS)
+        finished = replay(order[: round(share * len(order))], none(task, seed), shares, num_workers)
         steps = finished.hypervolumes(reference)
         until, target, reached = max(at for at, _ in finished.completed), steps[-1][1], steps[-1][0]
-        for name, rule in RULES.items():
+        for name, rule in rules.items():
             np.random.seed(seed)  # Ray and Syne Tune deal brackets by it
-            run = finished if name == "none" else replay(order, rule(task, seed), shares, NUM_WORKERS)
+            run = finished if name == "none" else replay(order, rule(task, seed), shares, num_workers)
             mine = run.hypervolumes(reference)
             found[name].append(
                 {
@@ -266,47 +310,51 @@ def summary(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) 
     }
 
 
-def experiment(tape: dict[str, Any], num_trials: int | None, num_seeds: int) -> dict[str, Any]:
+def experiment(tape: dict[str, Any], share: float, num_workers: int, num_seeds: int) -> dict[str, Any]:
     """Return all rules' figures on every task, and over the tasks together."""
-    by_task = {task: measured(tape, task, num_trials, num_seeds) for task in QUALITY}
-    together = {name: [row for found in by_task.values() for row in found[name]] for name in RULES}
+    by_task = {task: measured(tape, task, share, num_workers, num_seeds) for task in QUALITY}
+    names = [*RULES, FORESIGHT]
+    together = {name: [row for found in by_task.values() for row in found[name]] for name in names}
     figures = {
-        task: {name: summary(found[name], found["none"]) for name in RULES} for task, found in {**by_task, "all": together}.items()
+        task: {name: summary(found[name], found["none"]) for name in names} for task, found in {**by_task, "all": together}.items()
     }
-    return {"num_trials": num_trials or "the tape", "figures": figures, "runs": by_task}
+    return {"share": share, "workers": num_workers, "figures": figures}
 
 
 def show(found: dict[str, Any]) -> None:
-    print(f"\nrandom search finishes {found['num_trials']} trials")
+    print(f"\n{found['workers']} workers; random search finishes {found['share']:.0%} of the tape")
     for task, rules in found["figures"].items():
         print(f"  {task}")
         for name, one in rules.items():
-            speed, regret, mean = one["speed"], one["regret_to_random"], one["mean_regret_to_random"]
             print(
-                f"    {name:22} speed {speed['value']:5.2f} ({speed['low']:.2f} to {speed['high']:.2f}), reaches {one['reaches']:4.0%}, "
-                f"regret {regret['value']:.2f} ({regret['low']:.2f} to {regret['high']:.2f}), over time {mean['value']:.2f}, "
-                f"{one['completed']:.1f} completed, {one['seconds_per_trial']:.2f} s a trial, front stopped {one['front_stopped']:.0%}"
+                f"    {name:26} speed {shown(one['speed'])}, reaches {one['reaches']:4.0%}, regret {shown(one['regret_to_random'])}, "
+                f"over time {shown(one['mean_regret_to_random'])}, {one['completed']:.1f} completed, "
+                f"{one['seconds_per_trial']:.2f} s a trial, front stopped {one['front_stopped']:.0%}"
             )
+
+
+def shown(found: dict[str, float]) -> str:
+    return f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tape", type=Path, default=ROOT / "benchmarks" / "results" / "learning_curves.json")
-    parser.add_argument("--trials", type=int, default=15, help="that random search lets finish")
-    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=30)
     parser.add_argument("--results", type=Path, help="where the results are written as JSON")
     arguments = parser.parse_args()
     tape = json.loads(arguments.tape.read_text())
-    found = [experiment(tape, num_trials, arguments.seeds) for num_trials in (arguments.trials, None)]
-    for one in found:
-        show(one)
+    found = []
+    for share, num_workers in EXPERIMENTS:
+        found.append(experiment(tape, share, num_workers, arguments.seeds))
+        show(found[-1])
     if arguments.results:
         results = {
             "command": "python benchmarks/early_stopping.py --results benchmarks/results/early_stopping.json",
             "date": datetime.now(UTC).date().isoformat(),
             "machine": "two cores of a shared x86 server, no GPU; the clock is simulated",
             "versions": {name: version(name) for name in ("ray", "syne-tune", "numpy")} | {"python": platform.python_version()},
-            "workers": NUM_WORKERS,
+            "tape": {task: len(curves_of(tape, task)) for task in QUALITY},
             "seeds": arguments.seeds,
             "experiments": found,
         }

@@ -1,7 +1,7 @@
 """Recorded trials on a simulated clock, for `benchmarks/early_stopping.py`: what a rule that stops trials makes of them.
 
-Trials start in a given order on a given number of workers. At every rung a judge says whether the trial goes on; a worker that is free
-takes the next trial at once. A trial that was stopped is no result, however far it came.
+Trials start in a given order on a given number of workers. At every rung a judge says whether the trial goes on; a worker that is
+free takes the next trial at once. A trial that was stopped is no result, however far it came.
 """
 
 from __future__ import annotations

@@ -120,4 +120,4 @@ def test_tune_may_pickle_and_question_it(tmp_path: Path) -> None:
 
 def test_the_engine_of_these_tests_stops_early_by_default(tmp_path: Path) -> None:
     engine: Engine = Tune(tmp_path).engine
-    assert [o.metric for o in engine._spec.rung_objectives()] == ["accuracy", "train_seconds"]
+    assert [o.metric for o in engine._spec.rung_objectives()] == ["eval_loss", "train_seconds"]
