@@ -220,7 +220,7 @@ def write_tape(path: Path, rows: Sequence[dict[str, Any]], recorders: Sequence[R
         "command": "python benchmarks/learning_curves.py --data DIR --model stories260k/hf --rows runs.jsonl --tape "
         "benchmarks/results/learning_curves.json",
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": "two cores of a shared x86 server, no GPU; one thread, at low priority",
+        "machine": "two cores of a shared x86 server, no GPU; one thread, other programs beside",
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
         | {"python": platform.python_version()},
         "shares": SHARES,

@@ -47,7 +47,9 @@ class Tune:
         return decision
 
     def reports(self, trial_id: str, accuracy: float, seconds: float, step: int = 1) -> str:
-        return self.result(trial_id, event="report", report=report(accuracy, seconds, final=step == 9, step=step))
+        known = report(accuracy, seconds, final=step == 9, step=step)
+        known["metrics"]["eval_loss"] = 1 - accuracy
+        return self.result(trial_id, event="report", report=known)
 
 
 def events(store: Store) -> list[tuple[str, int]]:
