@@ -2,7 +2,8 @@
 
 At a rung a trial is held against all that reported there before it. Fronts come first, and inside a front an epsilon-net's
 order: what stands for most of the front first (Salinas et al. 2021; Schmucker et al. 2021, arXiv:2106.12639). A trial goes on when
-it is among the best 1 / reduction factor. Every decision is final and waits for nobody, as in ASHA's stopping variant.
+it is among the best 1 / reduction factor or on the first front, of which only a finished trial is worth anything. Every decision is
+final and waits for nobody, as in ASHA's stopping variant.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Verdict:
     """From 1, the best, among all that reported at the rung so far."""
     num_entries: int
     quota: int
-    """Places that go on."""
+    """Places that go on: 1 / reduction factor, and at least the non-dominated front."""
     front: int
     """From 1, the non-dominated one."""
     num_fronts: int
@@ -57,8 +58,8 @@ def decide(recorded: Iterable[Entry], newcomer: Entry, reduction_factor: float) 
     """Hold a trial against what was recorded at its rung.
 
     An earlier entry of the same trial counts no more: it was reported before its workers were lost. As long as there are fewer
-    entries than the reduction factor, all go on. After that a dominated trial of the last front never does, even where the better
-    fronts are so small that they leave it a place.
+    entries than the reduction factor, all go on. After that whatever nothing dominates still does, duplicates aside, and a dominated
+    trial of the last front never, even where the better fronts are so small that they leave it a place.
     """
     entries = sorted([*(e for e in recorded if e.number != newcomer.number), newcomer], key=lambda e: e.number)
     me = next(i for i, e in enumerate(entries) if e.number == newcomer.number)
@@ -67,7 +68,9 @@ def decide(recorded: Iterable[Entry], newcomer: Entry, reduction_factor: float) 
     peers = np.flatnonzero(fronts == fronts[me])
     place = int((fronts < fronts[me]).sum()) + net_order(rows[peers]).index(int(np.searchsorted(peers, me))) + 1
     is_early = len(entries) < reduction_factor
-    quota = len(entries) if is_early else int(len(entries) / reduction_factor)
+    # Duplicates come last in a front, so these are the places of all that is new in it.
+    num_best = len(np.unique(rows[fronts == 0], axis=0))
+    quota = len(entries) if is_early else max(int(len(entries) / reduction_factor), num_best)
     is_last = fronts[me] == fronts.max() > 0
     return Verdict(
         goes_on=is_early or (place <= quota and not is_last),

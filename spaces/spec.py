@@ -106,6 +106,13 @@ def _is_interim_quality(metric: str) -> bool:
     return METRICS[metric].section == "eval" and METRICS[metric].is_interim
 
 
+def _before_the_end(objective: Objective) -> Objective:
+    """Return what an objective is judged by at a rung."""
+    if METRICS[objective.metric].section != "eval" or objective.direction != "maximize":
+        return objective
+    return Objective(metric=EVAL_LOSS, direction="minimize", reference=None)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -209,7 +216,8 @@ class SchedulerSpec(_Section):
     grace_period: Annotated[float, Within(gt=0, lt=1)] = GRACE_PERIOD
     """Share of its own steps that every trial trains: the first rung."""
     reduction_factor: Annotated[float, Within(ge=2, le=100)] = REDUCTION_FACTOR
-    """One in this many goes on from a rung, and the next rung is this many times further; at the rungs trials are evaluated."""
+    """One in this many goes on from a rung, and whatever no other trial dominates there; the next rung is this many times further. At
+    the rungs trials are evaluated."""
     brackets: AtLeastOne = 1
     """Each further bracket spares its share of the trials one rung more, in case good ones start slowly; trials of one bracket are
     held against one another alone."""
@@ -352,10 +360,13 @@ class SearchSpec(_Section):
     def rung_objectives(self) -> tuple[Objective, ...]:
         """Return the objectives that trials are held against one another by before their end; none if all are let finish.
 
-        An objective that only the end of a trial tells (exact_match, peak_memory_bytes) is not among them.
+        An objective that only the end of a trial tells (exact_match, peak_memory_bytes) is not among them. For a score to be
+        maximised (accuracy, macro_f1) the loss stands in: so early it says more about the end.
         """
-        known = tuple(o for o in self.resolved_objectives() if METRICS[o.metric].is_interim)
-        return known if self.scheduler.method == "asha" else ()
+        if self.scheduler.method != "asha":
+            return ()
+        known = [o for o in self.resolved_objectives() if METRICS[o.metric].is_interim]
+        return tuple({o.metric: o for o in map(_before_the_end, known)}.values())
 
     def _resolve(self, objective: ObjectiveSpec) -> Objective:
         metric = METRICS[objective.metric]

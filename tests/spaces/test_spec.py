@@ -130,7 +130,12 @@ def test_sections_are_checked(sections):
 
 def test_a_rung_judges_by_what_is_known_before_the_end():
     asha = {"method": "asha"}
-    assert [o.metric for o in spec(scheduler=asha).rung_objectives()] == ["accuracy", "train_seconds"]
+    assert [(o.metric, o.direction) for o in spec(scheduler=asha).rung_objectives()] == [
+        ("eval_loss", "minimize"),
+        ("train_seconds", "minimize"),
+    ]
+    both = [{"metric": m} for m in ("macro_f1", "train_seconds", "eval_loss")]
+    assert [o.metric for o in spec(objectives=both, scheduler=asha).rung_objectives()] == ["eval_loss", "train_seconds"]
     assert spec().rung_objectives() == ()
     early = [{"metric": "eval_loss"}, {"metric": "exact_match"}, {"metric": "peak_memory_bytes"}]
     assert [o.metric for o in spec("causal-lm", objectives=early, scheduler=asha).rung_objectives()] == ["eval_loss"]
