@@ -145,7 +145,7 @@ class SearchView:
     def _eta_seconds(self) -> float | None:
         """Extrapolate from the pace of the trials that ended in this session."""
         left = self._trials_left()
-        if len(self._ended_at) < 2 or not left:
+        if self._state.finished or len(self._ended_at) < 2 or not left:
             return None
         return left * (self._ended_at[-1] - self._ended_at[0]) / (len(self._ended_at) - 1)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import threading
+
 import pytest
 
 from search import tuner
@@ -24,3 +27,12 @@ def test_on_our_own_cluster_as_many_relays_fit_as_are_to_run_and_the_head_is_lef
 def test_on_a_cluster_that_was_there_before_nothing_is_asked_that_it_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuner.ray, "cluster_resources", lambda: {HEAD: 1.0, "CPU": 8.0})
     assert tuner.relay_resources(5).bundles == [{HEAD: 0.001}]
+
+
+def test_tune_may_pickle_what_ends_its_loop_whatever_that_asks() -> None:
+    lock = threading.Lock()
+    leave = tuner._Leave(lock.locked)
+    pickle.dumps(leave)
+    assert not leave.stop_all()
+    lock.acquire()
+    assert leave.stop_all()
