@@ -203,7 +203,8 @@ def test_a_profiled_layout_is_asked_of_nobody_and_every_one_gets_its_turn() -> N
     )
     params = space.first()
     layouts = space.measured_layouts(params)
-    assert [(p["world_size"], p["strategy"]) for p in layouts] == [(1, "ddp"), (2, "ddp"), (2, "fsdp")], "one rank has no strategy"
+    expected = [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (2, "tp")]
+    assert [(p["world_size"], p["strategy"]) for p in layouts] == expected, "one rank has no strategy"
     assert all(p["learning_rate"] == params["learning_rate"] and p["recomputation"] == "none" for p in layouts)
     assert space.encode({"world_size": 2}) == {}
     assert {"world_size", "strategy"} <= set(space.names_searched())
