@@ -40,10 +40,11 @@ def recommendation_lines(members: Sequence[TrialRecord], objectives: Sequence[Ob
 
 def caveats(members: Sequence[TrialRecord]) -> list[str]:
     """Return one line for every member whose times are not to be trusted, or are not of a training of its own."""
-    noisy = [
-        (r, "train it again before you trust its" if confirmed(r, TRAIN_SECONDS) is None else "trust its confirmed") for r in members
-    ]
-    lines = [f"trial {r.number} is noisy: {r.noise}; {what} times" for r, what in noisy if r.noise]
+    lines = []
+    for record in (r for r in members if r.noise):
+        is_sure = confirmed(record, TRAIN_SECONDS) is not None and not any(c.noise for c in record.confirmations)
+        what = "trust its confirmed times" if is_sure else "train it again before you trust its times"
+        lines.append(f"trial {record.number} is noisy: {record.noise}; {what}")
     return lines + [f"trial {r.number} is {r.why_not_trained}" for r in members if r.source is not None]
 
 

@@ -135,8 +135,9 @@ def confidence_lines(members: Sequence[TrialRecord], objectives: Sequence[Object
             lines.append(f"neighbours that the seeds do not tell apart in {metric}: trials {', '.join(pairs)}")
     missing = [str(r.number) for r in members if not r.confirmations]
     lines += [f"not confirmed: trial{'s' if len(missing) > 1 else ''} {', '.join(missing)}"] if missing else []
-    noisy = [f"trial {r.number} is noisy with seed {c.seed}: {c.noise}" for r in members for c in r.confirmations if c.noise]
-    return lines + noisy + [line for r in members for line in failure_lines(r)]
+    noise = {r.number: [f"{c.seed}: {c.noise}" for c in r.confirmations if c.noise] for r in members}
+    lines += [f"trial {number} is noisy with seed {', with seed '.join(seeds)}" for number, seeds in noise.items() if seeds]
+    return lines + [line for r in members for line in failure_lines(r)]
 
 
 def failure_lines(record: TrialRecord) -> list[str]:

@@ -75,6 +75,8 @@ def _draw_confirmed(axes: Any, figure: FrontFigure) -> None:
     for point in figure.confirmed:
         tie = {"color": CONFIRMED_COLOR, "linewidth": 0.7, "linestyle": ":"}
         axes.plot([point.searched[0], point.x[0]], [point.searched[1], point.y[0]], zorder=4, **tie)
+        offset = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": 8, "color": CONFIRMED_COLOR}
+        axes.annotate(str(point.number), (point.x[0], point.y[0]), **offset)
     bars = {
         f"{axis}err": [[v[0] - v[1] for v in values], [v[2] - v[0] for v in values]]
         for axis, values in (("x", [p.x for p in figure.confirmed]), ("y", [p.y for p in figure.confirmed]))

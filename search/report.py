@@ -208,7 +208,8 @@ def _front_plot(figure: FrontFigure) -> Figure:
         drawing.add_hline(y=figure.untrained, line_dash="dot", annotation_text="untrained model")
     drawing.update_xaxes(title=axis_label(figure.x_metric), type="log" if figure.is_log else "linear")
     if figure.is_log:
-        ticks = log_ticks(min(p.x for p in figure.points), max(p.x for p in figure.points))
+        prices = [*(p.x for p in figure.points), *(x for p in figure.confirmed for x in p.x)]
+        ticks = log_ticks(min(prices), max(prices))
         drawing.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return _styled(drawing.update_yaxes(title=axis_label(figure.y_metric)))
 
@@ -228,7 +229,9 @@ def _add_confirmed(drawing: Figure, figure: FrontFigure) -> None:
     drawing.add_scatter(
         x=[p.x[0] for p in figure.confirmed],
         y=[p.y[0] for p in figure.confirmed],
-        mode="markers",
+        mode="markers+text",
+        text=[str(p.number) for p in figure.confirmed],
+        textposition="top right",
         marker={"color": CONFIRMED_COLOR, "symbol": "diamond", "size": 7},
         hovertext=["<br>".join(map(html.escape, p.hover)) for p in figure.confirmed],
         hoverinfo="text",

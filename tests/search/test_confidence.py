@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from scipy import stats
 from synthetic import OBJECTIVES, confirmed_event, synthetic_events
 
+from search.advice import caveats
 from search.confidence import confidence_lines, confirmed, difference, estimate, failure_lines, rival_lines, rivals, told_apart
 from search.formatting import interval_text
 from search.ledger import replay
@@ -108,6 +110,18 @@ def test_a_seed_that_failed_is_told_and_not_averaged() -> None:
     assert len(known.values) == 2
     assert failure_lines(record) == ["trial 0 failed with seed 3: diverged: the loss is nan"]
     assert failure_lines(record)[0] in confidence_lines([record], OBJECTIVES)
+
+
+def test_a_noisy_seed_is_named_and_its_times_are_not_to_be_trusted() -> None:
+    drifting = confirmed_event(0, 2, accuracy=0.8, seconds=9.0)
+    drifting["values"]["time_drift"] = 0.5
+    events = [*EVENTS, confirmed_event(0, 1, accuracy=0.8, seconds=9.0)]
+    quiet, noisy = (
+        replace(r, values={**r.values, "time_drift": 0.3}) for r in (replay(e).records[0] for e in (events, [*events, drifting]))
+    )
+    assert "trial 0 is noisy with seed 2: its pace changed by 50% while it trained" in confidence_lines([noisy], OBJECTIVES)
+    assert caveats([quiet]) == ["trial 0 is noisy: its pace changed by 30% while it trained; trust its confirmed times"]
+    assert caveats([noisy])[0].endswith("train it again before you trust its times")
 
 
 def test_rivals_are_who_the_seeds_do_not_tell_apart() -> None:
