@@ -62,6 +62,7 @@ CONTENDERS = {
 }
 # How many times sooner than these (a) shall be.
 GOALS = {"b": 5.0, "c": 2.0, "d": 2.0, "e": 2.0}
+ROWS_PER_CLASS = 16
 TARGET_SHARE = 0.9
 SAMPLE_SECONDS = 0.5
 # What a contender is given after the limit to end by itself, and to leave when it is asked to.
@@ -137,13 +138,13 @@ def run_one(contender: str, seed: int, arguments: argparse.Namespace, data: Path
         if arguments.logs:
             arguments.logs.mkdir(parents=True, exist_ok=True)
             (arguments.logs / f"{contender}-{seed}.txt").write_text(log.read_text())
-        if not trials:
-            raise SystemExit(f"({contender}) seed {seed} finished no trial, exit code {code}:\n{log.read_text()[-3000:]}")
+        if not trials and code > 0:
+            raise SystemExit(f"({contender}) seed {seed} failed with exit code {code}:\n{log.read_text()[-3000:]}")
     return {
         "contender": contender,
         "seed": seed,
         "limit_seconds": limit,
-        "task": fingerprint(),
+        "task": fingerprint(arguments.rows_per_class),
         "exit_code": code,
         "wall_seconds": time.time() - run.started,
         "cpu": clock.curve,
@@ -162,9 +163,9 @@ def _wait(process: subprocess.Popen[bytes], limit: float) -> int:
     return process.wait()
 
 
-def fingerprint() -> str:
+def fingerprint(rows_per_class: int) -> str:
     """Return what tells one task from another; rows of different tasks must not be compared."""
-    what = [shared.MODEL, shared.SPACE, shared.FIXED, shared.TRAIN_ROWS_PER_CLASS, shared.EVALUATION_ROWS_PER_CLASS]
+    what = [shared.MODEL, shared.SPACE, shared.FIXED, rows_per_class, shared.EVALUATION_ROWS_PER_CLASS]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
 
@@ -177,30 +178,31 @@ def append(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def read_runs(path: Path) -> list[dict[str, Any]]:
+def read_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the runs in the file.
 
     Raises:
-        SystemExit: they are not all of this task and one time limit.
+        SystemExit: one is of another task or another time limit.
     """
-    runs = [row for row in read_rows(path) if "contender" in row]
-    if len({(run["task"], run["limit_seconds"]) for run in runs} | {(fingerprint(), r["limit_seconds"]) for r in runs}) > 1:
-        raise SystemExit(f"{path}: holds runs of another task or another time limit; name another file")
+    runs = [row for row in read_rows(arguments.out) if "contender" in row]
+    asked = (fingerprint(arguments.rows_per_class), arguments.minutes * 60)
+    if any((run["task"], run["limit_seconds"]) != asked for run in runs):
+        raise SystemExit(f"{arguments.out}: holds runs of another task or another time limit; name another file")
     return runs
 
 
 @contextlib.contextmanager
-def written_data(source: Path) -> Iterator[Path]:
+def written_data(arguments: argparse.Namespace) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ttf-data-") as directory:
-        shared.write_data(source, Path(directory))
+        shared.write_data(arguments.data, Path(directory), arguments.rows_per_class)
         yield Path(directory)
 
 
 def run_all(arguments: argparse.Namespace) -> None:
     """Run what is not in the file yet; every other seed in the opposite order, so that nobody always comes first."""
-    done = {(run["contender"], run["seed"]) for run in read_runs(arguments.out)}
+    done = {(run["contender"], run["seed"]) for run in read_runs(arguments)}
     names = arguments.contenders.split(",")
-    with written_data(arguments.data) as data:
+    with written_data(arguments) as data:
         for seed in range(arguments.seeds):
             for contender in names if seed % 2 == 0 else names[::-1]:
                 if (contender, seed) in done:
@@ -238,10 +240,10 @@ def remeasure(arguments: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(1)
-    wanted = {key_of(row): row["params"] for run in read_runs(arguments.out) for row in trials_of(run)}
+    wanted = {key_of(row): row["params"] for run in read_runs(arguments) for row in trials_of(run)}
     known = measured(arguments.out)
     missing = {key: params for key, params in wanted.items() if key not in known}
-    with written_data(arguments.data) as data:
+    with written_data(arguments) as data:
         task = shared.Task(str(data))
         started = time.time()
         for key, params in missing.items():
@@ -275,10 +277,10 @@ class Outcome:
         return float(np.interp(seconds, times, used))
 
 
-def outcomes(path: Path) -> list[Outcome]:
-    known = measured(path)
+def outcomes(arguments: argparse.Namespace) -> list[Outcome]:
+    known = measured(arguments.out)
     found = []
-    for run in read_runs(path):
+    for run in read_runs(arguments):
         members = trials_of(run)
         points = [(row["accuracy"], known[key_of(row)]) for row in members]
         found.append(
@@ -345,7 +347,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    found = outcomes(arguments.out)
+    found = outcomes(arguments)
     result = {
         "command": "python benchmarks/time_to_front.py all --data banking77/train.csv --out runs.jsonl --results FILE",
         "date": datetime.now(UTC).date().isoformat(),
@@ -370,6 +372,7 @@ def main() -> None:
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=4.0, help="of one search")
+    parser.add_argument("--rows-per-class", type=int, default=ROWS_PER_CLASS, help="to train on; fewer to see whether all works")
     parser.add_argument("--syne-python", type=Path, default=Path(sys.executable), help="Python with syne-tune, if it is not this one")
     parser.add_argument("--logs", type=Path, help="directory for what the contenders print")
     arguments = parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,8 @@ def covered(found: list[tuple[float, float]]) -> float:
     xs = sorted({0.0, *(a for a, _ in found)})
     ys = sorted({min(math.log(s), math.log(LAST)) for _, s in found} | {math.log(LAST)})
     area = 0.0
-    for left, right in zip(xs, xs[1:], strict=False):
-        for low, high in zip(ys, ys[1:], strict=False):
+    for left, right in pairwise(xs):
+        for low, high in pairwise(ys):
             if any(a >= right and math.log(s) <= low for a, s in found):
                 area += (right - left) * (high - low)
     return area

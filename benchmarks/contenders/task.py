@@ -45,7 +45,7 @@ FIXED = {
     "micro_batch_size": "auto",
     "recomputation": "none",
 }
-TRAIN_ROWS_PER_CLASS, EVALUATION_ROWS_PER_CLASS = 16, 4
+EVALUATION_ROWS_PER_CLASS = 4
 # The worst that is still worth anything; nothing in the space takes as long on one core.
 LAST_SECONDS = 120.0
 # The shares of its own steps at which a trial may be stopped early, by whoever does that.
@@ -105,7 +105,7 @@ class Point:
     """Of its steps so far."""
 
 
-def write_data(source: Path, directory: Path) -> None:
+def write_data(source: Path, directory: Path, rows_per_class: int) -> None:
     """Write a small part of the training rows, the same share of every class, and other rows to evaluate on."""
     with source.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -113,7 +113,7 @@ def write_data(source: Path, directory: Path) -> None:
     for i in np.random.default_rng(0).permutation(len(rows)):
         members[rows[i]["category"]].append(rows[i])
     evaluation = [row for label in sorted(members) for row in members[label][:EVALUATION_ROWS_PER_CLASS]]
-    last = EVALUATION_ROWS_PER_CLASS + TRAIN_ROWS_PER_CLASS
+    last = EVALUATION_ROWS_PER_CLASS + rows_per_class
     train = [row for label in sorted(members) for row in members[label][EVALUATION_ROWS_PER_CLASS:last]]
     for name, part in (("train.csv", train), ("evaluation.csv", evaluation)):
         with (directory / name).open("w", newline="") as file:

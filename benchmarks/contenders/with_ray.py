@@ -6,6 +6,7 @@ core each.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import ray
@@ -43,18 +44,22 @@ def driver(config: dict[str, Any]) -> None:
     trainer.fit()
 
 
+def space(run: dict[str, Any], trial: Any) -> dict[str, Any]:
+    """Propose params, and hand on what does not vary."""
+    suggest(trial)
+    return {RUN: run}
+
+
 def main() -> None:
     run = Run.from_command_line()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 
-    def space(trial: Any) -> dict[str, Any]:
-        suggest(trial)
-        return {RUN: run.to_dict()}
-
     tuner = tune.Tuner(
         tune.with_resources(driver, {"cpu": 0.01}),
         tune_config=tune.TuneConfig(
-            search_alg=OptunaSearch(space, metric=["accuracy", "train_seconds"], mode=["max", "min"], seed=run.seed),
+            search_alg=OptunaSearch(
+                partial(space, run.to_dict()), metric=["accuracy", "train_seconds"], mode=["max", "min"], seed=run.seed
+            ),
             num_samples=-1,
             max_concurrent_trials=2,
             time_budget_s=run.seconds_left,

@@ -48,12 +48,13 @@ def main() -> None:
     def model_init(trial: Any) -> Any:
         if trial is None:  # the Trainer itself asks for a model first, to see what it is
             return task.base.module
+        params.clear()
+        params.update(suggest(trial))
         trainer.train_dataset = rows_of(train, task.data.subset(params["dataset_fraction"]))
         return build(config_of(params), task.base, World.alone())
 
-    def hp_space(trial: Any) -> dict[str, Any]:
-        params.clear()
-        params.update(suggest(trial))
+    def hp_space(_: Any) -> dict[str, Any]:
+        # The model comes first, and with it all that is proposed.
         named = {"per_device_train_batch_size": params["global_batch_size"], "num_train_epochs": params["epochs"]}
         return {"learning_rate": params["learning_rate"], **named}
 
