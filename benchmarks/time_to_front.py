@@ -32,10 +32,8 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -51,6 +49,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.contenders import task as shared  # noqa: E402
+from benchmarks.contenders.process import watched  # noqa: E402
 from benchmarks.front_times import Trial, at, entrants, growth, ratios, time_to  # noqa: E402
 
 CONTENDERS = {
@@ -64,41 +63,10 @@ CONTENDERS = {
 GOALS = {"b": 5.0, "c": 2.0, "d": 2.0, "e": 2.0}
 ROWS_PER_CLASS = 16
 TARGET_SHARE = 0.9
-SAMPLE_SECONDS = 0.5
-# What a contender is given after the limit to end by itself, and to leave when it is asked to.
-GRACE_SECONDS, LEAVE_SECONDS = 20.0, 20.0
 
 
-class CpuClock(threading.Thread):
-    """Follows the CPU seconds of a process and all that descends from it."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self._root = psutil.Process(pid)
-        self._known: dict[psutil.Process, float] = {}
-        self._over = threading.Event()
-        self._since = time.time()
-        self.curve: list[tuple[float, float]] = []
-
-    def run(self) -> None:
-        while not self._over.wait(SAMPLE_SECONDS):
-            with contextlib.suppress(psutil.Error):
-                for process in [self._root, *self._root.children(recursive=True)]:
-                    self._known.setdefault(process, 0.0)
-            for process in self._known:
-                # What is no child any more, because its parent died, is followed all the same.
-                with contextlib.suppress(psutil.Error):
-                    times = process.cpu_times()
-                    self._known[process] = times.user + times.system
-            self.curve.append((round(time.time() - self._since, 2), round(sum(self._known.values()), 2)))
-
-    def stop(self) -> None:
-        """Stop, and end what is left."""
-        self._over.set()
-        self.join()
-        for process in self._known:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+class RunFailed(Exception):
+    """A contender ended in an error before it had finished a trial."""
 
 
 def run_one(contender: str, seed: int, arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
@@ -126,20 +94,13 @@ def run_one(contender: str, seed: int, arguments: argparse.Namespace, data: Path
             seed=seed, started=time.time(), limit_seconds=limit, data=str(data), scratch=scratch, rows=str(rows), path=str(told)
         )
         told.write_text(json.dumps(run.to_dict()))
-        with log.open("w") as output:
-            process = subprocess.Popen(command, cwd=scratch, env=environment, stdout=output, stderr=subprocess.STDOUT)
-            clock = CpuClock(process.pid)
-            clock.start()
-            try:
-                code = _wait(process, limit)
-            finally:
-                clock.stop()
+        code, cpu = watched(command, environment, scratch, log, limit)
         trials = read_rows(rows)
         if arguments.logs:
             arguments.logs.mkdir(parents=True, exist_ok=True)
             (arguments.logs / f"{contender}-{seed}.txt").write_text(log.read_text())
         if not trials and code > 0:
-            raise SystemExit(f"({contender}) seed {seed} failed with exit code {code}:\n{log.read_text()[-3000:]}")
+            raise RunFailed(f"({contender}) seed {seed} failed with exit code {code}:\n{log.read_text()[-3000:]}")
     return {
         "contender": contender,
         "seed": seed,
@@ -147,20 +108,9 @@ def run_one(contender: str, seed: int, arguments: argparse.Namespace, data: Path
         "task": fingerprint(arguments.rows_per_class),
         "exit_code": code,
         "wall_seconds": time.time() - run.started,
-        "cpu": clock.curve,
+        "cpu": cpu,
         "trials": trials,
     }
-
-
-def _wait(process: subprocess.Popen[bytes], limit: float) -> int:
-    """Let a contender end by itself for a while, then ask it to leave, then make it."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.wait(limit + GRACE_SECONDS)
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.wait(LEAVE_SECONDS)
-    process.kill()
-    return process.wait()
 
 
 def fingerprint(rows_per_class: int) -> str:
@@ -199,15 +149,24 @@ def written_data(arguments: argparse.Namespace) -> Iterator[Path]:
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    """Run what is not in the file yet; every other seed in the opposite order, so that nobody always comes first."""
+    """Run what is not in the file yet; every other seed in the opposite order, so that nobody always comes first.
+
+    Raises:
+        SystemExit: some run failed; the others are in the file.
+    """
     done = {(run["contender"], run["seed"]) for run in read_runs(arguments)}
-    names = arguments.contenders.split(",")
+    names, failed = arguments.contenders.split(","), []
     with written_data(arguments) as data:
         for seed in range(arguments.seeds):
             for contender in names if seed % 2 == 0 else names[::-1]:
                 if (contender, seed) in done:
                     continue
-                run = run_one(contender, seed, arguments, data)
+                try:
+                    run = run_one(contender, seed, arguments, data)
+                except RunFailed as failure:
+                    failed.append(f"({contender}) seed {seed}")
+                    print(failure, file=sys.stderr, flush=True)
+                    continue
                 append(arguments.out, run)
                 counted = [t for t in run["trials"] if t["seconds"] <= run["limit_seconds"]]
                 first = min((t["seconds"] for t in counted), default=float("nan"))
@@ -217,6 +176,8 @@ def run_all(arguments: argparse.Namespace) -> None:
                     f"{cpu:.0f} CPU s, {run['wall_seconds']:.0f} s",
                     flush=True,
                 )
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; the same command again runs these alone")
 
 
 def trials_of(run: dict[str, Any]) -> list[dict[str, Any]]:
