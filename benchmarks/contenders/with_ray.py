@@ -52,10 +52,11 @@ def space(run: dict[str, Any], trial: Any) -> dict[str, Any]:
 
 def main() -> None:
     run = Run.from_command_line()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    # A driver that held a share of a core would leave too little of it for the second worker.
+    ray.init(num_cpus=2, resources={"drivers": 2}, include_dashboard=False, log_to_driver=False)
 
     tuner = tune.Tuner(
-        tune.with_resources(driver, {"cpu": 0.01}),
+        tune.with_resources(driver, tune.PlacementGroupFactory([{"drivers": 1}])),
         tune_config=tune.TuneConfig(
             search_alg=OptunaSearch(
                 partial(space, run.to_dict()), metric=["accuracy", "train_seconds"], mode=["max", "min"], seed=run.seed
