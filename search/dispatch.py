@@ -89,6 +89,12 @@ class Dispatcher:
             self._jobs[job.job_id] = _JobState(job=job, place=next(self._places))
             await self._place()
 
+    async def expect(self, world_size: int, num_jobs: int) -> None:
+        """Start groups on the free workers for so many jobs that are about to come: a start takes seconds, most of them imports."""
+        num_free = self._resources.capacity - sum(group.world_size for group in self._groups.values())
+        for _ in range(min(num_free // world_size, num_jobs)):
+            self._start(world_size)
+
     async def poll(self, job_id: str) -> list[dict[str, Any]]:
         """Wait for news of a job and take them: `{"event": "started" | "report" | "ended", ...}`, oldest first."""
         state = self._jobs[job_id]

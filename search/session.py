@@ -155,6 +155,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
         for event in ledger.events():
             on_event(event)
         with _cut_short(ledger, on_event, prepared.tracker), DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
+            _warm_up(dispatcher, spec)
             device = examine(dispatcher, store, spec, interruption)
             on_event(ledger.append("device_examined", device=device))
             limits = replace(limits, memory_bytes=device["usable_bytes"])
@@ -280,8 +281,17 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
     return engine.why_over
 
 
+def _warm_up(dispatcher: Any, spec: SearchSpec) -> None:
+    """Start the groups of a space with one world size: those of the first trials then start beside the first job's, not after it."""
+    import ray
+
+    sizes = {world_size for world_size, _ in spec.space.layouts()}
+    if len(sizes) == 1:
+        ray.get(dispatcher.expect.remote(sizes.pop(), spec.budget.trials))
+
+
 def examine(dispatcher: Any, store: Store, spec: SearchSpec, interruption: Interruption) -> dict[str, Any]:
-    """Return what a worker's device can do; nothing else runs yet, so this is the time to see it."""
+    """Return what a worker's device can do; nothing trains yet, so this is the time to see it."""
     try:
         device = run_job(dispatcher, _first_job("device", store, spec), interruption)["device"]
     except JobFailed as error:

@@ -172,6 +172,23 @@ async def test_groups_that_never_start_fail_every_job_instead_of_waiting_for_eve
     assert poll.result()[-1]["kind"] == "no_workers"
 
 
+@scenario(5)
+async def test_groups_of_expected_jobs_start_on_free_workers_and_take_the_jobs_when_they_come(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("first"))
+    await dispatcher.expect(2, num_jobs=9)
+    names = [g["group_id"] for g in await dispatcher.groups()]
+    assert [g["world_size"] for g in await dispatcher.groups()] == [1, 2, 2]
+    await ranks_join(dispatcher, names[1], 2)
+    await dispatcher.submit(job("a", 2))
+    assert [g["job_id"] for g in await dispatcher.groups()] == [None, "a", None]
+
+
+@scenario(4)
+async def test_no_more_groups_start_than_jobs_are_expected(dispatcher: Groups) -> None:
+    await dispatcher.expect(1, num_jobs=3)
+    assert len(await dispatcher.groups()) == 3
+
+
 @scenario(2)
 async def test_shutdown_lets_idle_groups_go_and_waits_for_them(dispatcher: Groups) -> None:
     await dispatcher.submit(job("a"))

@@ -1,0 +1,347 @@
+"""How soon a search has a good front: paretune against what a user could pick instead, on one task, in one space, on two cores.
+
+On a machine that does nothing else:
+
+    pip install -e '.[bench]'
+    python benchmarks/time_to_front.py all --data banking77/train.csv --out runs.jsonl --results benchmarks/results/time_to_front.json
+
+`run` starts every contender's search as a fresh process, seed after seed, the contenders in turn, and appends what it found to the
+file when it ends; runs that are in the file are not run again, so a comparison that was cut off goes on. `remeasure` then times what
+stood on any contender's front, and `report` compares.
+
+The rules:
+
+- The task: MiniLM (embedded weights) tells 77 intents apart; 16 training rows of each class of banking77 and 4 others to evaluate on.
+- The space: full fine-tuning or LoRA of rank 4 to 16, learning rate, batch size, dataset fraction, epochs; one core a trial.
+- The clock runs from the start of the process: imports, Ray and all. Nothing is carried over from an earlier run, caches included.
+- After `--minutes` nothing is started any more, and what ends later does not count.
+- A trial counts when it was trained to its end; one that was stopped early leaves no model. Every contender trains with the loop in
+  `contenders/task.py` or one of the same batches and optimizer; only (c) has transformers' own.
+- Each contender has both cores: (a), (b), (e) two trials of one thread at once, (c), (d) one trial of two threads.
+- A contender's front is by the times that it saw itself. For the hypervolume the time of every trial that was ever on it is measured
+  again, alone, on one core, by the plain loop, once for each configuration, so that the same configuration is as fast for all.
+- Hypervolume: over accuracy, from 0, and the logarithm of training seconds, up to 120 s.
+- CPU seconds are those of all processes that descend from the contender's, sampled twice a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.contenders import task as shared  # noqa: E402
+from benchmarks.contenders.process import watched  # noqa: E402
+from benchmarks.front_times import Trial, at, entrants, growth, ratios, time_to  # noqa: E402
+
+CONTENDERS = {
+    "a": ("paretune", "with_paretune.py"),
+    "b": ("Ray Tune, OptunaSearch, a TorchTrainer a trial", "with_ray.py"),
+    "c": ("transformers' hyperparameter_search, Optuna", "with_transformers.py"),
+    "d": ("Optuna around a plain loop", "with_optuna.py"),
+    "e": ("Syne Tune, MOASHA", "with_syne_tune.py"),
+}
+# How many times sooner than these (a) shall be.
+GOALS = {"b": 5.0, "c": 2.0, "d": 2.0, "e": 2.0}
+ROWS_PER_CLASS = 16
+TARGET_SHARE = 0.9
+
+
+class RunFailed(Exception):
+    """A contender ended in an error before it had finished a trial."""
+
+
+def run_one(contender: str, seed: int, arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
+    """Run one contender's search in a process of its own; return the run and its trials."""
+    limit = arguments.minutes * 60
+    with tempfile.TemporaryDirectory(prefix=f"ttf-{contender}-") as scratch:
+        rows, told, log = Path(scratch) / "rows.jsonl", Path(scratch) / "run.json", Path(scratch) / "log.txt"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "2" if contender in "cd" else "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "XDG_CACHE_HOME": f"{scratch}/cache",
+            "SYNETUNE_FOLDER": f"{scratch}/syne-tune",
+            "RAY_TRAIN_V2_ENABLED": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        }
+        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+            environment.pop(name, None)
+        python = str(arguments.syne_python) if contender == "e" else sys.executable
+        command = [python, str(ROOT / "benchmarks" / "contenders" / CONTENDERS[contender][1]), str(told)]
+        run = shared.Run(
+            seed=seed, started=time.time(), limit_seconds=limit, data=str(data), scratch=scratch, rows=str(rows), path=str(told)
+        )
+        told.write_text(json.dumps(run.to_dict()))
+        code, cpu = watched(command, environment, scratch, log, limit)
+        trials = read_rows(rows)
+        if arguments.logs:
+            arguments.logs.mkdir(parents=True, exist_ok=True)
+            (arguments.logs / f"{contender}-{seed}.txt").write_text(log.read_text())
+        if not trials and code > 0:
+            raise RunFailed(f"({contender}) seed {seed} failed with exit code {code}:\n{log.read_text()[-3000:]}")
+    return {
+        "contender": contender,
+        "seed": seed,
+        "limit_seconds": limit,
+        "task": fingerprint(arguments.rows_per_class),
+        "exit_code": code,
+        "wall_seconds": time.time() - run.started,
+        "cpu": cpu,
+        "trials": trials,
+    }
+
+
+def fingerprint(rows_per_class: int) -> str:
+    """Return what tells one task from another; rows of different tasks must not be compared."""
+    what = [shared.MODEL, shared.SPACE, shared.FIXED, rows_per_class, shared.EVALUATION_ROWS_PER_CLASS]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the runs in the file.
+
+    Raises:
+        SystemExit: one is of another task or another time limit.
+    """
+    runs = [row for row in read_rows(arguments.out) if "contender" in row]
+    asked = (fingerprint(arguments.rows_per_class), arguments.minutes * 60)
+    if any((run["task"], run["limit_seconds"]) != asked for run in runs):
+        raise SystemExit(f"{arguments.out}: holds runs of another task or another time limit; name another file")
+    return runs
+
+
+@contextlib.contextmanager
+def written_data(arguments: argparse.Namespace) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="ttf-data-") as directory:
+        shared.write_data(arguments.data, Path(directory), arguments.rows_per_class)
+        yield Path(directory)
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Run what is not in the file yet; every other seed in the opposite order, so that nobody always comes first.
+
+    Raises:
+        SystemExit: some run failed; the others are in the file.
+    """
+    done = {(run["contender"], run["seed"]) for run in read_runs(arguments)}
+    names, failed = arguments.contenders.split(","), []
+    with written_data(arguments) as data:
+        for seed in range(arguments.seeds):
+            for contender in names if seed % 2 == 0 else names[::-1]:
+                if (contender, seed) in done:
+                    continue
+                try:
+                    run = run_one(contender, seed, arguments, data)
+                except RunFailed as failure:
+                    failed.append(f"({contender}) seed {seed}")
+                    print(failure, file=sys.stderr, flush=True)
+                    continue
+                append(arguments.out, run)
+                counted = [t for t in run["trials"] if t["seconds"] <= run["limit_seconds"]]
+                first = min((t["seconds"] for t in counted), default=float("nan"))
+                cpu = run["cpu"][-1][1]
+                print(
+                    f"seed {seed} ({contender}) {CONTENDERS[contender][0]}: {len(counted)} trials, the first after {first:.0f} s; "
+                    f"{cpu:.0f} CPU s, {run['wall_seconds']:.0f} s",
+                    flush=True,
+                )
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; the same command again runs these alone")
+
+
+def trials_of(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the trials that were ever on a run's own front within its time, as they finished."""
+    rows = [row for row in run["trials"] if row["seconds"] <= run["limit_seconds"]]
+    seen = [Trial(finished_seconds=r["seconds"], accuracy=r["accuracy"], own_seconds=r["train_seconds"]) for r in rows]
+    return [rows[i] for i in entrants(seen)]
+
+
+def key_of(row: dict[str, Any]) -> str:
+    return shared.config_of(row["params"]).key()
+
+
+def measured(path: Path) -> dict[str, float]:
+    """Return the training seconds that were measured again, by configuration."""
+    return {row["measured"]: row["train_seconds"] for row in read_rows(path) if "measured" in row}
+
+
+def remeasure(arguments: argparse.Namespace) -> None:
+    """Time every trial that was on a front, one after the other, alone, on one core."""
+    import torch
+
+    torch.set_num_threads(1)
+    wanted = {key_of(row): row["params"] for run in read_runs(arguments) for row in trials_of(run)}
+    known = measured(arguments.out)
+    missing = {key: params for key, params in wanted.items() if key not in known}
+    with written_data(arguments) as data:
+        task = shared.Task(str(data))
+        started = time.time()
+        for key, params in missing.items():
+            append(arguments.out, {"measured": key, "params": params, "train_seconds": task.measure(params)})
+    print(f"{len(missing)} of {len(wanted)} configurations measured in {time.time() - started:.0f} s", flush=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What became of a run."""
+
+    contender: str
+    seed: int
+    curve: list[tuple[float, float]] = field(repr=False)
+    """(seconds, hypervolume)"""
+    limit_seconds: float
+    cpu: list[tuple[float, float]] = field(repr=False)
+    num_trials: int
+
+    @property
+    def final(self) -> float:
+        return at(self.curve, self.limit_seconds)
+
+    def seconds_to(self, target: float) -> float:
+        """Return when the target was reached; the time limit where it was not, which is in the contender's favour."""
+        reached = time_to(self.curve, target)
+        return self.limit_seconds if reached is None else reached
+
+    def cpu_seconds_at(self, seconds: float) -> float:
+        times, used = zip(*self.cpu, strict=True)
+        return float(np.interp(seconds, times, used))
+
+
+def outcomes(arguments: argparse.Namespace) -> list[Outcome]:
+    known = measured(arguments.out)
+    found = []
+    for run in read_runs(arguments):
+        members = trials_of(run)
+        points = [(row["accuracy"], known[key_of(row)]) for row in members]
+        found.append(
+            Outcome(
+                contender=run["contender"],
+                seed=run["seed"],
+                curve=growth([row["seconds"] for row in members], points, shared.LAST_SECONDS),
+                limit_seconds=run["limit_seconds"],
+                cpu=run["cpu"],
+                num_trials=sum(row["seconds"] <= run["limit_seconds"] for row in run["trials"]),
+            )
+        )
+    return found
+
+
+def compared(found: list[Outcome]) -> dict[str, Any]:
+    """Return each contender's numbers, and its ratios to (a), seed by seed."""
+    best = max(outcome.final for outcome in found)
+    target = TARGET_SHARE * best
+    by_name = {name: {o.seed: o for o in found if o.contender == name} for name in CONTENDERS}
+    result: dict[str, Any] = {"best_final_hypervolume": best, "target": target, "contenders": {}}
+    for name, runs in by_name.items():
+        if not runs:
+            continue
+        times = {seed: run.seconds_to(target) for seed, run in runs.items()}
+        result["contenders"][name] = row = {
+            "what": CONTENDERS[name][0],
+            "seeds": len(runs),
+            "trials": [run.num_trials for run in runs.values()],
+            "seconds_to_target": list(times.values()),
+            "reached_target": sum(time_to(run.curve, target) is not None for run in runs.values()),
+            "final_hypervolume": [run.final for run in runs.values()],
+            "cpu_seconds_to_target": [run.cpu_seconds_at(times[seed]) for seed, run in runs.items()],
+        }
+        pairs = [(run, by_name["a"][seed]) for seed, run in runs.items() if seed in by_name["a"]]
+        if name == "a" or not pairs:
+            continue
+        row["times_as_long"] = ratios([p.seconds_to(target) for p, _ in pairs], [q.seconds_to(target) for _, q in pairs])
+        row["hypervolume_of_a_to_theirs"] = ratios([q.final for _, q in pairs], [p.final for p, _ in pairs])
+        cpu = [(p.cpu_seconds_at(p.seconds_to(target)), q.cpu_seconds_at(q.seconds_to(target))) for p, q in pairs]
+        row["times_the_cpu_seconds"] = ratios([p for p, _ in cpu], [q for _, q in cpu])
+        row["goal"] = GOALS[name]
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"best final hypervolume {result['best_final_hypervolume']:.3f}; target {result['target']:.3f}")
+    for name, row in result["contenders"].items():
+        middle = {
+            key: float(np.median(row[key])) for key in ("trials", "seconds_to_target", "final_hypervolume", "cpu_seconds_to_target")
+        }
+        print(
+            f"({name}) {row['what']}: medians of {row['seeds']} seeds: {middle['trials']:.0f} trials, target after "
+            f"{middle['seconds_to_target']:.0f} s (reached by {row['reached_target']}), "
+            f"hypervolume {middle['final_hypervolume']:.3f}, "
+            f"{middle['cpu_seconds_to_target']:.0f} CPU s to the target"
+        )
+        for key in ("times_as_long", "hypervolume_of_a_to_theirs", "times_the_cpu_seconds"):
+            if key in row:
+                r = row[key]
+                spread = f"{r['mean']:.2f} ({r['low']:.2f} to {r['high']:.2f}; seeds {r['least']:.2f} to {r['most']:.2f})"
+                goal = f", goal {row['goal']:g}" if key == "times_as_long" else ""
+                print(f"    {key.replace('_', ' ')}: {spread}{goal}")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    found = outcomes(arguments)
+    result = {
+        "command": "python benchmarks/time_to_front.py all --data banking77/train.csv --out runs.jsonl --results FILE",
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("ray", "torch", "transformers", "optuna", "mlflow", "peft")}
+        | {"python": platform.python_version()},
+        "limit_seconds": found[0].limit_seconds,
+        **compared(found),
+        "curves": [{"contender": o.contender, "seed": o.seed, "seconds_and_hypervolume": o.curve} for o in found],
+    }
+    show(result)
+    if arguments.results:
+        arguments.results.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("steps", choices=["run", "remeasure", "report", "all"])
+    parser.add_argument("--data", type=Path, help="banking77's train.csv, with the columns text and category")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines of the runs and of what was measured again")
+    parser.add_argument("--results", type=Path, help="where the results are written as JSON")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=4.0, help="of one search")
+    parser.add_argument("--rows-per-class", type=int, default=ROWS_PER_CLASS, help="to train on; fewer to see whether all works")
+    parser.add_argument("--syne-python", type=Path, default=Path(sys.executable), help="Python with syne-tune, if it is not this one")
+    parser.add_argument("--logs", type=Path, help="directory for what the contenders print")
+    arguments = parser.parse_args()
+    steps = {"run": run_all, "remeasure": remeasure, "report": report}
+    for name, step in steps.items():
+        if arguments.steps in (name, "all"):
+            step(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The arithmetic of `benchmarks/time_to_front.py`, against brute force."""
+
+from __future__ import annotations
+
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.front_times import Trial, at, entrants, growth, ratios, time_to, volume
+
+LAST = 100.0
+# Few values, so that there are many equals.
+accuracies, costs = st.integers(0, 8).map(lambda k: k / 8), st.integers(1, 12).map(lambda k: 10.0 * k)
+points = st.lists(st.tuples(accuracies, costs), max_size=12)
+
+
+def covered(found: list[tuple[float, float]]) -> float:
+    """Cut the area into cells between all values that occur, and add up those that some point dominates."""
+    xs = sorted({0.0, *(a for a, _ in found)})
+    ys = sorted({min(math.log(s), math.log(LAST)) for _, s in found} | {math.log(LAST)})
+    area = 0.0
+    for left, right in pairwise(xs):
+        for low, high in pairwise(ys):
+            if any(a >= right and math.log(s) <= low for a, s in found):
+                area += (right - left) * (high - low)
+    return area
+
+
+@given(points)
+def test_the_volume_is_the_area_that_some_point_dominates(found):
+    assert volume(found, LAST) == pytest.approx(covered(found))
+
+
+@given(points)
+def test_entrants_are_those_that_nothing_earlier_is_as_good_as(found):
+    trials = [Trial(finished_seconds=float(-i), accuracy=a, own_seconds=s) for i, (a, s) in enumerate(found)]
+    expected = [
+        i
+        for i in reversed(range(len(found)))
+        if not any(found[j][0] >= found[i][0] and found[j][1] <= found[i][1] for j in range(i + 1, len(found)))
+    ]
+    assert entrants(trials) == expected
+
+
+@given(points, st.floats(0.01, 8.0), st.integers(0, 130))
+def test_a_target_is_reached_when_the_trials_so_far_cover_it(found, target, moment):
+    finished = [10.0 * i for i in range(1, len(found) + 1)]
+    curve = growth(finished, found, LAST)
+    there = [t for i, t in enumerate(finished, start=1) if covered(found[:i]) >= target - 1e-12]
+    reached = time_to(curve, target - 1e-9)
+    assert reached == (there[0] if there else None) or math.isclose(at(curve, reached or 1e9), target, abs_tol=1e-6)
+    assert at(curve, moment) == pytest.approx(covered([p for p, t in zip(found, finished, strict=True) if t <= moment]))
+
+
+def test_ratios_are_pair_by_pair():
+    found = ratios([10.0, 40.0], [5.0, 5.0])
+    assert found["mean"] == pytest.approx(4.0)
+    assert (found["least"], found["most"]) == (pytest.approx(2.0), pytest.approx(8.0))
+    assert found["least"] <= found["low"] <= found["mean"] <= found["high"] <= found["most"]
+    same = ratios([3.0] * 5, [1.5] * 5)
+    assert np.allclose(list(same.values()), 2.0)
