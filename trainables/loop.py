@@ -52,7 +52,7 @@ def train(
     base: BaseModel,
     world: World,
     *,
-    control: Callable[[], Command],
+    control: Callable[[bool], Command],
     checkpoints: CheckpointStore | None,
     exact_match_rows: int = 0,
     rungs: tuple[float, ...] = rung_shares(),
@@ -60,6 +60,9 @@ def train(
     """Train a trial and yield its reports; it goes on from the newest good checkpoint if there is one.
 
     Every rank of the world runs it with the same arguments. A stop ends the iteration without a final report.
+
+    Args:
+        control: asked after every step, and told whether a report follows; all ranks must get the same answer.
 
     Raises:
         Diverged: the loss is not finite any more; on all ranks at the same step.
@@ -70,10 +73,10 @@ def train(
         while trainer.step < trainer.num_steps:
             trainer.train_step()
             is_rung = trainer.step in trainer.rungs
-            command = control()
+            command = control(is_rung)
             if command is Command.STOP:
                 return
-            if is_rung or command in (Command.SAVE, Command.SUSPEND):
+            if command in (Command.SAVE, Command.SUSPEND):
                 trainer.save()
             if command is Command.SUSPEND:
                 return

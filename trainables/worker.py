@@ -29,8 +29,9 @@ from trainables.step_profile import measure_step
 
 logger = logging.getLogger(__name__)
 
-# Work that a killed worker may lose, beside the evaluation points, which are checkpoints too.
-CHECKPOINT_SECONDS = 60.0
+# Work that a killed worker may lose. A checkpoint is written at evaluation points too, unless that would take more than this share
+# of the time: of a short trial in full the optimizer's state takes longer to write than the steps to train.
+CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 60.0, 0.1
 
 
 class Inbox:
@@ -126,7 +127,7 @@ def _execute(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
     if job.kind == "test":
         return {"state": "complete", "metrics": evaluate_saved(config, data, base, world, directory / "final")}
     checkpoints = CheckpointStore(directory)
-    control = _Control(inbox.watch() if world.rank == 0 else None, world)
+    control = _Control(inbox.watch() if world.rank == 0 else None, world, checkpoints)
     reports = train(
         config,
         data,
@@ -151,19 +152,20 @@ def _execute(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
 class _Control:
     """Rank 0 decides after every step whether to go on, save or leave; all ranks get the same answer."""
 
-    def __init__(self, asked: Callable[[], Ask | None] | None, world: World) -> None:
+    def __init__(self, asked: Callable[[], Ask | None] | None, world: World, checkpoints: CheckpointStore) -> None:
         self._asked = asked
         self._world = world
+        self._checkpoints = checkpoints
         self._saved_at = time.monotonic()
         self.last = Command.CONTINUE
 
-    def __call__(self) -> Command:
+    def __call__(self, is_rung: bool) -> Command:
         command = Command.CONTINUE
         if self._asked is not None:
             ask = self._asked()
             if ask is not None:
                 command = Command.STOP if ask is Ask.STOP else Command.SUSPEND
-            elif time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
+            elif self._is_due(is_rung):
                 command = Command.SAVE
                 self._saved_at = time.monotonic()
         if self._world.world_size > 1:
@@ -172,6 +174,10 @@ class _Control:
             command = Command(int(message.item()))
         self.last = command
         return command
+
+    def _is_due(self, is_rung: bool) -> bool:
+        unsaved = time.monotonic() - self._saved_at
+        return unsaved > CHECKPOINT_SECONDS or (is_rung and self._checkpoints.write_seconds <= CHECKPOINT_SHARE * unsaved)
 
 
 def _lost_partner(error: Exception) -> bool:

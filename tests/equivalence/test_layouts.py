@@ -110,8 +110,8 @@ def config(
     return TrialConfig(recipe=recipe, layout=layout)
 
 
-def go_on() -> Command:
-    return Command.CONTINUE
+def go_on(is_rung: bool) -> Command:
+    return Command.SAVE if is_rung else Command.CONTINUE
 
 
 def losses(world: World, name: str, task: str, trial: TrialConfig) -> tuple[list[float], dict[str, float]]:
@@ -318,7 +318,7 @@ def interrupted(world: World, model: str, directory: str) -> dict[str, tuple[lis
         whole = list(train(trial, data, base, world, control=go_on, checkpoints=undisturbed))
         commands = iter([Command.CONTINUE] * 6 + [Command.SAVE, Command.CONTINUE, Command.STOP])
         store = CheckpointStore(Path(directory) / name / "cut")
-        cut = list(train(trial, data, base, world, control=lambda c=commands: next(c), checkpoints=store))
+        cut = list(train(trial, data, base, world, control=lambda _, c=commands: next(c), checkpoints=store))
         assert not any(report.final for report in cut)
         rest = list(train(trial, data, base, world, control=go_on, checkpoints=store))
         curves[name] = (whole[-1].details["train_losses"], rest[-1].details["train_losses"])
@@ -350,7 +350,7 @@ def test_a_trial_that_was_cut_off_behind_its_last_step_knows_what_it_held(names:
     (*_, whole) = train(config("lora"), data, base, World.alone(), control=go_on, checkpoints=None)
     commands = iter([Command.CONTINUE] * (STEPS - 1) + [Command.SUSPEND])
     store = CheckpointStore(tmp_path)
-    list(train(config("lora"), data, base, World.alone(), control=lambda: next(commands), checkpoints=store))
+    list(train(config("lora"), data, base, World.alone(), control=lambda _: next(commands), checkpoints=store))
     (final,) = train(config("lora"), data, base, World.alone(), control=go_on, checkpoints=store)
     terms = ("weights_bytes", "optimizer_bytes", "working_bytes")
     held = [[report.details["memory_by_rank"][0][term] for term in terms] for report in (whole, final)]

@@ -15,6 +15,7 @@ from spaces.config import TrialConfig
 from spaces.metrics import METRICS
 from spaces.space import SpaceSpec
 from spaces.spec import DataSpec, ModelSpec
+from trainables.checkpoint import Checkpoint, CheckpointStore
 from trainables.data import TaskData, prepare
 from trainables.job import Ask, Job, Task
 from trainables.mesh import World
@@ -81,3 +82,18 @@ def test_a_stopped_trial_takes_its_files_along_and_a_suspended_one_leaves_them(p
     assert not (tmp_path / "stopped").exists()
     assert work(parts, tmp_path / "suspended", suspended) == {"state": "stopped"}
     assert sorted(p.name for p in (tmp_path / "suspended").iterdir()) == ["step-00000002", "step-00000005"]
+
+
+@pytest.mark.parametrize(("write_seconds", "saved"), [(0.0, [2, 6, 9]), (1e9, [2, 9])])
+def test_what_takes_long_to_write_is_not_written_at_every_rung(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_seconds: float, saved: list[int]
+) -> None:
+    steps = []
+
+    def save(store: CheckpointStore, step: int, _: Checkpoint) -> None:
+        steps.append(step)
+        store.write_seconds = write_seconds
+
+    monkeypatch.setattr(CheckpointStore, "save", save)
+    assert work(parts, tmp_path / "t", Inbox(ask=Ask.SUSPEND, after=8)) == {"state": "stopped"}
+    assert steps == saved
