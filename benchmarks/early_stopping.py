@@ -23,13 +23,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +37,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from heading import heading  # noqa: E402
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler  # noqa: E402
 from replay import Curve, Judge, Look, Run, mean_regret, replay, time_to, volume_at  # noqa: E402
 from syne_tune.backend.trial_status import Trial  # noqa: E402
@@ -357,10 +356,11 @@ def main() -> None:
         show(found[-1])
     if arguments.results:
         results = {
-            "command": "python benchmarks/early_stopping.py --results benchmarks/results/early_stopping.json",
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": "two cores of a shared x86 server, no GPU; the clock is simulated",
-            "versions": {name: version(name) for name in ("ray", "syne-tune", "numpy")} | {"python": platform.python_version()},
+            **heading(
+                "python benchmarks/early_stopping.py --results benchmarks/results/early_stopping.json",
+                "the clock is simulated",
+                ("ray", "syne-tune", "numpy"),
+            ),
             "tape": {task: len(curves_of(tape, task)) for task in QUALITY},
             "seeds": arguments.seeds,
             "experiments": found,

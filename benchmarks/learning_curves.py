@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import sys
@@ -22,8 +21,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from heading import heading  # noqa: E402
 from scaling_laws import read_rows, thinned  # noqa: E402
 
 from spaces import metrics  # noqa: E402
@@ -217,12 +215,12 @@ def tape(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def write_tape(path: Path, rows: Sequence[dict[str, Any]], recorders: Sequence[Recorder]) -> None:
     """Write all trials, one a line."""
     head = {
-        "command": "python benchmarks/learning_curves.py --data DIR --model stories260k/hf --rows runs.jsonl --tape "
-        "benchmarks/results/learning_curves.json",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": "two cores of a shared x86 server, no GPU; one thread, other programs beside",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
-        | {"python": platform.python_version()},
+        **heading(
+            "python benchmarks/learning_curves.py --data DIR --model stories260k/hf --rows runs.jsonl "
+            "--tape benchmarks/results/learning_curves.json",
+            "two cores of a shared server, no GPU; one thread, other programs beside",
+            ("torch", "transformers", "peft", "numpy"),
+        ),
         "shares": SHARES,
         "columns": COLUMNS,
         "tasks": {

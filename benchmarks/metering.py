@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import distributed  # noqa: E402
 from families import NUM_LABELS, SOME_TARGETS, batch_of, config_of, make  # noqa: E402
+from heading import heading  # noqa: E402
 from memory_grid import ALONE, SHARDED, SPLIT, error, peaks_of  # noqa: E402
 from time_grid import ALONE as TIMED_ALONE  # noqa: E402
 from time_grid import ON_TWO as TIMED_ON_TWO  # noqa: E402
@@ -184,10 +182,11 @@ def main() -> None:
         "time_reported": spread([row["reported_seconds"] / row["measured_seconds"] - 1 for row in times]),
     }
     result = {
-        "command": "python benchmarks/metering.py --results benchmarks/results/metering.json",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, one thread of a CPU",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")} | {"python": platform.python_version()},
+        **heading(
+            "python benchmarks/metering.py --results benchmarks/results/metering.json",
+            "one thread of a CPU, no GPU",
+            ("torch", "transformers", "peft", "bitsandbytes"),
+        ),
         "absolute_error": summary,
         "flops": rows,
         "memory": memory,

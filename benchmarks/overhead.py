@@ -15,15 +15,12 @@ import contextlib
 import io
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from heading import heading  # noqa: E402
 from tiny import make_rows, make_spec  # noqa: E402
 
 SETTLED = 10
@@ -194,11 +192,11 @@ def main() -> None:
         baseline = nested(directory)
     print(json.dumps(baseline, indent=1))
     result = {
-        "command": "python benchmarks/overhead.py --results benchmarks/results/overhead.json",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("ray", "torch", "optuna", "mlflow", "peft")}
-        | {"python": platform.python_version()},
+        **heading(
+            "python benchmarks/overhead.py --results benchmarks/results/overhead.json",
+            f"{psutil.cpu_count()} cores, no GPU",
+            ("ray", "torch", "optuna", "mlflow", "peft"),
+        ),
         "paretune": searches,
         "one_torch_trainer_a_trial": baseline,
         "times_cheaper": [baseline["cpu_seconds"] / each["cpu_seconds"] for each in searches],

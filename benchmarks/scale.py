@@ -23,7 +23,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,6 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import simulation  # noqa: E402
 from engines import Profiles  # noqa: E402
+from heading import heading  # noqa: E402
 from simulation import Outcome, SimulatedTrial, Simulation, mixed_trials, packing_bound  # noqa: E402
 
 import search.study  # noqa: E402
@@ -45,7 +45,6 @@ from search.engine import Assignment, Engine  # noqa: E402
 from search.hypervolume import hypervolume  # noqa: E402
 from search.ledger import Ledger  # noqa: E402
 from search.placement import num_handed_out  # noqa: E402
-from search.provenance import machine, versions  # noqa: E402
 from search.store import Store  # noqa: E402
 from search.study import MAX_REMEMBERED, Study  # noqa: E402
 from spaces.constraints import Limits  # noqa: E402
@@ -327,12 +326,7 @@ def main() -> None:
             "in_flight": in_flight_rows(loaded),
             "placement": placement_rows(arguments.trials),
         }
-    head = {
-        "command": "python benchmarks/scale.py --results benchmarks/results/scale.json",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": {name: v for name, v in versions().items() if name in ("python", "optuna", "numpy")},
-    }
+    head = heading("python benchmarks/scale.py --results benchmarks/results/scale.json", "one core", ("optuna", "numpy"))
     if arguments.results:
         arguments.results.write_text(json.dumps(head | measured, indent=1) + "\n")
 

@@ -16,12 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,8 @@ from scipy.stats import spearmanr
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+from heading import heading  # noqa: E402
 
 from search.data_scaling import WORTHWHILE_NATS  # noqa: E402
 from search.scaling import LEVEL, NoLaw, fit_law  # noqa: E402
@@ -190,11 +189,11 @@ def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
     names = dict.fromkeys(row["task"] for row in rows)
     tasks = [analysed(task, smallest, [r for r in rows if r["task"] == task]) for smallest in SMALLEST for task in names]
     return {
-        "command": "python benchmarks/scaling_laws.py SPEC.yaml ... --rows runs.jsonl --results benchmarks/results/scaling_laws.json",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, one thread of a CPU, at low priority",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy", "scipy")}
-        | {"python": platform.python_version()},
+        **heading(
+            "python benchmarks/scaling_laws.py SPEC.yaml ... --rows runs.jsonl --results benchmarks/results/scaling_laws.json",
+            "one thread of a CPU, at low priority",
+            ("torch", "transformers", "peft", "numpy", "scipy"),
+        ),
         "tasks": tasks,
         "trials": [{k: v for k, v in row.items() if k not in ("config", "fingerprint", "seconds")} for row in rows],
     }

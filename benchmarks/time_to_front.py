@@ -31,14 +31,11 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +48,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.contenders import task as shared  # noqa: E402
 from benchmarks.contenders.process import watched  # noqa: E402
 from benchmarks.front_times import Trial, at, entrants, growth, ratios, time_to  # noqa: E402
+from benchmarks.heading import heading  # noqa: E402
 
 CONTENDERS = {
     "a": ("paretune", "with_paretune.py"),
@@ -310,11 +308,11 @@ def show(result: dict[str, Any]) -> None:
 def report(arguments: argparse.Namespace) -> None:
     found = outcomes(arguments)
     result = {
-        "command": "python benchmarks/time_to_front.py all --data banking77/train.csv --out runs.jsonl --results FILE",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("ray", "torch", "transformers", "optuna", "mlflow", "peft")}
-        | {"python": platform.python_version()},
+        **heading(
+            "python benchmarks/time_to_front.py all --data banking77/train.csv --out runs.jsonl --results FILE",
+            f"{psutil.cpu_count()} cores, no GPU",
+            ("ray", "torch", "transformers", "optuna", "mlflow", "peft"),
+        ),
         "limit_seconds": found[0].limit_seconds,
         **compared(found),
         "curves": [{"contender": o.contender, "seed": o.seed, "seconds_and_hypervolume": o.curve} for o in found],
