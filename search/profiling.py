@@ -58,7 +58,7 @@ def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[s
             Interruption(f"paretune profile {loaded.path}") as interruption,
             DispatcherSession(store, spec, prepared.data, capacity) as dispatcher,
         ):
-            device = examine(dispatcher, store, spec, interruption)
+            device = examine(dispatcher, store, spec, limits, interruption)
             limits = replace(limits, memory_bytes=device["usable_bytes"])
             outlook = Outlook(spec, prepared.data, model=prepared.model, plan=prepared.plan, device=device, profiles=profiles)
             configs = [c for c in timed_configs(spec.space, spec.model.max_length) if is_feasible(violations(c, limits))]

@@ -28,7 +28,7 @@ from search.warm_start import earlier_trials, new_study
 from spaces.architecture import ModelShape, ShapeError
 from spaces.blueprint import Blueprint, blueprint
 from spaces.config import TrialConfig
-from spaces.constraints import Limits
+from spaces.constraints import Limits, is_feasible, violations, why_none_trains
 from spaces.estimate import usable_bytes
 from spaces.loading import LoadedSpec, SpecError, check_local_data
 from spaces.spec import SearchSpec
@@ -156,7 +156,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
             on_event(event)
         with _cut_short(ledger, on_event, prepared.tracker), DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
             _warm_up(dispatcher, spec)
-            device = examine(dispatcher, store, spec, interruption)
+            device = examine(dispatcher, store, spec, limits, interruption)
             on_event(ledger.append("device_examined", device=device))
             limits = replace(limits, memory_bytes=device["usable_bytes"])
             if spec.sampler.warm_start is not None and replay(ledger.events()).warm_start is None:
@@ -174,7 +174,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
                 ),
                 on_event=on_event,
             )
-            reason = _search(engine, dispatcher, store, spec, capacity, interruption)
+            reason = _search(engine, dispatcher, store, spec, limits, interruption)
             if prepared.data.test is not None:
                 _score_on_test(engine, dispatcher, store, interruption)
         engine.finished(reason)
@@ -190,13 +190,16 @@ def check_fit(prepared: Prepared, capacity: int) -> Limits:
         num_workers=capacity,
         hidden_size=prepared.shape.hidden_size,
         plan=prepared.plan,
-        max_length=int(prepared.data.train.lengths.max()),
+        max_length=max(int(table.lengths.max()) for table in (prepared.data.train, prepared.data.evaluation)),
         max_targets=int(prepared.data.train.num_targets.max()),
     )
     sizes = sorted({world_size for world_size, _ in prepared.spec.space.layouts()})
     if min(sizes) > capacity:
         given = f"space.world_size: every allowed value ({', '.join(map(str, sizes))}) needs more workers than the cluster holds"
         raise NothingFits(prepared.loaded.locate(f"{given} ({capacity}); allowed: 1 to {capacity}, or change `resources`"))
+    why = why_none_trains(_corners(prepared.spec), limits)
+    if why:
+        raise NothingFits(prepared.loaded.locate(f"space.strategy: no layout of the space can train this model: {why}"))
     return limits
 
 
@@ -257,13 +260,13 @@ def _cut_short(ledger: Ledger, on_event: Emit, tracker: Tracker) -> Iterator[Non
         raise
 
 
-def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, capacity: int, interruption: Interruption) -> str:
+def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, limits: Limits, interruption: Interruption) -> str:
     """Run the trials of the budget; return why the search ended."""
     from search import tuner
 
     if engine.state.reference is None:
         try:
-            engine.referenced(run_job(dispatcher, _first_job("reference", store, spec), interruption)["metrics"])
+            engine.referenced(run_job(dispatcher, _first_job("reference", store, spec, limits), interruption)["metrics"])
         except JobFailed as error:
             raise NoResult(f"the untrained model cannot be evaluated: {error}") from error
     try:
@@ -271,7 +274,7 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
             engine,
             dispatcher,
             rungs=Rungs(spec, engine.state.records.values()),
-            max_concurrent=num_handed_out(capacity, {world_size for world_size, _ in spec.space.layouts()}),
+            max_concurrent=num_handed_out(limits.num_workers, {world_size for world_size, _ in spec.space.layouts()}),
             storage=store.root,
             interrupted=lambda: interruption.is_asked,
         )
@@ -290,22 +293,25 @@ def _warm_up(dispatcher: Any, spec: SearchSpec) -> None:
         ray.get(dispatcher.expect.remote(sizes.pop(), spec.budget.trials))
 
 
-def examine(dispatcher: Any, store: Store, spec: SearchSpec, interruption: Interruption) -> dict[str, Any]:
+def examine(dispatcher: Any, store: Store, spec: SearchSpec, limits: Limits, interruption: Interruption) -> dict[str, Any]:
     """Return what a worker's device can do; nothing trains yet, so this is the time to see it."""
     try:
-        device = run_job(dispatcher, _first_job("device", store, spec), interruption)["device"]
+        device = run_job(dispatcher, _first_job("device", store, spec, limits), interruption)["device"]
     except JobFailed as error:
         raise NoResult(f"the workers' device cannot be examined: {error}") from error
     capacity = device.get("memory_bytes") or cluster.bytes_per_worker(spec.resources)
     return {**device, "capacity_bytes": capacity, "usable_bytes": usable_bytes(device, capacity)}
 
 
-def _first_job(kind: str, store: Store, spec: SearchSpec) -> Job:
-    """Return a job on the smallest layout, with the first value of every knob."""
-    params = spec.space.first()
-    params["world_size"] = min(world_size for world_size, _ in spec.space.layouts())
-    config = TrialConfig.from_params(params, max_length=spec.model.max_length)
+def _first_job(kind: str, store: Store, spec: SearchSpec, limits: Limits) -> Job:
+    """Return a job on the smallest layout that is feasible, with the first value of every other knob."""
+    configs = sorted(_corners(spec), key=lambda config: config.layout.world_size)
+    config = next((config for config in configs if is_feasible(violations(config, limits))), configs[0])
     return Job(job_id=f"{store.name}/{kind}", kind=kind, config=config.to_dict(), directory=str(store.root))
+
+
+def _corners(spec: SearchSpec) -> Iterator[TrialConfig]:
+    return (TrialConfig.from_params(params, max_length=spec.model.max_length) for params in spec.space.corners())
 
 
 def _score_on_test(engine: Engine, dispatcher: Any, store: Store, interruption: Interruption) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from spaces.blueprint import Blueprint
@@ -118,6 +118,23 @@ def _why_not_split(config: TrialConfig, limits: Limits) -> str:
 def violations(config: TrialConfig, limits: Limits) -> dict[str, float]:
     """Return the value of every constraint by its name."""
     return {constraint.__name__: float(constraint(config, limits)) for constraint in CONSTRAINTS}
+
+
+def why_none_trains(configs: Iterable[TrialConfig], limits: Limits) -> str:
+    """Return why no layout that the cluster holds can train the model; empty where one can.
+
+    Args:
+        configs: the corners of a space; between the ends of its ranges nothing changes that.
+        limits: what they are held against.
+    """
+    words = ""
+    for config in configs:
+        if world_size_within_cluster(config, limits) <= 0:
+            against = [c for c in (matrices_split_evenly, quantized_base_whole) if c(config, limits) > 0]
+            if not against:
+                return ""
+            words = words or reason(against[0].__name__, config, limits)
+    return words
 
 
 def is_feasible(values: Mapping[str, float]) -> bool:

@@ -8,6 +8,7 @@ of products that are summed in fp32, as PyTorch does; their sheets also print tw
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -278,6 +279,7 @@ DEVICES: tuple[Device, ...] = (
 )
 
 # Words of a name that say that it is not the whole card of that number, or another one.
+_OF_VGPU = re.compile(r"\d+[abcq]")
 _OF_ANOTHER = {"mig", "laptop", "max", "d", "ti", "super"}
 
 
@@ -300,13 +302,13 @@ def device_named(name: str) -> Device:
 
 
 def device_of_cuda_name(cuda_name: str) -> Device | None:
-    """Return the row of a GPU, or None if it is not known; a MIG slice and a laptop's GPU are not the card of that number.
+    """Return the row of a GPU, or None if it is not known; a slice (MIG, vGPU) and a laptop's GPU are not the card of that number.
 
     Args:
         cuda_name: as `torch.cuda.get_device_name()` gives it.
     """
     words = {word.lower() for word in cuda_name.replace("-", " ").split()}
-    if words & _OF_ANOTHER:
+    if words & _OF_ANOTHER or any(_OF_VGPU.fullmatch(word) for word in words):
         return None
     return next((device for device in DEVICES if all(word.lower() in words for word in device.cuda_words)), None)
 

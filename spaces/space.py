@@ -125,7 +125,7 @@ class SpaceSpec(BaseModel):
     world_size: LayoutIntDomain[WorldSize] = Fixed[WorldSize](1)
     """Ranks that train one trial together; `profile`: 1, 2, 4 and so on, of which those that the cluster holds are used."""
     strategy: LayoutNameDomain[Strategy] = Fixed[Strategy]("ddp")
-    """`ddp` replicates the weights, `fsdp` shards them, `tp` splits every matrix product over the ranks; `profile`: all three."""
+    """`ddp` replicates the weights, `fsdp` shards them, `tp` splits the matrices of every block; `profile`: all three."""
     micro_batch_size: LayoutNameDomain[MicroBatch] = Fixed[MicroBatch]("auto")
     """Rows per rank and forward pass; `auto` takes what fits a fixed number of tokens."""
     recomputation: LayoutNameDomain[Recomputation] = Fixed[Recomputation]("none")

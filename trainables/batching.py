@@ -19,6 +19,8 @@ BUCKET_BATCHES = 16
 EVALUATION_TOKENS = {"cuda": 16_384, "cpu": 768}
 # Logits of an evaluation batch with what the cross entropy makes of them: a wide vocabulary would take more than training does.
 EVALUATION_LOGITS_BYTES, BYTES_PER_LOGIT = 2 * 1024**3, 8
+# What an evaluation batch may always have, however small the micro batches of the training are: nothing beside any device's memory.
+LEAST_TOKENS, LEAST_LOGITS_BYTES = 768, 32 * 1024**2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,11 +166,14 @@ def evaluation_batches(table: TokenTable, world: World, *, training_tokens: int,
         table: all rows.
         world: the ranks.
         training_tokens: the most padded tokens of a micro batch that the rank trains on. Without a backward pass as many take less
-            memory, so that what fits to train fits to evaluate.
+            memory, so that what fits to train fits to evaluate; some tokens that take next to nothing are always allowed.
         vocab_size: what every target has a logit for; 0 where that is nothing to speak of.
     """
-    most_tokens = min(EVALUATION_TOKENS[world.device.type], max(training_tokens, EVALUATION_TOKENS["cpu"]))
-    most_tokens = min(most_tokens, EVALUATION_LOGITS_BYTES // (BYTES_PER_LOGIT * vocab_size)) if vocab_size else most_tokens
+    most_tokens, least_tokens = EVALUATION_TOKENS[world.device.type], LEAST_TOKENS
+    if vocab_size:
+        most_tokens = min(most_tokens, EVALUATION_LOGITS_BYTES // (BYTES_PER_LOGIT * vocab_size))
+        least_tokens = min(least_tokens, LEAST_LOGITS_BYTES // (BYTES_PER_LOGIT * vocab_size))
+    most_tokens = min(most_tokens, max(training_tokens, least_tokens))
     order = np.argsort(-table.lengths, kind="stable")
     batches, start = [], 0
     while start < len(order):

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,14 +39,12 @@ class CheckpointStore:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.write_seconds = 0.0
-        """What writing the newest checkpoint took."""
+        self.save_seconds = 0.0
+        """What the newest checkpoint took, from its gathering on."""
 
     def save(self, step: int, checkpoint: Checkpoint) -> None:
         """Write a checkpoint so that it is either whole or not there, and drop the oldest."""
-        started = time.monotonic()
         self._write(self._directory / f"step-{step:08d}", checkpoint)
-        self.write_seconds = time.monotonic() - started
         for old in self._steps()[:-KEEP]:
             shutil.rmtree(old)
 

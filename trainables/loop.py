@@ -194,6 +194,7 @@ class Trainer:
         self._collect_losses()
         if self.checkpoints is None:
             return
+        started = time.perf_counter()
         weights, optimizer = {}, {}
         for name, parameter in self._parameters.items():
             weights[name] = _whole(parameter, parameter)
@@ -205,10 +206,12 @@ class Trainer:
             "losses": self._global_losses,
             "step_parts": self.step_parts(),
             "flops": asdict(self._flops),
+            "layout": self.config.layout.key(),
             "memory_by_rank": self.world.gather(self.memory.state()),
         }
         if self.world.rank == 0:
             self.checkpoints.save(self.step, Checkpoint(weights=weights, optimizer=optimizer, state=state))
+            self.checkpoints.save_seconds = time.perf_counter() - started
 
     @property
     def _largest_step(self) -> int:
@@ -271,7 +274,7 @@ class Trainer:
         self.step = saved.state["step"]
         self._global_losses = list(saved.state["losses"])
         self._flops = StepFlops.from_dict(saved.state["flops"])
-        if len(saved.state["memory_by_rank"]) == self.world.world_size:  # under another layout, ranks hold something else
+        if saved.state.get("layout") == self.config.layout.key():  # under another one, ranks hold something else
             self.memory.restore(saved.state["memory_by_rank"][self.world.rank])
         load_weights(self._parameters, saved.weights)
         for name, parameter in self._parameters.items():

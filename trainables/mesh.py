@@ -36,10 +36,10 @@ class World:
 
     def mesh(self) -> DeviceMesh:
         """Return the one-dimensional device mesh over which FSDP2 shards."""
-        return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("dp_shard",))
+        return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=(AXES["fsdp"],))
 
     def data_parallel(self, layout: Layout) -> World:
-        """Return the ranks that rows are dealt to; where they share every matrix product, each sees all rows as if it were alone."""
+        """Return the ranks that rows are dealt to; where they share the blocks' matrices, each sees all rows as if it were alone."""
         return self if layout.tensor_parallel_size == 1 else replace(self, rank=0, world_size=1)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -63,10 +63,13 @@ def split(module: nn.Module, world: World, exchange: Exchange) -> nn.Module:
         exchange: sums over the ranks.
 
     Raises:
-        TrialError: the plan of the model has parts that this does not know.
+        TrialError: there is no plan of the model, or it has parts that this does not know; a matrix cannot be cut evenly.
     """
     entered = set()
-    for name, part, style in _planned(module):
+    planned = list(_planned(module))
+    if not planned:
+        raise TrialError("strategy tp: transformers has no plan for this model")
+    for name, part, style in planned:
         base, factors = getattr(part, "base_layer", part), _adapter_factors(part)
         if style == "replicated_with_grad_allreduce":
             _mark_partial(base.parameters())
@@ -131,6 +134,9 @@ def _cut(parameters: Iterable[nn.Parameter | None], dim: int, world: World) -> N
     piece = Piece(dim=dim, rank=world.rank, num_pieces=world.world_size)
     for parameter in parameters:
         if parameter is not None:
+            if not parameter.is_floating_point() or parameter.shape[dim] % world.world_size:
+                what = f"{parameter.dtype} of shape {tuple(parameter.shape)}"
+                raise TrialError(f"strategy tp: {what} cannot be cut in {world.world_size} along dim {dim}")
             parameter.data = piece.of(parameter.data).to(world.device)
             setattr(parameter, _PIECE, piece)
 

@@ -177,7 +177,7 @@ class _Control:
 
     def _is_due(self, is_rung: bool) -> bool:
         unsaved = time.monotonic() - self._saved_at
-        return unsaved > CHECKPOINT_SECONDS or (is_rung and self._checkpoints.write_seconds <= CHECKPOINT_SHARE * unsaved)
+        return unsaved > CHECKPOINT_SECONDS or (is_rung and self._checkpoints.save_seconds <= CHECKPOINT_SHARE * unsaved)
 
 
 def _lost_partner(error: Exception) -> bool:

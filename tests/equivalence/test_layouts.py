@@ -334,15 +334,16 @@ def test_a_resumed_trial_ends_with_the_very_weights_of_an_undisturbed_one(names:
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a), name
 
-    # A checkpoint of two shards goes on in one process: it holds whole tensors.
-    steps = sorted((tmp_path / "fsdp" / "undisturbed").glob("step-*"))
-    assert read_checkpoint(steps[0]).state["step"] < STEPS
-    for newer in steps[1:]:
-        shutil.rmtree(newer)
-    base = BaseModel.load(names["causal-lm"], None, "causal-lm", ())
-    store = CheckpointStore(tmp_path / "fsdp" / "undisturbed")
-    (*_, final) = train(config("none"), make_data("causal-lm"), base, World.alone(), control=go_on, checkpoints=store)
-    assert final.details["train_losses"] == pytest.approx(curves["fsdp"][0], rel=RELATIVE)
+    # A checkpoint of two shards or pieces goes on in one process: it holds whole tensors.
+    for name in ("fsdp", "tp"):
+        steps = sorted((tmp_path / name / "undisturbed").glob("step-*"))
+        assert read_checkpoint(steps[0]).state["step"] < STEPS
+        for newer in steps[1:]:
+            shutil.rmtree(newer)
+        base = BaseModel.load(names["causal-lm"], None, "causal-lm", ())
+        store = CheckpointStore(tmp_path / name / "undisturbed")
+        (*_, final) = train(config("none"), make_data("causal-lm"), base, World.alone(), control=go_on, checkpoints=store)
+        assert final.details["train_losses"] == pytest.approx(curves[name][0], rel=RELATIVE)
 
 
 def test_a_trial_that_was_cut_off_behind_its_last_step_knows_what_it_held(names: dict[str, str], tmp_path: Path) -> None:

@@ -32,6 +32,16 @@ CASES = {
     "fraction 1.5": (["space.dataset_fraction=1.5"], "space.dataset_fraction", "at most 1"),
     "missing column": (["data.text=body"], "data.text", "no column 'body'"),
     "world size": (["space.world_size=64"], "space.world_size", "more workers than the cluster"),
+    "a model that tp cannot split": (
+        ["space.world_size=2", "space.strategy=tp"],
+        "space.strategy",
+        "splits models of these families",
+    ),
+    "a quantised base that is sharded": (
+        ["space.world_size=2", "space.strategy=fsdp", "space.quantization=nf4"],
+        "space.strategy",
+        "a base in nf4 is not spread over ranks",
+    ),
     "unknown model": (["model.name=nobody/nothing"], "model.name", "no model 'nobody/nothing'"),
     "no such directory": (["model.name=./nowhere"], "model.name", "no such directory: ./nowhere"),
     "no such file": (["data.train=trian.csv"], "data.train", "no such file 'trian.csv'"),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from spaces.blueprint import blueprint
 from spaces.config import TrialConfig
-from spaces.constraints import Limits, is_feasible, reason, violations
+from spaces.constraints import Limits, is_feasible, reason, violations, why_none_trains
 from spaces.memory import rank_memory
 from spaces.space import SpaceSpec
 from spaces.tensor_parallel import PLANS
@@ -111,3 +111,10 @@ def test_a_feasible_layout_deals_every_row_exactly_once(batch, world, micro):
     made = config(global_batch_size=batch, world_size=world, micro_batch_size=micro)
     feasible = is_feasible(violations(made, ROOMY))
     assert feasible == (made.num_grad_accum_steps * world * made.layout.micro_batch_size == batch)
+
+
+def test_a_space_where_no_layout_trains_says_why():
+    sharded, whole = config(quantization="nf4", world_size=2, strategy="fsdp"), config(quantization="nf4", world_size=2)
+    assert why_none_trains([sharded, config(strategy="tp", world_size=2)], ROOMY) == reason("quantized_base_whole", sharded, ROOMY)
+    assert why_none_trains([sharded, whole], ROOMY) == ""
+    assert why_none_trains([whole, config(world_size=16)], replace(ROOMY, num_workers=1)) == "", "that is said elsewhere"

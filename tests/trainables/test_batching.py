@@ -132,6 +132,8 @@ def test_what_fits_to_train_fits_to_evaluate(training_tokens: int) -> None:
     padded = [len(rows) * table.lengths[rows].max() for rows in batches]
     limit = min(training_tokens, 16_384)
     assert 0.9 * limit < max(padded) <= limit
+    wide = evaluation_batches(table, world, training_tokens=100, vocab_size=100_000)
+    assert max(len(rows) * table.lengths[rows].max() for rows in wide) <= 100
 
 
 def test_a_batch_without_rows_is_one_row_that_counts_nothing() -> None:

@@ -229,6 +229,7 @@ def test_causal_attention_costs_half_and_a_frozen_weight_four() -> None:
         ("NVIDIA RTX A6000", 154.8e12),
         ("AMD Instinct MI300X", 1307.4e12),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA A10-24Q", None),
         ("Tesla T4", None),
         ("NVIDIA GeForce RTX 9999", None),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import distributed
@@ -95,3 +96,14 @@ def test_a_plan_with_other_parts_is_refused() -> None:
     world = World(rank=0, world_size=2, device=torch.device("cpu"), control_group=None)
     with pytest.raises(TrialError, match=r"strategy tp: the model's plan wants '.*' for model.layers.0.self_attn"):
         split(module, world, summing(None))
+
+
+def test_what_cannot_be_cut_is_refused() -> None:
+    world = World(rank=0, world_size=2, device=torch.device("cpu"), control_group=None)
+    with pytest.raises(TrialError, match="no plan for this model"):
+        split(Case(family="gpt2").base().module, world, summing(None))
+    with pytest.raises(TrialError, match=r"float32 of shape \(64, 64\) cannot be cut in 3 along dim 0"):
+        split(Case(family="llama").base().module, replace(world, world_size=3), summing(None))
+    quantized = Case(family="llama", adapter="all-linear", quantization="nf4")
+    with pytest.raises(TrialError, match="uint8 of shape"):
+        split(build(quantized.config(1), quantized.base(), World.alone()), world, summing(None))

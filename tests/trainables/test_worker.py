@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any, cast
 
 import pytest
@@ -88,12 +89,13 @@ def test_a_stopped_trial_takes_its_files_along_and_a_suspended_one_leaves_them(p
 def test_what_takes_long_to_write_is_not_written_at_every_rung(
     parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_seconds: float, saved: list[int]
 ) -> None:
-    steps = []
+    steps, clock = [], [0.0]
 
-    def save(store: CheckpointStore, step: int, _: Checkpoint) -> None:
+    def save(_: CheckpointStore, step: int, __: Checkpoint) -> None:
         steps.append(step)
-        store.write_seconds = write_seconds
+        clock[0] += write_seconds
 
     monkeypatch.setattr(CheckpointStore, "save", save)
+    monkeypatch.setattr("trainables.loop.time.perf_counter", lambda: perf_counter() + clock[0])
     assert work(parts, tmp_path / "t", Inbox(ask=Ask.SUSPEND, after=8)) == {"state": "stopped"}
     assert steps == saved
