@@ -28,6 +28,12 @@ from spaces.spec import SearchSpec
 NUM_DRAWS = 400
 # The published rows that the share of the peak is from are of 7 and 8 billion; below one, nothing vouches for it.
 PUBLISHED_PARAMS = 1e9
+# As `spaces.estimate` has it.
+OVERLAPS = {
+    "ddp": "ddp exchanges gradients beside the backward pass of a step's last micro batch",
+    "fsdp": "fsdp exchanges weights and gradients beside all of the computation",
+    "tp": "tp computes nothing while its ranks sum activations",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +133,8 @@ class Forecaster:
             f"all rows have model.max_length = {self.spec.model.max_length} tokens; evaluation and start-up are not in the hours",
             "all devices are busy until the search ends, and proposals are drawn evenly from the space",
         ]
+        if max(self.spec.space.world_size.ends()) > 1:
+            lines += [OVERLAPS[strategy] for strategy in self.spec.space.strategy.ends()]
         if self.plan.num_params < PUBLISHED_PARAMS:
             lines.append("a model this small is bound by kernel launches, and reaches less than the share of the peak above")
         if self.spec.space.quantization.ends() != ["none"]:
