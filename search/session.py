@@ -155,7 +155,6 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
         for event in ledger.events():
             on_event(event)
         with _cut_short(ledger, on_event, prepared.tracker), DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
-            _warm_up(dispatcher, spec)
             device = examine(dispatcher, store, spec, interruption)
             on_event(ledger.append("device_examined", device=device))
             limits = replace(limits, memory_bytes=device["usable_bytes"])
@@ -261,6 +260,7 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
     """Run the trials of the budget; return why the search ended."""
     from search import tuner
 
+    _warm_up(dispatcher, spec, engine.num_left)
     if engine.state.reference is None:
         try:
             engine.referenced(run_job(dispatcher, _first_job("reference", store, spec), interruption)["metrics"])
@@ -281,13 +281,16 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, cap
     return engine.why_over
 
 
-def _warm_up(dispatcher: Any, spec: SearchSpec) -> None:
-    """Start the groups of a space with one world size: those of the first trials then start beside the first job's, not after it."""
+def _warm_up(dispatcher: Any, spec: SearchSpec, num_trials: float) -> None:
+    """Start the groups of a space with one world size, beside the evaluation of the untrained model instead of after it.
+
+    Not before the device was examined: what imports beside that takes from what is measured.
+    """
     import ray
 
     sizes = {world_size for world_size, _ in spec.space.layouts()}
     if len(sizes) == 1:
-        ray.get(dispatcher.expect.remote(sizes.pop(), spec.budget.trials))
+        ray.get(dispatcher.expect.remote(sizes.pop(), num_trials))
 
 
 def examine(dispatcher: Any, store: Store, spec: SearchSpec, interruption: Interruption) -> dict[str, Any]:
