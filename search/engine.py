@@ -280,8 +280,9 @@ class Engine:
         """
         same = self._known.trial_of(config)
         state = None if same is None else self._state.records[same].state
-        if same is not None and state in (TrialState.COMPLETE, TrialState.PRUNED):
-            self._tell(replace(self._state.records[same], number=proposal.number))
+        ended = same if state in (TrialState.COMPLETE, TrialState.PRUNED) else self._known.diverged(config.recipe)
+        if ended is not None:
+            self._tell(replace(self._state.records[ended], number=proposal.number))
             return True
         awaited = same if state is TrialState.RUNNING else None
         if awaited is None and self._reuses and self._source_of(config) is None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Trials that nothing disturbs stay below, one beside which other workers start is far above: docs/metering.md.
 NOISY = 0.25
+# The kind of failure that the same recipe with the same seed has again; whatever else failed may not fail again.
+LASTING = "diverged"
 
 
 class TrialState(StrEnum):

@@ -89,6 +89,24 @@ def test_who_waited_in_vain_is_trained_instead_of_a_new_proposal(tmp_path: Path,
         assert states(engine)[2] == ("PRUNED", None)
 
 
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_what_diverged_is_not_trained_again_under_any_layout(tmp_path: Path, is_resumed: bool) -> None:
+    diverged = {"state": "failed", "kind": "diverged", "message": "the loss is nan"}
+    engine, _, _ = make(tmp_path, trials=4, points=POINTS, **SPACE)
+    first, second = two(engine)
+    end(engine, first, diverged)
+    if is_resumed:
+        end(engine, second, diverged)
+        engine, _, _ = make(tmp_path, trials=4, points=POINTS, **SPACE)
+    third = engine.next()
+    assert third is not None
+    assert third.config.recipe.learning_rate == 3e-3
+    assert engine.num_left == 1, "what is told costs nothing"
+    others = [state for number, (state, _) in enumerate(states(engine)) if number not in (second.number, third.number)]
+    assert set(others) <= {"FAIL", "RUNNING"}
+    assert others[:3] == ["FAIL"] * 3
+
+
 def test_who_waited_in_vain_until_the_budget_was_used_up_is_left(tmp_path: Path) -> None:
     engine, _, _ = make(tmp_path, trials=2, points=POINTS, **SPACE)
     first, second = two(engine)
