@@ -358,7 +358,6 @@ class Engine:
     def _reconcile(self) -> None:
         """Bring the study up to the ledger, and the disk; what was cut off in flight waits, unless a rung had stopped it."""
         self._study.restore({n: record.params if record.was_proposed else None for n, record in self._state.records.items()})
-        self._weights.settle(self._pending)
         for number, record in list(self._state.records.items()):
             if record.state is not TrialState.RUNNING:
                 self._tell(record)
@@ -366,10 +365,11 @@ class Engine:
                 self._pending.remove(number)
                 self._live.add(number)
                 self.ended(number, {"state": "stopped"})
-        # A crash may have come between a trial's end and the start of its other layouts.
-        for record in list(self._state.records.values()) if self._spec.space.profiled_knobs() else ():
-            if record.is_whole:
+        # A crash may have come between a trial's end and the start of its other layouts, or a budget's end that is no end any more.
+        for record in list(self._state.records.values()) if self._spec.space.profiled_knobs() and not self.reached else ():
+            if record.is_whole and self._weights.has(record.number):
                 self._spread(record)
+        self._weights.settle(self._pending)
 
 
 def objectives_of(spec: SearchSpec, state: SearchState) -> tuple[Objective, ...]:

@@ -30,7 +30,7 @@ class Known:
                     self.ended(record)
 
     def trial_of(self, config: TrialConfig) -> int | None:
-        """Return the trial with this very config that was begun last."""
+        """Return the trial with this very config that was begun last, but for those that were cut off."""
         return self._by_config.get(config.key())
 
     def trained(self, recipe: Recipe) -> int | None:
@@ -61,6 +61,8 @@ class Known:
             self._trained[recipe] = record.number
         elif record.source is None and record.error is not None and record.error["kind"] == LASTING:
             self._diverged[recipe] = record.number
+        if record.was_cut_off and self._by_config.get(record.trial_config.key()) == record.number:
+            del self._by_config[record.trial_config.key()]
         self._returned.extend(self._waiting.pop(record.number, ()))
 
     def wait(self, number: int, proposal: Proposal) -> None:

@@ -120,6 +120,11 @@ class TrialRecord:
         return self.state is TrialState.COMPLETE and self.source is None
 
     @property
+    def was_cut_off(self) -> bool:
+        """Whether it was launched and ended by the end of the search, running or before its turn came: nothing is known by it."""
+        return self.state is TrialState.PRUNED and self.stopped is None and self.started_at is not None
+
+    @property
     def root(self) -> int:
         """The number of the trial whose weights are this one's."""
         return self.number if self.source is None else self.source
