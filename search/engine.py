@@ -194,6 +194,10 @@ class Engine:
         if self._spec.budget.patience and counts(record):
             self._growth.add(hypervolume_of(self.front(), self.objectives))
 
+    def held_seconds(self) -> dict[int, float]:
+        """Return for how long each trial in flight held its worker group since its last event, by number."""
+        return {number: self._spending.held(number) for number in sorted(self._live)}
+
     def referenced(self, metrics: Mapping[str, float]) -> None:
         """Record the untrained model's score."""
         self._record("reference", metrics=dict(metrics))
