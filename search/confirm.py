@@ -23,7 +23,7 @@ from search.jobs import DispatcherSession, run_to_end
 from search.ledger import Ledger, SearchState, replay
 from search.pareto import eligible, front
 from search.publication import LEAVING_FLUSH_SECONDS, publish
-from search.record import Confirmation, TrialRecord, TrialState, classify
+from search.record import LASTING, Confirmation, TrialRecord, TrialState, classify
 from search.session import Prepared, check_same_data, prepare
 from search.store import Store
 from search.tracking import Tracker
@@ -32,8 +32,6 @@ from spaces.metrics import METRICS, TRAIN_SECONDS
 from spaces.spec import Objective
 from trainables.job import Job
 
-# Whatever else failed may not fail again; the same recipe with the same seed diverges again.
-LASTING = "diverged"
 NUM_SEEDS = 2**32
 
 

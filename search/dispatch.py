@@ -89,10 +89,16 @@ class Dispatcher:
             self._jobs[job.job_id] = _JobState(job=job, place=next(self._places))
             await self._place()
 
-    async def expect(self, world_size: int, num_jobs: int) -> None:
-        """Start groups on the free workers for so many jobs that are about to come: a start takes seconds, most of them imports."""
-        num_free = self._resources.capacity - sum(group.world_size for group in self._groups.values())
-        for _ in range(min(num_free // world_size, num_jobs)):
+    async def expect(self, world_size: int, num_jobs: float) -> None:
+        """Start groups on the free workers for jobs that are about to come: a start takes seconds, most of them imports.
+
+        Args:
+            world_size: of all of these jobs.
+            num_jobs: with those that the groups which are there will take; infinite for as many as fit.
+        """
+        sizes = [group.world_size for group in self._groups.values()]
+        num_fit = (self._resources.capacity - sum(sizes)) // world_size
+        for _ in range(int(min(num_fit, num_jobs - sizes.count(world_size)))):
             self._start(world_size)
 
     async def poll(self, job_id: str) -> list[dict[str, Any]]:

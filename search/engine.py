@@ -194,6 +194,10 @@ class Engine:
         if self._spec.budget.patience and counts(record):
             self._growth.add(hypervolume_of(self.front(), self.objectives))
 
+    def held_seconds(self) -> dict[int, float]:
+        """Return for how long each trial in flight held its worker group since its last event, by number."""
+        return {number: self._spending.held(number) for number in sorted(self._live)}
+
     def referenced(self, metrics: Mapping[str, float]) -> None:
         """Record the untrained model's score."""
         self._record("reference", metrics=dict(metrics))
@@ -280,8 +284,9 @@ class Engine:
         """
         same = self._known.trial_of(config)
         state = None if same is None else self._state.records[same].state
-        if same is not None and state in (TrialState.COMPLETE, TrialState.PRUNED):
-            self._tell(replace(self._state.records[same], number=proposal.number))
+        ended = same if state in (TrialState.COMPLETE, TrialState.PRUNED) else self._known.diverged(config.recipe)
+        if ended is not None:
+            self._tell(replace(self._state.records[ended], number=proposal.number))
             return True
         awaited = same if state is TrialState.RUNNING else None
         if awaited is None and self._reuses and self._source_of(config) is None:
@@ -357,7 +362,6 @@ class Engine:
     def _reconcile(self) -> None:
         """Bring the study up to the ledger, and the disk; what was cut off in flight waits, unless a rung had stopped it."""
         self._study.restore({n: record.params if record.was_proposed else None for n, record in self._state.records.items()})
-        self._weights.settle(self._pending)
         for number, record in list(self._state.records.items()):
             if record.state is not TrialState.RUNNING:
                 self._tell(record)
@@ -365,10 +369,11 @@ class Engine:
                 self._pending.remove(number)
                 self._live.add(number)
                 self.ended(number, {"state": "stopped"})
-        # A crash may have come between a trial's end and the start of its other layouts.
-        for record in list(self._state.records.values()) if self._spec.space.profiled_knobs() else ():
-            if record.is_whole:
+        # A crash may have come between a trial's end and the start of its other layouts, or a budget's end that is no end any more.
+        for record in list(self._state.records.values()) if self._spec.space.profiled_knobs() and not self.reached else ():
+            if record.is_whole and self._weights.has(record.number):
                 self._spread(record)
+        self._weights.settle(self._pending)
 
 
 def objectives_of(spec: SearchSpec, state: SearchState) -> tuple[Objective, ...]:

@@ -15,14 +15,14 @@ from spaces.spec import Objective
 def has_stopped(volumes: Sequence[float], patience: int, min_growth: float) -> bool:
     """Return whether the last `patience` trials together let the hypervolume grow by less than `min_growth`, relative.
 
-    As long as nothing lies within the reference point nothing has grown that could stop.
+    From 0 to 0 is none either: nothing came to lie within the reference point.
 
     Args:
         volumes: after each trial, from the first or from any one on, against one reference point.
         patience: trials.
         min_growth: 0.001 is one in a thousand; with 0, any growth is enough.
     """
-    if len(volumes) <= patience or volumes[-1 - patience] <= 0:
+    if len(volumes) <= patience:
         return False
     then, now = volumes[-1 - patience], volumes[-1]
     return now <= then or now < then * (1 + min_growth)
@@ -44,8 +44,9 @@ class Growth:
             self.add(hypervolume_of(front(ended[:n], objectives), objectives))
 
     def add(self, volume: float | None) -> None:
-        """Take the hypervolume after a trial that ended; None where the reference point is not known yet."""
-        self._volumes.append(volume or 0.0)
+        """Take the hypervolume after a trial that ended; None, where the reference point is not known yet, says nothing."""
+        if volume is not None:
+            self._volumes.append(volume)
 
     @property
     def ended(self) -> str:
@@ -53,4 +54,6 @@ class Growth:
         patience, least = self._budget.patience, self._budget.min_growth
         if patience is None or not has_stopped(list(self._volumes), patience, least):
             return ""
+        if self._volumes[-1] == 0:
+            return f"the hypervolume stayed 0 in {patience} trials: none is better than the reference point"
         return f"the hypervolume grew by less than {least:.2g} of itself in {patience} trials"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from search.record import TrialRecord, TrialState
+from search.record import LASTING, TrialRecord, TrialState
 from search.study import Proposal
 from spaces.config import Recipe, TrialConfig
 
@@ -18,6 +18,7 @@ class Known:
 
     def __init__(self, records: Iterable[TrialRecord]) -> None:
         self._trained: dict[str, int] = {}
+        self._diverged: dict[str, int] = {}
         self._in_training: dict[str, int] = {}
         self._by_config: dict[str, int] = {}
         self._waiting: dict[int, list[Proposal]] = {}
@@ -29,12 +30,16 @@ class Known:
                     self.ended(record)
 
     def trial_of(self, config: TrialConfig) -> int | None:
-        """Return the trial with this very config that was begun last."""
+        """Return the trial with this very config that was begun last, but for those that were cut off."""
         return self._by_config.get(config.key())
 
     def trained(self, recipe: Recipe) -> int | None:
         """Return the trial that trained the recipe to the end."""
         return self._trained.get(recipe.key())
+
+    def diverged(self, recipe: Recipe) -> int | None:
+        """Return the trial in which the recipe diverged; it would under every layout."""
+        return self._diverged.get(recipe.key())
 
     def in_training(self, recipe: Recipe) -> int | None:
         """Return the trial that trains the recipe now, or will."""
@@ -54,6 +59,10 @@ class Known:
             del self._in_training[recipe]
         if record.is_whole:
             self._trained[recipe] = record.number
+        elif record.source is None and record.error is not None and record.error["kind"] == LASTING:
+            self._diverged[recipe] = record.number
+        if record.was_cut_off and self._by_config.get(record.trial_config.key()) == record.number:
+            del self._by_config[record.trial_config.key()]
         self._returned.extend(self._waiting.pop(record.number, ()))
 
     def wait(self, number: int, proposal: Proposal) -> None:

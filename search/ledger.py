@@ -4,7 +4,7 @@ Every line has `event` and `time` (Unix seconds). The events are `search_started
 `reference`, `search_cut_short`, `search_finished`, and with the `number` of a trial `trial_started`, `trial_infeasible`,
 `trial_reported`, `trial_finished`, `test_scored`, `confirmed`. A report at a rung carries the rung's `verdict`: a trial that it stops
 ends as PRUNED, even if a crash comes between. `held_seconds` of a report and of an end are those for which the trial held its worker
-group since its event before.
+group since its event before; of `search_cut_short`, those of every trial in flight, by its number.
 """
 
 from __future__ import annotations
@@ -159,6 +159,10 @@ class SearchState:
                 self.finished = False
             case "search_finished":
                 self.finished = True
+            case "search_cut_short":
+                for number, seconds in event.get("held_seconds", {}).items():
+                    record = self._record(int(number), event)
+                    self.records[record.number] = replace(record, held_seconds=record.held_seconds + seconds)
             case "warm_started":
                 self.warm_start = dict(event)
             case "device_examined":
@@ -172,9 +176,7 @@ class SearchState:
 
     def _update(self, event: Mapping[str, Any]) -> None:
         number = event["number"]
-        record = self.records.get(number)
-        if record is None:
-            raise LedgerError(f"{event['event']} of trial {number}, which was never started")
+        record = self._record(number, event)
         if event["event"] == "test_scored":
             self.records[number] = replace(record, test=dict(event["metrics"]))
         elif event["event"] == "confirmed":
@@ -190,6 +192,11 @@ class SearchState:
             self.records[number] = replace(record, reports=(*earlier, dict(event["report"])), stopped=stopped, held_seconds=held)
         else:
             self.records[number] = _finished(record, event)
+
+    def _record(self, number: int, event: Mapping[str, Any]) -> TrialRecord:
+        if number not in self.records:
+            raise LedgerError(f"{event['event']} of trial {number}, which was never started")
+        return self.records[number]
 
 
 def replay(events: Iterable[Mapping[str, Any]]) -> SearchState:

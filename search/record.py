@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Trials that nothing disturbs stay below, one beside which other workers start is far above: docs/metering.md.
 NOISY = 0.25
+# The kind of failure that the same recipe with the same seed has again; whatever else failed may not fail again.
+LASTING = "diverged"
 
 
 class TrialState(StrEnum):
@@ -116,6 +118,11 @@ class TrialRecord:
     def is_whole(self) -> bool:
         """Whether its recipe was trained to the end, in this trial."""
         return self.state is TrialState.COMPLETE and self.source is None
+
+    @property
+    def was_cut_off(self) -> bool:
+        """Whether it was launched and ended by the end of the search, running or before its turn came: nothing is known by it."""
+        return self.state is TrialState.PRUNED and self.stopped is None and self.started_at is not None
 
     @property
     def root(self) -> int:

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,8 +154,11 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
 
         for event in ledger.events():
             on_event(event)
-        with _cut_short(ledger, on_event, prepared.tracker), DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
-            _warm_up(dispatcher, spec)
+        engines: list[Engine] = []
+        with (
+            _cut_short(ledger, on_event, prepared.tracker, engines),
+            DispatcherSession(store, spec, prepared.data, capacity) as dispatcher,
+        ):
             device = examine(dispatcher, store, spec, limits, interruption)
             on_event(ledger.append("device_examined", device=device))
             limits = replace(limits, memory_bytes=device["usable_bytes"])
@@ -174,6 +177,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
                 ),
                 on_event=on_event,
             )
+            engines.append(engine)
             reason = _search(engine, dispatcher, store, spec, limits, interruption)
             if prepared.data.test is not None:
                 _score_on_test(engine, dispatcher, store, interruption)
@@ -248,14 +252,18 @@ def check_same_data(prepared: Prepared, store: Store, state: SearchState) -> Non
 
 
 @contextmanager
-def _cut_short(ledger: Ledger, on_event: Emit, tracker: Tracker) -> Iterator[None]:
-    """Record why a search leaves before its end, with its trials in flight: its MLflow run must not look as if it went on."""
+def _cut_short(ledger: Ledger, on_event: Emit, tracker: Tracker, engines: Sequence[Engine]) -> Iterator[None]:
+    """Record why a search leaves before its end, with its trials in flight: its MLflow run must not look as if it went on.
+
+    What they held since their last reports is recorded too, once `engines` has the engine: it was used, and costs money.
+    """
     try:
         yield
     except BaseException as error:
         # A disk that is full may be why it ends.
         with suppress(LedgerError):
-            on_event(ledger.append("search_cut_short", reason=f"{type(error).__name__}: {error}"))
+            held = {number: seconds for engine in engines for number, seconds in engine.held_seconds().items()}
+            on_event(ledger.append("search_cut_short", reason=f"{type(error).__name__}: {error}", held_seconds=held))
         tracker.leave("KILLED" if isinstance(error, Interrupted) else "FAILED", LEAVING_FLUSH_SECONDS)
         raise
 
@@ -264,6 +272,7 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, lim
     """Run the trials of the budget; return why the search ended."""
     from search import tuner
 
+    _warm_up(dispatcher, spec, engine.num_left)
     if engine.state.reference is None:
         try:
             engine.referenced(run_job(dispatcher, _first_job("reference", store, spec, limits), interruption)["metrics"])
@@ -284,13 +293,16 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, lim
     return engine.why_over
 
 
-def _warm_up(dispatcher: Any, spec: SearchSpec) -> None:
-    """Start the groups of a space with one world size: those of the first trials then start beside the first job's, not after it."""
+def _warm_up(dispatcher: Any, spec: SearchSpec, num_trials: float) -> None:
+    """Start the groups of a space with one world size, beside the evaluation of the untrained model instead of after it.
+
+    Not before the device was examined: what imports beside that takes from what is measured.
+    """
     import ray
 
     sizes = {world_size for world_size, _ in spec.space.layouts()}
     if len(sizes) == 1:
-        ray.get(dispatcher.expect.remote(sizes.pop(), spec.budget.trials))
+        ray.get(dispatcher.expect.remote(sizes.pop(), num_trials))
 
 
 def examine(dispatcher: Any, store: Store, spec: SearchSpec, limits: Limits, interruption: Interruption) -> dict[str, Any]:

@@ -90,6 +90,7 @@ def test_an_interrupted_search_saves_what_is_in_flight_and_goes_on_from_there(tm
     assert "`paretune resume tiny` goes on" in log
     before = events(ledger)
     assert before[-1]["event"] == "search_cut_short"
+    assert any(seconds > 0 for seconds in before[-1]["held_seconds"].values())
     in_flight = {e["number"] for e in before if e["event"] == "trial_started"}
     in_flight -= {e["number"] for e in before if e["event"] == "trial_finished"}
     saved = {n: max(_saved_steps(tmp_path / f"runs/tiny/trials/{n:04d}"), default=0) for n in in_flight}

@@ -6,13 +6,16 @@ import random
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from engines import make, report
 
 from search.budget import used
+from search.interruption import Interrupted
 from search.ledger import Ledger, replay
 from search.record import TrialState
+from search.session import _cut_short
 from spaces.spec import SearchSpec
 
 SPACE = {"world_size": {"choice": [1, 2]}, "global_batch_size": 16}
@@ -94,6 +97,41 @@ def test_the_first_limit_that_is_reached_ends_the_search(tmp_path: Path, budget:
     assert engine.is_handed_out
     assert engine.state.records[assignment.number].state is TrialState.PRUNED
     assert engine.state.records[assignment.number].held_seconds == pytest.approx(seconds + 1 if "minutes" not in words else 1501)
+
+
+@pytest.mark.parametrize("error", [Interrupted(2, "paretune resume s"), RuntimeError("bug")])
+def test_what_was_used_up_to_an_interruption_counts_after_the_resume(tmp_path: Path, error: Exception) -> None:
+    clock = Clock()
+    engine, _, store = make(tmp_path, trials=3, clock=clock, price=2.0, **SPACE)
+    first, waits = engine.next(), engine.next()
+    assert first is not None
+    assert waits is not None
+    engine.began(first.number)
+    clock.now += 100
+    engine.reported(first.number, report(0.5, 3.0, final=False))
+    left: list[str] = []
+    tracker = SimpleNamespace(leave=lambda state, _: left.append(state))
+    clock.now += 50
+    with pytest.raises(type(error)), _cut_short(Ledger(store.ledger_path), lambda _: None, cast(Any, tracker), [engine]):
+        raise error
+    assert left == ["KILLED" if isinstance(error, Interrupted) else "FAILED"]
+    resumed, _, _ = make(tmp_path, trials=3, clock=clock, price=2.0, **SPACE)
+    assert resumed.used.device_hours * 3600 == pytest.approx(150 * first.config.layout.world_size)
+    assert resumed.next() == first
+    resumed.began(first.number)
+    clock.now += 10
+    resumed.reported(first.number, report(0.5, 3.0))
+    resumed.ended(first.number, {"state": "complete"})
+    assert [resumed.state.records[a.number].held_seconds for a in (first, waits)] == pytest.approx([160, 0])
+    assert resumed.used.dollars == pytest.approx(160 * first.config.layout.world_size / 3600 * 2.0)
+
+
+def test_a_search_that_is_cut_short_before_its_first_trial_says_so_too(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    with pytest.raises(KeyError), _cut_short(ledger, lambda _: None, cast(Any, SimpleNamespace(leave=lambda *_: None)), []):
+        raise KeyError("x")
+    assert [(e["event"], e["held_seconds"]) for e in ledger.events()] == [("search_cut_short", {})]
+    assert replay([{"event": "search_cut_short", "time": 1.0, "reason": "x"}]).records == {}, "as it was written before"
 
 
 def test_what_was_used_before_a_crash_counts_after_it_and_the_time_between_does_not(tmp_path: Path) -> None:

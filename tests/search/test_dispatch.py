@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -185,8 +186,17 @@ async def test_groups_of_expected_jobs_start_on_free_workers_and_take_the_jobs_w
 
 @scenario(4)
 async def test_no_more_groups_start_than_jobs_are_expected(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("first"))
     await dispatcher.expect(1, num_jobs=3)
     assert len(await dispatcher.groups()) == 3
+    await dispatcher.expect(1, num_jobs=0)
+    assert len(await dispatcher.groups()) == 3
+
+
+@scenario(5)
+async def test_as_many_groups_start_as_fit_where_nobody_knows_how_many_jobs_come(dispatcher: Groups) -> None:
+    await dispatcher.expect(2, num_jobs=math.inf)
+    assert [g["world_size"] for g in await dispatcher.groups()] == [2, 2]
 
 
 @scenario(2)

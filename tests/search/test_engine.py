@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engines import make, report
+from engines import STOP, make, report
 
 from search.engine import SearchExhausted
 from search.ledger import Ledger, replay
@@ -162,9 +162,6 @@ def test_the_front_and_the_budget_are_those_of_all_records(tmp_path: Path) -> No
         records = list(engine.state.records.values())
         assert [r.number for r in engine.front()] == [r.number for r in front(records, engine.objectives)]
         assert engine.num_left == 60 - sum(r.started_at is not None for r in records)
-
-
-STOP = {"share": 1 / 9, "goes_on": False, "place": 3, "num_entries": 3, "quota": 1, "front": 2, "num_fronts": 2}
 
 
 def test_a_trial_that_its_rung_stops_is_pruned_and_says_where_and_why(tmp_path: Path) -> None:

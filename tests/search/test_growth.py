@@ -26,7 +26,8 @@ from search.record import TrialRecord, TrialState
         ([100.0, 100.9], 1, 0.01, True),
         ([1.0, 100.0, 100.4, 100.9], 2, 0.01, True),  # each half a percent, together less than one
         ([100.0, 100.6, 101.2], 2, 0.01, False),  # each less than one percent, together more
-        ([0.0, 0.0, 0.0], 1, 0.0, False),  # nothing within the reference point yet
+        ([0.0, 0.0], 2, 0.0, False),
+        ([0.0, 0.0, 0.0], 2, 0.0, True),  # nothing within the reference point
         ([0.0, 3.0], 1, 0.5, False),
     ],
 )
@@ -66,10 +67,31 @@ def test_a_search_ends_when_no_trial_adds_anything_and_says_so(tmp_path: Path, s
     # Killed and resumed: it goes on from the volumes in the ledger.
     engine, _, _ = make(tmp_path, reuse=False, clock=lambda: 0.0, **SPEC)
     run(engine, rng, volumes, 100)
-    stopped = [n for n in range(6, len(volumes)) if volumes[n - 6] > 0 and volumes[n] < volumes[n - 6] * 1.05]
+    stopped = [n for n in range(6, len(volumes)) if volumes[n] <= volumes[n - 6] or volumes[n] < volumes[n - 6] * 1.05]
     assert stopped[0] in (len(volumes) - 2, len(volumes) - 1), "no trial is begun after it; the one beside it is let finish"
     assert stopped[-1] == len(volumes) - 1
     assert engine.why_over == "the hypervolume grew by less than 0.05 of itself in 6 trials"
     assert engine.is_handed_out
     resumed, _, _ = make(tmp_path, reuse=False, clock=lambda: 0.0, **SPEC)
     assert resumed.next() is None
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_a_search_whose_trials_all_lie_beyond_the_reference_point_ends_too(tmp_path: Path, is_resumed: bool) -> None:
+    """The loss has no reference point before the untrained model's is known; what ends before that counts for nothing."""
+
+    def search() -> Engine:
+        return make(tmp_path, trials=None, budget={"patience": 3}, reuse=False, objectives=["eval_loss", "train_seconds"])[0]
+
+    engine = search()
+    num_ended = 0
+    while (assignment := engine.next()) is not None and num_ended < 20:
+        if num_ended == 5:
+            engine.referenced({"eval_loss": 1.0})
+        last = report(0.5, 3.0)
+        engine.reported(assignment.number, {**last, "metrics": {"eval_loss": 2.0, "train_seconds": 3.0}})
+        engine.ended(assignment.number, {"state": "complete"})
+        num_ended += 1
+        engine = search() if is_resumed and num_ended == 7 else engine
+    assert engine.why_over == "the hypervolume stayed 0 in 3 trials: none is better than the reference point"
+    assert num_ended == (7 if is_resumed else 9), "after a resume the reference is known of all"

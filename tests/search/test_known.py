@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Profiles, make, report
+from engines import STOP, Profiles, make, report
 
 from search.engine import Assignment, Engine, SearchExhausted
 from search.record import TrialState
@@ -30,6 +31,8 @@ def end(engine: Engine, assignment: Assignment, outcome: dict[str, Any], *, accu
     if outcome["state"] == "complete" and assignment.is_trained:
         (engine._store.trial_path(assignment.number) / "final").mkdir(parents=True, exist_ok=True)
         engine.reported(assignment.number, report(accuracy, 9.0))
+    if outcome["state"] == "stopped" and assignment.is_trained:
+        engine.reported(assignment.number, report(accuracy, 1.0, final=False, step=1), STOP)
     engine.ended(assignment.number, outcome if assignment.is_trained else {**outcome, "profile": {}})
 
 
@@ -87,6 +90,40 @@ def test_who_waited_in_vain_is_trained_instead_of_a_new_proposal(tmp_path: Path,
     else:
         assert again is None
         assert states(engine)[2] == ("PRUNED", None)
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_what_diverged_is_not_trained_again_under_any_layout(tmp_path: Path, is_resumed: bool) -> None:
+    diverged = {"state": "failed", "kind": "diverged", "message": "the loss is nan"}
+    engine, _, _ = make(tmp_path, trials=4, points=POINTS, **SPACE)
+    first, second = two(engine)
+    end(engine, first, diverged)
+    if is_resumed:
+        end(engine, second, diverged)
+        engine, _, _ = make(tmp_path, trials=4, points=POINTS, **SPACE)
+    third = engine.next()
+    assert third is not None
+    assert third.config.recipe.learning_rate == 3e-3
+    assert engine.num_left == 1, "what is told costs nothing"
+    others = [state for number, (state, _) in enumerate(states(engine)) if number not in (second.number, third.number)]
+    assert set(others) <= {"FAIL", "RUNNING"}
+    assert others[:3] == ["FAIL"] * 3
+
+
+def test_what_the_budget_cut_off_is_trained_where_there_is_more_of_it(tmp_path: Path) -> None:
+    engine, _, _ = make(tmp_path, trials=3, points=[ONE, ONE], **SPACE)
+    first = engine.next()
+    assert first is not None
+    engine.reported(first.number, report(0.4, 1.0, final=False, step=1), {**STOP, "goes_on": True})
+    engine.ended(first.number, {"state": "stopped"})
+    engine.finished("1 minutes used up")
+    resumed, _, _ = make(tmp_path, trials=3, points=[ONE, ONE], **SPACE)
+    again = resumed.next()
+    assert again == replace(first, number=1)
+    end(resumed, again, {"state": "complete"})
+    resumed, _, _ = make(tmp_path, trials=3, points=[ONE, ONE, ONE], **SPACE)
+    resumed.next()
+    assert states(resumed)[2] == ("COMPLETE", [0.5, 9.0]), "now it is known"
 
 
 def test_who_waited_in_vain_until_the_budget_was_used_up_is_left(tmp_path: Path) -> None:

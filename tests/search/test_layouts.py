@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,29 @@ def test_the_time_limit_ends_what_waits_to_be_timed(tmp_path: Path) -> None:
     train(engine, engine.next())
     engine.finished("minutes")
     assert [r.state for r in engine.state.records.values()] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
+
+
+def test_what_the_time_limit_cut_off_is_timed_after_a_resume_with_more_time(tmp_path: Path) -> None:
+    engine, _, store = make(tmp_path, trials=2, budget={"minutes": 1}, global_batch_size=16, **PROFILED)
+    first, second = engine.next(), engine.next()
+    train(engine, first, accuracy=0.9)
+    train(engine, second, accuracy=0.1)
+    engine.finished("1 minutes used up")
+    assert len(list(store.root.glob("trials/*/final"))) == 1, "the front's weights alone stay"
+
+    def resume(minutes: float) -> tuple[Engine, set[str]]:
+        budget = {"minutes": minutes}
+        resumed, seen, _ = make(tmp_path, trials=2, budget=budget, clock=lambda: time.time() + 600, global_batch_size=16, **PROFILED)
+        return resumed, {e["event"] for e in seen}
+
+    resumed, events = resume(1)
+    assert resumed.reached
+    assert not events, "there is no time to time it"
+    resumed, _ = resume(60)
+    for _ in range(2):
+        profile(resumed, resumed.next())
+    assert resumed.is_handed_out
+    assert not resume(60)[1], "it is timed, and what has no weights any more is left"
 
 
 def test_a_crash_before_the_other_layouts_were_started_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

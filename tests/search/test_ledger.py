@@ -201,3 +201,5 @@ def test_a_resumed_search_is_not_finished() -> None:
 def test_news_of_an_unknown_trial_are_an_error() -> None:
     with pytest.raises(LedgerError, match="trial 7, which was never started"):
         replay([json.loads('{"event":"trial_finished","time":1,"number":7,"state":"COMPLETE"}')])
+    with pytest.raises(LedgerError, match="trial 7, which was never started"):
+        replay([json.loads('{"event":"search_cut_short","time":1,"reason":"x","held_seconds":{"7":1.5}}')])
