@@ -81,15 +81,29 @@ def prepare(loaded: LoadedSpec) -> Prepared:
         config = model_config(spec.model.name, spec.model.revision)
         check_use(config, spec.model)
         shape = ModelShape.from_config(config)
-        tracker = Tracker(tracking_uri(spec), spec.tracking.experiment, artifact_root=artifact_root(spec))
-        tracker.connect(timeout_seconds=10)
+        tracker = connected_tracker(loaded)
         data = task_data.prepare(spec.model, spec.data)
         plan = _blueprint(config, spec, len(data.label_names))
         return Prepared(loaded=loaded, data=data, model=config, shape=shape, plan=plan, tracker=tracker)
     except ShapeError as error:
         raise SpecError([loaded.locate(f"model.name: {spec.model.name}: {error}")]) from error
-    except (DataError, ModelError, TrackingError) as error:
+    except (DataError, ModelError) as error:
         raise SpecError([loaded.locate(str(error))]) from error
+
+
+def connected_tracker(loaded: LoadedSpec) -> Tracker:
+    """Return the tracker of a search, whose server has answered.
+
+    Raises:
+        SpecError: it does not.
+    """
+    spec = loaded.spec
+    tracker = Tracker(tracking_uri(spec), spec.tracking.experiment, artifact_root=artifact_root(spec))
+    try:
+        tracker.connect(timeout_seconds=10)
+    except TrackingError as error:
+        raise SpecError([loaded.locate(str(error))]) from error
+    return tracker
 
 
 def _blueprint(config: Mapping[str, Any], spec: SearchSpec, num_labels: int) -> Blueprint | None:
@@ -178,7 +192,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
             if prepared.data.test is not None:
                 _score_on_test(engine, dispatcher, store, interruption)
         engine.finished(reason)
-        publish(engine.state, store, prepared.tracker)
+        publish(engine.state, store, prepared.tracker, command_for_rest=f"paretune resume {store.name}")
     if not engine.front():
         raise NoResult(_why_nothing(engine))
     return store
