@@ -6,7 +6,6 @@ front nor the study changes by it: a trial that is trained more often than the o
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,7 +79,7 @@ def confirm(store: Store, *, num_seeds: int, trials: str | None, say: Callable[[
         chosen = chosen_trials(list(state.records.values()), objectives_of(loaded.spec, state), num_seeds, trials, store.name)
         left = outstanding(chosen, num_seeds)
         named = [] if trials is None else ["--trials", trials]
-        command = shlex.join(["paretune", "confirm", store.name, "--seeds", str(num_seeds), *named])
+        command = store.command("confirm", store.name, "--seeds", str(num_seeds), *named)
         if left:
             prepared = prepare(loaded)
             check_same_data(prepared, store, state)

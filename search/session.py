@@ -156,8 +156,8 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
     from search.outlook import Outlook
     from search.profiles import ProfileCache
 
-    spec = prepared.spec
-    with store.lock(), cluster.connected(spec.resources) as capacity, Interruption(f"paretune resume {store.name}") as interruption:
+    spec, command = prepared.spec, store.command("resume", store.name)
+    with store.lock(), cluster.connected(spec.resources) as capacity, Interruption(command) as interruption:
         limits = check_fit(prepared, capacity)
         ledger = Ledger(store.ledger_path)
         _open_record(ledger, store, prepared, limits)
@@ -192,7 +192,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
             if prepared.data.test is not None:
                 _score_on_test(engine, dispatcher, store, interruption)
         engine.finished(reason)
-        publish(engine.state, store, prepared.tracker, command_for_rest=f"paretune resume {store.name}")
+        publish(engine.state, store, prepared.tracker, command_for_rest=command)
     if not engine.front():
         raise NoResult(_why_nothing(engine))
     return store

@@ -247,4 +247,5 @@ def test_what_is_confirmed_already_is_published_again(
     assert Ledger(store.ledger_path).events() == events
 
     again(FakeTracker(undelivered=3))
-    assert "3 events wait for an answer; `paretune confirm s --seeds 2" in capsys.readouterr().err
+    command = f"paretune confirm s --seeds 2 --directory {store.root.parent}"
+    assert f"3 events wait for an answer; `{command}` delivers the rest" in capsys.readouterr().err
