@@ -68,6 +68,7 @@ def confirm(store: Store, *, num_seeds: int, trials: str | None, say: Callable[[
 
     Raises:
         ConfirmError: nothing was started.
+        search.session.NothingFits: the data changed since the search began; nothing was started.
         spaces.loading.SpecError: model, data or tracking server cannot be used; nothing was started.
         search.interruption.Interrupted: a signal came; what was in flight is saved.
     """
