@@ -80,7 +80,7 @@ def new_study(spec: SearchSpec, state: SearchState, limits: Limits, objectives: 
     sampler, past = spec.sampler, (state.warm_start or {}).get("trials", ())
     points = sampler.points_to_evaluate
     if points is None:
-        points = () if past else tuple(starting_points(spec.space, width=width, num_workers=limits.num_workers))
+        points = () if past else tuple(starting_points(spec.space, width=width, limits=limits, max_length=spec.model.max_length))
     study = Study(
         space=spec.space,
         objectives=objectives,
