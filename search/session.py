@@ -30,7 +30,7 @@ from spaces.blueprint import Blueprint, blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
 from spaces.estimate import usable_bytes
-from spaces.loading import LoadedSpec, SpecError, check_local_data
+from spaces.loading import OPTIONS, LoadedSpec, SpecError, check_local_data
 from spaces.spec import SearchSpec
 from trainables.job import Job
 
@@ -230,7 +230,7 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
             mlflow_run_id=run_id,
             mlflow_url=prepared.tracker.url(_ui_base(prepared.tracker.uri)),
             command=shlex.join(["paretune", *sys.argv[1:]]),
-            overrides=sorted(path for path, origin in prepared.loaded.origins.items() if origin == "--set"),
+            overrides=sorted(path for path, origin in prepared.loaded.origins.items() if origin in OPTIONS),
             data=prepared.data.summary,
             data_fingerprint=prepared.data.fingerprint,
             num_workers=limits.num_workers,
