@@ -64,11 +64,15 @@ TARGET_SHARE = 0.9
 
 
 class RunFailed(Exception):
-    """A contender ended in an error before it had finished a trial."""
+    """A contender ended in an error before its time was over, or without a single trial."""
 
 
 def run_one(contender: str, seed: int, arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """Run one contender's search in a process of its own; return the run and its trials."""
+    """Run one contender's search in a process of its own; return the run and its trials.
+
+    Raises:
+        RunFailed: what it found is not what it would have found.
+    """
     limit = arguments.minutes * 60
     with tempfile.TemporaryDirectory(prefix=f"ttf-{contender}-") as scratch:
         rows, told, log = Path(scratch) / "rows.jsonl", Path(scratch) / "run.json", Path(scratch) / "log.txt"
@@ -93,19 +97,22 @@ def run_one(contender: str, seed: int, arguments: argparse.Namespace, data: Path
         )
         told.write_text(json.dumps(run.to_dict()))
         code, cpu = watched(command, environment, scratch, log, limit)
+        seconds = time.time() - run.started
         trials = read_rows(rows)
         if arguments.logs:
             arguments.logs.mkdir(parents=True, exist_ok=True)
             (arguments.logs / f"{contender}-{seed}.txt").write_text(log.read_text())
-        if not trials and code > 0:
-            raise RunFailed(f"({contender}) seed {seed} failed with exit code {code}:\n{log.read_text()[-3000:]}")
+        # A negative code after the limit is that of a contender that had to be made to leave.
+        if (code != 0 and seconds < limit) or (code > 0 and not trials):
+            when = f"after {seconds:.0f} of {limit:.0f} s, {len(trials)} trials"
+            raise RunFailed(f"({contender}) seed {seed} failed with exit code {code} {when}:\n{log.read_text()[-3000:]}")
     return {
         "contender": contender,
         "seed": seed,
         "limit_seconds": limit,
         "task": fingerprint(arguments.rows_per_class),
         "exit_code": code,
-        "wall_seconds": time.time() - run.started,
+        "wall_seconds": seconds,
         "cpu": cpu,
         "trials": trials,
     }

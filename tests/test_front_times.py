@@ -1,11 +1,14 @@
-"""The arithmetic of `benchmarks/time_to_front.py`, against brute force."""
+"""`benchmarks/time_to_front.py`: its arithmetic against brute force, and which runs it takes for fair."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import time_to_front
 from benchmarks.front_times import Trial, at, entrants, growth, ratios, time_to, volume
 
 LAST = 100.0
@@ -67,3 +71,52 @@ def test_ratios_are_pair_by_pair():
     assert found["least"] <= found["low"] <= found["mean"] <= found["high"] <= found["most"]
     same = ratios([3.0] * 5, [1.5] * 5)
     assert np.allclose(list(same.values()), 2.0)
+
+
+def settings(directory: Path, **changes: Any) -> argparse.Namespace:
+    known = {"out": directory / "runs.jsonl", "minutes": 1.0, "rows_per_class": 16, "seeds": 1, "contenders": "a", "results": None}
+    return argparse.Namespace(**known, syne_python=Path(sys.executable), logs=None, data=None, **changes)
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "num_trials", "is_kept"),
+    [
+        (0, 30, 2, True),
+        (0, 61, 2, True),
+        (-15, 85, 2, True),
+        (1, 61, 2, True),
+        (1, 61, 0, False),
+        (1, 30, 2, False),
+        (-9, 30, 2, False),
+    ],
+)
+def test_a_contender_that_dies_before_its_time_is_over_is_run_again(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    code: int,
+    seconds: float,
+    num_trials: int,
+    is_kept: bool,
+) -> None:
+    now, runs = 1e9, []
+
+    def watched(_: object, __: object, scratch: str, log: Path, ___: float) -> tuple[int, list[tuple[float, float]]]:
+        nonlocal now
+        now += seconds
+        runs.append(now)
+        (Path(scratch) / "rows.jsonl").write_text('{"seconds": 20, "accuracy": 0.5, "train_seconds": 3}\n' * num_trials)
+        log.write_text("what it printed")
+        return code, [(1.0, 1.0)]
+
+    monkeypatch.setattr(time_to_front.time, "time", lambda: now)
+    monkeypatch.setattr(time_to_front, "watched", watched)
+    monkeypatch.setattr(time_to_front, "written_data", lambda _: nullcontext(tmp_path))
+    arguments = settings(tmp_path)
+    for _ in range(2):
+        with nullcontext() if is_kept else pytest.raises(SystemExit, match=r"failed: \(a\) seed 0; the same command again"):
+            time_to_front.run_all(arguments)
+    kept = time_to_front.read_runs(arguments)
+    assert [(run["exit_code"], run["wall_seconds"]) for run in kept] == ([(code, seconds)] if is_kept else [])
+    assert len(runs) == (1 if is_kept else 2)
+    assert (f"exit code {code}" in capsys.readouterr().err) == (not is_kept)
