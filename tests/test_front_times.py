@@ -84,6 +84,7 @@ def settings(directory: Path, **changes: Any) -> argparse.Namespace:
         (0, 30, 2, True),
         (0, 61, 2, True),
         (-15, 85, 2, True),
+        (-15, 85, 0, True),
         (1, 61, 2, True),
         (1, 61, 0, False),
         (1, 30, 2, False),
@@ -120,3 +121,37 @@ def test_a_contender_that_dies_before_its_time_is_over_is_run_again(
     assert [(run["exit_code"], run["wall_seconds"]) for run in kept] == ([(code, seconds)] if is_kept else [])
     assert len(runs) == (1 if is_kept else 2)
     assert (f"exit code {code}" in capsys.readouterr().err) == (not is_kept)
+
+
+def outcome(contender: str, seed: int, reached_at: float | None) -> time_to_front.Outcome:
+    """Return a run of 100 s that has a hypervolume of 10 from some time on, or only ever half of it."""
+    curve = [(5.0, 5.0)] if reached_at is None else [(5.0, 5.0), (reached_at, 10.0)]
+    cpu = [(0.0, 0.0), (100.0, 200.0)]
+    return time_to_front.Outcome(contender=contender, seed=seed, curve=curve, limit_seconds=100.0, cpu=cpu, num_trials=2)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "mean", "words"),
+    [
+        ([10.0, 10.0], [40.0, 90.0], 6.0, "exact"),
+        ([10.0, 10.0], [40.0, None], math.sqrt(4 * 10), "at least"),
+        ([None, 10.0], [50.0, 80.0], 2.0, "at most"),
+        ([10.0, None], [None, 40.0], 2.0, "no bound"),
+        ([10.0, None], [40.0, None], 2.0, "no bound"),
+    ],
+)
+def test_ratios_with_a_missed_target_are_marked_as_the_bound_that_they_are(
+    capsys: pytest.CaptureFixture[str], ours: list[float | None], theirs: list[float | None], mean: float, words: str
+) -> None:
+    found = [outcome(name, seed, at_) for name, times in (("a", ours), ("d", theirs)) for seed, at_ in enumerate(times)]
+    result = time_to_front.compared(found)
+    row = result["contenders"]["d"]
+    assert row["times_as_long"]["mean"] == pytest.approx(mean)
+    assert row["times_the_cpu_seconds"]["mean"] == pytest.approx(mean)
+    assert row["ratios_of_times_are"] == words
+    assert row["seeds_that_a_missed"] == [seed for seed, at_ in enumerate(ours) if at_ is None]
+    time_to_front.show(result)
+    lines = capsys.readouterr().out.splitlines()
+    for key in ("times as long", "times the cpu seconds"):
+        assert any(line.startswith(f"    {key}: {'' if words == 'exact' else words + ' '}{mean:.2f} (") for line in lines)
+    assert any("(a) missed the target on seeds " in line for line in lines) == (None in ours)
