@@ -248,9 +248,21 @@ class Outcome:
 
 
 def outcomes(arguments: argparse.Namespace) -> list[Outcome]:
-    known = measured(arguments.out)
+    """Return what became of the runs in the file.
+
+    Raises:
+        SystemExit: there is none, or what stood on a front was not measured again yet.
+    """
+    runs, known = read_runs(arguments), measured(arguments.out)
+    if not runs:
+        raise SystemExit(f"{arguments.out}: holds no runs; `run` comes before `report`")
+    wanted = {key_of(row) for run in runs for row in trials_of(run)}
+    left = wanted - known.keys()
+    if left:
+        many = f"{len(left)} of {len(wanted)} configurations"
+        raise SystemExit(f"{arguments.out}: {many} are not measured again yet; `remeasure` comes before `report`")
     found = []
-    for run in read_runs(arguments):
+    for run in runs:
         members = trials_of(run)
         points = [(row["accuracy"], known[key_of(row)]) for row in members]
         found.append(

@@ -155,3 +155,32 @@ def test_ratios_with_a_missed_target_are_marked_as_the_bound_that_they_are(
     for key in ("times as long", "times the cpu seconds"):
         assert any(line.startswith(f"    {key}: {'' if words == 'exact' else words + ' '}{mean:.2f} (") for line in lines)
     assert any("(a) missed the target on seeds " in line for line in lines) == (None in ours)
+
+
+def test_a_report_before_its_time_says_what_comes_first(tmp_path: Path) -> None:
+    arguments = settings(tmp_path)
+    with pytest.raises(SystemExit, match=r"runs.jsonl: holds no runs; `run` comes before `report`$"):
+        time_to_front.report(arguments)
+    arguments.out.touch()
+    with pytest.raises(SystemExit, match="holds no runs"):
+        time_to_front.report(arguments)
+    params = {"adapter": "none", "learning_rate": 1e-3, "global_batch_size": 16, "dataset_fraction": 1.0, "epochs": 1}
+    trials = [
+        {"seconds": 20.0 + n, "accuracy": 0.5, "train_seconds": 3.0 - n, "params": {**params, "epochs": 1 + n}} for n in range(2)
+    ]
+    run = {
+        "contender": "a",
+        "seed": 0,
+        "limit_seconds": 60.0,
+        "task": time_to_front.fingerprint(16),
+        "cpu": [[1.0, 1.0]],
+        "trials": trials,
+    }
+    time_to_front.append(arguments.out, run)
+    for left, row in zip((2, 1), trials, strict=True):
+        with pytest.raises(
+            SystemExit, match=rf"{left} of 2 configurations are not measured again yet; `remeasure` comes before `report`$"
+        ):
+            time_to_front.report(arguments)
+        time_to_front.append(arguments.out, {"measured": time_to_front.key_of(row), "train_seconds": 2.0})
+    time_to_front.report(arguments)
