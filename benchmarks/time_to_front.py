@@ -21,6 +21,7 @@ The rules:
 - A contender's front is by the times that it saw itself. For the hypervolume the time of every trial that was ever on it is measured
   again, alone, on one core, by the plain loop, once for each configuration, so that the same configuration is as fast for all.
 - Hypervolume: over accuracy, from 0, and the logarithm of training seconds, up to 120 s.
+- Who misses the target is given the limit as time; the ratios are then bounds, and say which.
 - CPU seconds are those of all processes that descend from the contender's, sampled twice a second.
 """
 
@@ -64,11 +65,15 @@ TARGET_SHARE = 0.9
 
 
 class RunFailed(Exception):
-    """A contender ended in an error before it had finished a trial."""
+    """A contender ended in an error before its time was over, or without a single trial."""
 
 
 def run_one(contender: str, seed: int, arguments: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """Run one contender's search in a process of its own; return the run and its trials."""
+    """Run one contender's search in a process of its own; return the run and its trials.
+
+    Raises:
+        RunFailed: what it found is not what it would have found.
+    """
     limit = arguments.minutes * 60
     with tempfile.TemporaryDirectory(prefix=f"ttf-{contender}-") as scratch:
         rows, told, log = Path(scratch) / "rows.jsonl", Path(scratch) / "run.json", Path(scratch) / "log.txt"
@@ -93,19 +98,22 @@ def run_one(contender: str, seed: int, arguments: argparse.Namespace, data: Path
         )
         told.write_text(json.dumps(run.to_dict()))
         code, cpu = watched(command, environment, scratch, log, limit)
+        seconds = time.time() - run.started
         trials = read_rows(rows)
         if arguments.logs:
             arguments.logs.mkdir(parents=True, exist_ok=True)
             (arguments.logs / f"{contender}-{seed}.txt").write_text(log.read_text())
-        if not trials and code > 0:
-            raise RunFailed(f"({contender}) seed {seed} failed with exit code {code}:\n{log.read_text()[-3000:]}")
+        # A negative code after the limit is that of a contender that had to be made to leave.
+        if (code != 0 and seconds < limit) or (code > 0 and not trials):
+            when = f"after {seconds:.0f} of {limit:.0f} s, {len(trials)} trials"
+            raise RunFailed(f"({contender}) seed {seed} failed with exit code {code} {when}:\n{log.read_text()[-3000:]}")
     return {
         "contender": contender,
         "seed": seed,
         "limit_seconds": limit,
         "task": fingerprint(arguments.rows_per_class),
         "exit_code": code,
-        "wall_seconds": time.time() - run.started,
+        "wall_seconds": seconds,
         "cpu": cpu,
         "trials": trials,
     }
@@ -227,9 +235,12 @@ class Outcome:
         return at(self.curve, self.limit_seconds)
 
     def seconds_to(self, target: float) -> float:
-        """Return when the target was reached; the time limit where it was not, which is in the contender's favour."""
+        """Return when the target was reached; the time limit where it was not, which is less than it would have taken."""
         reached = time_to(self.curve, target)
         return self.limit_seconds if reached is None else reached
+
+    def misses(self, target: float) -> bool:
+        return time_to(self.curve, target) is None
 
     def cpu_seconds_at(self, seconds: float) -> float:
         times, used = zip(*self.cpu, strict=True)
@@ -237,9 +248,21 @@ class Outcome:
 
 
 def outcomes(arguments: argparse.Namespace) -> list[Outcome]:
-    known = measured(arguments.out)
+    """Return what became of the runs in the file.
+
+    Raises:
+        SystemExit: there is none, or what stood on a front was not measured again yet.
+    """
+    runs, known = read_runs(arguments), measured(arguments.out)
+    if not runs:
+        raise SystemExit(f"{arguments.out}: holds no runs; `run` comes before `report`")
+    wanted = {key_of(row) for run in runs for row in trials_of(run)}
+    left = wanted - known.keys()
+    if left:
+        many = f"{len(left)} of {len(wanted)} configurations"
+        raise SystemExit(f"{arguments.out}: {many} are not measured again yet; `remeasure` comes before `report`")
     found = []
-    for run in read_runs(arguments):
+    for run in runs:
         members = trials_of(run)
         points = [(row["accuracy"], known[key_of(row)]) for row in members]
         found.append(
@@ -270,7 +293,7 @@ def compared(found: list[Outcome]) -> dict[str, Any]:
             "seeds": len(runs),
             "trials": [run.num_trials for run in runs.values()],
             "seconds_to_target": list(times.values()),
-            "reached_target": sum(time_to(run.curve, target) is not None for run in runs.values()),
+            "reached_target": sum(not run.misses(target) for run in runs.values()),
             "final_hypervolume": [run.final for run in runs.values()],
             "cpu_seconds_to_target": [run.cpu_seconds_at(times[seed]) for seed, run in runs.items()],
         }
@@ -281,8 +304,19 @@ def compared(found: list[Outcome]) -> dict[str, Any]:
         row["hypervolume_of_a_to_theirs"] = ratios([q.final for _, q in pairs], [p.final for p, _ in pairs])
         cpu = [(p.cpu_seconds_at(p.seconds_to(target)), q.cpu_seconds_at(q.seconds_to(target))) for p, q in pairs]
         row["times_the_cpu_seconds"] = ratios([p for p, _ in cpu], [q for _, q in cpu])
+        row["seeds_that_a_missed"] = [q.seed for _, q in pairs if q.misses(target)]
+        row["ratios_of_times_are"] = bound_of(
+            theirs_missed=any(p.misses(target) for p, _ in pairs), ours_missed=bool(row["seeds_that_a_missed"])
+        )
         row["goal"] = GOALS[name]
     return result
+
+
+def bound_of(*, theirs_missed: bool, ours_missed: bool) -> str:
+    """Return what the ratios of their times to ours are, where a time is only the limit if the target was missed."""
+    if theirs_missed and ours_missed:
+        return "no bound"
+    return "at least" if theirs_missed else "at most" if ours_missed else "exact"
 
 
 def show(result: dict[str, Any]) -> None:
@@ -302,7 +336,12 @@ def show(result: dict[str, Any]) -> None:
                 r = row[key]
                 spread = f"{r['mean']:.2f} ({r['low']:.2f} to {r['high']:.2f}; seeds {r['least']:.2f} to {r['most']:.2f})"
                 goal = f", goal {row['goal']:g}" if key == "times_as_long" else ""
-                print(f"    {key.replace('_', ' ')}: {spread}{goal}")
+                is_open = key != "hypervolume_of_a_to_theirs" and row["ratios_of_times_are"] != "exact"
+                print(f"    {key.replace('_', ' ')}: {row['ratios_of_times_are'] + ' ' if is_open else ''}{spread}{goal}")
+        if row.get("seeds_that_a_missed"):
+            print(
+                f"    (a) missed the target on seeds {', '.join(map(str, row['seeds_that_a_missed']))}: its time there is the limit"
+            )
 
 
 def report(arguments: argparse.Namespace) -> None:

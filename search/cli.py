@@ -167,15 +167,10 @@ def search(spec: SpecPath, set_: Set = None, budget: Budget = None, quiet: Quiet
     """Search: train the trials, and record them and their front in MLflow."""
     from search.console import SearchView
     from search.session import start
-    from spaces.budget import budget_overrides
     from spaces.loading import load_spec
 
     with _clear_errors():
-        try:
-            limits = budget_overrides(budget or ())
-        except ValueError as error:
-            _fail(USAGE, str(error))
-        loaded = load_spec(spec, [*limits, *(set_ or ())])
+        loaded = load_spec(spec, set_ or (), budget or ())
         with SearchView(loaded.spec, quiet=quiet) as view:
             store = start(loaded, view)
         _show_calibration(store, json_)

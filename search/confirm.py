@@ -6,7 +6,6 @@ front nor the study changes by it: a trial that is trained more often than the o
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from search.ledger import Ledger, SearchState, replay
 from search.pareto import eligible, front
 from search.publication import LEAVING_FLUSH_SECONDS, publish
 from search.record import LASTING, Confirmation, TrialRecord, TrialState, classify
-from search.session import Prepared, check_same_data, prepare
+from search.session import Prepared, check_same_data, connected_tracker, prepare
 from search.store import Store
 from search.tracking import Tracker
 from spaces.config import TrialConfig
@@ -67,6 +66,7 @@ def confirm(store: Store, *, num_seeds: int, trials: str | None, say: Callable[[
 
     Raises:
         ConfirmError: nothing was started.
+        search.session.NothingFits: the data changed since the search began; nothing was started.
         spaces.loading.SpecError: model, data or tracking server cannot be used; nothing was started.
         search.interruption.Interrupted: a signal came; what was in flight is saved.
     """
@@ -77,14 +77,18 @@ def confirm(store: Store, *, num_seeds: int, trials: str | None, say: Callable[[
         state = replay(Ledger(store.ledger_path).events())
         chosen = chosen_trials(list(state.records.values()), objectives_of(loaded.spec, state), num_seeds, trials, store.name)
         left = outstanding(chosen, num_seeds)
+        named = [] if trials is None else ["--trials", trials]
+        command = store.command("confirm", store.name, "--seeds", str(num_seeds), *named)
         if left:
             prepared = prepare(loaded)
             check_same_data(prepared, store, state)
-            named = [] if trials is None else ["--trials", trials]
-            command = shlex.join(["paretune", "confirm", store.name, "--seeds", str(num_seeds), *named])
             _drive(store, prepared, state, left, command, say)
         else:
             say(f"confirmed already: {len(chosen)} trials with {num_seeds} further seeds")
+            # The last time may have been cut off, or MLflow away, before all of it was published.
+            tracker = connected_tracker(loaded)
+            _reopen(tracker, store, state)
+            publish(state, store, tracker, command_for_rest=command)
     wanted = {(r.number, seed) for r in chosen for seed in further_seeds(r, num_seeds)}
     records = [
         replace(r, confirmations=tuple(c for c in r.confirmations if (r.number, c.seed) in wanted)) for r in state.records.values()
@@ -159,9 +163,7 @@ def _drive(
     with cluster.connected(spec.resources) as capacity, Interruption(command) as interruption:
         _check_fits(left, capacity)
         ledger, tracker = Ledger(store.ledger_path), prepared.tracker
-        tracker.reopen_search(store.name, (state.started or {})["mlflow_run_id"])
-        for event in ledger.events():
-            tracker.submit(event)
+        _reopen(tracker, store, state)
         with _cut_short(tracker, state), DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
             for number, training in enumerate(left, start=1):
                 interruption.check()
@@ -173,7 +175,14 @@ def _drive(
                 record = state.records[training.record.number]
                 (done,) = (c for c in record.confirmations if c.seed == training.seed)
                 say(f"{number} of {len(left)}: {progress_text(record, done, objectives_of(spec, state))}")
-        publish(state, store, tracker)
+        publish(state, store, tracker, command_for_rest=command)
+
+
+def _reopen(tracker: Tracker, store: Store, state: SearchState) -> None:
+    """Open the search's run in MLflow again, and give it all events so far."""
+    tracker.reopen_search(store.name, (state.started or {})["mlflow_run_id"])
+    for event in Ledger(store.ledger_path).events():
+        tracker.submit(event)
 
 
 @contextmanager

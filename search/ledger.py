@@ -23,6 +23,9 @@ from search.record import Confirmation, TrialRecord, TrialState
 
 logger = logging.getLogger(__name__)
 
+# What lies before these is no time of the search: it was away, or its front was being confirmed.
+OUTSIDE = ("resumed", "confirmed")
+
 
 class LedgerError(Exception):
     """The ledger cannot be read or written; the message is one line for the user."""
@@ -130,7 +133,7 @@ class SearchState:
     """The `warm_started` event: what the sampler learned from an earlier search."""
     finished: bool = False
     active_seconds: float = 0.0
-    """Wall seconds from the first event to the last, without those from an interruption to the resume."""
+    """Wall seconds from the first event to the last, without those from an interruption to the resume, and without confirmations."""
     last_at: float | None = None
     """Unix seconds of the last event."""
 
@@ -149,7 +152,7 @@ class SearchState:
         Raises:
             LedgerError: the event is about a trial that was never proposed.
         """
-        if event["event"] != "resumed":
+        if event["event"] not in OUTSIDE:
             self.active_seconds = self.seconds_until(event["time"])
         self.last_at = event["time"]
         match event["event"]:

@@ -1,4 +1,4 @@
-"""Where a result comes from: the machine in words, the versions, the commit, and the command that gives it again."""
+"""Where a result comes from: the machine in words, the versions, the commit, and the commands that give it again or go on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from spaces.spec import SearchSpec
@@ -32,6 +33,15 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def command_in(directory: Path, *words: str) -> str:
+    """Return `paretune WORDS` for the searches of a directory, as it is typed where this runs."""
+    here = directory.absolute()
+    if here == Path(SearchSpec.model_fields["directory"].default).absolute():
+        return shlex.join(["paretune", *words])
+    shown = here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here
+    return shlex.join(["paretune", *words, "--directory", str(shown)])
 
 
 def reproduce_command(spec: SearchSpec, spec_path: str, name: str, number: int, params: Mapping[str, Any]) -> str:

@@ -24,8 +24,15 @@ TRACKED_KNOBS = {
 TRACKING_FLUSH_SECONDS, LEAVING_FLUSH_SECONDS = 60.0, 5.0
 
 
-def publish(state: SearchState, store: Store, tracker: Tracker) -> None:
-    """Write the report and send the front to MLflow; what the server does not take now, a resume delivers."""
+def publish(state: SearchState, store: Store, tracker: Tracker, *, command_for_rest: str) -> None:
+    """Write the report and send the front to MLflow.
+
+    Args:
+        state: of the search.
+        store: the search.
+        tracker: which has been given all events.
+        command_for_rest: what the user runs to deliver what the server does not take now.
+    """
     spec, records = store.load_spec().spec, list(state.records.values())
     objectives = objectives_of(spec, state)
     members = front(records, objectives)
@@ -54,4 +61,4 @@ def publish(state: SearchState, store: Store, tracker: Tracker) -> None:
             tracker.leave("KILLED", LEAVING_FLUSH_SECONDS)
     except TrackingError as error:
         # All of it is in the ledger and the report; hours of training must not end in an error because of their mirror.
-        print(f"MLflow does not have all of the search: {error}; `paretune resume {store.name}` delivers the rest", file=sys.stderr)
+        print(f"MLflow does not have all of the search: {error}; `{command_for_rest}` delivers the rest", file=sys.stderr)

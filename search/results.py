@@ -17,7 +17,7 @@ from search.engine import objectives_of
 from search.formatting import number_text, short_text
 from search.ledger import Ledger, SearchState, replay
 from search.pareto import front, hypervolume_of, knee, pick
-from search.provenance import reproduce_command
+from search.provenance import command_in, reproduce_command
 from search.record import TrialRecord, TrialState
 from search.report import write_report
 from search.store import Store, StoreError
@@ -37,6 +37,8 @@ class Results:
     spec: SearchSpec
     spec_path: str
     """What the reproducing command names: the spec that the search wrote for itself."""
+    directory: Path
+    """Where the search is, beside others; of one that was read from MLflow, where its own machine has it."""
     report_path: Path
     """Where `paretune report` writes."""
     state: SearchState
@@ -64,6 +66,7 @@ def load_results(name: str, directory: Path, tracking_uri: str | None = None) ->
             name=store.name,
             spec=spec,
             spec_path=str(store.spec_path),
+            directory=store.root.parent,
             report_path=store.report_path,
             state=state,
             objectives=objectives_of(spec, state),
@@ -77,6 +80,7 @@ def load_results(name: str, directory: Path, tracking_uri: str | None = None) ->
         name=found.name,
         spec=spec,
         spec_path=SPEC_FILE,
+        directory=Path(spec.directory),
         # Not over the report of the search itself, which knows more.
         report_path=Path(f"{found.name}-report"),
         fetch_spec=f"MLFLOW_TRACKING_URI={shlex.quote(redacted(tracking_uri))} mlflow artifacts download "
@@ -186,14 +190,13 @@ def render_front(results: Results) -> str:
     lines += [stopped] if stopped else []
     lines += recommendation_lines(members, results.objectives, results.name)
     if members and not any(r.confirmations for r in members):
-        lines.append(
-            f"one seed each: `paretune confirm {results.name}` trains the members with further seeds, and says how sure this is"
-        )
+        command = command_in(results.directory, "confirm", results.name)
+        lines.append(f"one seed each: `{command}` trains the members with further seeds, and says how sure this is")
     lines += caveats(members)
     lines += scaling_lines(data_curves(results.state.records.values()))
     link = (results.state.started or {}).get("mlflow_url")
     if link:
-        lines += [f"MLflow: {link}", f"        (after `paretune ui --directory {Path(results.spec.directory)}`)"]
+        lines += [f"MLflow: {link}", f"        (after `{command_in(results.directory, 'ui')}`)"]
     return "\n".join(lines)
 
 
@@ -210,7 +213,8 @@ def render_pick(results: Results, record: TrialRecord) -> str:
 
 def _confirmed_lines(results: Results, record: TrialRecord) -> list[str]:
     if not record.confirmations:
-        return [f"not confirmed: `paretune confirm {results.name} --trials {record.number}` trains it with further seeds"]
+        command = command_in(results.directory, "confirm", results.name, "--trials", str(record.number))
+        return [f"not confirmed: `{command}` trains it with further seeds"]
     metrics = dict.fromkeys([*(o.metric for o in results.objectives), TRAIN_SECONDS, TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES])
     texts = [f"{c.metric}: {c.text}" for m in metrics if (c := confirmed(record, m)) is not None]
     texts += rival_lines(record, results.members, results.objectives) + failure_lines(record)

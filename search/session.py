@@ -30,7 +30,7 @@ from spaces.blueprint import Blueprint, blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import Limits, is_feasible, violations, why_none_trains
 from spaces.estimate import usable_bytes
-from spaces.loading import LoadedSpec, SpecError, check_local_data
+from spaces.loading import OPTIONS, LoadedSpec, SpecError, check_local_data
 from spaces.spec import SearchSpec
 from trainables.job import Job
 
@@ -81,15 +81,29 @@ def prepare(loaded: LoadedSpec) -> Prepared:
         config = model_config(spec.model.name, spec.model.revision)
         check_use(config, spec.model)
         shape = ModelShape.from_config(config)
-        tracker = Tracker(tracking_uri(spec), spec.tracking.experiment, artifact_root=artifact_root(spec))
-        tracker.connect(timeout_seconds=10)
+        tracker = connected_tracker(loaded)
         data = task_data.prepare(spec.model, spec.data)
         plan = _blueprint(config, spec, len(data.label_names))
         return Prepared(loaded=loaded, data=data, model=config, shape=shape, plan=plan, tracker=tracker)
     except ShapeError as error:
         raise SpecError([loaded.locate(f"model.name: {spec.model.name}: {error}")]) from error
-    except (DataError, ModelError, TrackingError) as error:
+    except (DataError, ModelError) as error:
         raise SpecError([loaded.locate(str(error))]) from error
+
+
+def connected_tracker(loaded: LoadedSpec) -> Tracker:
+    """Return the tracker of a search, whose server has answered.
+
+    Raises:
+        SpecError: it does not.
+    """
+    spec = loaded.spec
+    tracker = Tracker(tracking_uri(spec), spec.tracking.experiment, artifact_root=artifact_root(spec))
+    try:
+        tracker.connect(timeout_seconds=10)
+    except TrackingError as error:
+        raise SpecError([loaded.locate(str(error))]) from error
+    return tracker
 
 
 def _blueprint(config: Mapping[str, Any], spec: SearchSpec, num_labels: int) -> Blueprint | None:
@@ -142,8 +156,8 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
     from search.outlook import Outlook
     from search.profiles import ProfileCache
 
-    spec = prepared.spec
-    with store.lock(), cluster.connected(spec.resources) as capacity, Interruption(f"paretune resume {store.name}") as interruption:
+    spec, command = prepared.spec, store.command("resume", store.name)
+    with store.lock(), cluster.connected(spec.resources) as capacity, Interruption(command) as interruption:
         limits = check_fit(prepared, capacity)
         ledger = Ledger(store.ledger_path)
         _open_record(ledger, store, prepared, limits)
@@ -182,7 +196,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
             if prepared.data.test is not None:
                 _score_on_test(engine, dispatcher, store, interruption)
         engine.finished(reason)
-        publish(engine.state, store, prepared.tracker)
+        publish(engine.state, store, prepared.tracker, command_for_rest=command)
     if not engine.front():
         raise NoResult(_why_nothing(engine))
     return store
@@ -223,7 +237,7 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
             mlflow_run_id=run_id,
             mlflow_url=prepared.tracker.url(_ui_base(prepared.tracker.uri)),
             command=shlex.join(["paretune", *sys.argv[1:]]),
-            overrides=sorted(path for path, origin in prepared.loaded.origins.items() if origin == "--set"),
+            overrides=sorted(path for path, origin in prepared.loaded.origins.items() if origin in OPTIONS),
             data=prepared.data.summary,
             data_fingerprint=prepared.data.fingerprint,
             num_workers=limits.num_workers,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from search.provenance import command_in
 from spaces.loading import LoadedSpec, dump_spec, load_spec
 
 
@@ -64,7 +65,7 @@ class Store:
             root = parent / loaded.spec.name
             if (root / "ledger.jsonl").exists():
                 raise StoreError(
-                    f"a search named '{root.name}' is in {parent} already: go on with `paretune resume {root.name}`, "
+                    f"a search named '{root.name}' is in {parent} already: go on with `{command_in(parent, 'resume', root.name)}`, "
                     "or give this one another name with --set name=..."
                 )
             root.mkdir(parents=True, exist_ok=True)
@@ -87,6 +88,10 @@ class Store:
                 return cls(root=root.absolute())
         there = sorted(p.parent.name for p in directory.glob("*/ledger.jsonl")) if directory.is_dir() else []
         raise StoreError(f"no search named '{name}' in {directory.absolute()}; there are: {', '.join(there) or 'none'}")
+
+    def command(self, *words: str) -> str:
+        """Return `paretune WORDS` for the searches beside this one and itself."""
+        return command_in(self.root.parent, *words)
 
     def load_spec(self) -> LoadedSpec:
         """Return the spec that the search was started with."""

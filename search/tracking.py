@@ -200,7 +200,7 @@ class Tracker:
         """End the parent run of a search that is cut short, if the server takes it in time; a resume opens it again."""
         undelivered = self.flush(timeout_seconds)
         if undelivered:
-            logger.warning("the tracking server has %d events less than the ledger; a resume delivers them", undelivered)
+            logger.warning("the tracking server has %d events less than the ledger; going on with it delivers them", undelivered)
         self._open.spool.close()
         try:
             with _in_words(self.uri):

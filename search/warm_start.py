@@ -48,12 +48,13 @@ def earlier_trials(loaded: LoadedSpec, data_fingerprint: str, device: str | None
             [loaded.locate(f"sampler.warm_start: the search '{name}' has another {problem}: its results would not compare")]
         )
     objectives = spec.resolved_objectives()
-    known = [record for record in eligible(list(state.records.values()), objectives) if record.was_proposed]
-    held = [record for record in known if spec.space.holds(record.params)]
+    proposed = [record for record in eligible(list(state.records.values()), objectives) if record.was_proposed]
+    known = [_brief(spec.space.with_defaults(record.params), record, objectives) for record in proposed]
+    held = [trial for trial in known if spec.space.holds(trial["params"])]
     unusable = _other_times(spec, other, state, device, objectives)
     return {
         "name": name,
-        "trials": [] if unusable else [_brief(record, objectives) for record in held[-MAX_REMEMBERED:]],
+        "trials": [] if unusable else held[-MAX_REMEMBERED:],
         "num_outside": len(known) - len(held),
         "unusable": unusable,
     }
@@ -77,10 +78,11 @@ def new_study(spec: SearchSpec, state: SearchState, limits: Limits, objectives: 
         objectives: those of the search.
         width: of the model's layers, for the usual points.
     """
-    sampler, past = spec.sampler, (state.warm_start or {}).get("trials", ())
+    sampler, written = spec.sampler, (state.warm_start or {}).get("trials", ())
+    past = [{**trial, "params": spec.space.with_defaults(trial["params"])} for trial in written]
     points = sampler.points_to_evaluate
     if points is None:
-        points = () if past else tuple(starting_points(spec.space, width=width, num_workers=limits.num_workers))
+        points = () if past else tuple(starting_points(spec.space, width=width, limits=limits, max_length=spec.model.max_length))
     study = Study(
         space=spec.space,
         objectives=objectives,
@@ -101,8 +103,8 @@ def _past(trial: Mapping[str, Any], spec: SearchSpec, limits: Limits) -> PastTri
     return PastTrial(params=trial["params"], values=trial["values"], constraints=known)
 
 
-def _brief(record: TrialRecord, objectives: Sequence[Objective]) -> dict[str, Any]:
-    return {"params": record.params, "values": {o.metric: record.values[o.metric] for o in objectives}}
+def _brief(params: dict[str, Any], record: TrialRecord, objectives: Sequence[Objective]) -> dict[str, Any]:
+    return {"params": params, "values": {o.metric: record.values[o.metric] for o in objectives}}
 
 
 def _difference(spec: SearchSpec, other: SearchSpec, state: SearchState, data_fingerprint: str) -> str:

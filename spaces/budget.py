@@ -27,7 +27,7 @@ class BudgetSpec(BaseModel):
     trials: Annotated[int, Within(ge=1, le=1_000_000)] | None = None
     """Trials that are trained, with those that are stopped early; by default 20 where nothing else here is given."""
     minutes: Amount | None = None
-    """Wall time; what lies between an interruption and `paretune resume` does not count."""
+    """Wall time; what lies between an interruption and `paretune resume` does not count, and `paretune confirm` does not either."""
     device_hours: Amount | None = None
     """Hours for which trials held their workers, every worker counted: GPU hours where a worker has a GPU."""
     dollars: Amount | None = None

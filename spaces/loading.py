@@ -1,4 +1,4 @@
-"""From a YAML file and `--set` overrides to a `SearchSpec`, or to one clear line for every error in them."""
+"""From a YAML file and the command line's overrides to a `SearchSpec`, or to one clear line for every error in them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from spaces import yaml_text
+from spaces.budget import budget_overrides
 from spaces.explain import dotted, explain
 from spaces.spec import SearchSpec
 
@@ -19,9 +20,13 @@ MAX_BYTES = 1_000_000
 
 DATA_ROLES = ("train", "evaluation", "test")
 
-# A line of the file, or None for `--set`.
-_Origins = dict[yaml_text.Path, int | None]
-_Error = tuple[int | None, yaml_text.Path, str]
+# The options that change what the file says.
+OPTIONS = ("--set", "--budget")
+
+# A line of the file, or an option.
+_Origin = int | str
+_Origins = dict[yaml_text.Path, _Origin]
+_Error = tuple[_Origin, yaml_text.Path, str]
 
 
 class SpecError(Exception):
@@ -39,7 +44,7 @@ class LoadedSpec:
     spec: SearchSpec
     path: Path
     origins: Mapping[str, str]
-    """`{dotted path: "FILE:LINE" | "--set"}` for every value that was given."""
+    """`{dotted path: "FILE:LINE" | "--set" | "--budget"}` for every value that was given."""
 
     def locate(self, message: str) -> str:
         """Put before a message about the value of a key, or about the file that a key names, where that value was given.
@@ -56,19 +61,26 @@ class LoadedSpec:
         return f"{self.origins.get(key or '', str(self.path))}: {message}"
 
 
-def load_spec(path: Path, overrides: Sequence[str] = ()) -> LoadedSpec:
+def load_spec(path: Path, overrides: Sequence[str] = (), amounts: Sequence[str] = ()) -> LoadedSpec:
     """Read, override and validate a file.
 
     Args:
         path: the YAML file.
         overrides: `a.b=value` with the value in YAML, or `a[0].b=value` inside a list. They win over the file,
             later ones over earlier ones.
+        amounts: `30m`, `40usd` and so on, which take the place of the file's budget.
 
     Raises:
         SpecError: with all errors at once.
     """
     data, origins, errors = _parse(_read(path), str(path))
-    unusable = [line for line in (_override(data, text, origins) for text in overrides) if line is not None]
+    unusable: list[str] = []
+    try:
+        given = [("--budget", text) for text in budget_overrides(amounts)]
+    except ValueError as error:
+        given, unusable = [], [str(error)]
+    given += [("--set", text) for text in overrides]
+    unusable += [line for line in (_override(data, option, text, origins) for option, text in given) if line is not None]
     spec = _validate(data, str(path), origins, errors, unusable)
     return LoadedSpec(spec=spec, path=path, origins={dotted(leaf): _place(origins, leaf, str(path)) for leaf in _leaves(data)})
 
@@ -140,30 +152,30 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], _Origins, list[_Erro
     return data, dict(document.lines), list(document.errors)
 
 
-def _override(data: dict[str, Any], text: str, origins: _Origins) -> str | None:
+def _override(data: dict[str, Any], option: str, text: str, origins: _Origins) -> str | None:
     """Set one `a.b=value` in place; return the error's line if that cannot be done."""
     key, separator, value = text.partition("=")
     steps = [step for step in re.split(r"\.|\[(\d+)\]", key.strip()) if step]
     if not separator or not steps:
-        return f"--set {text}: not of the form KEY=VALUE; allowed: for example --set budget.trials=10"
+        return f"{option} {text}: not of the form KEY=VALUE; allowed: for example --set budget.trials=10"
     try:
         document = yaml_text.parse(value)
     except yaml_text.YamlError as error:
-        return f"--set {text}: {error}"
+        return f"{option} {text}: {error}"
     if document.errors:
-        return f"--set {text}: {document.errors[0][2]}"
+        return f"{option} {text}: {document.errors[0][2]}"
     if document.data is None and value.lstrip().startswith("#"):
-        return f"--set {text}: YAML reads the value as a comment; put it in quotes"
+        return f"{option} {text}: YAML reads the value as a comment; put it in quotes"
     path, target = _reach(data, steps[:-1])
     last: str | int = steps[-1]
     if isinstance(target, list):
         if not (steps[-1].isdecimal() and int(steps[-1]) < len(target)):
-            return f"--set {text}: {dotted(path)} is a list; allowed: a position from 0 to {len(target) - 1}"
+            return f"{option} {text}: {dotted(path)} is a list; allowed: a position from 0 to {len(target) - 1}"
         last = int(steps[-1])
     target[last] = document.data
     for other in [p for p in origins if p[: len(path) + 1] == (*path, last)]:
         del origins[other]
-    origins[(*path, last)] = None
+    origins[(*path, last)] = option
     return None
 
 
@@ -193,16 +205,17 @@ def _validate(data: dict[str, Any], source: str, origins: _Origins, errors: list
     else:
         if not errors and not unusable:
             return spec
-    errors.sort(key=lambda e: (e[0] is None, e[0] or 0))
-    lines = [f"{_at(line, source)}: {dotted(path) or 'the file'}: {words}" for line, path, words in errors]
+    errors.sort(key=lambda e: (0, e[0]) if isinstance(e[0], int) else (1, 0))
+    lines = [f"{_at(origin, source)}: {dotted(path) or 'the file'}: {words}" for origin, path, words in errors]
     raise SpecError([*lines, *unusable])
 
 
-def _origin(origins: _Origins, path: yaml_text.Path) -> int | None:
-    """Return the line of the value, or of the nearest section around it; None where `--set` gave it, or all that is in it."""
-    inside = [line for other, line in origins.items() if path and len(other) > len(path) and other[: len(path)] == path]
-    if inside and all(line is None for line in inside):
-        return None
+def _origin(origins: _Origins, path: yaml_text.Path) -> _Origin:
+    """Return the line of the value, or of the nearest section around it; the options where these gave it, or all that is in it."""
+    inside = [origin for other, origin in origins.items() if path and len(other) > len(path) and other[: len(path)] == path]
+    options = dict.fromkeys(origin for origin in inside if isinstance(origin, str))
+    if options and not any(isinstance(origin, int) for origin in inside):
+        return " and ".join(options)
     return next((origins[path[:n]] for n in range(len(path), -1, -1) if path[:n] in origins), 1)
 
 
@@ -216,8 +229,8 @@ def _place(origins: _Origins, path: yaml_text.Path, source: str) -> str:
     return _at(_origin(origins, path), source)
 
 
-def _at(line: int | None, source: str) -> str:
-    return "--set" if line is None else f"{source}:{line}"
+def _at(origin: _Origin, source: str) -> str:
+    return origin if isinstance(origin, str) else f"{source}:{origin}"
 
 
 def _leaves(data: Any, path: yaml_text.Path = ()) -> list[yaml_text.Path]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from spaces.config import Adapter
+from spaces.config import Adapter, TrialConfig
+from spaces.constraints import Limits, is_feasible, violations
 from spaces.domains import Domain, IntRange, LogUniform, Uniform
 from spaces.space import SpaceSpec
 
@@ -19,9 +20,11 @@ RATE_WIDTH, RATE_EXPONENT = 2000, 0.781
 BATCH_SIZE, EPOCHS = 32, 3
 # LoRA of 4 to 64 differ little where the data are few (Hu et al. 2021, arXiv 2106.09685, section 7.2).
 LORA_RANK = 16
+# On few ranks whole copies are the fastest; shards hold less, and any model has them.
+STRATEGIES = ("ddp", "fsdp", "tp")
 
 
-def starting_points(space: SpaceSpec, *, width: int, num_workers: int) -> list[dict[str, Any]]:
+def starting_points(space: SpaceSpec, *, width: int, limits: Limits, max_length: int) -> list[dict[str, Any]]:
     """Return up to three points to try first: the cheap end of the front, then the accurate one with each adapter.
 
     Values outside the user's ranges become the nearest inside; knobs that nothing is known about are left to the sampler.
@@ -29,7 +32,9 @@ def starting_points(space: SpaceSpec, *, width: int, num_workers: int) -> list[d
     Args:
         space: the user's.
         width: of the model's layers.
-        num_workers: what the cluster holds: the accurate points take as many of them as the space and the batch allow.
+        limits: what proposals are held against. The accurate points take as many workers as there are and the space and the batch
+            allow; every point the first strategy that is feasible.
+        max_length: tokens per row.
     """
     adapters = sorted(space.adapter.ends())  # LoRA before none: it trains with less
     cheap = _point(space, adapters[0], width)
@@ -37,8 +42,9 @@ def starting_points(space: SpaceSpec, *, width: int, num_workers: int) -> list[d
     points = [{**cheap, "world_size": min(_world_sizes(space))}]
     for adapter in adapters:
         point = _point(space, adapter, width)
-        fits = [w for w in _world_sizes(space) if w <= num_workers and point["global_batch_size"] % w == 0]
+        fits = [w for w in _world_sizes(space) if w <= limits.num_workers and point["global_batch_size"] % w == 0]
         points.append({**point, "world_size": max(fits, default=min(_world_sizes(space)))})
+    points = [{**point, "strategy": _strategy(space, point, limits, max_length)} for point in points]
     return [point for n, point in enumerate(points) if point not in points[:n]]
 
 
@@ -49,7 +55,7 @@ def usual_rate(adapter: Adapter, width: int) -> float:
 
 
 def _point(space: SpaceSpec, adapter: Adapter, width: int) -> dict[str, Any]:
-    """Return the accurate point, without a world size."""
+    """Return the accurate point, without a layout."""
     point = {
         "adapter": adapter,
         "learning_rate": _nearest(space.learning_rate_of(adapter), usual_rate(adapter, width)),
@@ -58,13 +64,22 @@ def _point(space: SpaceSpec, adapter: Adapter, width: int) -> dict[str, Any]:
         "epochs": _nearest(space.epochs, EPOCHS),
     }
     if adapter == "lora":
-        targets = space.lora_target_modules.ends()
+        targets, quantizations = space.lora_target_modules.ends(), space.quantization.ends()
         point |= {
             "lora_rank": _nearest(space.lora_rank, LORA_RANK),
             "lora_alpha": _nearest(space.lora_alpha, LORA_ALPHA),
             "lora_target_modules": ALL_LAYERS if ALL_LAYERS in targets else targets[0],
+            # A quantised base is not for every layout.
+            "quantization": "none" if "none" in quantizations else quantizations[0],
         }
     return point
+
+
+def _strategy(space: SpaceSpec, point: dict[str, Any], limits: Limits, max_length: int) -> str:
+    """Return the first strategy with which the point is feasible, where the knobs that it leaves open have their first values."""
+    known = [strategy for strategy in STRATEGIES if strategy in space.strategy.ends()]
+    configs = {s: TrialConfig.from_params(space.first(**point, strategy=s), max_length=max_length) for s in known}
+    return next((s for s, config in configs.items() if is_feasible(violations(config, limits))), known[0])
 
 
 def _nearest(domain: Domain, wanted: float) -> Any:

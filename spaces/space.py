@@ -179,6 +179,15 @@ class SpaceSpec(BaseModel):
             return False
         return set(params) == {knob for knob, _, _ in self._active(params)}
 
+    def with_defaults(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the params of a trial from before some knobs existed with these knobs as they were then: at their defaults."""
+        known = dict(params)
+        for knob, _, _ in self._active(known):
+            default = type(self).model_fields[knob].default
+            if isinstance(default, Fixed):
+                known.setdefault(knob, default.root)
+        return known
+
     def problem_with_point(self, params: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return what is wrong with some knobs' values, what is allowed and the nearest name; None if they are in the space."""
         knobs = list(type(self).model_fields)

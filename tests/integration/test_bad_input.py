@@ -72,8 +72,8 @@ def test_bad_input_is_one_line_and_starts_nothing(spec: Path, case: str, monkeyp
     ("amount", "words"),
     [
         ("30", "--budget 30: not a budget; allowed: 50trials, 30m, 2h, 8gpu-hours, 40usd"),
-        ("5usd", "--set: budget: dollars without a price"),
-        ("0m", "--set: budget.minutes: out of range"),
+        ("5usd", "--budget: budget: dollars without a price"),
+        ("0m", "--budget: budget.minutes: out of range"),
     ],
 )
 def test_a_bad_budget_is_one_line(spec: Path, amount: str, words: str) -> None:

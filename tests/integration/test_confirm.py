@@ -65,7 +65,7 @@ def test_an_interrupted_confirmation_goes_on_and_the_front_names_its_uncertainty
         assert running.wait(120) == 130
     log_text = (finished / "confirm.log").read_text()
     assert "scored on the 30 test rows" in log_text
-    assert f"`paretune confirm tiny --seeds {num_seeds}` goes on" in log_text
+    assert f"`paretune confirm tiny --seeds {num_seeds} --directory runs` goes on" in log_text
     done_before = len(confirmations(finished))
     assert done_before < len(members) * num_seeds
     done = paretune("confirm", "tiny", "--directory", "runs", "--seeds", str(num_seeds), "--json", cwd=finished)

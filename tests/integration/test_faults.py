@@ -87,7 +87,7 @@ def test_an_interrupted_search_saves_what_is_in_flight_and_goes_on_from_there(tm
     driver.send_signal(signal.SIGINT)
     assert driver.wait(120) == 130
     log = (tmp_path / "driver.log").read_text()
-    assert "`paretune resume tiny` goes on" in log
+    assert "`paretune resume tiny --directory runs` goes on" in log
     before = events(ledger)
     assert before[-1]["event"] == "search_cut_short"
     assert any(seconds > 0 for seconds in before[-1]["held_seconds"].values())

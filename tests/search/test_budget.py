@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import pytest
 from engines import make, report
+from synthetic import confirmed_event, synthetic_events
 
-from search.budget import used
+from search.budget import Spending, used
 from search.interruption import Interrupted
 from search.ledger import Ledger, replay
 from search.record import TrialState
@@ -159,3 +160,23 @@ def test_what_was_used_before_a_crash_counts_after_it_and_the_time_between_does_
     assert record.held_seconds == pytest.approx(110)
     assert resumed.used.device_hours * 3600 == pytest.approx(110 * first.config.layout.world_size)
     assert resumed.used.trials == 1
+
+
+@pytest.mark.parametrize("end", ["search_finished", "search_cut_short"])
+def test_confirming_takes_nothing_of_the_minutes(tmp_path: Path, end: str) -> None:
+    make(tmp_path, trials=None, budget={"minutes": 60})
+    spec, began = engine_spec(tmp_path), 1e9
+    first = next(event for event in synthetic_events(3) if event["event"] == "trial_started")
+    events = [{"event": "search_started", "time": began}, {**first, "time": began + 600}, {"event": end, "time": began + 1800}]
+    later = began + 86_400
+    for seed in (1, 2):
+        events.append({**confirmed_event(0, seed, accuracy=0.8, seconds=9.0), "time": later + 1000 * seed})
+    assert used(spec, replay(events)).minutes == pytest.approx(30)
+
+    events.append({"event": "resumed", "time": later + 9000, "in_flight": [0]})
+    clock = Clock()
+    clock.now = later + 9000 + 1790
+    spending = Spending(spec, replay(events), clock)
+    assert spending.reached() == ""
+    clock.now += 20
+    assert spending.reached() == "60 minutes used up"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -193,3 +194,58 @@ def test_the_exit_code_says_whether_a_seed_failed(
     assert done.exit_code == exit_code
     assert done.stdout.startswith("the front")
     assert all(f"error: {line}" in done.output for line in failures)
+
+
+class FakeTracker:
+    """Remembers what it is given; `undelivered` events never arrive."""
+
+    def __init__(self, undelivered: int = 0) -> None:
+        self.undelivered, self.calls, self.events = undelivered, [], []
+
+    def reopen_search(self, name: str, run_id: str) -> None:
+        self.calls.append(f"reopen {name} {run_id}")
+
+    def submit(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+    def flush(self, timeout_seconds: float) -> int:
+        return self.undelivered
+
+    def write_front(self, members: list[TrialRecord], *_: Any, **__: Any) -> None:
+        self.calls.append(f"front of {len(members)}, confirmed {sum(len(r.confirmations) for r in members)} times")
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+    def leave(self, status: str, timeout_seconds: float) -> None:
+        self.calls.append(f"leave {status}")
+
+
+@pytest.mark.parametrize(("is_finished", "end"), [(True, "finish"), (False, "leave KILLED")])
+def test_what_is_confirmed_already_is_published_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_finished: bool, end: str
+) -> None:
+    _, _, store = make(tmp_path)
+    store.spec_path.write_text((tmp_path / "spec.yaml").read_text())
+    members = sorted(numbers_on_front(RECORDS))
+    events = [e for e in EVENTS if is_finished or e["event"] != "search_finished"]
+    events += [confirmed_event(number, seed, accuracy=0.8, seconds=9.0) for seed in (1, 2) for number in members]
+    store.ledger_path.write_text("".join(json.dumps(event) + "\n" for event in events))
+
+    def again(tracker: FakeTracker) -> list[str]:
+        monkeypatch.setattr(module, "connected_tracker", lambda _: tracker)
+        said: list[str] = []
+        assert module.confirm(store, num_seeds=2, trials=None, say=said.append) == []
+        return said
+
+    tracker = FakeTracker()
+    assert again(tracker) == [f"confirmed already: {len(members)} trials with 2 further seeds"]
+    front = f"front of {len(members)}, confirmed {2 * len(members)} times"
+    assert tracker.calls == [f"reopen s {EVENTS[0]['mlflow_run_id']}", front, end]
+    assert tracker.events == events
+    assert (store.report_path / "confirmations.csv").read_text().count("\n") == 1 + 2 * len(members)
+    assert Ledger(store.ledger_path).events() == events
+
+    again(FakeTracker(undelivered=3))
+    command = f"paretune confirm s --seeds 2 --directory {store.root.parent}"
+    assert f"3 events wait for an answer; `{command}` delivers the rest" in capsys.readouterr().err

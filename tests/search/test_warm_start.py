@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,29 @@ def test_the_sampler_learns_the_complete_trials_that_this_space_holds_and_the_ot
     assert all(t.constraints.keys() == {c.__name__ for c in CONSTRAINTS} for t in told)
     assert [study.ask().number for _ in range(3)] == [0, 1, 2], "this search's numbers are its own"
     assert state.records == {}, "and its front too"
+
+
+@pytest.mark.parametrize(
+    ("now", "num_held"), [({}, 19), ({"quantization": {"choice": ["nf4", "none"]}}, 19), ({"recomputation": "full"}, 0)]
+)
+def test_trials_of_before_a_knob_existed_had_its_default(tmp_path: Path, now: dict[str, Any], num_held: int) -> None:
+    earlier(tmp_path)
+    path = tmp_path / "runs" / "earlier" / "ledger.jsonl"
+    events = Ledger(path).events()
+    for event in events:
+        for knob in ("quantization", "recomputation"):
+            event.get("params", {}).pop(knob, None)
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    loaded = write(tmp_path, "now", space={**SPACE, **now}, sampler={"warm_start": "earlier"})
+    past = earlier_trials(loaded, "abc", "a device")
+    assert len(past["trials"]) == num_held
+    assert all((t["params"]["quantization"], t["params"]["recomputation"]) == ("none", "none") for t in past["trials"])
+    spec = loaded.spec
+    for trial in past["trials"][::2]:
+        del trial["params"]["quantization"], trial["params"]["recomputation"]
+    study = new_study(spec, replay([{"event": "warm_started", "time": 0.0, **past}]), LIMITS, spec.resolved_objectives(), width=64)
+    told = [t for t in study._study.trials if t.state.name == "COMPLETE"]
+    assert [t.params.get("quantization", "none") for t in told] == ["none"] * num_held
 
 
 def test_the_path_of_a_directory_is_a_name_and_without_a_warm_start_there_are_usual_points(tmp_path: Path) -> None:

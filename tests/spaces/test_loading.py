@@ -93,6 +93,27 @@ def test_examples_satisfy_the_published_schema(path):
     assert [list(e.path) for e in validator.iter_errors(data)] == [["space", "dataset_fraction"]]
 
 
+def test_what_budget_gave_has_it_as_its_origin_and_a_set_wins_over_it(write):
+    path = write(GOOD)
+    loaded = load_spec(path, ["budget.minutes=7"], ["30m", "50trials"])
+    assert (loaded.spec.budget.minutes, loaded.spec.budget.trials) == (7, 50)
+    assert (loaded.origins["budget.trials"], loaded.origins["budget.minutes"]) == ("--budget", "--set")
+    for sets, amounts, begin in [
+        ([], ["0m"], "--budget: budget.minutes: out of range"),
+        (["budget.minutes=0"], ["30m"], "--set: budget.minutes: out of range"),
+        ([], ["5usd"], "--budget: budget: dollars without a price"),
+        (["budget.dollars=5"], ["30m"], "--budget and --set: budget: dollars without a price"),
+        (["budget.dollars=5"], [], "--set: budget: dollars without a price"),
+    ]:
+        with pytest.raises(SpecError) as raised:
+            load_spec(path, sets, amounts)
+        (line,) = raised.value.lines
+        assert line.startswith(begin)
+    with pytest.raises(SpecError) as raised:
+        load_spec(path, ["budget.patience=0"], ["30"])
+    assert [line[:30] for line in raised.value.lines] == ["--set: budget.patience: out of", "--budget 30: not a budget; all"]
+
+
 def test_the_origin_of_every_value(write):
     loaded = load_spec(write(GOOD), ["space.learning_rate=0.001", "budget.trials=3", "objectives[1].reference=5"])
     assert loaded.path == Path("spec.yaml")

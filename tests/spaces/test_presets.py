@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
 import pytest
 
+from spaces.blueprint import blueprint
+from spaces.config import TrialConfig
+from spaces.constraints import Limits, is_feasible, violations
 from spaces.presets import starting_points, usual_rate
 from spaces.space import SpaceSpec
 
@@ -35,6 +39,8 @@ def some_space(rng: random.Random) -> SpaceSpec:
             "lora_rank": knob(rng, 1, 200, whole=True),
             "lora_alpha": knob(rng, 1, 100),
             "lora_target_modules": rng.choice(["all-linear", {"choice": ["query,value", "all-linear"]}, "query,value"]),
+            "quantization": rng.choice(["none", "nf4", {"choice": ["int8", "none"]}, {"choice": ["nf4", "int8"]}]),
+            "strategy": rng.choice(["ddp", "fsdp", {"choice": ["tp", "ddp"]}, {"choice": ["tp", "fsdp"]}, "profile"]),
             "world_size": rng.choice([1, 3, {"choice": [1, 2, 4]}, {"int": [2, 5]}, {"profile": [1, 2]}]),
         }
     )
@@ -43,8 +49,8 @@ def some_space(rng: random.Random) -> SpaceSpec:
 def test_points_lie_in_the_space_and_are_few_and_distinct_and_the_same_every_time() -> None:
     for seed in range(300):
         space = some_space(random.Random(seed))
-        points = starting_points(space, width=768, num_workers=4)
-        assert points == starting_points(space, width=768, num_workers=4)
+        points = starting_points(space, width=768, limits=Limits(num_workers=4, hidden_size=768), max_length=128)
+        assert points == starting_points(space, width=768, limits=Limits(num_workers=4, hidden_size=768), max_length=128)
         assert 1 <= len(points) <= 1 + len(space.adapter.ends())
         for point in points:
             assert space.problem_with_point(point) is None, (point, space)
@@ -55,7 +61,7 @@ def test_without_limits_the_rate_of_lora_is_ten_times_that_of_full_fine_tuning_a
     space = SpaceSpec.model_validate({"adapter": {"choice": ["none", "lora"]}, "learning_rate": {"log_uniform": [1e-7, 1.0]}})
     rates = {}
     for width in (256, 1024, 4096):
-        cheap, lora, full = starting_points(space, width=width, num_workers=1)
+        cheap, lora, full = starting_points(space, width=width, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
         assert [p["adapter"] for p in (cheap, lora, full)] == ["lora", "lora", "none"]
         assert lora["learning_rate"] == pytest.approx(10 * full["learning_rate"])
         assert (cheap["dataset_fraction"], lora["dataset_fraction"], full["dataset_fraction"]) == (0.1, 1.0, 1.0)
@@ -70,7 +76,7 @@ def test_what_lies_outside_becomes_the_nearest_inside() -> None:
     space = SpaceSpec.model_validate(
         {"learning_rate": {"log_uniform": [0.1, 1.0]}, "global_batch_size": {"choice": [128, 64]}, "lora_rank": {"int": [1, 4]}}
     )
-    for point in starting_points(space, width=768, num_workers=1):
+    for point in starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128):
         assert (point["learning_rate"], point["global_batch_size"], point["lora_rank"]) == (0.1, 64, 4)
 
 
@@ -83,7 +89,7 @@ def test_accurate_points_take_the_workers_that_there_are_and_the_batch_can_be_de
         ({"int": [1, 6]}, 30, 64, 6),
     ]:
         space = SpaceSpec.model_validate({"world_size": sizes, "global_batch_size": batch})
-        cheap, accurate = starting_points(space, width=768, num_workers=num_workers)
+        cheap, accurate = starting_points(space, width=768, limits=Limits(num_workers=num_workers, hidden_size=768), max_length=128)
         assert accurate["world_size"] == expected
         assert cheap["world_size"] == min(w for w, _ in space.layouts())
 
@@ -92,4 +98,52 @@ def test_a_space_of_one_point_has_one() -> None:
     space = SpaceSpec.model_validate(
         {"learning_rate": 1e-3, "global_batch_size": 8, "dataset_fraction": 0.5, "epochs": 2, "lora_rank": 4}
     )
-    assert len(starting_points(space, width=768, num_workers=4)) == 1
+    assert len(starting_points(space, width=768, limits=Limits(num_workers=4, hidden_size=768), max_length=128)) == 1
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "memory_bytes", "strategy"),
+    [
+        ({"quantization": {"choice": ["nf4", "none"]}, "strategy": {"choice": ["fsdp", "ddp"]}}, None, "ddp"),
+        ({"quantization": {"choice": ["nf4", "none"]}, "strategy": "fsdp"}, None, "fsdp"),
+        ({"strategy": {"choice": ["tp", "ddp"]}}, None, "ddp"),
+        # Three ranks do not divide 32 heads.
+        ({"strategy": {"choice": ["tp", "fsdp"]}, "global_batch_size": 24, "world_size": {"choice": [1, 3]}}, None, "fsdp"),
+        # 8.03e9 weights, their gradients and AdamW's two moments in fp32 are 120 GiB, and 15 on each of 8 ranks.
+        ({"adapter": "none", "strategy": "profile"}, 60 * 2**30, "fsdp"),
+        ({"adapter": "none", "strategy": "profile"}, 600 * 2**30, "ddp"),
+    ],
+)
+def test_accurate_points_are_feasible_whatever_the_sampler_makes_of_the_rest(
+    knobs: dict[str, Any], memory_bytes: int | None, strategy: str
+) -> None:
+    space = SpaceSpec.model_validate({"world_size": {"choice": [1, 2, 4, 8]}, **knobs})
+    limits = Limits(
+        num_workers=8,
+        hidden_size=4096,
+        plan=blueprint(LLAMA, "causal-lm"),
+        max_length=128,
+        max_targets=128,
+        memory_bytes=memory_bytes,
+    )
+    _, *accurate = starting_points(space, width=4096, limits=limits, max_length=128)
+    for point in accurate:
+        assert point["world_size"] > 1
+        assert point["strategy"] == strategy
+        for left in itertools.product(space.quantization.ends(), space.strategy.ends()):
+            params = space.first(**{"quantization": left[0], "strategy": left[1], **point})
+            known = violations(TrialConfig.from_params(params, max_length=128), limits)
+            assert is_feasible(known), (params, known)
