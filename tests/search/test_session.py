@@ -12,6 +12,7 @@ from engines import make, report
 
 from search import session
 from search.jobs import JobFailed
+from spaces.constraints import Limits
 from spaces.loading import load_spec
 
 
@@ -28,7 +29,14 @@ def asked(directory: Path, monkeypatch: pytest.MonkeyPatch, **search: Any) -> li
     monkeypatch.setattr("ray.get", lambda answer: answer)
     monkeypatch.setattr(session, "run_job", run_job)
     with pytest.raises(session.NoResult, match="untrained"):
-        session._search(engine, dispatcher, store, load_spec(directory / "spec.yaml").spec, 4, cast(Any, None))
+        session._search(
+            engine,
+            dispatcher,
+            store,
+            load_spec(directory / "spec.yaml").spec,
+            Limits(num_workers=4, hidden_size=None),
+            cast(Any, None),
+        )
     return calls
 
 
