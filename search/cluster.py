@@ -6,6 +6,7 @@ import glob
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -93,7 +94,10 @@ def connected(resources: ResourcesSpec) -> Iterator[int]:
             logging_level=logging.WARNING,
         )
     try:
-        yield _capacity(resources, ray.cluster_resources())
+        found = ray.cluster_resources()
+        if found.get("GPU") and not resources.gpus_per_worker:
+            print(f"note: {found['GPU']:.0f} GPU idle: resources.gpus_per_worker is 0, and so trials train on CPUs", file=sys.stderr)
+        yield _capacity(resources, found)
     finally:
         ray.shutdown()
 

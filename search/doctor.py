@@ -40,7 +40,7 @@ def _python(_: Path) -> tuple[str, str]:
 
 
 def _packages(_: Path) -> tuple[str, str]:
-    names = ("torch", "transformers", "peft", "ray", "optuna", "mlflow-skinny", "datasets")
+    names = ("torch", "transformers", "peft", "bitsandbytes", "ray", "optuna", "mlflow-skinny", "datasets")
     found, missing = [], []
     for name in names:
         try:
@@ -48,7 +48,7 @@ def _packages(_: Path) -> tuple[str, str]:
         except PackageNotFoundError:
             missing.append(name)
     if missing:
-        return "error", f"not installed: {', '.join(missing)}; remedy: pip install paretune"
+        return "error", f"not installed: {', '.join(missing)}; remedy: pip install -e . in paretune's directory"
     return "ok", ", ".join(found)
 
 
@@ -71,7 +71,7 @@ def _devices(_: Path) -> tuple[str, str]:
     if not torch.cuda.is_available():
         return "ok", f"no GPU; {psutil.cpu_count()} CPU cores, {psutil.virtual_memory().total / 2**30:.0f} GiB memory"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return "ok", f"{len(names)} GPU: {', '.join(sorted(set(names)))}"
+    return "ok", f"{len(names)} GPU: {', '.join(sorted(set(names)))}; a search uses them with `resources: {{gpus_per_worker: 1}}`"
 
 
 def _threads(_: Path) -> tuple[str, str]:

@@ -78,7 +78,7 @@ class Forecaster:
         mean = self._mean_device_hours()
         device_hours = math.inf if mean is None else self._search_device_hours(mean)
         if math.isfinite(device_hours):
-            result["search"] = self._cost(device_hours / self.cluster.num_workers, self.cluster.num_workers)
+            result["search"] = self._cost(device_hours / self.limits.num_workers, self.limits.num_workers)
         return result
 
     def _search_device_hours(self, mean: float) -> float:
@@ -86,7 +86,7 @@ class Forecaster:
         limits, price = limits_of(self.spec.budget), self.price
         hours = {
             "trials": mean * limits.get("trials", math.inf),
-            "minutes": self.cluster.num_workers * limits.get("minutes", math.inf) / 60,
+            "minutes": self.limits.num_workers * limits.get("minutes", math.inf) / 60,
             "device_hours": limits.get("device_hours", math.inf),
             "dollars": limits.get("dollars", math.inf) / price if price else math.inf,
         }
@@ -129,10 +129,15 @@ class Forecaster:
         device = self.cluster.device
         lines = [
             f"the matrix units reach {ASSUMED_UTILISATION:.0%} of the dense peak of {device.name} ({device.source})",
-            f"{MEMORY_KEPT_FREE:.0%} of a device's memory is kept free for the CUDA context, NCCL and fragments",
+            f"of a device's {device.memory_gigabytes:g} x 10^9 bytes, of which a driver may find a few percent more, "
+            f"{MEMORY_KEPT_FREE:.0%} is kept free for the CUDA context, NCCL and fragments",
             f"all rows have model.max_length = {self.spec.model.max_length} tokens; evaluation and start-up are not in the hours",
             "all devices are busy until the search ends, and proposals are drawn evenly from the space",
         ]
+        if not self.spec.resources.gpus_per_worker:
+            lines.append("a worker has one GPU, which a search there wants as resources.gpus_per_worker: 1")
+        if self.spec.scheduler.method != "none" or self.spec.budget.patience:
+            lines.append("no trial is stopped early, and the search ends by its other limits")
         if max(self.spec.space.world_size.ends()) > 1:
             lines += [OVERLAPS[strategy] for strategy in self.spec.space.strategy.ends()]
         if self.plan.num_params < PUBLISHED_PARAMS:

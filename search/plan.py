@@ -15,6 +15,7 @@ from spaces.architecture import ShapeError
 from spaces.blueprint import Blueprint, blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import Limits, is_feasible, reason, violations
+from spaces.domains import Profile
 from spaces.estimate import GpuCluster
 from spaces.loading import LoadedSpec, SpecError, dump_spec
 from spaces.memory import RankMemory, rank_memory
@@ -59,7 +60,8 @@ def make_plan(loaded: LoadedSpec, rental: Rental | None = None) -> dict[str, Any
     """
     spec = loaded.spec
     if rental is not None:
-        capacity, where = rental.cluster.num_workers, _rental_text(rental.cluster)
+        capacity = min(rental.cluster.num_workers, spec.resources.workers or rental.cluster.num_workers)
+        where = _rental_text(rental.cluster)
     else:
         capacity = spec.resources.workers if is_submitted() and spec.resources.workers else local_capacity(spec.resources)
         where = os.environ.get("RAY_ADDRESS", "this machine")
@@ -135,6 +137,8 @@ def layout_rows(
     rows = []
     for params in space.corners():
         config = TrialConfig.from_params(params, max_length=max_length)
+        if isinstance(space.world_size, Profile) and config.layout.world_size > limits.num_workers:
+            continue  # of those that `profile` names, a search takes what the cluster holds
         values = violations(config, limits)
         memory = None if plan is None else asdict(rank_memory(plan, config, max_length))
         rows.append(
@@ -190,7 +194,7 @@ def _layout_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         cells = [*(str(row[knob]) for knob in KNOB_COLUMNS if knob not in shared), _gib(row["peak_memory_bytes"])]
         if is_forecast:
-            cells += _step_cells(row["step"])
+            cells += _step_cells(row["step"] if row["feasible"] else None)
         table.append(cells)
     verdicts = ["runs there" if is_forecast else "runs here", *(_verdict(row) for row in rows)]
     lines = [f"{line}  {verdict}" for line, verdict in zip(aligned(table), verdicts, strict=True)]
@@ -220,14 +224,14 @@ def _memory_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         if row["memory"]:
             table.append([*(str(row[c]) for c in columns), *(_gib(row["memory"][t]) for t in terms)])
-    return ["# GiB a rank by term", *dict.fromkeys(aligned(table))]
+    return ["# GiB a rank by term, at the moment of its peak", *dict.fromkeys(aligned(table))]
 
 
 def _forecast_lines(forecast: Mapping[str, Any]) -> list[str]:
     lines = []
     run, search = forecast["run"], forecast["search"]
     if forecast["num_rows"] is None:
-        lines.append("no hours: the training rows are not on this machine; say how many with --rows")
+        lines.append("no hours: how many training rows there are is not known here; say it with --rows")
     if run:
         layout = ", ".join(f"{knob.replace('_', ' ')} {run[knob]}" for knob in KNOB_COLUMNS if knob in run)
         lines.append(f"one run of the fastest layout on all the data: {_cost_text(run)} ({layout})")

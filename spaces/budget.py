@@ -14,7 +14,7 @@ DEFAULT_TRIALS = 20
 
 # The key of the file, and how many of it one of the command line's units is.
 UNITS = {"trials": ("trials", 1), "m": ("minutes", 1), "h": ("minutes", 60), "gpu-hours": ("device_hours", 1), "usd": ("dollars", 1)}
-_AMOUNT = re.compile(rf"(\d+(?:\.\d+)?)({'|'.join(UNITS)})")
+_AMOUNT = re.compile(rf"([0-9]+(?:[.][0-9]+)?)({'|'.join(UNITS)})")
 
 Amount = Annotated[float, Within(gt=0, le=1_000_000_000)]
 

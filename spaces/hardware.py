@@ -294,6 +294,7 @@ def device_named(name: str) -> Device:
         UnknownDevice: there is none.
     """
     names = [device.name for device in DEVICES]
+    name = name.lower()
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""

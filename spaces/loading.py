@@ -76,10 +76,11 @@ def load_spec(path: Path, overrides: Sequence[str] = (), amounts: Sequence[str] 
     data, origins, errors = _parse(_read(path), str(path))
     unusable: list[str] = []
     try:
-        given = [("--budget", text) for text in budget_overrides(amounts)]
+        # The last word: `--set budget={...}` would take these limits away.
+        limits = [("--budget", text) for text in budget_overrides(amounts)]
     except ValueError as error:
-        given, unusable = [], [str(error)]
-    given += [("--set", text) for text in overrides]
+        limits, unusable = [], [str(error)]
+    given = [*(("--set", text) for text in overrides), *limits]
     unusable += [line for line in (_override(data, option, text, origins) for option, text in given) if line is not None]
     spec = _validate(data, str(path), origins, errors, unusable)
     return LoadedSpec(spec=spec, path=path, origins={dotted(leaf): _place(origins, leaf, str(path)) for leaf in _leaves(data)})

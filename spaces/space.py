@@ -113,7 +113,7 @@ class SpaceSpec(BaseModel):
     """Module name suffixes that LoRA wraps, with commas between; only with `adapter: lora`."""
     quantization: NameDomain[Quantization] = Fixed[Quantization]("none")
     """How the blocks' frozen linear layers are held: `nf4` in 4.5 bits a weight (QLoRA), `int8` in 8 (LLM.int8()), `none` in the
-    precision; only with `adapter: lora`."""
+    precision; only with `adapter: lora`, and on one rank or with `ddp`."""
     warmup_fraction: FloatDomain[WarmupFraction] = Fixed[WarmupFraction](0.1)
     """Share of the optimizer steps in which the learning rate rises."""
     weight_decay: FloatDomain[WeightDecay] = Fixed[WeightDecay](0.0)

@@ -93,16 +93,17 @@ def test_examples_satisfy_the_published_schema(path):
     assert [list(e.path) for e in validator.iter_errors(data)] == [["space", "dataset_fraction"]]
 
 
-def test_what_budget_gave_has_it_as_its_origin_and_a_set_wins_over_it(write):
+def test_what_budget_gave_has_it_as_its_origin_and_takes_the_place_of_what_was_set(write):
     path = write(GOOD)
-    loaded = load_spec(path, ["budget.minutes=7"], ["30m", "50trials"])
-    assert (loaded.spec.budget.minutes, loaded.spec.budget.trials) == (7, 50)
-    assert (loaded.origins["budget.trials"], loaded.origins["budget.minutes"]) == ("--budget", "--set")
+    loaded = load_spec(path, ["budget={minutes: 7, dollars: 5, patience: 9}"], ["30m", "50trials"])
+    budget = loaded.spec.budget
+    assert (budget.minutes, budget.trials, budget.dollars, budget.patience) == (30, 50, None, 9)
+    assert (loaded.origins["budget.trials"], loaded.origins["budget.patience"]) == ("--budget", "--set")
     for sets, amounts, begin in [
         ([], ["0m"], "--budget: budget.minutes: out of range"),
-        (["budget.minutes=0"], ["30m"], "--set: budget.minutes: out of range"),
+        (["budget.minutes=0"], [], "--set: budget.minutes: out of range"),
         ([], ["5usd"], "--budget: budget: dollars without a price"),
-        (["budget.dollars=5"], ["30m"], "--budget and --set: budget: dollars without a price"),
+        (["budget.patience=5"], ["5usd"], "--set and --budget: budget: dollars without a price"),
         (["budget.dollars=5"], [], "--set: budget: dollars without a price"),
     ]:
         with pytest.raises(SpecError) as raised:
