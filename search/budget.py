@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from search.ledger import SearchState
 from search.record import TrialRecord, TrialState
 from spaces.budget import BudgetSpec
-from spaces.config import TrialConfig
 from spaces.spec import SearchSpec
 
 
@@ -134,4 +133,4 @@ def _used(spec: SearchSpec, trials: int, seconds: float | None, device_seconds: 
 
 
 def _world_size(record: TrialRecord) -> int:
-    return TrialConfig.from_dict(record.config).layout.world_size if record.config else 1
+    return record.trial_config.layout.world_size if record.config else 1

@@ -47,7 +47,7 @@ class Training:
 
     @classmethod
     def of(cls, record: TrialRecord, seed: int) -> Training:
-        config = TrialConfig.from_dict(record.config or {})
+        config = record.trial_config
         return cls(record=record, config=replace(config, recipe=replace(config.recipe, seed=seed)))
 
     @property
@@ -131,7 +131,7 @@ def _number(text: str, known: Mapping[int, TrialRecord], records: Sequence[Trial
 
 def further_seeds(record: TrialRecord, num_seeds: int) -> list[int]:
     """Return seeds that are not the trial's own; more of them begin with the same ones."""
-    own = TrialConfig.from_dict(record.config or {}).recipe.seed
+    own = record.trial_config.recipe.seed
     return [(own + 1 + i) % NUM_SEEDS for i in range(num_seeds)]
 
 
