@@ -51,9 +51,11 @@ def test_after_the_jobs_no_actor_no_placement_group_and_no_file_is_left(tmp_path
             # Ray ends an actor without a name some time after the last handle to it is gone, as those inside a run of Ray Train.
             wait_for(lambda: {a.class_name for a in list_actors(filters=[("state", "=", "ALIVE")])} <= RAYS_OWN, seconds=60)
             assert not store.groups_path.exists()
-            held.append((driver.num_fds(), driver.num_threads()))
-        # The first turn opens what Ray's client keeps for good: connections and their threads.
-        assert held[2] <= held[1], f"file handles and threads of the driver after each turn: {held}"
+            # The first turn opens what Ray's client keeps for good; its other connections come and go, which what leaks does not.
+            if turn < 2:
+                held.append((driver.num_fds(), driver.num_threads()))
+        most_files, most_threads = (max(counts) for counts in zip(*held, strict=True))
+        wait_for(lambda: driver.num_fds() <= most_files and driver.num_threads() <= most_threads, seconds=60)
 
 
 def _placement_groups(ray: Any) -> list[str]:
