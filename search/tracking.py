@@ -142,6 +142,11 @@ class Tracker:
         spool = Spool(mirror.deliver, is_refusal=_is_refusal)
         self._opened = _Opened(runs=runs, parent_run_id=run_id, mirror=mirror, spool=spool)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the search has a run."""
+        return self._opened is not None
+
     def submit(self, event: Event) -> None:
         """Queue one event of the ledger; returns at once, whatever the server does."""
         self._open.spool.submit(event)
