@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search import cluster
+from search.endpoint import tracking_uri
 from search.engine import Engine, SearchExhausted, objectives_of
 from search.interruption import Interrupted, Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
@@ -109,12 +109,6 @@ def _blueprint(config: Mapping[str, Any], spec: SearchSpec, num_labels: int) -> 
     with suppress(ShapeError):
         return blueprint(config, spec.model.task, num_labels)
     return None
-
-
-def tracking_uri(spec: SearchSpec) -> str:
-    """Return the MLflow tracking URI: the spec's, the environment's, or one SQLite file beside the searches."""
-    default = f"sqlite:///{Path(spec.directory).absolute() / 'mlflow.db'}"
-    return spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
 
 
 def artifact_root(spec: SearchSpec) -> Path:
