@@ -11,11 +11,19 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from spaces.spec import SearchSpec
+
 SQLITE = "sqlite:///"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 DEFAULT_PORTS = {"http": 80, "https": 443, **DATABASE_PORTS}
 # MLflow looks these up in the user's own configuration.
 CONFIGURED = ("databricks", "databricks-uc", "uc")
+
+
+def tracking_uri(spec: SearchSpec) -> str:
+    """Return the MLflow tracking URI: the spec's, the environment's, or one SQLite file beside the searches."""
+    default = f"sqlite:///{Path(spec.directory).absolute() / 'mlflow.db'}"
+    return spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
 
 
 def absolute_uri(uri: str) -> str:

@@ -27,6 +27,7 @@ SEARCH_TAG, TRIAL_TAG, RECORD_TAG = "paretune.search", "paretune.trial", "paretu
 # Of a run that confirms a trial: its seed, and the event of the ledger.
 SEED_TAG, CONFIRMED_TAG = "paretune.seed", "paretune.confirmed"
 REFERENCE_TAG, SPEC_TAG, NOTE_TAG = "paretune.reference", "paretune.spec", "mlflow.note.content"
+DATA_TAG, DEVICE_TAG = "paretune.data_fingerprint", "paretune.device"
 # MLflow cuts what is longer.
 MAX_TAG_CHARACTERS = 8000
 _QUALITY = [m.name for m in METRICS.values() if m.section == "eval"]
@@ -99,7 +100,7 @@ class Mirror:
                 tags = {REFERENCE_TAG: json.dumps(event["metrics"])}
                 self._runs.log(self._parent, metrics=metrics, tags=tags, time_ms=time_ms)
             case "device_examined":
-                self._runs.log(self._parent, tags={"paretune.device": json.dumps(event["device"])[:MAX_TAG_CHARACTERS]})
+                self._runs.log(self._parent, tags={DEVICE_TAG: json.dumps(event["device"])})
             case "trial_started" if record:
                 run_id = self._run_id(record, self._origin(event))
                 if record.predicted and record.number not in self._ended:
@@ -193,7 +194,7 @@ class Mirror:
         commit, versions = started.get("git_commit"), started.get("versions")
         return {
             "paretune.command": event.get("command", "")[:MAX_TAG_CHARACTERS],
-            "paretune.data_fingerprint": str(started.get("data_fingerprint", "")),
+            DATA_TAG: str(started.get("data_fingerprint", "")),
             **({"mlflow.source.git.commit": commit} if commit else {}),
             **({"paretune.versions": json.dumps(versions)} if versions else {}),
         }

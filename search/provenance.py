@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -53,3 +54,18 @@ def reproduce_command(spec: SearchSpec, spec_path: str, name: str, number: int, 
     if spec.sampler.warm_start is not None:
         pins.append("sampler.warm_start=")
     return shlex.join(["paretune", "search", spec_path, *(part for pin in pins for part in ("--set", pin))])
+
+
+def flat_params(spec: SearchSpec) -> dict[str, Any]:
+    """Return the spec as flat `{dotted path: value}` for MLflow's parent run."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        elif value is not None:
+            flat[prefix] = value if isinstance(value, str | int | float) else json.dumps(value)
+
+    walk("", spec.model_dump(mode="json", exclude_none=True))
+    return flat

@@ -71,7 +71,7 @@ def load_results(name: str, directory: Path, tracking_uri: str | None = None) ->
             state=state,
             objectives=objectives_of(spec, state),
         )
-    from search.tracking import load_search
+    from search.tracked import load_search
 
     found = load_search(tracking_uri, name)
     spec = parse_spec(found.spec_yaml, f"{tracking_uri}: {name}/spec.yaml")

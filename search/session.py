@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search import cluster
+from search.endpoint import tracking_uri
 from search.engine import Engine, SearchExhausted, objectives_of
 from search.interruption import Interrupted, Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
 from search.ledger import Ledger, LedgerError, SearchState, replay
 from search.placement import num_handed_out
-from search.provenance import git_commit, machine, versions
+from search.provenance import flat_params, git_commit, machine, versions
 from search.publication import LEAVING_FLUSH_SECONDS, publish
 from search.record import TrialState
 from search.rungs import Rungs
@@ -112,12 +111,6 @@ def _blueprint(config: Mapping[str, Any], spec: SearchSpec, num_labels: int) -> 
     return None
 
 
-def tracking_uri(spec: SearchSpec) -> str:
-    """Return the MLflow tracking URI: the spec's, the environment's, or one SQLite file beside the searches."""
-    default = f"sqlite:///{Path(spec.directory).absolute() / 'mlflow.db'}"
-    return spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
-
-
 def artifact_root(spec: SearchSpec) -> Path:
     """Return where a SQLite tracking store keeps its artifacts."""
     return Path(spec.directory).absolute() / "artifacts"
@@ -160,19 +153,21 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
     with store.lock(), cluster.connected(spec.resources) as capacity, Interruption(command) as interruption:
         limits = check_fit(prepared, capacity)
         ledger = Ledger(store.ledger_path)
-        _open_record(ledger, store, prepared, limits)
 
         def on_event(event: dict[str, Any]) -> None:
             prepared.tracker.submit(event)
             emit(event)
 
-        for event in ledger.events():
-            on_event(event)
         engines: list[Engine] = []
         with (
             _cut_short(ledger, on_event, prepared.tracker, engines),
             DispatcherSession(store, spec, prepared.data, capacity) as dispatcher,
         ):
+            # Workers take seconds to start, and so does MLflow: at the same time.
+            dispatcher.expect.remote(_first_config(spec, limits).layout.world_size, 1)
+            _open_record(ledger, store, prepared, limits)
+            for event in ledger.events():
+                on_event(event)
             device = examine(dispatcher, store, spec, limits, interruption)
             on_event(ledger.append("device_examined", device=device))
             limits = replace(limits, memory_bytes=device["usable_bytes"])
@@ -227,7 +222,7 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
     if state.started is None:
         run_id = prepared.tracker.start_search(
             store.name,
-            params=_search_params(prepared.spec),
+            params=flat_params(prepared.spec),
             tags={"paretune.directory": str(store.root)},
             spec_path=store.spec_path,
         )
@@ -270,10 +265,13 @@ def _cut_short(ledger: Ledger, on_event: Emit, tracker: Tracker, engines: Sequen
     """Record why a search leaves before its end, with its trials in flight: its MLflow run must not look as if it went on.
 
     What they held since their last reports is recorded too, once `engines` has the engine: it was used, and costs money.
+    A search without a run yet has nothing that could look so.
     """
     try:
         yield
     except BaseException as error:
+        if not tracker.is_open:
+            raise
         # A disk that is full may be why it ends.
         with suppress(LedgerError):
             held = {number: seconds for engine in engines for number, seconds in engine.held_seconds().items()}
@@ -329,10 +327,14 @@ def examine(dispatcher: Any, store: Store, spec: SearchSpec, limits: Limits, int
     return {**device, "capacity_bytes": capacity, "usable_bytes": usable_bytes(device, capacity)}
 
 
-def _first_job(kind: str, store: Store, spec: SearchSpec, limits: Limits) -> Job:
-    """Return a job on the smallest layout that is feasible, with the first value of every other knob."""
+def _first_config(spec: SearchSpec, limits: Limits) -> TrialConfig:
+    """Return the smallest layout that is feasible, with the first value of every other knob."""
     configs = sorted(_corners(spec), key=lambda config: config.layout.world_size)
-    config = next((config for config in configs if is_feasible(violations(config, limits))), configs[0])
+    return next((config for config in configs if is_feasible(violations(config, limits))), configs[0])
+
+
+def _first_job(kind: str, store: Store, spec: SearchSpec, limits: Limits) -> Job:
+    config = _first_config(spec, limits)
     return Job(job_id=f"{store.name}/{kind}", kind=kind, config=config.to_dict(), directory=str(store.root))
 
 
@@ -375,18 +377,3 @@ def _why_nothing(engine: Engine) -> str:
             failures[key] = failures.get(key, 0) + 1
     reasons = "; ".join(f"{count} x {reason}" for reason, count in sorted(failures.items(), key=lambda kv: -kv[1])[:3])
     return f"no trial succeeded: {reasons or 'none was completed'}"
-
-
-def _search_params(spec: SearchSpec) -> dict[str, Any]:
-    """Return the spec as flat `{dotted path: value}` for MLflow's parent run."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        elif value is not None:
-            flat[prefix] = value if isinstance(value, str | int | float) else json.dumps(value)
-
-    walk("", spec.model_dump(mode="json", exclude_none=True))
-    return flat

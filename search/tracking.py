@@ -5,7 +5,6 @@ This is the only module that imports MLflow, and it does so inside functions, si
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -17,21 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.endpoint import SQLITE, absolute_uri, is_http, problem_with, redacted
-from search.ledger import SearchState
-from search.mirror import CONFIRMED_TAG, RECORD_TAG, REFERENCE_TAG, SEARCH_TAG, SPEC_TAG, FoundRun, Mirror
+from search.mirror import SEARCH_TAG, SPEC_TAG, FoundRun, Mirror
 from search.record import TrialRecord
 from search.saved_view import runs_url
 from search.spool import Event, Spool
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 logger = logging.getLogger(__name__)
 
 # MLflow refuses more in one request.
 MAX_PARAMS_PER_REQUEST = 100
-RUNS_PER_REQUEST = 1000
 _ENDED = frozenset({"FINISHED", "FAILED", "KILLED"})
 _OUR_TAGS = {"mlflow.source.name": "paretune", "mlflow.source.type": "LOCAL"}
 # Answers that stay the same however often one asks; anything else may be a server that is slow, locked or away.
@@ -47,17 +43,6 @@ _ENVIRONMENT = {
 
 class TrackingError(Exception):
     """MLflow cannot be used, or does not know the search; the message is one line for the user."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FoundSearch:
-    """A search as MLflow alone knows it."""
-
-    name: str
-    run_id: str
-    spec_yaml: str
-    reference: dict[str, float] | None
-    records: tuple[TrialRecord, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,8 +81,8 @@ class Tracker:
         if problem is not None:
             raise TrackingError(problem)
         if is_http(self.uri):
-            with _in_words(self.uri):
-                _client(self.uri).search_experiments(max_results=1)
+            with in_words(self.uri):
+                client_of(self.uri).search_experiments(max_results=1)
 
     def start_search(self, name: str, *, params: Mapping[str, Any], tags: Mapping[str, str], spec_path: Path) -> str:
         """Open the parent run and begin to deliver events.
@@ -116,8 +101,8 @@ class Tracker:
         """
         if self.uri.startswith(SQLITE):
             Path(self.uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
-        with _in_words(self.uri):
-            client = _client(self.uri)
+        with in_words(self.uri):
+            client = client_of(self.uri)
             runs = _MlflowRuns(client, self._experiment_id(client))
             run_id = runs.create(name, {"kind": "search", SEARCH_TAG: name, SPEC_TAG: spec_path.read_text(), **tags})
             runs.log_params(run_id, params)
@@ -131,8 +116,8 @@ class Tracker:
         Raises:
             TrackingError: MLflow cannot be used, or has no such run.
         """
-        with _in_words(self.uri):
-            client = _client(self.uri)
+        with in_words(self.uri):
+            client = client_of(self.uri)
             runs = _MlflowRuns(client, client.get_run(run_id).info.experiment_id)
             runs.reopen(run_id)
         self._begin(runs, name, run_id)
@@ -141,6 +126,11 @@ class Tracker:
         mirror = Mirror(runs, name, run_id)
         spool = Spool(mirror.deliver, is_refusal=_is_refusal)
         self._opened = _Opened(runs=runs, parent_run_id=run_id, mirror=mirror, spool=spool)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the search has a run."""
+        return self._opened is not None
 
     def submit(self, event: Event) -> None:
         """Queue one event of the ledger; returns at once, whatever the server does."""
@@ -174,7 +164,7 @@ class Tracker:
             TrackingError: MLflow did not take it.
         """
         mirror = self._open.mirror
-        with _in_words(self.uri):
+        with in_words(self.uri):
             mirror.write_front(members, [*artifacts], note=note, metrics=metrics)
         try:
             mirror.save_view(objectives, knobs)
@@ -193,7 +183,7 @@ class Tracker:
             TrackingError: MLflow did not take it.
         """
         self._open.spool.close()
-        with _in_words(self.uri):
+        with in_words(self.uri):
             self._open.runs.end(self._open.parent_run_id, "FINISHED")
 
     def leave(self, status: str, timeout_seconds: float) -> None:
@@ -203,7 +193,7 @@ class Tracker:
             logger.warning("the tracking server has %d events less than the ledger; going on with it delivers them", undelivered)
         self._open.spool.close()
         try:
-            with _in_words(self.uri):
+            with in_words(self.uri):
                 self._open.runs.end(self._open.parent_run_id, status)
         except TrackingError as error:
             logger.warning("%s", error)
@@ -292,65 +282,11 @@ class _MlflowRuns:
         self._client.set_experiment_tag(self.experiment_id, key, value)
 
 
-def load_search(uri: str, name: str) -> FoundSearch:
-    """Read the latest search of this name, or the search with this parent run id, from MLflow alone.
-
-    Raises:
-        TrackingError: MLflow does not answer, or does not know it.
-    """
-    uri = absolute_uri(uri)
-    problem = problem_with(uri, timeout_seconds=10)
-    if problem is None and uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
-        problem = f"{uri.removeprefix(SQLITE)} does not exist"
-    if problem is not None:
-        raise TrackingError(problem)
-    with _in_words(uri):
-        client = _client(uri)
-        parents = list(_search_runs(client, "tags.kind = 'search'"))
-        named = [run for run in parents if name in (run.info.run_id, run.data.tags.get(SEARCH_TAG))]
-        if not named:
-            known = ", ".join(sorted({run.data.tags.get(SEARCH_TAG, "") for run in parents})) or "none"
-            raise TrackingError(f"no search named '{name}' in {redacted(uri)}; there are: {known}")
-        parent = max(named, key=lambda run: run.info.start_time)
-        children = list(_search_runs(client, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"))
-        # Runs below those of the trials, of this search or of another one of its name.
-        confirming = list(
-            _search_runs(client, f"tags.kind = 'confirmation' and tags.`{SEARCH_TAG}` = '{parent.data.tags[SEARCH_TAG]}'")
-        )
-    state = SearchState()
-    trials = {run.info.run_id for run in children}
-    for run in children:
-        if RECORD_TAG in run.data.tags:
-            record = TrialRecord.from_dict(json.loads(run.data.tags[RECORD_TAG]))
-            state.records[record.number] = record
-    for run in confirming:
-        if run.data.tags["mlflow.parentRunId"] in trials and CONFIRMED_TAG in run.data.tags:
-            state.apply(json.loads(run.data.tags[CONFIRMED_TAG]))
-    reference = parent.data.tags.get(REFERENCE_TAG)
-    return FoundSearch(
-        name=parent.data.tags[SEARCH_TAG],
-        run_id=parent.info.run_id,
-        spec_yaml=parent.data.tags[SPEC_TAG],
-        reference=None if reference is None else json.loads(reference),
-        records=tuple(sorted(state.records.values(), key=lambda record: record.number)),
-    )
-
-
-def _client(uri: str) -> MlflowClient:
+def client_of(uri: str) -> MlflowClient:
+    """Return MLflow's client of a store."""
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
-
-
-def _search_runs(client: MlflowClient, filter_string: str) -> Iterator[Run]:
-    experiments = [e.experiment_id for e in client.search_experiments()]
-    token: str | None = None
-    while True:
-        page = client.search_runs(experiments, filter_string, max_results=RUNS_PER_REQUEST, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -373,7 +309,7 @@ def _errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def _in_words(uri: str) -> Iterator[None]:
+def in_words(uri: str) -> Iterator[None]:
     """Turn MLflow's exceptions into one line for the user."""
     errors = _errors()
     try:

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from search.endpoint import redacted, tracking_uri
 from search.ledger import Ledger, LedgerError, SearchState, replay
 from search.pareto import eligible
 from search.record import TrialRecord
 from search.store import Store, StoreError
 from search.study import MAX_REMEMBERED, PastTrial, Study
+from search.tracked import load_search
+from search.tracking import TrackingError
 from spaces import constraints
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
-from spaces.loading import LoadedSpec, SpecError
+from spaces.loading import LoadedSpec, SpecError, parse_spec
 from spaces.metrics import METRICS
 from spaces.presets import starting_points
 from spaces.spec import Objective, SearchSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Earlier:
+    """An earlier search, from its directory or from MLflow."""
+
+    name: str
+    spec: SearchSpec
+    records: list[TrialRecord]
+    data_fingerprint: str | None
+    device: str | None
+    """The name of its workers' device."""
 
 
 def earlier_trials(loaded: LoadedSpec, data_fingerprint: str, device: str | None = None) -> dict[str, Any]:
@@ -36,28 +52,56 @@ def earlier_trials(loaded: LoadedSpec, data_fingerprint: str, device: str | None
         SpecError: there is no such search, or its results would not compare.
     """
     spec = loaded.spec
-    name = str(spec.sampler.warm_start)
     try:
-        store = Store.open(name, Path(spec.directory))
-        other, state = store.load_spec().spec, replay(Ledger(store.ledger_path).events())
-    except (StoreError, LedgerError, SpecError) as error:
+        earlier = _found(str(spec.sampler.warm_start), spec)
+    except (StoreError, LedgerError, TrackingError, SpecError) as error:
         raise SpecError([loaded.locate(f"sampler.warm_start: {error}")]) from error
-    problem = _difference(spec, other, state, data_fingerprint)
+    problem = _difference(spec, earlier, data_fingerprint)
     if problem:
         raise SpecError(
-            [loaded.locate(f"sampler.warm_start: the search '{name}' has another {problem}: its results would not compare")]
+            [loaded.locate(f"sampler.warm_start: the search '{earlier.name}' has another {problem}: its results would not compare")]
         )
     objectives = spec.resolved_objectives()
-    proposed = [record for record in eligible(list(state.records.values()), objectives) if record.was_proposed]
+    proposed = [record for record in eligible(earlier.records, objectives) if record.was_proposed]
     known = [_brief(spec.space.with_defaults(record.params), record, objectives) for record in proposed]
     held = [trial for trial in known if spec.space.holds(trial["params"])]
-    unusable = _other_times(spec, other, state, device, objectives)
+    unusable = _other_times(spec, earlier, device, objectives)
     return {
-        "name": name,
+        "name": earlier.name,
         "trials": [] if unusable else held[-MAX_REMEMBERED:],
         "num_outside": len(known) - len(held),
         "unusable": unusable,
     }
+
+
+def _found(name: str, spec: SearchSpec) -> _Earlier:
+    """Return an earlier search from its directory; failing that, from the MLflow that this search writes to."""
+    try:
+        store = Store.open(name, Path(spec.directory))
+    except StoreError as nowhere:
+        return _in_mlflow(name, tracking_uri(spec), nowhere)
+    state = replay(Ledger(store.ledger_path).events())
+    return _Earlier(
+        name=name,
+        spec=store.load_spec().spec,
+        records=list(state.records.values()),
+        data_fingerprint=(state.started or {}).get("data_fingerprint"),
+        device=(state.device or {}).get("name"),
+    )
+
+
+def _in_mlflow(name: str, uri: str, nowhere: StoreError) -> _Earlier:
+    try:
+        found = load_search(uri, name)
+    except TrackingError as error:
+        raise StoreError(f"{nowhere}; and in MLflow: {error}") from error
+    return _Earlier(
+        name=name,
+        spec=parse_spec(found.spec_yaml, f"{redacted(uri)}: {name}/spec.yaml"),
+        records=list(found.records),
+        data_fingerprint=found.data_fingerprint,
+        device=(found.device or {}).get("name"),
+    )
 
 
 def warm_start_text(event: Mapping[str, Any]) -> str:
@@ -107,22 +151,21 @@ def _brief(params: dict[str, Any], record: TrialRecord, objectives: Sequence[Obj
     return {"params": params, "values": {o.metric: record.values[o.metric] for o in objectives}}
 
 
-def _difference(spec: SearchSpec, other: SearchSpec, state: SearchState, data_fingerprint: str) -> str:
+def _difference(spec: SearchSpec, earlier: _Earlier, data_fingerprint: str) -> str:
     """Return what of an earlier search is another than here, so that no result compares."""
-    if spec.model != other.model:
+    if spec.model != earlier.spec.model:
         return "model"
-    if state.started is None or state.started["data_fingerprint"] != data_fingerprint:
+    if earlier.data_fingerprint != data_fingerprint:
         return "data"
-    wanted, there = ({(o.metric, o.direction) for o in s.resolved_objectives()} for s in (spec, other))
+    wanted, there = ({(o.metric, o.direction) for o in s.resolved_objectives()} for s in (spec, earlier.spec))
     return "" if wanted == there else "objective"
 
 
-def _other_times(spec: SearchSpec, other: SearchSpec, state: SearchState, device: str | None, objectives: Sequence[Objective]) -> str:
+def _other_times(spec: SearchSpec, earlier: _Earlier, device: str | None, objectives: Sequence[Objective]) -> str:
     """Return why an earlier search's times and bytes are not those of here, in words; nothing where no objective is one."""
     if not any(METRICS[o.metric].section in ("perf", "cost") for o in objectives):
         return ""
-    known = (state.device or {}).get("name")
-    if device is not None and known is not None and known != device:
-        return f"its times are those of {known}"
-    here, there = ((s.resources.cpus_per_worker, s.resources.gpus_per_worker) for s in (spec, other))
+    if device is not None and earlier.device is not None and earlier.device != device:
+        return f"its times are those of {earlier.device}"
+    here, there = ((s.resources.cpus_per_worker, s.resources.gpus_per_worker) for s in (spec, earlier.spec))
     return "" if here == there else f"its workers had {there[0]} CPU cores and {there[1]} GPUs"

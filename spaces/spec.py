@@ -202,7 +202,8 @@ class SamplerSpec(_Section):
     startup_trials: AtLeastZero = 8
     """Random trials before the estimator is trusted; NSGA-II's generations are as large."""
     warm_start: Text | None = None
-    """Name of an earlier search with the same model, data and objectives, or its directory: the sampler learns from its trials."""
+    """Name of an earlier search with the same model, data and objectives, its directory, or its run in MLflow: the sampler learns
+    from its trials."""
     points_to_evaluate: tuple[dict[str, Any], ...] | None = None
     """Points that are known to be good, tried first: each gives values to some knobs; the sampler fills in the others. By default,
     without a warm start, up to three that are usual for the model's width, inside the space; `[]` for none."""

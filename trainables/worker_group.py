@@ -8,10 +8,15 @@ from typing import Any
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from trainables.worker import work
-
 # A collective that a dead or stopped rank never joins ends after this long, and the group restarts.
 COLLECTIVE_TIMEOUT_SECONDS = 600
+
+
+def _work(config: dict[str, Any]) -> None:
+    """Be one worker. What it imports takes seconds and hundreds of megabytes, of which whoever starts the group needs nothing."""
+    from trainables.worker import work
+
+    work(config)
 
 
 def run_worker_group(
@@ -35,7 +40,7 @@ def run_worker_group(
     if gpus_per_worker:
         resources["GPU"] = gpus_per_worker
     trainer = TorchTrainer(
-        work,
+        _work,
         train_loop_config={"dispatcher": dispatcher, "group_id": group_id, "threads": cpus_per_worker},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
         scaling_config=ScalingConfig(num_workers=world_size, use_gpu=bool(gpus_per_worker), resources_per_worker=resources),

@@ -1,4 +1,4 @@
-"""(a) paretune, as a user's file would ask for it: early stopping on, everything else by default."""
+"""(a) paretune, as a user's file would ask for it: everything by default, so without early stopping (docs/early_stopping.md)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ def main() -> None:
         "space": {**SPACE, "lora_alpha": 16},
         "objectives": [{"metric": "accuracy"}, {"metric": "train_seconds", "reference": LAST_SECONDS}],
         "sampler": {"seed": run.seed},
-        "scheduler": {"method": "asha"},
         "budget": {"trials": 10_000, "minutes": run.seconds_left / 60},
         "directory": run.scratch,
     }

@@ -111,7 +111,7 @@ def test_what_was_used_up_to_an_interruption_counts_after_the_resume(tmp_path: P
     clock.now += 100
     engine.reported(first.number, report(0.5, 3.0, final=False))
     left: list[str] = []
-    tracker = SimpleNamespace(leave=lambda state, _: left.append(state))
+    tracker = SimpleNamespace(is_open=True, leave=lambda state, _: left.append(state))
     clock.now += 50
     with pytest.raises(type(error)), _cut_short(Ledger(store.ledger_path), lambda _: None, cast(Any, tracker), [engine]):
         raise error
@@ -128,9 +128,16 @@ def test_what_was_used_up_to_an_interruption_counts_after_the_resume(tmp_path: P
 
 
 def test_a_search_that_is_cut_short_before_its_first_trial_says_so_too(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    with pytest.raises(KeyError), _cut_short(ledger, lambda _: None, cast(Any, SimpleNamespace(leave=lambda *_: None)), []):
-        raise KeyError("x")
+    ledger, tracker = Ledger(tmp_path / "ledger.jsonl"), SimpleNamespace(is_open=False, leave=lambda *_: None)
+
+    def fail() -> None:
+        with pytest.raises(KeyError), _cut_short(ledger, lambda _: None, cast(Any, tracker), []):
+            raise KeyError("x")
+
+    fail()
+    assert ledger.events() == [], "a search whose run was never opened has nothing to close"
+    tracker.is_open = True
+    fail()
     assert [(e["event"], e["held_seconds"]) for e in ledger.events()] == [("search_cut_short", {})]
     assert replay([{"event": "search_cut_short", "time": 1.0, "reason": "x"}]).records == {}, "as it was written before"
 

@@ -17,7 +17,8 @@ from waiting import wait_for
 from search.endpoint import problem_with
 from search.ledger import replay
 from search.pareto import front
-from search.tracking import Tracker, TrackingError, load_search
+from search.tracked import load_search
+from search.tracking import Tracker, TrackingError
 
 EVENTS = [
     *synthetic_events(8),
@@ -109,7 +110,7 @@ def test_artifacts_lie_where_the_search_is(tracked: Tracked) -> None:
 
 @pytest.mark.parametrize("by", ["name", "run id"])
 def test_mlflow_alone_knows_the_search(tracked: Tracked, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("search.tracking.RUNS_PER_REQUEST", 3)
+    monkeypatch.setattr("search.tracked.RUNS_PER_REQUEST", 3)
     found = load_search(tracked.uri, "synthetic" if by == "name" else tracked.run_id)
     assert list(found.records) == sorted(RECORDS, key=lambda record: record.number)
     assert found.reference == STATE.reference

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from search.endpoint import tracking_uri
 from search.ledger import Ledger, replay
 from search.study import PastTrial, Study
+from search.tracking import Tracker
 from search.warm_start import earlier_trials, new_study, warm_start_text
 from spaces.config import TrialConfig
 from spaces.constraints import CONSTRAINTS, Limits
@@ -138,6 +141,32 @@ def test_a_search_that_is_not_there_is_refused_in_one_line(tmp_path: Path) -> No
     loaded = write(tmp_path, "now", sampler={"warm_start": "erlier"})
     with pytest.raises(SpecError, match=r"now.yaml:\d+: sampler.warm_start: no search named 'erlier' in "):
         earlier_trials(loaded, "abc")
+
+
+def test_a_search_whose_directory_is_gone_is_found_in_mlflow(tmp_path: Path) -> None:
+    earlier(tmp_path)
+    loaded = write(tmp_path, "now", sampler={"warm_start": "earlier"})
+    expected = earlier_trials(loaded, "abc", "a device")
+    directory = tmp_path / "runs" / "earlier"
+    tracker = Tracker(tracking_uri(loaded.spec), "e", artifact_root=tmp_path)
+    run_id = tracker.start_search("earlier", params={}, tags={}, spec_path=directory / "spec.yaml")
+    for event in Ledger(directory / "ledger.jsonl").events():
+        tracker.submit(event)
+    assert tracker.flush(60) == 0
+    tracker.finish()
+    shutil.rmtree(directory)
+    assert earlier_trials(loaded, "abc", "a device") == expected
+    assert len(expected["trials"]) == 19
+    by_run = earlier_trials(write(tmp_path, "now", sampler={"warm_start": run_id}), "abc", "a device")
+    assert by_run == {**expected, "name": run_id}
+    with pytest.raises(SpecError, match="has another data"):
+        earlier_trials(loaded, "abd")
+    assert earlier_trials(loaded, "abc", "another device")["trials"] == []
+    misspelt = write(tmp_path, "now", sampler={"warm_start": "erlier"})
+    with pytest.raises(
+        SpecError, match=r"now.yaml:\d+: sampler.warm_start: no search named 'erlier' in .*; and in MLflow: .* there are: earlier$"
+    ):
+        earlier_trials(misspelt, "abc")
 
 
 def test_times_of_other_devices_are_not_learned_from(tmp_path: Path) -> None:
