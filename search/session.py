@@ -138,11 +138,18 @@ def start(loaded: LoadedSpec, emit: Emit) -> Store:
 
 
 def resume(store: Store, emit: Emit) -> Store:
-    """Go on with a search that was cut off: the same study, the same MLflow run, and the trials in flight first."""
+    """Go on with a search that was cut off: the same study, the same MLflow run, and the trials in flight first.
+
+    Raises:
+        NothingFits: its data are others than they were, or no layout of the space can run here.
+    """
     loaded = store.load_spec()
     # The searches' directory may have been moved since; the one the user points at counts.
     spec = loaded.spec.model_copy(update={"directory": str(store.root.parent)})
-    return _drive(store, prepare(replace(loaded, spec=spec)), emit)
+    prepared, state = prepare(replace(loaded, spec=spec)), replay(Ledger(store.ledger_path).events())
+    if state.started is not None:
+        check_same_data(prepared, store, state)
+    return _drive(store, prepared, emit)
 
 
 def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
@@ -241,7 +248,6 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
             git_commit=git_commit(),
         )
         return
-    check_same_data(prepared, store, state)
     prepared.tracker.reopen_search(store.name, state.started["mlflow_run_id"])
     ledger.append("resumed", in_flight=sorted(state.in_flight))
 

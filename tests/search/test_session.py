@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,6 +13,7 @@ from engines import make, report
 
 from search import session
 from search.jobs import JobFailed
+from search.ledger import Ledger
 from spaces.constraints import Limits
 from spaces.loading import load_spec
 
@@ -63,3 +65,14 @@ def test_a_resume_starts_groups_for_what_is_left_alone(tmp_path: Path, monkeypat
 
 def test_no_group_starts_early_where_the_trials_may_want_another_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked(tmp_path, monkeypatch, world_size={"choice": [1, 2]}) == [("reference",)]
+
+
+def test_a_resume_with_other_data_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, store = make(tmp_path, trials=3)
+    shutil.copy(tmp_path / "spec.yaml", store.spec_path)
+    Ledger(store.ledger_path).append("search_started", data_fingerprint="0123456789abcdef")
+    data = SimpleNamespace(fingerprint="fedcba9876543210")
+    monkeypatch.setattr(session, "prepare", lambda loaded: SimpleNamespace(loaded=loaded, data=data))
+    monkeypatch.setattr(session, "_drive", lambda *_: pytest.fail("it started"))
+    with pytest.raises(session.NothingFits, match=r"spec\.yaml: data\.train: the data changed .* fedcba987654, then 0123456789ab"):
+        session.resume(store, lambda _: None)
