@@ -111,15 +111,20 @@ def _capacity(resources: ResourcesSpec, cluster: dict[str, float]) -> int:
 
 def bytes_per_worker(resources: ResourcesSpec) -> int:
     """Return a worker's share of the memory that Ray found on its node, on the node with the least."""
+    return int(min((has.get("memory", 0) / held for has, held in _nodes(resources)), default=0))
+
+
+def workers_per_node(resources: ResourcesSpec) -> list[int]:
+    """Return how many workers each node holds, the most first."""
+    return sorted((held for _, held in _nodes(resources)), reverse=True)
+
+
+def _nodes(resources: ResourcesSpec) -> list[tuple[dict[str, float], int]]:
+    """Return what each node has of the resources and how many workers it holds; none without any."""
     import ray
 
-    shares = []
-    for node in ray.nodes():
-        has = node["Resources"]
-        held = _capacity(resources, has)
-        if node["Alive"] and held:
-            shares.append(has.get("memory", 0) / held)
-    return int(min(shares, default=0))
+    nodes = [(node["Resources"], _capacity(resources, node["Resources"])) for node in ray.nodes() if node["Alive"]]
+    return [(has, held) for has, held in nodes if held]
 
 
 def group_environment() -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from search.layouts import timed_knobs
-from search.profiles import ProfileCache, profile_key
+from search.profiles import ProfileCache, fewest_nodes, profile_key
 from spaces import metrics
 from spaces.config import TrialConfig
 from spaces.estimate import MeasuredMachine, NoPeak, estimate_step
@@ -44,7 +44,7 @@ class Outlook:
             data: its data.
             model: the `config.json`.
             plan: what the model is made of; None for a family without formulas.
-            device: as `trainables.device.examine` found it.
+            device: as `search.session.examine` found it.
             profiles: what was measured earlier.
         """
         self._spec, self._data, self._model, self._plan = spec, data, model, plan
@@ -95,13 +95,14 @@ class Outlook:
         return self._known[knobs]
 
     def key(self, config: TrialConfig) -> dict[str, Any]:
-        """Return under which key a trial's step profile is kept."""
+        """Return under which key a trial's step profile is looked up: that on the fewest nodes that hold its ranks."""
         return profile_key(
             config,
             model=self._model,
             data_fingerprint=self._data.fingerprint,
             max_length=self._spec.model.max_length,
             device=self._device,
+            num_nodes=fewest_nodes(config.layout.world_size, self._device["workers_per_node"]),
         )
 
     def _memory(self, config: TrialConfig, sizes: StepSizes) -> dict[str, int] | None:
@@ -164,4 +165,6 @@ def values_under(
     rates = [metrics.MFU, *([metrics.HFU] if config.layout.recomputation == trained.layout.recomputation else [])]
     faster = values[metrics.DEVICE_SECONDS] / device_seconds
     result |= {rate: values[rate] * faster for rate in rates if rate in values}
+    # Of the steps that were timed: they say whether those can be trusted.
+    result |= {name: profile[name] for name in (metrics.TIME_DRIFT, metrics.RANK_SPREAD) if name in profile}
     return result | {name: values[name] for name in (metrics.FLOPS_PER_STEP,) if name in values}

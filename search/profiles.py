@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from spaces.config import TrialConfig
 from trainables.device import cache_directory
 
 # What a profile must say; one that an earlier version wrote may not.
-NEEDED = {"fixed_seconds", "seconds_per_token", "part_seconds", "peak_memory_bytes"}
+NEEDED = {"fixed_seconds", "seconds_per_token", "part_seconds", "peak_memory_bytes", "time_drift", "num_nodes"}
 
 
 class ProfileCache:
@@ -52,8 +53,24 @@ class ProfileCache:
         return self._directory / f"{hashlib.sha256(_text(key).encode()).hexdigest()[:24]}.json"
 
 
+def fewest_nodes(world_size: int, workers_per_node: Sequence[int]) -> int:
+    """Return on how many nodes as many workers sit at least.
+
+    Args:
+        world_size: the workers of a trial.
+        workers_per_node: how many each node holds, the most first.
+    """
+    return 1 + sum(held < world_size for held in accumulate(workers_per_node))
+
+
 def profile_key(
-    config: TrialConfig, *, model: Mapping[str, Any], data_fingerprint: str, max_length: int, device: Mapping[str, Any]
+    config: TrialConfig,
+    *,
+    model: Mapping[str, Any],
+    data_fingerprint: str,
+    max_length: int,
+    device: Mapping[str, Any],
+    num_nodes: int,
 ) -> dict[str, Any]:
     """Return all that the time of a step depends on; another value of any of it is another profile.
 
@@ -63,6 +80,7 @@ def profile_key(
         data_fingerprint: of the token tables, whose lengths are the shapes.
         max_length: tokens at which rows are cut.
         device: as `trainables.device.examine` found it.
+        num_nodes: those that the ranks sit on.
     """
     return {
         "model": model,
@@ -70,6 +88,7 @@ def profile_key(
         "max_length": max_length,
         **timed_knobs(config),
         "device": {name: device[name] for name in ("type", "name", "threads")},
+        "num_nodes": num_nodes,
         "versions": {**device["versions"], "paretune": version("paretune")},
     }
 

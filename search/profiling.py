@@ -14,11 +14,13 @@ from search.interruption import Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
 from search.outlook import Outlook
 from search.profiles import ProfileCache
+from search.record import noise_of
 from search.session import check_fit, examine, prepare
 from search.store import Store
 from spaces.config import TrialConfig
 from spaces.constraints import is_feasible, violations
 from spaces.loading import LoadedSpec, check_local_data
+from spaces.metrics import RANK_SPREAD, TIME_DRIFT
 from spaces.space import SpaceSpec
 from trainables.job import Job
 
@@ -38,7 +40,7 @@ COLUMNS = (
 
 
 def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Measure what is not in the cache yet, with nothing else running; return a row for each step of the space.
+    """Measure what the cache does not have yet or only noisy, with nothing else running; return a row for each step of the space.
 
     Raises:
         NothingFits: no layout of the space can run here.
@@ -62,34 +64,40 @@ def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[s
             limits = replace(limits, memory_bytes=device["usable_bytes"])
             outlook = Outlook(spec, prepared.data, model=prepared.model, plan=prepared.plan, device=device, profiles=profiles)
             configs = [c for c in timed_configs(spec.space, spec.model.max_length) if is_feasible(violations(c, limits))]
-            known = {config: profiles.get(outlook.key(config)) for config in configs}
-            parts: dict[TrialConfig, list[dict[str, Any]]] = {config: [] for config in configs if known[config] is None}
+            kept = [(config, profiles.get(outlook.key(config))) for config in configs]
+            known = {config: profile for config, profile in kept if profile is not None and not noise_of(profile)}
+            parts: dict[TrialConfig, list[dict[str, Any]]] = {config: [] for config in configs if config not in known}
             for number, config in [(number, config) for number in range(1, NUM_ROUNDS + 1) for config in parts]:
                 job = Job(job_id=f"profile-{config.key()}-{number}", kind="profile", config=config.to_dict(), directory=directory)
                 parts[config].append(_measured(dispatcher, job, interruption))
                 say(f"round {number} of {NUM_ROUNDS}: {_text({**_knobs(config), **parts[config][-1]})}")
             rows = []
             for config in configs:
-                found = known[config]
-                profile = mean_profile(parts[config]) if found is None else found
-                if found is None and "error" not in profile:
-                    profiles.put(outlook.key(config), profile)
-                rows.append({**_knobs(config), **profile, "is_new": found is None})
+                profile = known[config] if config in known else mean_profile(parts[config])
+                if config in parts and "error" not in profile:
+                    # Under where its ranks really were: a group may spread over more nodes than it must.
+                    profiles.put({**outlook.key(config), "num_nodes": profile["num_nodes"]}, profile)
+                rows.append({**_knobs(config), **profile, "noise": noise_of(profile), "is_new": config in parts})
     return rows
 
 
 def mean_profile(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the mean of what was measured at different times; the error, if there was one."""
+    """Return the mean of what was measured at different times, with how far it changed; the error, if there was one."""
     errors = [part for part in parts if "error" in part]
     if errors:
         return dict(errors[0])
     mean = {name: sum(part[name] for part in parts) / len(parts) for name in ("fixed_seconds", "seconds_per_token", "step_seconds")}
+    paces = [part["step_seconds"] for part in parts]
+    changed = (max(paces) - min(paces)) / mean["step_seconds"]
     return {
         **mean,
+        TIME_DRIFT: max(changed, *(part[TIME_DRIFT] for part in parts)),
+        **({RANK_SPREAD: max(part[RANK_SPREAD] for part in parts)} if RANK_SPREAD in parts[0] else {}),
         "tokens_per_second": len(parts) / sum(1 / part["tokens_per_second"] for part in parts),
         "num_steps": sum(part["num_steps"] for part in parts),
         "part_seconds": {name: sum(part["part_seconds"][name] for part in parts) / len(parts) for name in parts[0]["part_seconds"]},
         "peak_memory_bytes": max(part["peak_memory_bytes"] for part in parts),
+        "num_nodes": max(part["num_nodes"] for part in parts),
     }
 
 
@@ -114,7 +122,7 @@ def render_profiles(rows: Sequence[Mapping[str, Any]]) -> str:
             table.append([*cells, "-", "-", "-", row["error"]])
             continue
         waits = row["part_seconds"].get("communication", 0.0) / row["step_seconds"]
-        when = "now" if row["is_new"] else "before"
+        when = ("now" if row["is_new"] else "before") + (row["noise"] and f", NOISY: {row['noise']}")
         table.append([*cells, f"{row['step_seconds']:.3g}", f"{row['tokens_per_second']:,.0f}", f"{waits:.0%}", when])
     return "\n".join([*aligned(table), "waits: share of a step in which the computation waits for other ranks"])
 

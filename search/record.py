@@ -48,7 +48,7 @@ class Confirmation:
     @property
     def noise(self) -> str:
         """Why its times are not to be trusted, in words; empty where nothing speaks against them."""
-        return _noise(self.values)
+        return noise_of(self.values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +106,7 @@ class TrialRecord:
     @property
     def noise(self) -> str:
         """Why the trial's times are not to be trusted, in words; empty where nothing speaks against them."""
-        return _noise(self.values, self.late)
+        return noise_of(self.values, self.late)
 
     @property
     def trial_config(self) -> TrialConfig:
@@ -196,7 +196,13 @@ def place_text(verdict: Mapping[str, Any]) -> str:
     return f"{text} but dominated and in the last front"
 
 
-def _noise(values: Mapping[str, float], late: float | None = None) -> str:
+def noise_of(values: Mapping[str, Any], late: float | None = None) -> str:
+    """Return why times are not to be trusted, in words; empty where nothing speaks against them.
+
+    Args:
+        values: metrics of a trial, or a step profile.
+        late: how much longer it took than its step profile says, relative.
+    """
     drift, spread = values.get(TIME_DRIFT, 0.0), values.get(RANK_SPREAD, 0.0)
     reasons = []
     if drift > NOISY:

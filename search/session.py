@@ -324,13 +324,14 @@ def _warm_up(dispatcher: Any, spec: SearchSpec, num_trials: float) -> None:
 
 
 def examine(dispatcher: Any, store: Store, spec: SearchSpec, limits: Limits, interruption: Interruption) -> dict[str, Any]:
-    """Return what a worker's device can do; nothing trains yet, so this is the time to see it."""
+    """Return what a worker's device can do, and how many workers each node holds; nothing trains yet: the time to see it."""
     try:
         device = run_job(dispatcher, _first_job("device", store, spec, limits), interruption)["device"]
     except JobFailed as error:
         raise NoResult(f"the workers' device cannot be examined: {error}") from error
     capacity = device.get("memory_bytes") or cluster.bytes_per_worker(spec.resources)
-    return {**device, "capacity_bytes": capacity, "usable_bytes": usable_bytes(device, capacity)}
+    holds = {"capacity_bytes": capacity, "workers_per_node": cluster.workers_per_node(spec.resources)}
+    return {**device, **holds, "usable_bytes": usable_bytes(device, capacity)}
 
 
 def _first_config(spec: SearchSpec, limits: Limits) -> TrialConfig:

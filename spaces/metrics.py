@@ -189,6 +189,6 @@ _TABLE = (
 )
 
 # Of a layout of which some steps were timed, and of a whole trial none, these are not known.
-NOT_FROM_PROFILE = frozenset({TOTAL_SECONDS, TIME_DRIFT, RANK_SPREAD, HFU})
+NOT_FROM_PROFILE = frozenset({TOTAL_SECONDS, HFU})
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from search.engine import Engine
-from search.layouts import timed_knobs
+from search.layouts import Forecaster, timed_knobs
 from search.ledger import Ledger
 from search.store import Store
 from search.study import Study
@@ -52,7 +52,7 @@ def make(
     price: float | None = None,
     clock: Callable[[], float] = time.time,
     scheduler: dict[str, Any] | None = None,
-    outlook: Profiles | None = None,
+    outlook: Forecaster | None = None,
     reuse: bool = True,
     objectives: Sequence[str] = (),
     points: Sequence[Mapping[str, Any]] = (),

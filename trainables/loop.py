@@ -140,7 +140,7 @@ class Trainer:
     def train_step(self) -> None:
         """Train one global batch: this rank's micro batches, one exchange of gradients, one update."""
         recipe = self.config.recipe
-        followed = self.memory.follow() if self.step >= self._largest_step else nullcontext(False)
+        followed = self.memory.follow() if self.step >= self.largest_step else nullcontext(False)
         with followed as is_disturbed, self._timer.step(is_disturbed=is_disturbed) as mark:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, self.step, self.num_steps)
@@ -214,7 +214,7 @@ class Trainer:
             self.checkpoints.save_seconds = time.perf_counter() - started
 
     @property
-    def _largest_step(self) -> int:
+    def largest_step(self) -> int:
         """The step with the most padded tokens; the first one comes before the optimizer's state is there."""
         return 1 + int(np.argmax(self.sizes.padded_tokens[1:])) if self.num_steps > 1 else 1
 

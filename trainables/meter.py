@@ -154,6 +154,12 @@ def rank_spread(parts: Sequence[Sequence[float]], world: World) -> float | None:
     return float((max(medians) - min(medians)) / np.mean(medians))
 
 
+def disturbance(parts: Sequence[Sequence[float]], sizes: StepSizes, world: World) -> dict[str, float]:
+    """Return `time_drift` and `rank_spread`, each where it can be told; every rank must call it."""
+    found = {metrics.TIME_DRIFT: time_drift([sum(step) for step in parts], sizes), metrics.RANK_SPREAD: rank_spread(parts, world)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def speed(parts: Sequence[Sequence[float]], sizes: StepSizes, world: World, flops: StepFlops, precision: str) -> dict[str, float]:
     """Return the metrics that follow from step times and shapes; every rank must call it.
 
@@ -180,8 +186,7 @@ def speed(parts: Sequence[Sequence[float]], sizes: StepSizes, world: World, flop
         metrics.FLOPS_PER_STEP: model / num_steps,
     }
     result |= {metrics.PART_SECONDS[part]: mean for part, mean in mean_parts(parts).items()}
-    spreads = {metrics.TIME_DRIFT: time_drift(seconds, sizes), metrics.RANK_SPREAD: rank_spread(parts, world)}
-    result |= {name: spread for name, spread in spreads.items() if spread is not None}
+    result |= disturbance(parts, sizes, world)
     peak, _ = device_peak(world.device, precision)
     if peak is not None:
         result[metrics.MFU] = model / total / (peak * world.world_size)

@@ -10,7 +10,7 @@ from spaces.config import TrialConfig
 from trainables.data import TaskData
 from trainables.loop import Trainer, memory_errors
 from trainables.mesh import World
-from trainables.meter import mean_parts
+from trainables.meter import disturbance, mean_parts
 from trainables.model import BaseModel
 from trainables.step_time import fit_steady, steady_steps
 
@@ -21,7 +21,8 @@ def measure_step(config: TrialConfig, data: TaskData, base: BaseModel, world: Wo
     """Train some steps of a trial and return what they took, in plain values; nothing is kept of what was learned.
 
     The steps are those of a trial on all the data, whose batches are as long as those of any share of it, and as many epochs as it
-    takes. Every rank must call it.
+    takes. The last one is the largest of that trial, where that is none of the others: there is the peak of the memory. Every rank
+    must call it.
 
     Raises:
         OutOfMemory: on the rank that ran out.
@@ -32,9 +33,13 @@ def measure_step(config: TrialConfig, data: TaskData, base: BaseModel, world: Wo
     long_enough = replace(config, recipe=replace(recipe, dataset_fraction=1.0, epochs=float(epochs)))
     with memory_errors():
         trainer = Trainer(long_enough, data, base, world, checkpoints=None)
-        for _ in range(NUM_STEPS):
+        for _ in range(NUM_STEPS - 1):
             trainer.train_step()
+        trainer.step = last = max(trainer.step, trainer.largest_step)
+        trainer.train_step()
     parts = trainer.step_parts()
+    if last >= NUM_STEPS:
+        parts.pop()  # it is larger than what is at its place in the sizes, and on a CPU its tensors were followed
     seconds = [sum(step) for step in parts]
     time = fit_steady(seconds, trainer.sizes)
     step_seconds = float(time.of(trainer.sizes.padded_tokens[:NUM_STEPS]).mean())
@@ -45,5 +50,7 @@ def measure_step(config: TrialConfig, data: TaskData, base: BaseModel, world: Wo
         "tokens_per_second": float(trainer.sizes.tokens[:NUM_STEPS].mean()) / step_seconds,
         "num_steps": len(steady_steps(seconds)),
         "part_seconds": mean_parts(parts),
+        **disturbance(parts, trainer.sizes, world),
+        "num_nodes": len(set(world.gather(world.node_id))),
         "peak_memory_bytes": max(world.gather(trainer.memory.peak_bytes())),
     }

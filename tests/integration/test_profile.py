@@ -30,7 +30,7 @@ def test_a_space_is_profiled_once_and_a_search_predicts_from_it(tmp_path: Path, 
     files = list((tmp_path / "cache/paretune/step_profiles").iterdir())
     assert len(files) == 2
     table = paretune("profile", spec, cwd=tmp_path).stdout
-    assert table.count("before") == 2, "measured once"
+    assert table.count("before") == sum(not row["noise"] for row in rows), "measured once, unless that was noisy"
     done = paretune("search", spec, cwd=tmp_path)
     records = replay(Ledger(tmp_path / "runs/tiny/ledger.jsonl").events()).records.values()
     assert {record.predicted["time_source"] for record in records} == {"profile"}

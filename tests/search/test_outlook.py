@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engines import make, report
 from synthetic_data import token_data
 
 from search.outlook import Outlook
-from search.profiles import ProfileCache
+from search.profiles import ProfileCache, fewest_nodes
 from spaces.blueprint import blueprint
 from spaces.config import TrialConfig
 from spaces.estimate import ASSUMED_UTILISATION, usable_bytes
@@ -40,12 +41,15 @@ DEVICE = {
     "bytes_per_second": 1e10,
     "link_bytes_per_second": 5e9,
     "process_bytes": 500,
+    "workers_per_node": [8, 4],
 }
 PROFILE = {
     "fixed_seconds": 0.5,
     "seconds_per_token": 0.01,
     "part_seconds": {"forward": 0.2, "backward": 0.3},
     "peak_memory_bytes": 12345,
+    "time_drift": 0.4,
+    "num_nodes": 1,
 }
 SPEC = SearchSpec.model_validate(
     {"model": {"name": "m", "task": "sequence-classification", "max_length": 32}, "data": {"train": "t"}}
@@ -106,11 +110,24 @@ def test_whatever_changes_the_time_of_a_step_is_another_profile(tmp_path: Path) 
         assert cache.get(outlook(cache).key(config(**other))) is None, other
     for device in ({"name": "another"}, {"threads": 2}, {"versions": {"torch": "2.14.0"}}):
         assert cache.get(outlook(cache, device={**DEVICE, **device}).key(config())) is None, device
+    one_each = {**DEVICE, "workers_per_node": [1] * 8}
+    key = outlook(cache).key(config(world_size=8))
+    cache.put(key, PROFILE)
+    assert cache.get(outlook(cache, device=one_each).key(config(world_size=8))) is None, "eight ranks on one node or on eight"
+    assert cache.get(outlook(cache, device=one_each).key(config())) is not None, "one rank sits on one node"
     wider = {**MODEL, "hidden_size": 128}
     assert cache.get(outlook(cache, model=wider).key(config())) is None
     other_data = Outlook(SPEC, replace(token_data(), fingerprint="other"), model=MODEL, plan=None, device=DEVICE, profiles=cache)
     assert cache.get(other_data.key(config())) is None
     assert cache.get(outlook(cache).key(config(learning_rate=1e-5))) is not None, "the rate costs nothing"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "workers_per_node", "num_nodes"),
+    [(8, [8], 1), (8, [8, 8], 1), (8, [1] * 8, 8), (8, [4, 4], 2), (9, [8, 4, 4], 2), (12, [8, 4, 4], 2), (13, [8, 4, 4], 3)],
+)
+def test_ranks_sit_on_the_fewest_nodes_that_hold_them(world_size: int, workers_per_node: list[int], num_nodes: int) -> None:
+    assert fewest_nodes(world_size, workers_per_node) == num_nodes
 
 
 def test_a_trained_recipe_has_the_times_of_another_layouts_profile(tmp_path: Path) -> None:
@@ -144,13 +161,34 @@ def test_a_trained_recipe_has_the_times_of_another_layouts_profile(tmp_path: Pat
     assert values["padding_fraction"] == pytest.approx(1 - sizes.tokens.sum() / sizes.padded_tokens.sum())
     assert values["peak_memory_bytes"] == 12345
     assert values["backward_seconds"] == 0.3
-    assert not values.keys() & {"time_drift", "rank_spread", "total_seconds"}, "nothing is known of these"
+    assert values["time_drift"] == 0.4, "of the timed steps"
+    assert not values.keys() & {"rank_spread", "total_seconds"}, "nothing is known of these"
+    says.keep_profile(other, {**PROFILE, "rank_spread": 0.3})
+    assert says.values_under(other, trained, reported)["rank_spread"] == 0.3
     again = config(recomputation="full")
     says.keep_profile(again, PROFILE)
     assert "hfu" not in says.values_under(again, trained, reported), "what is computed again is the layout's"
     with pytest.raises(KeyError, match="no step profile"):
         says.values_under(config(world_size=2), trained, reported)
     assert not outlook(ProfileCache(tmp_path)).has_profile(other), "later searches take only what was measured alone"
+
+
+def test_a_point_that_was_timed_while_its_pace_changed_is_noisy(tmp_path: Path) -> None:
+    says = outlook(ProfileCache(tmp_path / "cache"))
+    space = {"adapter": "lora", "lora_rank": 4, "global_batch_size": 16, "world_size": {"profile": [1, 2]}}
+    engine, _, store = make(tmp_path, trials=1, outlook=says, **space)
+    first = engine.next()
+    assert first is not None
+    last = report(0.8, 40.0)
+    engine.reported(first.number, {**last, "metrics": {**last["metrics"], "device_seconds": 40.0}})
+    (store.trial_path(first.number) / "final").mkdir(parents=True)
+    engine.ended(first.number, {"state": "complete"})
+    timed = engine.next()
+    assert timed is not None
+    assert not timed.is_trained
+    engine.ended(timed.number, {"state": "complete", "profile": PROFILE})
+    assert engine.state.records[timed.number].noise == "its pace changed by 40% while it trained"
+    assert not engine.state.records[first.number].noise
 
 
 def test_a_damaged_profile_is_none(tmp_path: Path) -> None:
@@ -160,6 +198,8 @@ def test_a_damaged_profile_is_none(tmp_path: Path) -> None:
     assert cache.get(key) is not None
     path.write_text('{"key": ')
     assert cache.get(key) is None
+    cache.put(key, {name: value for name, value in PROFILE.items() if name != "time_drift"})
+    assert cache.get(key) is None, "of before it was known whether it is noisy"
 
 
 def test_what_is_not_known_is_not_said(tmp_path: Path) -> None:

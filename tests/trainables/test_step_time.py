@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from distributed import run
 from synthetic_data import token_data
 from tiny import make_model
 
 from spaces.config import TrialConfig
 from spaces.space import SpaceSpec
 from trainables.batching import BatchPlan, StepSizes
+from trainables.data import TaskData, TokenTable
+from trainables.evaluation import summed_loss
+from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.model import BaseModel
 from trainables.step_profile import NUM_STEPS, measure_step
 from trainables.step_time import StepTime, fit, fit_steady, num_warmup, steady_steps
+from trainables.tokenization import Encoded
 
 RNG = np.random.default_rng(0)
 
@@ -101,25 +110,114 @@ def test_warm_up_and_disturbed_steps_count_nowhere() -> None:
     assert fit_steady(seconds, sizes(padded)).of(padded).sum() == pytest.approx(20.0)
 
 
-def test_a_profile_is_the_line_of_the_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that goes by what is computed: a second a step and a hundredth a token."""
-    data, clock = token_data(), [0.0]
-    base = BaseModel.load(str(make_model(tmp_path)), None, data.task, data.label_names)
+@dataclass
+class Measured:
+    """A profile with a clock that goes by what is computed."""
+
+    profile: dict[str, Any]
+    sizes: StepSizes
+    """Of the trial whose steps were trained."""
+    steps: list[int]
+    """Those that were trained, in order."""
+    followed: list[int]
+    """Those whose tensors were followed."""
+
+
+def measured(
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    data: TaskData,
+    *,
+    slow_from: int = NUM_STEPS,
+    slow_down: float = 1.0,
+    is_followed: bool = True,
+) -> Measured:
+    """Measure with a clock of a second a step and a hundredth a token, from some step on slower."""
+    clock, steps, followed = [0.0], [], []
+    base = BaseModel.load(str(make_model(directory)), None, data.task, data.label_names)
     weights = {name: value.clone() for name, value in base.module.state_dict().items()}
     params = {**SpaceSpec().first(), "dataset_fraction": 0.1, "global_batch_size": 8, "lora_rank": 2}
     config = TrialConfig.from_params(params, max_length=32)
-    collated = BatchPlan.micro_batches
+    collated, follow = BatchPlan.micro_batches, MemoryMeter.follow
 
     def slow(self: BatchPlan, step: int, rank: int) -> list[object]:
         batches = collated(self, step, rank)
-        clock[0] += 1 + 0.01 * sum(batch.input_ids.numel() for batch in batches)
+        seconds = 1 + 0.01 * sum(batch.input_ids.numel() for batch in batches)
+        clock[0] += seconds * (slow_down if len(steps) >= slow_from else 1)
+        steps.append(step)
         return batches
 
-    monkeypatch.setattr(BatchPlan, "micro_batches", slow)
-    monkeypatch.setattr("trainables.meter.time.perf_counter", lambda: clock[0])
-    profile = measure_step(config, data, base, World.alone())
+    @contextmanager
+    def noted(self: MemoryMeter) -> Iterator[bool]:
+        with follow(self) if is_followed else nullcontext(False) as is_disturbed:
+            yield is_disturbed
+            followed.extend(steps[-1:] if is_disturbed else [])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BatchPlan, "micro_batches", slow)
+        patched.setattr(MemoryMeter, "follow", noted)
+        patched.setattr("trainables.meter.time.perf_counter", lambda: clock[0])
+        profile = measure_step(config, data, base, World.alone())
+    assert all(torch.equal(value, weights[name]) for name, value in base.module.state_dict().items()), "nothing is learned"
+    epochs = float(math.ceil(NUM_STEPS * 8 / data.train.num_rows))
+    whole = replace(config, recipe=replace(config.recipe, dataset_fraction=1.0, epochs=epochs))
+    return Measured(profile=profile, sizes=BatchPlan(whole, data).sizes(), steps=steps, followed=followed)
+
+
+def test_a_profile_is_the_line_of_the_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = measured(tmp_path, monkeypatch, token_data()).profile
     assert profile["num_steps"] == NUM_STEPS - 1 - num_warmup(NUM_STEPS - 1)
     assert profile["fixed_seconds"] == pytest.approx(1.0)
     assert profile["seconds_per_token"] == pytest.approx(0.01)
     assert profile["part_seconds"]["data"] == pytest.approx(sum(profile["part_seconds"].values()))
-    assert all(torch.equal(value, weights[name]) for name, value in base.module.state_dict().items()), "nothing is learned"
+    assert profile["num_nodes"] == 1
+    assert "rank_spread" not in profile, "there is one rank"
+
+
+@pytest.mark.parametrize("is_followed", [True, False], ids=["on a CPU", "as on a GPU, which follows no tensors"])
+def test_the_largest_step_is_trained_wherever_it_lies_and_its_time_counts_nowhere(
+    is_followed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = np.random.default_rng(0).integers(4, 20, size=900)
+    lengths[0] = 31  # the trial's seed puts this row late
+    rows = [Encoded(input_ids=[1] * int(length), targets=None) for length in lengths]
+    data = replace(token_data(), train=TokenTable.build(rows, [0] * 900), fraction_key=np.arange(900) / 900)
+    found = measured(tmp_path, monkeypatch, data, is_followed=is_followed, slow_from=NUM_STEPS - 1, slow_down=9)
+    largest = int(np.argmax(found.sizes.padded_tokens))
+    assert largest >= NUM_STEPS
+    assert found.steps == [*range(NUM_STEPS - 1), largest]
+    assert found.followed == ([largest] if is_followed else [])
+    assert found.profile["num_steps"] == NUM_STEPS - 1 - num_warmup(NUM_STEPS - 1)
+    assert found.profile["part_seconds"]["data"] < 3, "the one that takes nine times as long would show in a mean"
+
+
+def test_a_machine_that_is_busy_for_a_quarter_of_the_steps_shows_in_the_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = measured(tmp_path, monkeypatch, token_data()).profile
+    assert quiet["time_drift"] == pytest.approx(0, abs=1e-6)
+    busy = measured(tmp_path, monkeypatch, token_data(), slow_from=24, slow_down=2.0).profile
+    assert busy["time_drift"] == pytest.approx((2 - 1) / 1.25, rel=0.2)
+
+
+def of_two_ranks(world: World, model: str) -> dict[str, Any]:
+    """Measure where the second rank's forward passes take half as long again, on a node of its own."""
+    data, clock = token_data(), [0.0]
+    base = BaseModel.load(model, None, data.task, data.label_names)
+    params = {**SpaceSpec().first(), "dataset_fraction": 0.5, "global_batch_size": 8, "lora_rank": 2, "world_size": 2}
+
+    def slow(*given: Any) -> Any:
+        clock[0] += 1 + 0.5 * world.rank
+        return summed_loss(*given)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("trainables.loop.summed_loss", slow)
+        patched.setattr("trainables.meter.time.perf_counter", lambda: clock[0])
+        config = TrialConfig.from_params(params, max_length=32)
+        return measure_step(config, data, base, replace(world, node_id=f"node {world.rank}"))
+
+
+def test_a_profile_tells_how_far_ranks_are_apart_and_on_how_many_nodes_they_are(tmp_path: Path) -> None:
+    for profile in run(2, of_two_ranks, str(make_model(tmp_path))):
+        assert profile["rank_spread"] == pytest.approx(0.5 / 1.25)
+        assert profile["num_nodes"] == 2
