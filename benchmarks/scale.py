@@ -4,7 +4,8 @@ Run `python benchmarks/scale.py --results benchmarks/results/scale.json` in the 
 simulated (`tests/simulation.py`): a group takes 15 s to start and 2 s to end. Three parts:
 
 - placement: trials of seconds to an hour on 1 to 1,024 workers; which share of the worker-time is trained in as long as a trial
-  waits, and how many groups are started, if all trials wait and if as many are handed out at once as in a search;
+  waits, and how many groups are started, if all trials wait and if as many are handed out at once as in a search, whose seconds are
+  predicted within a fifth or not at all;
 - proposals: what a search finds with so many trials in flight, and what a suggestion costs by the number of trials that TPE sees;
 - driver: engine, Optuna study, ledger (with its fsync) and placement through all trials, whose results come from a closed form;
   seconds and bytes per trial as the search grows. Resident memory is that of the whole process, after a garbage collection. Times
@@ -96,12 +97,14 @@ def placement_rows(num_trials: int) -> list[dict[str, Any]]:
         capacity = 2**exponent
         mixes = {min(exponent, 3), exponent} - ({0} if exponent else set())
         for sizes in ([2**i for i in range(most + 1)] for most in sorted(mixes)):
-            for window in sorted({num_handed_out(capacity, sizes), num_trials}):
+            few = num_handed_out(capacity, sizes, math.inf)
+            for window, error in ((few, 0.2), (few, None), (num_trials, None)):
                 outcomes = []
                 for seed in range(3):
-                    trials = mixed_trials(num_trials, sizes, seed=seed)
+                    trials = mixed_trials(num_trials, sizes, seed=seed, error=error)
                     outcomes.append((trials, Simulation(capacity, trials, window=window).run()))
-                rows.append({"workers": capacity, "largest": sizes[-1], "handed_out": window, **placed(capacity, outcomes)})
+                case = {"workers": capacity, "largest": sizes[-1], "handed_out": window, "error_of_predicted_seconds": error}
+                rows.append({**case, **placed(capacity, outcomes)})
                 print(" ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     return rows
 
@@ -224,7 +227,9 @@ class Driver:
         self._rng = random.Random(0)
         self._parts.watch(simulation, "placement", "decide")
         self._engine = self._open()
-        self._simulation = Simulation(NUM_WORKERS, self._trials(), window=num_handed_out(NUM_WORKERS, WORLD_SIZES), on_end=self._end)
+        self._simulation = Simulation(
+            NUM_WORKERS, self._trials(), window=num_handed_out(NUM_WORKERS, WORLD_SIZES, math.inf), on_end=self._end
+        )
         self._last: dict[str, Any] = {"trials": 0, "resident_bytes": resident_bytes()}
         self.rows: list[dict[str, Any]] = []
         self.resume_seconds = 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,8 @@ class _GroupState:
     joined: set[int] = field(default_factory=set)
     sequence: int = 0
     job_id: str | None = None
+    job_ends: float | None = None
+    """When its job is predicted to end, by the monotonic clock; one that goes on from a checkpoint may end sooner."""
     leaving: bool = False
     ever_joined: bool = False
 
@@ -249,6 +252,8 @@ class Dispatcher:
             return
         group.sequence += 1
         group.job_id = state.job.job_id
+        seconds = state.job.predicted_seconds
+        group.job_ends = None if seconds is None else time.monotonic() + seconds
         group.state = GroupState.BUSY
         state.events.append({"event": "started", "group_id": group_id, "attempt": state.attempts})
 
@@ -262,11 +267,15 @@ class Dispatcher:
         held = {group.job_id for group in self._groups.values()}
         # A generator, since `decide` reads few of the hundreds that may wait; jobs stand in the order in which they came.
         waiting = (
-            Waiting(job_id=name, world_size=state.job.world_size, place=state.place)
+            Waiting(job_id=name, world_size=state.job.world_size, place=state.place, seconds=state.job.predicted_seconds)
             for name, state in self._jobs.items()
             if not state.ended and name not in held
         )
-        groups = [Group(group_id=n, world_size=g.world_size, state=g.state) for n, g in self._groups.items()]
+        now = time.monotonic()
+        groups = [
+            Group(group_id=n, world_size=g.world_size, state=g.state, seconds_left=None if g.job_ends is None else g.job_ends - now)
+            for n, g in self._groups.items()
+        ]
         for action in decide(capacity=self._resources.capacity, groups=groups, waiting=waiting):
             match action:
                 case Assign(job_id=job_id, group_id=group_id):

@@ -26,7 +26,7 @@ from search.weights import Weights
 from spaces import constraints
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
-from spaces.metrics import NOT_FROM_PROFILE
+from spaces.metrics import NOT_FROM_PROFILE, TRAIN_SECONDS
 from spaces.spec import Objective, SearchSpec
 from trainables.job import Job
 
@@ -145,6 +145,7 @@ class Engine:
             config=assignment.config.to_dict(),
             directory=str(self._store.trial_path(assignment.number)),
             rungs=shares_of(self._spec, assignment.number),
+            predicted_seconds=self._state.records[assignment.number].predicted.get(TRAIN_SECONDS),
         )
 
     def began(self, number: int) -> None:

@@ -301,7 +301,7 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, lim
             engine,
             dispatcher,
             rungs=Rungs(spec, engine.state.records.values()),
-            max_concurrent=num_handed_out(limits.num_workers, {world_size for world_size, _ in spec.space.layouts()}),
+            max_concurrent=num_handed_out(limits.num_workers, {size for size, _ in spec.space.layouts()}, engine.num_left),
             storage=store.root,
             interrupted=lambda: interruption.is_asked,
         )

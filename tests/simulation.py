@@ -12,7 +12,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from search.placement import Assign, Group, GroupState, Start, Stop, Waiting, decide
 
@@ -25,6 +25,8 @@ class SimulatedTrial:
 
     world_size: int
     seconds: float
+    predicted: float | None = None
+    """Seconds, as placement is told; None if it is not."""
     arrives: float = 0.0
     """The search proposes it no sooner."""
 
@@ -62,13 +64,18 @@ def packing_bound(capacity: int, trials: Sequence[SimulatedTrial]) -> float:
     return max(sum(t.world_size * t.seconds for t in trials) / capacity, *(t.seconds for t in trials))
 
 
-def mixed_trials(num_trials: int, world_sizes: Sequence[int], *, seed: int) -> list[SimulatedTrial]:
-    """Return trials of a search: half of them take less than a minute, a few of them up to an hour."""
-    rng = random.Random(seed)
-    return [
-        SimulatedTrial(world_size=rng.choice(world_sizes), seconds=min(3600.0, max(3.0, rng.lognormvariate(math.log(60), 1.2))))
-        for _ in range(num_trials)
-    ]
+def mixed_trials(num_trials: int, world_sizes: Sequence[int], *, seed: int, error: float | None = None) -> list[SimulatedTrial]:
+    """Return trials of a search: half of them take less than a minute, a few of them up to an hour.
+
+    Their seconds are predicted within a factor of 1 + `error`, or not at all.
+    """
+    rng, errors = random.Random(seed), random.Random(f"errors {seed}")
+    trials = []
+    for _ in range(num_trials):
+        world_size, seconds = rng.choice(world_sizes), min(3600.0, max(3.0, rng.lognormvariate(math.log(60), 1.2)))
+        predicted = None if error is None else seconds * (1 + error) ** errors.uniform(-1, 1)
+        trials.append(SimulatedTrial(world_size=world_size, seconds=seconds, predicted=predicted))
+    return trials
 
 
 class Simulation:
@@ -87,10 +94,11 @@ class Simulation:
         self._window = window
         self._on_end = on_end
         self._ahead: SimulatedTrial | None = None
-        self._seconds: dict[int, float] = {}
+        self._handed_out: dict[int, SimulatedTrial] = {}
         self._waiting: dict[int, Waiting] = {}
         self._groups: dict[str, Group] = {}
         self._running: dict[str, int] = {}
+        self._ends: dict[str, float] = {}
         self._held: Counter[GroupState] = Counter()
         self._events: list[tuple[float, int, str, str]] = []
         self._num_events = 0
@@ -123,8 +131,8 @@ class Simulation:
                 return
             self._ahead = None
             number = len(self.outcome.submitted)
-            self._waiting[number] = Waiting(job_id=str(number), world_size=trial.world_size, place=number)
-            self._seconds[number] = trial.seconds
+            self._waiting[number] = Waiting(job_id=str(number), world_size=trial.world_size, place=number, seconds=trial.predicted)
+            self._handed_out[number] = trial
             self.outcome.submitted[number] = self._now
 
     def _pass_time(self, until: float) -> None:
@@ -150,6 +158,7 @@ class Simulation:
                 self._set(group_id, GroupState.IDLE)
             case "done":
                 self._set(group_id, GroupState.IDLE)
+                self._ends.pop(group_id, None)
                 self._on_end(self._running.pop(group_id))
 
     def _set(self, group_id: str, state: GroupState) -> None:
@@ -159,8 +168,12 @@ class Simulation:
         self._groups[group_id] = Group(group_id=group_id, world_size=group.world_size, state=state)
 
     def _act(self) -> None:
+        groups = [
+            replace(group, seconds_left=self._ends[name] - self._now) if name in self._ends else group
+            for name, group in self._groups.items()
+        ]
         began = time.perf_counter()
-        actions = decide(capacity=self._capacity, groups=self._groups.values(), waiting=self._waiting.values())
+        actions = decide(capacity=self._capacity, groups=groups, waiting=self._waiting.values())
         self.outcome.decide_seconds += time.perf_counter() - began
         self.outcome.num_decisions += 1
         for action in actions:
@@ -173,7 +186,10 @@ class Simulation:
                     self.outcome.started[number] = self._now
                     self._running[group_id] = number
                     self._set(group_id, GroupState.BUSY)
-                    self._after(self._seconds.pop(number), "done", group_id)
+                    trial = self._handed_out.pop(number)
+                    if trial.predicted is not None:
+                        self._ends[group_id] = self._now + trial.predicted
+                    self._after(trial.seconds, "done", group_id)
                 case Start(world_size=world_size):
                     self.outcome.num_starts += 1
                     name = f"group-{self.outcome.num_starts:05d}"

@@ -44,6 +44,8 @@ class Job:
     """Where the trial's checkpoints and weights are."""
     rungs: tuple[float, ...] = rung_shares()
     """Shares of its own steps at which a trial reports before its end."""
+    predicted_seconds: float | None = None
+    """Of all its steps; None where nothing is predicted."""
 
     @property
     def world_size(self) -> int:

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from search.dispatch import MAX_ATTEMPTS, Dispatcher, GroupResources
+from search.placement import OVERTAKEN_PER_WORKER
 from trainables.job import Ask, Job, Task
 
 TASK = Task(model_name="m", model_revision=None, task="causal-lm", exact_match_rows=0, data=[])
 
 
-def job(name: str, world_size: int = 1) -> Job:
-    return Job(job_id=name, kind="train", config={"layout": {"world_size": world_size}}, directory="d")
+def job(name: str, world_size: int = 1, seconds: float | None = None) -> Job:
+    config = {"layout": {"world_size": world_size}}
+    return Job(job_id=name, kind="train", config=config, directory="d", predicted_seconds=seconds)
 
 
 class Groups(Dispatcher):
@@ -197,6 +199,21 @@ async def test_no_more_groups_start_than_jobs_are_expected(dispatcher: Groups) -
 async def test_as_many_groups_start_as_fit_where_nobody_knows_how_many_jobs_come(dispatcher: Groups) -> None:
     await dispatcher.expect(2, num_jobs=math.inf)
     assert [g["world_size"] for g in await dispatcher.groups()] == [2, 2]
+
+
+@scenario(2)
+async def test_a_job_that_is_predicted_to_end_in_time_is_begun_while_a_large_one_waits(dispatcher: Groups) -> None:
+    smalls = [job(f"small-{i}") for i in range(OVERTAKEN_PER_WORKER * 2)]
+    late = [job("too-long", seconds=2000.0), job("unknown"), job("short", seconds=10.0)]
+    for submitted in (job("long", seconds=1000.0), job("first"), job("large", 2), *smalls, *late):
+        await dispatcher.submit(submitted)
+    names = [g["group_id"] for g in await dispatcher.groups()]
+    (_, generation) = [await ranks_join(dispatcher, name, 1) for name in names]
+    begun = []
+    while (running := (await dispatcher.groups())[1]["job_id"]) is not None:
+        begun.append(running)
+        await dispatcher.finish(names[1], generation, len(begun), {"state": "complete"})
+    assert begun == ["first", *(small.job_id for small in smalls), "short"]
 
 
 @scenario(2)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from engines import STOP, make, report
+from engines import STOP, Profiles, make, report
 
 from search.engine import SearchExhausted
 from search.ledger import Ledger, replay
 from search.pareto import front
 from search.record import TrialState
 from spaces.blueprint import blueprint
+from spaces.config import TrialConfig
 from spaces.constraints import CONSTRAINTS, Limits
 
 
@@ -85,6 +86,23 @@ def test_where_a_trial_ran_out_of_memory_nothing_as_large_is_started_again_not_e
     while (assignment := resumed.next()) is not None:
         assert assignment.config.layout.micro_batch_size < (8 if ran_out == 1 else 4) or ran_out == 0
         resumed.ended(assignment.number, {"state": "stopped"})
+
+
+def test_a_job_says_how_long_it_is_predicted_to_take_also_after_a_resume(tmp_path: Path) -> None:
+    class Seconds(Profiles):
+        def __call__(self, config: TrialConfig) -> dict[str, Any]:
+            return {"train_seconds": 50.0 / config.layout.world_size, "time_source": "estimate"}
+
+    engine, _, _ = make(tmp_path, outlook=Seconds(), world_size=2)
+    assignment = engine.next()
+    assert assignment is not None
+    assert engine.job(assignment).predicted_seconds == 25.0
+    resumed, _, _ = make(tmp_path, world_size=2)
+    assert resumed.next() == assignment
+    assert resumed.job(assignment).predicted_seconds == 25.0
+    unknown = resumed.next()
+    assert unknown is not None
+    assert resumed.job(unknown).predicted_seconds is None
 
 
 def test_infeasible_proposals_cost_none_of_the_budget(tmp_path: Path) -> None:
@@ -199,10 +217,10 @@ def test_a_crash_between_the_verdict_and_the_end_does_not_let_the_trial_go_on(tm
 
 def test_a_job_reports_at_the_rungs_of_its_bracket(tmp_path: Path) -> None:
     for brackets, lengths in ((1, {2}), (3, {0, 1, 2})):
-        engine, _, _ = make(tmp_path / str(brackets), scheduler={"brackets": brackets})
-        assignment = engine.next()
-        assert assignment is not None
-        assert {len(engine.job(replace(assignment, number=n)).rungs) for n in range(20)} == lengths
+        engine, _, _ = make(tmp_path / str(brackets), trials=20, scheduler={"brackets": brackets})
+        assignments = [assignment for _ in range(20) if (assignment := engine.next()) is not None]
+        assert len(assignments) == 20
+        assert {len(engine.job(assignment).rungs) for assignment in assignments} == lengths
 
 
 def test_what_a_worker_may_still_write_to_is_left_alone_until_the_search_ends(tmp_path: Path) -> None:
