@@ -8,7 +8,7 @@ from search.confidence import confidence_lines, confirmed, rival_lines
 from search.formatting import number_text
 from search.pareto import cost_objective, knee
 from search.record import TrialRecord
-from spaces.metrics import TRAIN_SECONDS
+from spaces.metrics import MFU, TRAIN_SECONDS
 from spaces.spec import Objective
 
 
@@ -39,13 +39,23 @@ def recommendation_lines(members: Sequence[TrialRecord], objectives: Sequence[Ob
 
 
 def caveats(members: Sequence[TrialRecord]) -> list[str]:
-    """Return one line for every member whose times are not to be trusted, or are not of a training of its own."""
+    """Return in lines whose times are not to be trusted, or not of a training of their own, and why a member has no MFU."""
     lines = []
     for record in (r for r in members if r.noise):
         is_sure = confirmed(record, TRAIN_SECONDS) is not None and not any(c.noise for c in record.confirmations)
         what = "trust its confirmed times" if is_sure else "train it again before you trust its times"
         lines.append(f"trial {record.number} is noisy: {record.noise}; {what}")
-    return lines + [f"trial {r.number} is {r.why_not_trained}" for r in members if r.source is not None]
+    lines += [f"trial {r.number} is {r.why_not_trained}" for r in members if r.source is not None]
+    return lines + _without_mfu(members)
+
+
+def _without_mfu(members: Sequence[TrialRecord]) -> list[str]:
+    """Return one line for every reason why members have no MFU."""
+    numbers: dict[str, list[str]] = {}
+    for record in members:
+        if MFU not in record.values and "peak_source" in record.details:
+            numbers.setdefault(record.details["peak_source"], []).append(str(record.number))
+    return [f"no MFU of trial {', '.join(those)}: {reason}" for reason, those in numbers.items()]
 
 
 def _price(record: TrialRecord, metric: str) -> float:

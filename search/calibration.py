@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from search.formatting import aligned, number_text
 from search.record import TrialRecord, TrialState
@@ -47,6 +47,11 @@ def calibrate(records: Sequence[TrialRecord]) -> list[Calibration]:
             predicted = float(sum(terms.values()))
             rows.append(Calibration(number=record.number, what="tensor_bytes", source="formula", predicted=predicted, measured=held))
     return rows
+
+
+def calibration_as_json(records: Sequence[TrialRecord]) -> list[dict[str, Any]]:
+    """Return every number that was predicted and measured, ready for JSON."""
+    return [{**asdict(row), "error": row.error} for row in calibrate(records)]
 
 
 def tensor_bytes(record: TrialRecord) -> float | None:

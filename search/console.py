@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,6 +20,7 @@ from search.ledger import SearchState, replay
 from search.pareto import front
 from search.record import TrialRecord, TrialState
 from search.warm_start import warm_start_text
+from spaces.hardware import why_no_peak
 from spaces.spec import SearchSpec
 
 MAX_ROWS = 20
@@ -99,7 +100,7 @@ class SearchView:
                 data = event["data"]
                 return f"search {event['name']}: {event['machine']}; {event['num_workers']} workers; data: {_brief(data)}"
             case "device_examined":
-                return device_text(event["device"])
+                return device_text(event["device"], self._spec.space.precision.ends())
             case "warm_started":
                 return warm_start_text(event)
             case "reference":
@@ -188,8 +189,9 @@ def _brief(data: Mapping[str, Any]) -> str:
     return ", ".join([str(data["format"]), *(f"{v} {k.replace('_', ' ')}" for k, v in data.items() if isinstance(v, int))])
 
 
-def device_text(device: Mapping[str, Any]) -> str:
-    """Return what was found of a worker's device, and why there is no MFU where there is none."""
+def device_text(device: Mapping[str, Any], precisions: Sequence[str]) -> str:
+    """Return what was found of a worker's device, and why trials at some of these precisions will have no MFU."""
     what = device["name"] if device["type"] == "cuda" else f"{device['threads']} threads of {device['name']}"
     text = f"device of a worker: {what}; its tensors may take {device['usable_bytes'] / 2**30:.1f} GiB"
-    return text if device["peak_flops_per_second"] else f"{text}; no MFU, since there is no data sheet of it"
+    reasons = dict.fromkeys(why_no_peak(device["name"], p) for p in precisions if p not in device["peak_flops_per_second"])
+    return "; no MFU: ".join([text, *reasons])

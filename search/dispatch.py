@@ -17,6 +17,7 @@ from typing import Any
 
 from search.placement import Assign, Group, GroupState, Start, Stop, Waiting, decide
 from trainables.job import Ask, Job, Task
+from trainables.report import OutOfMemory
 
 logger = logging.getLogger(__name__)
 
@@ -305,10 +306,14 @@ class Dispatcher:
         if not group.ever_joined and not group.leaving:
             self._failed_starts += 1
         if group.job_id is not None:
-            # Ray Train gave the group up (2.60 does so after the memory monitor kills a worker): another group goes on.
+            # Ray Train gave the group up: another one goes on. The memory monitor kills the youngest worker of a node, not the
+            # largest: only of a job that trains alone is it clear at once that it is the one that takes too much.
             state = self._jobs[group.job_id]
-            if state.attempts >= MAX_ATTEMPTS:
-                self._end(state, {"state": "failed", "kind": "worker_lost", "message": str(error)})
+            is_over_memory = isinstance(error, OutOfMemory)
+            is_alone = not any(other.job_id for other in self._groups.values())
+            if state.attempts >= MAX_ATTEMPTS or (is_over_memory and is_alone):
+                kind = OutOfMemory.kind if is_over_memory else "worker_lost"
+                self._end(state, {"state": "failed", "kind": kind, "message": str(error)})
         if self._failed_starts >= MAX_FAILED_STARTS:
             message = f"no worker group could be started: {error}"
             for state in list(self._jobs.values()):

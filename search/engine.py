@@ -327,7 +327,9 @@ class Engine:
         source = self._state.records[record.root]
         config, trained = (r.trial_config for r in (record, source))
         values = self._outlook.values_under(config, trained, source.values)
-        return {**source.reports[-1], "metrics": dict(values), "details": {"time_source": "profile"}}
+        # The device is the same, and with it what its MFU stands on.
+        peak = {name: value for name, value in source.details.items() if name in ("peak_source", "mfu_convention")}
+        return {**source.reports[-1], "metrics": dict(values), "details": {**peak, "time_source": "profile"}}
 
     def _time_key(self, number: int) -> str:
         """Return what trials share that are timed by the same steps."""

@@ -225,6 +225,7 @@ class Mirror:
             tags["paretune.not_trained"] = record.why_not_trained
         if not record.feasible:
             tags["paretune.infeasible"] = ", ".join(name for name, value in record.constraints.items() if value > 0)
+        tags |= {f"paretune.{name}": record.details[name] for name in ("peak_source", "mfu_convention") if name in record.details}
         if "process_map" in record.details:
             tags["paretune.process_map"] = json.dumps(record.details["process_map"])[:MAX_TAG_CHARACTERS]
         self._runs.log(run_id, metrics=_memory_metrics(record), tags=tags, time_ms=time_ms)
@@ -263,7 +264,8 @@ def record_tag(record: TrialRecord) -> str:
     data = {**record.to_dict(), "confirmations": []}
     error = None if record.error is None else {**record.error, "message": record.error["message"][:500]}
     brief = {name: value for name, value in record.details.items() if name != "train_losses"}
-    cuts: tuple[dict[str, Any], ...] = ({}, {"details": brief}, {"details": {}}, {"reports": []}, {"error": error})
+    scalars = {name: value for name, value in brief.items() if isinstance(value, str | int | float)}
+    cuts: tuple[dict[str, Any], ...] = ({}, {"details": brief}, {"details": scalars}, {"reports": []}, {"error": error})
     for shorter in cuts:
         data.update(shorter)
         text = json.dumps(data)

@@ -22,9 +22,11 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    names = ("paretune", "torch", "transformers", "peft", "ray", "optuna", "mlflow-skinny", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    """Return the versions that a result depends on: those of its trials, and what searches with them."""
+    from trainables.device import package_versions  # with torch, which most commands do without
+
+    names = ("paretune", "ray", "optuna", "mlflow-skinny", "numpy")
+    return {**package_versions(), **{name: version(name) for name in names}}
 
 
 def git_commit() -> str | None:

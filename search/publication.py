@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from search.advice import recommendation_lines
 from search.budget import used
@@ -13,6 +14,7 @@ from search.provenance import reproduce_command
 from search.report import write_report
 from search.store import Store
 from search.tracking import Tracker, TrackingError
+from spaces.spec import Objective, SearchSpec
 
 # Knobs that a trial config, and so MLflow, names otherwise than the user's file: there, rank is a process.
 TRACKED_KNOBS = {
@@ -39,7 +41,6 @@ def publish(state: SearchState, store: Store, tracker: Tracker, *, command_for_r
     chosen = knee(members, objectives)
     command = reproduce_command(spec, str(store.spec_path), store.name, chosen.number, chosen.params) if chosen else ""
     paths = write_report(state, spec, objectives, store.report_path, command=command)
-    volume = hypervolume_of(records, objectives)
     try:
         undelivered = tracker.flush(TRACKING_FLUSH_SECONDS)
         if undelivered:
@@ -50,10 +51,7 @@ def publish(state: SearchState, store: Store, tracker: Tracker, *, command_for_r
             [TRACKED_KNOBS.get(knob, knob) for knob in spec.space.names_searched()],
             list(paths.values()),
             note="\n\n".join([*recommendation_lines(members, objectives, store.name), f"```bash\n{command}\n```"]),
-            metrics={
-                **({} if volume is None else {"front/hypervolume": volume, "front/size": len(members)}),
-                **{f"budget/{limit}": value for limit, value in used(spec, state).as_dict().items()},
-            },
+            metrics=search_metrics(state, spec, objectives),
         )
         if state.finished:
             tracker.finish()
@@ -62,3 +60,11 @@ def publish(state: SearchState, store: Store, tracker: Tracker, *, command_for_r
     except TrackingError as error:
         # All of it is in the ledger and the report; hours of training must not end in an error because of their mirror.
         print(f"MLflow does not have all of the search: {error}; `{command_for_rest}` delivers the rest", file=sys.stderr)
+
+
+def search_metrics(state: SearchState, spec: SearchSpec, objectives: Sequence[Objective]) -> dict[str, float]:
+    """Return what the search's own run says of its front and its budget; nothing of a front whose hypervolume is unknown."""
+    records = list(state.records.values())
+    volume = hypervolume_of(records, objectives)
+    reached = {} if volume is None else {"front/hypervolume": volume, "front/size": len(front(records, objectives))}
+    return {**reached, **{f"budget/{limit}": value for limit, value in used(spec, state).as_dict().items()}}

@@ -10,6 +10,7 @@ from typing import Any
 
 from search.advice import caveats, recommendation_lines
 from search.budget import used
+from search.calibration import calibration_as_json
 from search.confidence import confirmed, confirmed_as_json, failure_lines, rival_lines
 from search.data_scaling import data_curves, scaling_as_json, scaling_lines
 from search.endpoint import redacted
@@ -134,6 +135,7 @@ def front_as_json(results: Results) -> dict[str, Any]:
         "trials": {s.value: sum(r.state is s for r in records) for s in TrialState},
         "front": [pick_as_json(results, record) for record in results.members],
         "scaling": scaling_as_json(data_curves(records)),
+        "calibration": calibration_as_json(records),
     }
 
 

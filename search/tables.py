@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from search.calibration import calibrate
+from search.calibration import calibrate, calibration_as_json
 from search.confidence import confirmed, confirmed_as_json
 from search.data_scaling import DataCurve, scaling_as_json
 from search.figures import outcome
@@ -47,6 +47,7 @@ def write_tables(
         "front": [record.to_dict() for record in members],
         "confirmed": {record.number: confirmed_as_json(record, objectives) for record in records if record.confirmations},
         "scaling": scaling_as_json(scaling),
+        "calibration": calibration_as_json(records),
     }
     paths["json"].write_text(json.dumps(data, indent=2))
     return paths

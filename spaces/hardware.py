@@ -324,3 +324,10 @@ def peak_flops_per_second(cuda_name: str, precision: str) -> float | None:
     device = device_of_cuda_name(cuda_name)
     peak = None if device is None else device.tera_flops_per_second.get(precision)
     return None if peak is None else peak * 1e12
+
+
+def why_no_peak(cuda_name: str, precision: str) -> str:
+    """Return why `peak_flops_per_second` knows nothing of a GPU at a number format."""
+    if device_of_cuda_name(cuda_name) is None:
+        return f"unknown device {cuda_name}"
+    return f"no {precision} peak known for {cuda_name}"

@@ -89,7 +89,7 @@ _TABLE = (
         section="perf",
         unit="s",
         direction="minimize",
-        description="steps times the steady step time: what the training costs alone on its resources",
+        description="all optimizer steps at the steady pace: what the training costs alone on its resources",
     ),
     Metric(
         name=DEVICE_SECONDS,
@@ -103,7 +103,7 @@ _TABLE = (
         section="cost",
         unit="s",
         direction="minimize",
-        description="wall time of the trial with set-up, evaluation and checkpoints",
+        description="wall time since the trial was last begun, with set-up, evaluation and checkpoints",
     ),
     Metric(
         name=TOKENS_PER_SECOND,
@@ -124,7 +124,7 @@ _TABLE = (
         section="perf",
         unit="s",
         direction="minimize",
-        description="median seconds of an optimizer step in the steady state",
+        description="train_seconds over the optimizer steps: a mean step at the steady pace",
     ),
     *(
         Metric(

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from spaces.hardware import device_of_cuda_name, peak_flops_per_second
+from spaces.hardware import device_of_cuda_name, peak_flops_per_second, why_no_peak
 from trainables.mesh import World
 
 # Far beyond any cache; eight passes take a tenth of a second.
@@ -77,10 +77,11 @@ def copied_bytes_per_second() -> float:
 
 
 def device_peak(device: torch.device, precision: str) -> tuple[float | None, str]:
-    """Return a device's peak FLOP/s at a precision and where the number is from."""
+    """Return a device's peak FLOP/s at a precision and where the number is from, or why there is none."""
     if device.type == "cuda":
-        peak = peak_flops_per_second(torch.cuda.get_device_name(device), precision)
-        return peak, "data_sheet" if peak else f"unknown device {torch.cuda.get_device_name(device)}"
+        name = torch.cuda.get_device_name(device)
+        peak = peak_flops_per_second(name, precision)
+        return peak, "data_sheet" if peak else why_no_peak(name, precision)
     return _cpu_peak(precision, torch.get_num_threads()), "measured_gemm"
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import OutOfMemoryError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+
+from trainables.report import OutOfMemory
 
 # A collective that a dead or stopped rank never joins ends after this long, and the group restarts.
 COLLECTIVE_TIMEOUT_SECONDS = 600
@@ -34,6 +37,7 @@ def run_worker_group(
     flight out again, so restarts are unlimited here and counted per job there.
 
     Raises:
+        OutOfMemory: Ray's memory monitor killed a worker.
         ray.train.TrainingFailedError: the group could not be started or restarted.
     """
     resources: dict[str, float] = {"CPU": cpus_per_worker}
@@ -51,4 +55,11 @@ def run_worker_group(
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),  # type: ignore[call-arg]
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except ControllerError as error:
+        # Letting go of a worker that the monitor killed raises this again in Ray 2.60, which then gives the group up.
+        if not isinstance(error.controller_failure, OutOfMemoryError):
+            raise
+        message = str(error.controller_failure).splitlines()[0]
+        raise OutOfMemory(f"Ray's memory monitor killed a worker: {message}") from error

@@ -48,7 +48,23 @@ def test_a_search_that_speaks_has_no_heartbeat_and_a_quiet_one_neither(spec: Sea
     assert capsys.readouterr().err == ""
 
 
-def test_a_device_without_a_data_sheet_says_why_there_is_no_mfu() -> None:
-    device = {"type": "cuda", "name": "NVIDIA New", "usable_bytes": 2**34, "peak_flops_per_second": {}}
-    assert device_text(device).endswith("16.0 GiB; no MFU, since there is no data sheet of it")
-    assert device_text({**device, "peak_flops_per_second": {"bf16": 1e15}}).endswith("16.0 GiB")
+@pytest.mark.parametrize(
+    ("name", "peaks", "precisions", "words"),
+    [
+        ("NVIDIA New", {}, ["fp32", "bf16"], "; no MFU: unknown device NVIDIA New"),
+        ("Tesla T4", {"fp32": 8.1e12}, ["fp32", "bf16"], "; no MFU: no bf16 peak known for Tesla T4"),
+        ("Tesla T4", {"fp32": 8.1e12}, ["fp32"], ""),
+        ("NVIDIA H200", {"fp32": 67e12, "bf16": 1e15}, ["bf16"], ""),
+    ],
+)
+def test_a_device_without_a_peak_says_why_there_is_no_mfu(name: str, peaks: dict, precisions: list[str], words: str) -> None:
+    device = {"type": "cuda", "name": name, "usable_bytes": 2**34, "peak_flops_per_second": peaks}
+    assert device_text(device, precisions).endswith(f"16.0 GiB{words}")
+
+
+def test_a_search_says_at_its_begin_that_its_precision_has_no_peak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    device = {"type": "cuda", "name": "Tesla T4", "usable_bytes": 2**34, "peak_flops_per_second": {"fp32": 8.1e12}}
+    for precision, is_said in (("bf16", True), ("fp32", False)):
+        view = SearchView(load_spec(make_spec(tmp_path, space={"precision": precision})).spec)
+        view({"event": "device_examined", "time": 0.0, "device": device})
+        assert ("no bf16 peak known for Tesla T4" in capsys.readouterr().err) == is_said

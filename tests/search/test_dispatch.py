@@ -13,6 +13,7 @@ import pytest
 from search.dispatch import MAX_ATTEMPTS, Dispatcher, GroupResources
 from search.placement import OVERTAKEN_PER_WORKER
 from trainables.job import Ask, Job, Task
+from trainables.report import OutOfMemory
 
 TASK = Task(model_name="m", model_revision=None, task="causal-lm", exact_match_rows=0, data=[])
 
@@ -161,6 +162,55 @@ async def test_a_job_moves_to_another_group_when_ray_train_gives_its_group_up(di
     answer = await dispatcher.next(other["group_id"], generation, 0)
     assert answer is not None
     assert answer[1].job_id == "a"
+
+
+async def lose(dispatcher: Groups, job_id: str, error: Exception) -> None:
+    """Have the group of a job given up, and wait until it is gone."""
+    (name,) = [g["group_id"] for g in await dispatcher.groups() if g["job_id"] == job_id]
+    dispatcher.errors[name] = error
+    dispatcher.ends[name].set()
+    while name in {g["group_id"] for g in await dispatcher.groups()}:
+        await asyncio.sleep(0.01)
+
+
+async def begin(dispatcher: Groups, job_id: str) -> None:
+    """Have the ranks of the groups that are starting join, of which one gets the job."""
+    for group in await dispatcher.groups():
+        if group["state"] == "starting":
+            await ranks_join(dispatcher, group["group_id"], group["world_size"])
+    assert job_id in {g["job_id"] for g in await dispatcher.groups()}
+
+
+@scenario(2)
+async def test_a_job_that_trains_alone_and_is_killed_for_memory_is_out_of_memory_at_once(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("large"))
+    await begin(dispatcher, "large")
+    await lose(dispatcher, "large", OutOfMemory("killed"))
+    (ended,) = [e for e in await dispatcher.poll("large") if e["event"] == "ended"]
+    assert (ended["kind"], ended["message"], ended["attempts"]) == ("out_of_memory", "killed", 1)
+
+
+@scenario(2)
+async def test_of_jobs_that_share_a_node_the_killed_one_is_tried_again_until_that_is_in_vain(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("older"))
+    await begin(dispatcher, "older")
+    await dispatcher.submit(job("killed"))
+    for _ in range(MAX_ATTEMPTS):
+        await begin(dispatcher, "killed")
+        assert not any(e["event"] == "ended" for e in await dispatcher.poll("killed"))
+        await lose(dispatcher, "killed", OutOfMemory("killed"))
+    (ended,) = await dispatcher.poll("killed")
+    assert (ended["kind"], ended["attempts"]) == ("out_of_memory", MAX_ATTEMPTS)
+    assert "older" in {g["job_id"] for g in await dispatcher.groups()}
+
+
+@scenario(1)
+async def test_a_job_whose_groups_are_given_up_for_another_reason_has_lost_its_workers(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("a"))
+    for _ in range(MAX_ATTEMPTS):
+        await begin(dispatcher, "a")
+        await lose(dispatcher, "a", RuntimeError("controller died"))
+    assert (await dispatcher.poll("a"))[-1]["kind"] == "worker_lost"
 
 
 @scenario(1)

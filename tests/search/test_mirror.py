@@ -1,16 +1,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_runs import FakeRuns, mirrored
 from scipy import stats
-from synthetic import DEVICE, HELD_MEMORY, OBJECTIVES, PREDICTED_MEMORY, confirmed_event, numbers_on_front, synthetic_events
+from synthetic import (
+    DEVICE,
+    HELD_MEMORY,
+    OBJECTIVES,
+    PREDICTED_MEMORY,
+    confirmed_event,
+    numbers_on_front,
+    synthetic_events,
+    without_mfu,
+)
 
 from search.ledger import replay
-from search.mirror import MAX_TAG_CHARACTERS, FoundRun, Mirror, record_tag
+from search.mirror import MAX_TAG_CHARACTERS, Mirror, record_tag
 from search.pareto import front
 from search.record import TrialRecord, TrialState
 from spaces.config import TrialConfig
@@ -26,75 +35,6 @@ CONFIRMED = [
     confirmed_event(0, 2, accuracy=0.84, seconds=9.4, test=0.74),
     confirmed_event(1, 1, accuracy=0.90, seconds=8.0, error=LOST),
 ]
-
-
-class FakeRuns:
-    """Runs as MLflow keeps them: params never change, and one metric is one (key, step, time, value)."""
-
-    def __init__(self) -> None:
-        self.runs: dict[str, dict[str, Any]] = {"parent": self._empty({}, 0)}
-        self.experiment_tags: dict[str, str] = {}
-        self.num_calls = 0
-        self.fails_at: int | None = None
-
-    @staticmethod
-    def _empty(tags: Mapping[str, str], time_ms: int) -> dict[str, Any]:
-        return {"tags": dict(tags), "params": {}, "metrics": set(), "status": "RUNNING", "start": time_ms, "files": {}}
-
-    def _called(self) -> None:
-        self.num_calls += 1
-        if self.num_calls == self.fails_at:
-            raise ConnectionError("the answer was lost")
-
-    def find(self, parent_run_id: str, tag: str, number: int) -> FoundRun | None:
-        for run_id, run in self.runs.items():
-            if run["tags"].get(tag) == str(number) and run["tags"]["mlflow.parentRunId"] == parent_run_id:
-                return FoundRun(run_id=run_id, is_ended=run["status"] != "RUNNING")
-        return None
-
-    def create(self, name: str, tags: Mapping[str, str], *, time_ms: int) -> str:
-        assert name not in self.runs, "a trial has one run"
-        self.runs[name] = self._empty(tags, time_ms)
-        self._called()
-        return name
-
-    def log(
-        self,
-        run_id: str,
-        *,
-        metrics: Mapping[str, float] | None = None,
-        tags: Mapping[str, str] | None = None,
-        time_ms: int = 0,
-        step: int = 0,
-    ) -> None:
-        run = self.runs[run_id]
-        run["metrics"] |= {(key, step, time_ms, value) for key, value in (metrics or {}).items()}
-        run["tags"].update(tags or {})
-        self._called()
-
-    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        known = self.runs[run_id]["params"]
-        assert all(known.get(key, value) == value for key, value in params.items()), "params never change"
-        known.update(params)
-        self._called()
-
-    def end(self, run_id: str, status: str, *, time_ms: int | None = None) -> None:
-        self.runs[run_id].update(status=status, end=time_ms)
-        self._called()
-
-    def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
-        self.runs[run_id]["files"][f"{folder}/{path.name}" if folder else path.name] = path.read_bytes()
-
-    def tag_experiment(self, key: str, value: str) -> None:
-        self.experiment_tags[key] = value
-
-
-def mirrored(events: list[dict[str, Any]], runs: FakeRuns | None = None) -> FakeRuns:
-    runs = runs or FakeRuns()
-    mirror = Mirror(runs, "synthetic", "parent")
-    for event in events:
-        mirror.deliver(event)
-    return runs
 
 
 def metrics_of(run: dict[str, Any], key: str) -> list[tuple[int, float]]:
@@ -139,6 +79,16 @@ def test_a_trial_says_what_each_rank_held_and_what_was_predicted() -> None:
     assert values["predicted/train_seconds"] == 50.0
     assert run["tags"]["paretune.time_source"] == record.predicted["time_source"]
     assert json.loads(runs.runs["parent"]["tags"]["paretune.device"]) == DEVICE
+
+
+def test_a_trial_says_what_its_mfu_stands_on_or_why_it_has_none() -> None:
+    for events, reason in ((EVENTS, "measured_gemm"), (without_mfu(EVENTS, "unknown device X"), "unknown device X")):
+        runs = mirrored(events).runs
+        for record in (r for r in RECORDS if r.state is TrialState.COMPLETE):
+            run = runs[f"trial-{record.number:04d}"]
+            assert run["tags"]["paretune.peak_source"] == reason
+            assert run["tags"]["paretune.mfu_convention"] == "as tests count"
+            assert bool(metrics_of(run, "perf/mfu")) == (events is EVENTS)
 
 
 def test_states_map_as_in_mlflows_own_bridge() -> None:
@@ -280,6 +230,7 @@ def test_a_record_that_is_too_long_for_a_tag_loses_its_bulk_first() -> None:
     report = {"step": 1, "metrics": {"accuracy": 0.5}}
     known: dict[str, Any] = {"state": TrialState.FAIL, "params": {"learning_rate": 1e-3}, "values": {"accuracy": 0.5}}
     details = {"train_losses": [0.1] * 3000, "threads": 1}
+    on_many_ranks = {**details, "process_map": [{"rank": rank, "node": "n" * 40} for rank in range(256)]}
 
     def kept(**fields: Any) -> TrialRecord:
         text = record_tag(TrialRecord(number=1, **known, **fields))
@@ -288,7 +239,8 @@ def test_a_record_that_is_too_long_for_a_tag_loses_its_bulk_first() -> None:
 
     assert kept(reports=(report,)) == TrialRecord(number=1, **known, reports=(report,))
     assert kept(reports=(report,), details=details) == TrialRecord(number=1, **known, reports=(report,), details={"threads": 1})
-    assert kept(reports=(report,) * 500, details=details) == TrialRecord(number=1, **known)
+    assert kept(reports=(report,), details=on_many_ranks).details == {"threads": 1}, "what is short is kept"
+    assert kept(reports=(report,) * 500, details=details) == TrialRecord(number=1, **known, details={"threads": 1})
     long_error = {"kind": "error", "message": "m" * 9000}
     assert kept(error=long_error).error == {"kind": "error", "message": "m" * 500}
 

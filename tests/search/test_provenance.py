@@ -13,10 +13,11 @@ import pytest
 from synthetic import synthetic_events
 
 from search import session
-from search.provenance import command_in
+from search.provenance import command_in, versions
 from search.results import load_results, render_front, render_pick
 from search.store import Store, StoreError
 from spaces.loading import load_spec
+from trainables.device import package_versions
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,12 @@ def test_a_command_names_the_directory_where_it_is_not_the_default(
     monkeypatch.chdir(tmp_path)
     command = command_in(Path(directory.format(here=tmp_path)), "resume", "mine")
     assert shlex.split(command) == ["paretune", "resume", "mine", *options]
+
+
+def test_the_versions_of_a_search_are_those_of_its_trials_and_of_what_searches() -> None:
+    ours = versions()
+    assert package_versions().items() <= ours.items()
+    assert {"paretune", "ray", "optuna", "mlflow-skinny", "numpy"} <= ours.keys()
 
 
 def searched(directory: Path, runs: str) -> Store:

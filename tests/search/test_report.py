@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from synthetic import OBJECTIVES, confirmed_event, numbers_on_front, synthetic_events
+from synthetic import OBJECTIVES, confirmed_event, numbers_on_front, synthetic_events, without_mfu
 
 from search.advice import caveats, recommendation
 from search.ledger import SearchState, replay
@@ -147,9 +147,21 @@ def test_what_was_predicted_stands_beside_what_was_measured(written: dict[str, P
         assert float(row["error"]) == pytest.approx(float(row["predicted"]) / float(row["measured"]) - 1)
     memory = [float(row["error"]) for row in rows if row["what"] == "tensor_bytes"]
     assert memory == pytest.approx([510 / 500 - 1] * len(complete)), "without what is around the tensors"
+    told = json.loads(written["json"].read_text())["calibration"]
+    assert [(str(r["number"]), r["what"], str(r["error"])) for r in told] == [(r["trial"], r["what"], r["error"]) for r in rows]
     page = written["html"].read_text(encoding="utf-8")
     assert f"tensor bytes from a formula: {len(complete)} trials, median error 2.0%, largest 2.0%" in page
     assert "How much memory does it take, and why?" in page
+
+
+def test_a_front_without_mfu_says_why(tmp_path: Path, written: dict[str, Path]) -> None:
+    state = replay(without_mfu(synthetic_events(24), "no bf16 peak known for Tesla T4"))
+    members = front(list(state.records.values()), OBJECTIVES)
+    line = f"no MFU of trial {', '.join(str(r.number) for r in members)}: no bf16 peak known for Tesla T4"
+    assert caveats(members)[-1] == line
+    paths = write_report(state, SPEC, OBJECTIVES, tmp_path)
+    assert f"<p class='note'>{line}</p>" in paths["html"].read_text(encoding="utf-8")
+    assert "no MFU" not in written["html"].read_text(encoding="utf-8")
 
 
 def test_what_more_data_gives_stands_in_the_report_and_in_its_table(tmp_path: Path) -> None:

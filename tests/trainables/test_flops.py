@@ -23,6 +23,7 @@ from spaces.flops import (
 from spaces.hardware import DEVICES, device_of_cuda_name, peak_flops_per_second
 from trainables.adapters import add_lora
 from trainables.batching import Batch
+from trainables.device import device_peak
 from trainables.evaluation import summed_loss
 from trainables.mesh import World
 from trainables.meter import FlopWatch
@@ -236,6 +237,24 @@ def test_causal_attention_costs_half_and_a_frozen_weight_four() -> None:
 )
 def test_a_device_has_its_own_peak_or_none(name: str, bf16: float | None) -> None:
     assert peak_flops_per_second(name, "bf16") == bf16
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Tesla T4", "no bf16 peak known for Tesla T4"),
+        ("Tesla V100-SXM2-16GB", "no bf16 peak known for Tesla V100-SXM2-16GB"),
+        ("NVIDIA GeForce RTX 9999", "unknown device NVIDIA GeForce RTX 9999"),
+    ],
+)
+def test_a_trial_without_a_peak_says_whether_the_device_is_unknown_or_only_its_peak(
+    monkeypatch: pytest.MonkeyPatch, name: str, reason: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert device_peak(torch.device("cuda"), "bf16") == (None, reason)
+    is_known = not reason.startswith("unknown")
+    fp32, source = device_peak(torch.device("cuda"), "fp32")
+    assert (fp32 is not None, source) == (is_known, "data_sheet" if is_known else reason)
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from spaces.flops import StepFlops, TrainingFlops
 from trainables.batching import StepSizes
 from trainables.device import _cpu_peak, device_peak, gemm_flops_per_second
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
-from trainables.meter import StepTimer, mean_parts, rank_spread, time_drift, train_seconds
+from trainables.meter import StepTimer, mean_parts, rank_spread, speed, time_drift, train_seconds
 
 
 def sizes(padded: list[int]) -> StepSizes:
@@ -42,6 +44,41 @@ def test_unequal_steps_give_their_exact_sum_where_time_goes_by_tokens() -> None:
 
 def test_a_trial_that_is_not_done_is_extrapolated_to_all_its_steps() -> None:
     assert train_seconds([2.0, 2.0], sizes([8] * 10)) == pytest.approx(20.0)
+
+
+def test_the_metrics_of_speed_are_sums_over_all_steps_by_the_time_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainables.meter.device_peak", lambda *_: (100.0, "made up"))
+    rows, tokens, padded = np.array([2, 2, 1, 2]), np.array([10, 14, 3, 13]), np.array([12, 16, 4, 16])
+    shapes = replace(sizes(list(padded)), rows=rows, tokens=tokens, targets=rows, squared_lengths=tokens**2.0)
+    flops = StepFlops(
+        model=TrainingFlops(per_token=6.0, per_target=2.0, per_squared_length=0.5),
+        recomputed=TrainingFlops(per_token=2.0, per_target=0.0, per_squared_length=0.0),
+    )
+    parts = [[0.0, p / 80, p / 40, 0.0, p / 80] for p in padded]  # 20 padded tokens a second
+    found = speed(parts, shapes, World.alone(), flops, "fp32")
+    seconds, model = (12 + 16 + 4 + 16) / 20, 6.0 * 40 + 2.0 * 7 + 0.5 * (100 + 196 + 9 + 169)
+    assert found == pytest.approx(
+        {
+            "train_seconds": seconds,
+            "device_seconds": seconds,
+            "step_seconds": seconds / 4,
+            "tokens_per_second": 40 / seconds,
+            "samples_per_second": 7 / seconds,
+            "padding_fraction": 1 - 40 / 48,
+            "flops_per_step": model / 4,
+            "mfu": model / seconds / 100.0,
+            "hfu": (model + 2.0 * 40) / seconds / 100.0,
+            # Of four steps the first two warm up.
+            **{"data_seconds": 0.0, "forward_seconds": 0.125, "backward_seconds": 0.25, "optimizer_seconds": 0.125},
+        }
+    )
+    two = replace(World.alone(), world_size=2)
+    monkeypatch.setattr("trainables.meter.rank_spread", lambda *_: None)
+    shared = speed(parts, shapes, two, flops, "fp32")
+    assert shared["device_seconds"] == pytest.approx(2 * seconds)
+    assert shared["mfu"] == pytest.approx(found["mfu"] / 2)
+    monkeypatch.setattr("trainables.meter.device_peak", lambda *_: (None, "unknown device X"))
+    assert not {"mfu", "hfu"} & speed(parts, shapes, World.alone(), flops, "fp32").keys()
 
 
 def test_a_timer_goes_on_from_a_checkpoint() -> None:
