@@ -51,7 +51,7 @@ def test_points_lie_in_the_space_and_are_few_and_distinct_and_the_same_every_tim
         space = some_space(random.Random(seed))
         points = starting_points(space, width=768, limits=Limits(num_workers=4, hidden_size=768), max_length=128)
         assert points == starting_points(space, width=768, limits=Limits(num_workers=4, hidden_size=768), max_length=128)
-        assert 1 <= len(points) <= 1 + len(space.adapter.ends())
+        assert 1 <= len(points) <= 2 * len(space.adapter.ends())
         for point in points:
             assert space.problem_with_point(point) is None, (point, space)
             assert points.count(point) == 1
@@ -61,10 +61,10 @@ def test_without_limits_the_rate_of_lora_is_ten_times_that_of_full_fine_tuning_a
     space = SpaceSpec.model_validate({"adapter": {"choice": ["none", "lora"]}, "learning_rate": {"log_uniform": [1e-7, 1.0]}})
     rates = {}
     for width in (256, 1024, 4096):
-        cheap, lora, full = starting_points(space, width=width, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
-        assert [p["adapter"] for p in (cheap, lora, full)] == ["lora", "lora", "none"]
+        points = starting_points(space, width=width, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
+        _, _, lora, full = points
+        assert [p["adapter"] for p in points] == ["lora", "none", "lora", "none"]
         assert lora["learning_rate"] == pytest.approx(10 * full["learning_rate"])
-        assert (cheap["dataset_fraction"], lora["dataset_fraction"], full["dataset_fraction"]) == (0.1, 1.0, 1.0)
         rates[width] = full["learning_rate"]
     assert rates[256] > rates[1024] > rates[4096]
     # What the authors' own function gives: 5e-5 at a width of 2000, and about 2.8e-4 for LoRA on Llama-3.1-8B, which is 4096 wide.
@@ -78,6 +78,26 @@ def test_what_lies_outside_becomes_the_nearest_inside() -> None:
     )
     for point in starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128):
         assert (point["learning_rate"], point["global_batch_size"], point["lora_rank"]) == (0.1, 64, 4)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "fraction", "short", "long"),
+    [
+        ({"int": [1, 4]}, {"log_uniform": [0.1, 1.0]}, (1, 1.0), (3, 1.0)),
+        ({"choice": [2, 8]}, 0.5, (2, 0.5), (2, 0.5)),
+        ({"uniform": [0.5, 2.0]}, 1.0, (1, 1.0), (2.0, 1.0)),
+        (2, {"log_uniform": [0.1, 0.9]}, (2, 0.3), (2, 0.9)),
+        (1, {"choice": [0.1, 0.5, 1.0]}, (1, 0.5), (1, 1.0)),
+    ],
+)
+def test_the_short_training_passes_once_or_has_a_third_of_the_data(
+    epochs: Any, fraction: Any, short: tuple[float, float], long: tuple[float, float]
+) -> None:
+    space = SpaceSpec.model_validate({"epochs": epochs, "dataset_fraction": fraction, "global_batch_size": {"choice": [4, 16, 8]}})
+    points = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
+    expected = [short, long] if short != long else [long]
+    assert [(p["epochs"], pytest.approx(p["dataset_fraction"])) for p in points] == expected
+    assert all(p["global_batch_size"] == 8 for p in points)
 
 
 def test_accurate_points_take_the_workers_that_there_are_and_the_batch_can_be_dealt_to() -> None:
