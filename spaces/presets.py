@@ -18,7 +18,8 @@ FULL_RATE, LORA_FACTOR, LORA_ALPHA, ALL_LAYERS = 5e-5, 10.0, 32.0, "all-linear"
 RATE_WIDTH, RATE_EXPONENT = 2000, 0.781
 # From as many rows small batches learn as much or more, down to the smallest that keeps the device busy, and forgive a wrong rate
 # (Marek et al. 2025, arXiv 2507.07101). With MiniLM on banking77 three epochs with 8 rows instead of 32 give 0.81 instead of 0.63 in
-# full, 0.74 instead of 0.59 with LoRA; on a random grid's fronts (benchmarks/results/learning_curves.json) two in three have the fewest.
+# full, 0.74 instead of 0.59 with LoRA; on a random grid's fronts (benchmarks/results/learning_curves.json) two in three have the
+# fewest.
 BATCH_SIZE = 8
 # New rows teach more than rows that are seen again (Muennighoff et al. 2023, arXiv 2305.16264), so the short training is one pass
 # over all of them; so are 29 of the 34 on those fronts. For the long one Devlin et al. 2019 (arXiv 1810.04805, appendix A.3) found
