@@ -1,9 +1,10 @@
 """How right the meters are: model FLOPs against torch's own counter, memory against the tensors that live, time against the clock.
 
 Run `python benchmarks/metering.py --results benchmarks/results/metering.json` in the project's environment. Every case is a small
-random model. The reference of the FLOPs is `torch.utils.flop_counter.FlopCounterMode` around one real forward and backward pass with
-the mathematical attention kernel (the default one of the CPU is not in its table). Both counts of paretune are compared: the one
-that is seen in a forward pass, which a search reports, and the one from `config.json` alone. The reference of the memory is the
+random model. The reference of the FLOPs is `torch.utils.flop_counter.FlopCounterMode` around one real forward and backward pass, of
+model FLOPs with the mathematical attention kernel, which computes nothing twice, of hardware FLOPs with recomputation and the kernel
+that training takes. Both counts of paretune are compared: the one that is seen in a pass, which a search reports, and the one from
+`config.json` alone. The reference of the memory is the
 largest sum of all tensors' storages, followed through every operation of two steps. The times are of the embedded model on the
 embedded data: 30 steps of every trial are profiled, then all trials are trained whole, each alone on the machine; the reference is
 the sum of the seconds of all steps.
@@ -15,108 +16,76 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import distributed  # noqa: E402
-from families import NUM_LABELS, SOME_TARGETS, batch_of, config_of, make  # noqa: E402
+from flop_grid import CASES, counted, make_batch, make_model, targets_of, total, trial  # noqa: E402
 from heading import heading  # noqa: E402
-from memory_grid import ALONE, SHARDED, SPLIT, error, peaks_of  # noqa: E402
+from memory_grid import ALONE, REPLICATED, SHARDED, SPLIT, error, peaks_of  # noqa: E402
 from time_grid import ALONE as TIMED_ALONE  # noqa: E402
 from time_grid import ON_TWO as TIMED_ON_TWO  # noqa: E402
 from time_grid import predicted_and_measured  # noqa: E402
 
-from spaces.architecture import ModelShape  # noqa: E402
-from spaces.blueprint import FAMILIES, blueprint  # noqa: E402
-from spaces.config import Recipe  # noqa: E402
-from spaces.flops import TrainingFlops, flops_of_blueprint  # noqa: E402
-from trainables.adapters import add_lora  # noqa: E402
-from trainables.evaluation import summed_loss  # noqa: E402
+from spaces.flops import StepFlops, flops_of_blueprint, recomputed_flops_of_blueprint  # noqa: E402
 from trainables.mesh import World  # noqa: E402
-from trainables.meter import FlopWatch  # noqa: E402
 
-ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
-STACKED = {"mixtral", "qwen3_moe"}
-BATCHES = {"equal": [32, 32, 32, 32], "ragged": [32, 21, 9, 4]}
-
-
-def recipe(targets: tuple[str, ...] | None) -> Recipe:
-    return Recipe(
-        learning_rate=1e-3,
-        global_batch_size=4,
-        dataset_fraction=1.0,
-        epochs=1.0,
-        warmup_fraction=0.0,
-        weight_decay=0.0,
-        precision="fp32",
-        seed=0,
-        adapter="lora" if targets else "none",
-        adapter_rank=8 if targets else None,
-        adapter_alpha=16.0 if targets else None,
-        adapter_target_modules=targets,
-    )
+FLOP_ERRORS = [f"error_{kind}_{source}" for kind in ("model", "hardware") for source in ("seen", "planned")]
+# Lengths of the rows whose FLOPs torch counts pass by pass, and of all of them as they are counted.
+LENGTHS = [32, 21, 9, 4]
+BATCHES = {
+    "equal": ([[32] * 4], [32] * 4),
+    # What pads would add is no model FLOP: each row alone.
+    "ragged": ([[n] for n in LENGTHS], LENGTHS),
+    # Torch computes pads like any token: as many tokens as the batch has places.
+    "padded": ([LENGTHS], [32] * 4),
+}
 
 
-def cases() -> Iterator[tuple[str, str, tuple[str, ...] | None, str]]:
-    """Yield family, name of the adapter, its targets and the name of the batch."""
-    for family in FAMILIES:
-        targets = {"full": None, "all-linear": ("all-linear",), "some": SOME_TARGETS.get(family, ("q_proj", "v_proj"))}
-        for name, modules in targets.items():
-            # Around stacked experts PEFT multiplies out its two matrices: an overhead that is no model FLOP.
-            if not (family in STACKED and name == "all-linear"):
-                for batch in BATCHES:
-                    yield family, name, modules, batch
+def flop_row(family: str, task: str, adapter: str, name: str) -> dict[str, Any]:
+    """Return the FLOPs of one batch by torch's counter, and the errors of the counting pass and of the blueprint.
+
+    The hardware FLOPs are those with recomputation. What is seen is seen in one pass over the whole batch, with its pads.
+    """
+    passes, lengths = BATCHES[name]
+    row: dict[str, Any] = {"family": family, "task": task, "adapter": adapter, "batch": name}
+    whole = make_batch(task, [n for rows in passes for n in rows])
+    for kind, recomputation in (("model", "none"), ("hardware", "full")):
+        is_hardware = kind == "hardware"
+        config = trial(targets_of(family, adapter), recomputation)
+        theirs = 0.0
+        for rows in passes:
+            theirs += counted(make_model(family, task)[0], task, make_batch(task, rows), config, is_hardware=is_hardware)[0]
+        module, plan = make_model(family, task)
+        _, seen = counted(module, task, whole, config, is_hardware=is_hardware)
+        planned = StepFlops(model=flops_of_blueprint(plan, config.recipe), recomputed=recomputed_flops_of_blueprint(plan, config))
+        row[f"{kind}_flops"] = theirs
+        for source, flops in (("seen", seen), ("planned", planned)):
+            parts = (flops.model, flops.recomputed) if is_hardware else (flops.model,)
+            ours = sum(total(part, lengths, family, len(whole.targets)) for part in parts)
+            row[f"error_{kind}_{source}"] = ours / theirs - 1
+    return row
 
 
-def measure(family: str, targets: tuple[str, ...] | None, lengths: list[int]) -> tuple[float, float, float]:
-    """Return the FLOPs of one step by torch's counter, by the counting pass and by the blueprint."""
-    task = "sequence-classification" if family in ENCODERS else "causal-lm"
-    module: Any = make(family, task)
-    if family in STACKED:
-        module.set_experts_implementation("eager")  # the counter does not know grouped products
-    config, trial = config_of(module), recipe(targets)
-    plan = blueprint(config, task, NUM_LABELS)
-    if targets:
-        module = add_lora(module, trial, task, ())
-    theirs, seen = 0.0, None
-    for length in lengths:  # each row alone: what padding would add is no model FLOP
-        flops, seen = one_row(module, config, task, length)
-        theirs += flops
-    assert seen is not None
-    return theirs, total(seen, lengths, plan.shape.causal), total(flops_of_blueprint(plan, trial), lengths, plan.shape.causal)
-
-
-def one_row(module: Any, config: dict[str, Any], task: str, length: int) -> tuple[float, TrainingFlops]:
-    batch = batch_of(task, torch.randint(3, 97, (1, length)))
-    watch = FlopWatch(ModelShape.from_config(config))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        with watch.forward(batch):
-            loss, _ = summed_loss(module, batch, task)
-        loss.backward()
-    return float(counter.get_total_flops()), watch.flops().model
-
-
-def total(flops: TrainingFlops, lengths: list[int], causal: bool) -> float:
-    """Return FLOPs in torch's convention, which does not halve causal attention."""
-    squares = sum(n**2 for n in lengths) * (2 if causal else 1)
-    return flops.total(
-        num_tokens=sum(lengths), num_targets=sum(n - 1 for n in lengths) if causal else len(lengths), sum_of_squared_lengths=squares
-    )
+def flop_rows() -> list[dict[str, Any]]:
+    """Return the FLOPs of every family, task, adapter and kind of batch."""
+    rows = [flop_row(*case, name) for case in CASES for name in BATCHES]
+    for row in rows:
+        errors = "  ".join(f"{row[key]:+.3%} {key.removeprefix('error_')}" for key in FLOP_ERRORS)
+        print(f"{row['family']:11} {row['task']:23} {row['adapter']:10} {row['batch']:6} {row['model_flops']:12.4g}  {errors}")
+    return rows
 
 
 def memory_rows() -> list[dict[str, Any]]:
-    """Return measured and predicted peaks, on one rank, and with FSDP2 and tensor parallelism on two."""
+    """Return measured and predicted peaks, on one rank, and with DDP, FSDP2 and tensor parallelism on two."""
     rows = []
-    for num_ranks, strategy, cases in ((1, "ddp", ALONE), (2, "fsdp", SHARDED), (2, "tp", SPLIT)):
+    for num_ranks, strategy, cases in ((1, "ddp", ALONE), (2, "ddp", REPLICATED), (2, "fsdp", SHARDED), (2, "tp", SPLIT)):
         measured_peaks = (
             peaks_of(World.alone(), cases, strategy) if num_ranks == 1 else distributed.run(2, peaks_of, cases, strategy)[0]
         )
@@ -153,29 +122,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="where the results are written as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for family, adapter, targets, batch in cases():
-        theirs, seen, planned = measure(family, targets, BATCHES[batch])
-        rows.append(
-            {
-                "family": family,
-                "adapter": adapter,
-                "batch": batch,
-                "flops": theirs,
-                "error_seen": seen / theirs - 1,
-                "error_planned": planned / theirs - 1,
-            }
-        )
-        print(
-            f"{family:11} {adapter:10} {batch:6} {theirs:12.4g}  {seen / theirs - 1:+.3%} seen  {planned / theirs - 1:+.3%} planned"
-        )
+    rows = flop_rows()
     memory, times = memory_rows(), time_rows()
     time_errors = [row["error"] for row in times]
     summary = {
-        "flops_seen": spread([row["error_seen"] for row in rows]),
-        "flops_planned": spread([row["error_planned"] for row in rows]),
+        **{key.replace("error", "flops"): spread([row[key] for row in rows]) for key in FLOP_ERRORS},
         **{
-            f"memory_on_{ranks}_{strategy}": spread([row["error"] for row in memory if row["strategy"] == strategy])
+            f"memory_on_{ranks}_{strategy}": spread(
+                [row["error"] for row in memory if (row["num_ranks"], row["strategy"]) == (ranks, strategy)]
+            )
             for ranks, strategy in sorted({(row["num_ranks"], row["strategy"]) for row in memory})
         },
         "time": {**spread(time_errors), "share_within_10_percent": sum(abs(e) <= 0.1 for e in time_errors) / len(time_errors)},

@@ -48,7 +48,7 @@ def is_wrapped(matrix: Matrix, recipe: Recipe) -> bool:
         return False
     if matrix.is_module:
         return matrix.is_wrapped_by(targets)
-    return targets == ("all-linear",) or (matrix.num_experts == 1 and any(t.rsplit(".", 1)[-1] == matrix.name for t in targets))
+    return targets == ("all-linear",) or (matrix.num_experts == 1 and matrix.is_named_by(targets))
 
 
 def adapter_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
@@ -56,7 +56,7 @@ def adapter_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
     rank, params = recipe.adapter_rank or 0, 0
     for m in matrices:
         if is_wrapped(m, recipe):
-            is_fused_pair = m.num_experts > 1 and m.name == "gate_up_proj"
+            is_fused_pair = m.num_experts > 1 and m.name.endswith(".gate_up_proj")
             params += rank * m.num_experts * (m.num_inputs + m.num_outputs) * (2 if is_fused_pair else 1)
     return params
 
@@ -84,15 +84,13 @@ class Activations:
     def before_blocks(self) -> int:
         """Return what the embedding keeps: of an encoder, its normalisation's input, output and two statistics.
 
-        Frozen, its output alone, which adapters read; but for recomputation PEFT makes its look-up require a gradient, and so
-        all that follows on it is kept.
+        Frozen, its output alone, which adapters read; with recomputation that is the input which the first block keeps.
         """
         plan, hidden, kept = self.plan, self.plan.shape.hidden_size, 0
-        is_frozen = not (self._is_full or self.recomputes)
-        if self.plan.is_post_norm:
-            kept = hidden if is_frozen else 2 * hidden + 2
-        elif plan.norm == "layer" and self.recomputes and not self._is_full:
-            kept = hidden  # GPT-2 adds positions to what it has looked up
+        if plan.is_post_norm and self._is_full:
+            kept = 2 * hidden + 2
+        elif plan.is_post_norm and not self.recomputes:
+            kept = hidden
         # Attention that is written out adds a mask to its scores: one for all tokens before, one for those in the window.
         kept += 0 if plan.is_attention_fused else 2 * self.length
         return self.num_tokens * self.width.stream * kept

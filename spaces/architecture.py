@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+# By `model_type`; whatever the head, a decoder's attention is causal and an encoder's is not.
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
 
 
 class ShapeError(ValueError):
@@ -40,7 +44,6 @@ class ModelShape:
         sizes: Mapping[str, Any] = text if isinstance(text, Mapping) else config
         hidden_size = _size(sizes, "hidden_size", "n_embd", "d_model", "dim")
         num_heads = _size(sizes, "num_attention_heads", "n_head", "n_heads", "num_heads")
-        architectures = config.get("architectures") or []
         return cls(
             hidden_size=hidden_size,
             num_layers=_size(sizes, "num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -50,8 +53,15 @@ class ModelShape:
             vocab_size=_size(sizes, "vocab_size"),
             # GPT-2 leaves its `n_inner` null for four times the width.
             intermediate_size=_size(sizes, "intermediate_size", "n_inner", "hidden_dim", "d_ff", "ffn_dim", default=4 * hidden_size),
-            causal=config.get("model_type") == "gpt2" or any("CausalLM" in a or "LMHead" in a for a in architectures),
+            causal=_is_causal(str(sizes.get("model_type")), config.get("architectures") or []),
         )
+
+
+def _is_causal(family: str, architectures: Sequence[str]) -> bool:
+    """Return whether a family is a decoder; of one that is not known the heads tell that it was saved or is loaded with."""
+    if family in DECODERS or family in ENCODERS:
+        return family in DECODERS
+    return any("CausalLM" in a or "LMHead" in a for a in architectures)
 
 
 def _size(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from spaces.architecture import ModelShape, ShapeError
+from spaces.architecture import DECODERS, ENCODERS, ModelShape, ShapeError
 
 Task = Literal["sequence-classification", "causal-lm"]
 
@@ -20,7 +20,7 @@ class Matrix:
     """A linear layer, as many times as there are experts."""
 
     name: str
-    """Suffix of its module's name, which LoRA's targets are matched with."""
+    """Its module's full name, with `*` for the number of the layer."""
     num_inputs: int
     num_outputs: int
     has_bias: bool = False
@@ -40,7 +40,15 @@ class Matrix:
         """Return whether LoRA with these target modules wraps it."""
         if not self.is_module:
             return False
-        return not self.is_output if targets == ("all-linear",) else any(t.rsplit(".", 1)[-1] == self.name for t in targets)
+        return not self.is_output if targets == ("all-linear",) else self.is_named_by(targets)
+
+    def is_named_by(self, targets: tuple[str, ...]) -> bool:
+        """Return whether a target is its full name or ends it after a dot: PEFT's rule.
+
+        Of a target that names one layer every layer is counted: the blocks of a blueprint are equal.
+        """
+        names = (".".join("*" if part.isdigit() else part for part in target.split(".")) for target in targets)
+        return any(self.name == name or self.name.endswith(f".{name}") for name in names)
 
     @property
     def num_weights(self) -> int:
@@ -146,12 +154,14 @@ def _decoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -
     norms = 4 if family in ("gemma2", "gemma3_text") else 2
     head_norms = 2 * s.head_dim if family in ("qwen3", "qwen3_moe", "gemma3_text") else 0
     if family == "phi3":
-        attention_in: tuple[Matrix, ...] = (Matrix(name="qkv_proj", num_inputs=width, num_outputs=heads + 2 * kv),)
+        attention_in: tuple[Matrix, ...] = (
+            Matrix(name="model.layers.*.self_attn.qkv_proj", num_inputs=width, num_outputs=heads + 2 * kv),
+        )
     else:
         attention_in = (
-            Matrix(name="q_proj", num_inputs=width, num_outputs=heads, has_bias=bias),
-            Matrix(name="k_proj", num_inputs=width, num_outputs=kv, has_bias=bias),
-            Matrix(name="v_proj", num_inputs=width, num_outputs=kv, has_bias=bias),
+            Matrix(name="model.layers.*.self_attn.q_proj", num_inputs=width, num_outputs=heads, has_bias=bias),
+            Matrix(name="model.layers.*.self_attn.k_proj", num_inputs=width, num_outputs=kv, has_bias=bias),
+            Matrix(name="model.layers.*.self_attn.v_proj", num_inputs=width, num_outputs=kv, has_bias=bias),
         )
     feed_in, feed_out = _feed_forward(c, s)
     tied = task == "causal-lm" and bool(c.get("tie_word_embeddings", family.startswith("gemma")))
@@ -161,7 +171,7 @@ def _decoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -
         shape=s,
         num_embedding_params=s.vocab_size * width,
         attention_in=attention_in,
-        attention_out=(Matrix(name="o_proj", num_inputs=heads, num_outputs=width, has_bias=out_bias),),
+        attention_out=(Matrix(name="model.layers.*.self_attn.o_proj", num_inputs=heads, num_outputs=width, has_bias=out_bias),),
         feed_forward_in=feed_in,
         feed_forward_out=feed_out,
         num_block_vector_params=norms * width + head_norms,
@@ -188,18 +198,18 @@ def _feed_forward(c: Mapping[str, Any], s: ModelShape) -> tuple[tuple[Matrix, ..
         active = int(c["num_experts_per_tok"])
         inner = int(c.get("moe_intermediate_size") or inner)
         stacked: dict[str, Any] = {"num_experts": experts, "num_active": active, "is_module": False}
-        router = Matrix(name="gate", num_inputs=width, num_outputs=experts, is_module=False)
+        router = Matrix(name="model.layers.*.mlp.gate", num_inputs=width, num_outputs=experts, is_module=False)
         return (
-            (router, Matrix(name="gate_up_proj", num_inputs=width, num_outputs=2 * inner, **stacked)),
-            (Matrix(name="down_proj", num_inputs=inner, num_outputs=width, **stacked),),
+            (router, Matrix(name="model.layers.*.mlp.experts.gate_up_proj", num_inputs=width, num_outputs=2 * inner, **stacked)),
+            (Matrix(name="model.layers.*.mlp.experts.down_proj", num_inputs=inner, num_outputs=width, **stacked),),
         )
     bias = bool(c.get("mlp_bias", False))
-    down = (Matrix(name="down_proj", num_inputs=inner, num_outputs=width, has_bias=bias),)
+    down = (Matrix(name="model.layers.*.mlp.down_proj", num_inputs=inner, num_outputs=width, has_bias=bias),)
     if family == "phi3":
-        return (Matrix(name="gate_up_proj", num_inputs=width, num_outputs=2 * inner),), down
+        return (Matrix(name="model.layers.*.mlp.gate_up_proj", num_inputs=width, num_outputs=2 * inner),), down
     return (
-        Matrix(name="gate_proj", num_inputs=width, num_outputs=inner, has_bias=bias),
-        Matrix(name="up_proj", num_inputs=width, num_outputs=inner, has_bias=bias),
+        Matrix(name="model.layers.*.mlp.gate_proj", num_inputs=width, num_outputs=inner, has_bias=bias),
+        Matrix(name="model.layers.*.mlp.up_proj", num_inputs=width, num_outputs=inner, has_bias=bias),
     ), down
 
 
@@ -216,10 +226,10 @@ def _gpt2(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -> B
         family=c["model_type"],
         shape=s,
         num_embedding_params=(s.vocab_size + int(c.get("n_positions", 1024))) * width,
-        attention_in=(Matrix(name="c_attn", num_inputs=width, num_outputs=3 * width, has_bias=True),),
-        attention_out=(Matrix(name="c_proj", num_inputs=width, num_outputs=width, has_bias=True),),
-        feed_forward_in=(Matrix(name="c_fc", num_inputs=width, num_outputs=inner, has_bias=True),),
-        feed_forward_out=(Matrix(name="c_proj", num_inputs=inner, num_outputs=width, has_bias=True),),
+        attention_in=(Matrix(name="transformer.h.*.attn.c_attn", num_inputs=width, num_outputs=3 * width, has_bias=True),),
+        attention_out=(Matrix(name="transformer.h.*.attn.c_proj", num_inputs=width, num_outputs=width, has_bias=True),),
+        feed_forward_in=(Matrix(name="transformer.h.*.mlp.c_fc", num_inputs=width, num_outputs=inner, has_bias=True),),
+        feed_forward_out=(Matrix(name="transformer.h.*.mlp.c_proj", num_inputs=inner, num_outputs=width, has_bias=True),),
         num_block_vector_params=4 * width,
         num_final_vector_params=2 * width,
         head=(_output(task, width, s.vocab_size if causal else num_labels),),
@@ -240,10 +250,17 @@ def _encoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -
     family = c["model_type"]
     width, inner = s.hidden_size, s.intermediate_size
     distil, is_roberta = family == "distilbert", "roberta" in family
-    names = ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2") if distil else ("query", "key", "value", "dense", "dense", "dense")
-    q, k, v, out, first, second = names
+    if distil:
+        layer, pooler, classifier = "distilbert.transformer.layer.*", "pre_classifier", "classifier"
+        names = ["attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2"]
+    else:
+        layer, pooler, classifier = "bert.encoder.layer.*", "bert.pooler.dense", "classifier"
+        if is_roberta:
+            layer, pooler, classifier = "roberta.encoder.layer.*", "classifier.dense", "classifier.out_proj"
+        names = [f"attention.self.{n}" for n in ("query", "key", "value")]
+        names += ["attention.output.dense", "intermediate.dense", "output.dense"]
+    q, k, v, out, first, second = (f"{layer}.{name}" for name in names)
     tables = s.vocab_size + int(c.get("max_position_embeddings", 512)) + (0 if distil else int(c.get("type_vocab_size", 2)))
-    dense = "pre_classifier" if distil else "dense"
     return Blueprint(
         family=family,
         shape=s,
@@ -257,10 +274,10 @@ def _encoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -
         head=(
             # BERT's pooler is pretrained; the others' first layer of the head is new, and so trained whole.
             Matrix(
-                name=dense, num_inputs=width, num_outputs=width, has_bias=True, per="target", trains_with_adapter=family != "bert"
+                name=pooler, num_inputs=width, num_outputs=width, has_bias=True, per="target", trains_with_adapter=family != "bert"
             ),
             Matrix(
-                name="out_proj" if is_roberta else "classifier",
+                name=classifier,
                 num_inputs=width,
                 num_outputs=num_labels,
                 has_bias=True,
@@ -279,9 +296,7 @@ def _encoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -
 
 
 FAMILIES: Mapping[str, Callable[[Mapping[str, Any], ModelShape, Task, int], Blueprint]] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe"), _decoder
-    ),
+    **dict.fromkeys(DECODERS, _decoder),
     "gpt2": _gpt2,
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "distilbert"), _encoder),
+    **dict.fromkeys(ENCODERS, _encoder),
 }

@@ -33,7 +33,16 @@ _DECODER = {
 }
 _ENCODER = {k: _DECODER[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
 _SIZES: dict[str, dict[str, Any]] = {
-    "gpt2": {"vocab_size": 97, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt2": {
+        "vocab_size": 97,
+        "n_embd": 64,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "distilbert": {"vocab_size": 97, "dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 160},
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), _ENCODER),
     "mixtral": {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},

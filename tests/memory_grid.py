@@ -17,7 +17,7 @@ from trainables.memory_meter import LiveBytes
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
 from trainables.optim import clip_gradients, make_optimizer
-from trainables.parallelize import autocast, summing
+from trainables.parallelize import autocast, gradient_sync, summing
 from trainables.tensor_parallel import sum_partial_gradients
 
 ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
@@ -138,6 +138,14 @@ QUANTIZED = [
     for r, n in ((2, 16), (8, 32), (16, 48))
 ]
 ALONE += QUANTIZED
+REPLICATED = [
+    Case(family=f, adapter=a, precision=p, num_micro_batches=n, recomputation=c)
+    for f in ("llama", "bert")
+    for p in PRECISIONS
+    for a in ("none", "all-linear")
+    for c in ("none", "full")
+    for n in (1, 2)
+]
 SHARDED = [
     Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation=c, changes=v)
     for f in DISTINCT
@@ -167,6 +175,8 @@ ALONE_IN_SHORT = [
     c for c in ALONE if (c.rows == 8 and c.family in DISTINCT) or (c.rows == 16 and c.recomputation == c.adapter == "none")
 ]
 ALONE_IN_SHORT += [c for c in ALONE if c.length == 120 and c.adapter != "some" and c.recomputation == "none"]
+_REPLICATED_IN_SHORT = (("llama", "fp32", 2), ("bert", "bf16", 1))
+REPLICATED_IN_SHORT = [c for c in REPLICATED if (c.family, c.precision, c.num_micro_batches) in _REPLICATED_IN_SHORT]
 _SHARDED_IN_SHORT = {"llama": ("fp32", "bf16"), "bert": ("fp32",), "qwen3_moe": ("fp32",)}
 _SHARDED_IN_SHORT |= dict.fromkeys(("gpt2", "gemma2", "mixtral"), ("bf16",))
 SHARDED_IN_SHORT = [c for c in SHARDED if c.precision in _SHARDED_IN_SHORT.get(c.family, ())]
@@ -192,11 +202,12 @@ def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
         peaks = []
         for _ in range(2 if world.world_size == 1 else 7):
             tensors.peak = 0
-            for _ in range(case.num_micro_batches):
-                with autocast(config, world):
-                    loss = summed_loss(module, batch, case.task)[0]
-                loss.backward()
-                del loss
+            for i in range(1, case.num_micro_batches + 1):
+                with gradient_sync(module, i == case.num_micro_batches):
+                    with autocast(config, world):
+                        loss = summed_loss(module, batch, case.task)[0]
+                    loss.backward()
+                    del loss
             sum_partial_gradients(trained.values(), summing(None))
             clip_gradients(trained.values())
             optimizer.step()

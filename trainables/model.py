@@ -45,6 +45,7 @@ class BaseModel:
     def load(name: str, revision: str | None, task: str, label_names: tuple[str, ...]) -> BaseModel:
         """Load from a local directory or the hub, once per process."""
         config = AutoConfig.from_pretrained(name, revision=revision)
+        architectures = config.architectures or []
         # A recipe's loss curve must not depend on the layout, and every layout draws other dropout masks.
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
@@ -71,7 +72,7 @@ class BaseModel:
             task=task,
             module=module,
             new_parameters=tuple(sorted(new & dict(module.named_parameters()).keys())),
-            shape=ModelShape.from_config({**config.to_dict(), "architectures": [type(module).__name__]}),
+            shape=ModelShape.from_config({**config.to_dict(), "architectures": [*architectures, type(module).__name__]}),
         )
 
     def copy(self, *, is_frozen: bool) -> nn.Module:

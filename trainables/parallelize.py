@@ -44,6 +44,8 @@ def parallelize(
         # The reentrant form needs an input that requires a gradient, which a frozen embedding does not give.
         options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), recompute_context())}
         cast("Any", module).gradient_checkpointing_enable(options)
+        # Beside an adapter transformers makes the look-up require one, and the first block then computes gradients of nothing.
+        cast("Any", module).disable_input_require_grads()
     if config.layout.data_parallel_size == 1:
         return module
     if config.layout.strategy == "ddp":

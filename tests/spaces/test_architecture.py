@@ -67,6 +67,10 @@ def shape(config):
         (GPT2, (768, 12, 12, 12, 64, 50257, 3072, True)),
         (DISTILBERT, (768, 6, 12, 12, 64, 30522, 3072, False)),
         ({"architectures": ["GemmaForCausalLM"], "text_config": QWEN3}, (1024, 28, 16, 8, 128, 151936, 3072, True)),
+        (QWEN3 | {"architectures": ["Qwen3ForSequenceClassification"]}, (1024, 28, 16, 8, 128, 151936, 3072, True)),
+        (QWEN3 | {"model_type": "new", "architectures": ["NewForCausalLM"]}, (1024, 28, 16, 8, 128, 151936, 3072, True)),
+        (MINILM | {"architectures": ["BertLMHeadModel"]}, (384, 6, 12, 12, 32, 30522, 1536, False)),
+        (MINILM | {"model_type": "new", "architectures": ["NewModel"]}, (384, 6, 12, 12, 32, 30522, 1536, False)),
         (QWEN3 | {"head_dim": None}, (1024, 28, 16, 8, 64, 151936, 3072, True)),
     ],
 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from families import NUM_LABELS, config_of, make
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from spaces.architecture import ShapeError
+from spaces.architecture import ModelShape, ShapeError
 from spaces.blueprint import FAMILIES, blueprint
 
 ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
@@ -22,12 +24,26 @@ def test_every_weight_is_known(family, task):
     plan = blueprint(config_of(module), task, NUM_LABELS)
     assert plan.num_params == sum(p.numel() for p in module.parameters())
     theirs = sorted(
-        (name.rsplit(".", 1)[-1], *(reversed(part.weight.shape) if isinstance(part, nn.Linear) else part.weight.shape))
+        (re.sub(r"\b\d+\b", "*", name), *(reversed(part.weight.shape) if isinstance(part, nn.Linear) else part.weight.shape))
         for name, part in module.named_modules()
         if isinstance(part, nn.Linear | Conv1D)
     )
     ours = [*plan.block * plan.shape.num_layers, *plan.head]
     assert sorted((m.name, m.num_inputs, m.num_outputs) for m in ours if m.is_module) == theirs
+
+
+@pytest.mark.parametrize(("family", "task"), CASES)
+def test_attention_is_causal_where_the_first_token_does_not_see_the_last(family, task):
+    """Whatever the head, and in a `config.json` that names none."""
+    module = make(family, task).eval()
+    ids = torch.arange(3, 11)[None]
+    changed = ids.clone()
+    changed[0, -1] = 90
+    with torch.no_grad():
+        first, other = (module(x, output_hidden_states=True).hidden_states[-1][0, 0] for x in (ids, changed))
+    is_causal = torch.allclose(first, other, rtol=0, atol=1e-6)
+    for heads in ([type(module).__name__], [f"{family}Model"], None):
+        assert ModelShape.from_config(config_of(module) | {"architectures": heads}).causal == is_causal
 
 
 def test_public_shapes_have_their_public_sizes():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from families import make
+from families import NUM_LABELS, config_of, make
 from peft.tuners.lora import LoraLayer
 
+from spaces.blueprint import blueprint
 from spaces.config import Recipe
+from spaces.memory import num_trained
 from trainables.adapters import add_lora
 from trainables.report import TrialError
 
@@ -47,6 +49,29 @@ def test_heads_and_new_weights_train_whole_and_nothing_else_does(family: str, ne
     wrapped = [name for name, part in module.named_modules() if isinstance(part, LoraLayer)]
     assert wrapped
     assert not any(name.removeprefix("base_model.model.").startswith(tuple(whole)) for name in wrapped)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("gpt2", ("attn.c_proj",)),
+        ("gpt2", ("mlp.c_proj",)),
+        ("gpt2", ("c_proj",)),
+        ("gpt2", ("mlp.c_proj", "c_attn")),
+        ("bert", ("dense",)),
+        ("bert", ("output.dense",)),
+        ("bert", ("attention.output.dense",)),
+        ("distilbert", ("attention.q_lin", "ffn.lin2")),
+        ("llama", ("self_attn.q_proj", "down_proj")),
+        ("llama", tuple(f"model.layers.{i}.mlp.up_proj" for i in range(3))),
+    ],
+)
+def test_the_blueprint_counts_what_peft_wraps(family: str, targets: tuple[str, ...]) -> None:
+    task = "sequence-classification"
+    module, trial = make(family, task), recipe(*targets)
+    plan = blueprint(config_of(module), task, NUM_LABELS)
+    module = add_lora(module, trial, task, ())
+    assert num_trained(plan, trial) == sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def test_a_target_that_is_not_there_is_named_with_the_nearest() -> None:

@@ -4,163 +4,57 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import NUM_LABELS, SOME_TARGETS, batch_of, config_of, make
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from families import config_of, make
+from flop_grid import CASES, ENCODERS, STACKED, counted, make_batch, make_model, targets_of, total, trial
 
-from spaces.architecture import ModelShape
 from spaces.blueprint import FAMILIES, blueprint
-from spaces.config import Layout, Recipe, TrialConfig
 from spaces.flops import (
     AttentionUse,
     LinearUse,
     StepFlops,
-    TrainingFlops,
     attention_products,
     flops_of_blueprint,
     recomputed_flops_of_blueprint,
 )
 from spaces.hardware import DEVICES, device_of_cuda_name, peak_flops_per_second
-from trainables.adapters import add_lora
-from trainables.batching import Batch
 from trainables.device import device_peak
-from trainables.evaluation import summed_loss
-from trainables.mesh import World
-from trainables.meter import FlopWatch
-from trainables.parallelize import parallelize
 
 ROWS, LENGTH = 3, 24
-ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
 
 
-def task_of(family: str) -> str:
-    return "sequence-classification" if family in ENCODERS else "causal-lm"
-
-
-def recipe(targets: tuple[str, ...] | None) -> Recipe:
-    return Recipe(
-        learning_rate=1,
-        global_batch_size=1,
-        dataset_fraction=1,
-        epochs=1,
-        warmup_fraction=0,
-        weight_decay=0,
-        precision="fp32",
-        seed=0,
-        adapter="lora" if targets else "none",
-        adapter_rank=4,
-        adapter_alpha=8,
-        adapter_target_modules=targets,
-    )
-
-
-def make_batch(task: str, lengths: list[int], num_prompt: int = 1) -> Batch:
-    ids = torch.randint(3, 97, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
-    return batch_of(task, ids, lengths, num_prompt)
-
-
-def counted(module: torch.nn.Module, task: str, batch: Batch) -> tuple[float, TrainingFlops]:
-    """Return torch's own count of one forward and backward pass, and our model FLOPs."""
-    # The default attention kernel of the CPU is not in the counter's table: the mathematical one is.
-    with sdpa_kernel(SDPBackend.MATH):
-        theirs, ours = one_step(module, task, batch, watch_of(module), FlopCounterMode(display=False))
-    return theirs, ours.model
-
-
-def watch_of(module: torch.nn.Module) -> FlopWatch:
-    return FlopWatch(ModelShape.from_config(config_of(module.base_model.model if hasattr(module, "peft_config") else module)))
-
-
-def one_step(module: torch.nn.Module, task: str, batch: Batch, watch: FlopWatch, counter: FlopCounterMode) -> tuple[float, StepFlops]:
-    with counter:
-        with watch.forward(batch):
-            loss, _ = summed_loss(module, batch, task)
-        loss.backward()
-    return counter.get_total_flops(), watch.flops()
-
-
-def total(flops: TrainingFlops, lengths: list[int], causal: bool, num_targets: int | None = None) -> float:
-    """Return all FLOPs in torch's convention, which does not halve causal attention."""
-    squares = sum(n**2 for n in lengths) * (2 if causal else 1)
-    if num_targets is None:
-        num_targets = sum(n - 1 for n in lengths) if causal else len(lengths)
-    return flops.total(num_tokens=sum(lengths), num_targets=num_targets, sum_of_squared_lengths=squares)
-
-
-# Around stacked experts PEFT's all-linear adds the whole product of its two matrices to the weight: an overhead, no model FLOPs.
-STACKED = {"mixtral", "qwen3_moe"}
-CASES = [(f, a) for f in FAMILIES for a in ("none", "all-linear", "some") if not (f in STACKED and a == "all-linear")]
-
-
-@pytest.mark.parametrize(("family", "adapter"), CASES)
-def test_the_formula_is_what_torch_computes(family: str, adapter: str) -> None:
-    task = task_of(family)
-    targets = {"none": None, "all-linear": ("all-linear",)}.get(adapter, SOME_TARGETS.get(family, ("q_proj", "v_proj")))
-    module = make(family, task)
-    if hasattr(module.config, "num_experts_per_tok"):
-        module.set_experts_implementation("eager")  # the counter does not know grouped products
-    plan = blueprint(config_of(module), task, NUM_LABELS)  # type: ignore[arg-type]
-    trial = recipe(targets)
-    if targets:
-        module = add_lora(module, trial, task, ())
-    lengths = [LENGTH] * ROWS
-    theirs, measured = counted(module, task, make_batch(task, lengths))
-    for ours in (measured, flops_of_blueprint(plan, trial)):
-        assert total(ours, lengths, plan.shape.causal) == pytest.approx(theirs, rel=0.01)
-
-
-def flash_attention(query: list[int], key: list[int], value: list[int], *_: object, **__: object) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def flash_attention_backward(grad: list[int], query: list[int], key: list[int], value: list[int], *_: object, **__: object) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-# What training really takes on a CPU, counted as torch counts the kernels of GPUs: five products backward, the scores once more.
-FLASH = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flash_attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flash_attention_backward,
-}
+@pytest.mark.parametrize(("family", "task", "adapter"), CASES)
+def test_the_formula_is_what_torch_computes(family: str, task: str, adapter: str) -> None:
+    module, plan = make_model(family, task)
+    lengths, config = [LENGTH] * ROWS, trial(targets_of(family, adapter))
+    batch = make_batch(task, lengths)
+    theirs, seen = counted(module, task, batch, config)
+    for ours in (seen.model, flops_of_blueprint(plan, config.recipe)):
+        assert total(ours, lengths, family, len(batch.targets)) == pytest.approx(theirs, rel=0.01)
 
 
 @pytest.mark.parametrize("recomputation", ["none", "full"])
-@pytest.mark.parametrize(("family", "adapter"), CASES)
-def test_hardware_flops_are_all_that_torch_computes(family: str, adapter: str, recomputation: str) -> None:
-    task = task_of(family)
-    targets = {"none": None, "all-linear": ("all-linear",)}.get(adapter, SOME_TARGETS.get(family, ("q_proj", "v_proj")))
-    module = make(family, task)
-    plan = blueprint(config_of(module), task, NUM_LABELS)  # type: ignore[arg-type]
-    causal = plan.shape.causal
-    if hasattr(module.config, "num_experts_per_tok"):
-        module.set_experts_implementation("eager")
-    if targets:
-        module = add_lora(module, recipe(targets), task, ())
-    watch = watch_of(module)
-    layout = Layout(world_size=1, strategy="ddp", micro_batch_size=ROWS, recomputation=recomputation)  # type: ignore[arg-type]
-    config = TrialConfig(recipe=recipe(targets), layout=layout)
-    module = parallelize(module, config, World.alone(), watch.recomputation)
-    module.train()
-    lengths = [LENGTH] * ROWS
-    counter = FlopCounterMode(display=False, custom_mapping=FLASH)
-    theirs, ours = one_step(module, task, make_batch(task, lengths), watch, counter)
-    model, recomputed = (total(part, lengths, causal) for part in (ours.model, ours.recomputed))
-    assert model + recomputed == pytest.approx(theirs, rel=0.01)
-    assert (recomputed > 0.1 * model) == (recomputation == "full")
-    planned = total(recomputed_flops_of_blueprint(plan, config), lengths, causal)
-    # On the scale of the whole: the last small product of an adapter is not always seen.
-    assert model + planned == pytest.approx(theirs, rel=0.02)
+@pytest.mark.parametrize(("family", "task", "adapter"), CASES)
+def test_hardware_flops_are_all_that_torch_computes(family: str, task: str, adapter: str, recomputation: str) -> None:
+    module, plan = make_model(family, task)
+    lengths, config = [LENGTH] * ROWS, trial(targets_of(family, adapter), recomputation)
+    batch = make_batch(task, lengths)
+    theirs, seen = counted(module, task, batch, config, is_hardware=True)
+    planned = StepFlops(model=flops_of_blueprint(plan, config.recipe), recomputed=recomputed_flops_of_blueprint(plan, config))
+    for ours in (seen, planned):
+        model, recomputed = (total(part, lengths, family, len(batch.targets)) for part in (ours.model, ours.recomputed))
+        assert model + recomputed == pytest.approx(theirs, rel=0.01)
+        assert (recomputed > 0.1 * model) == (recomputation == "full")
 
 
 @pytest.mark.parametrize("targets", [("down_proj",), ("o_proj",), ("k_proj", "up_proj")])
 def test_nothing_below_the_first_trained_weight_is_differentiated(targets: tuple[str, ...]) -> None:
     module = make("llama", "causal-lm", tie_word_embeddings=True)
     plan = blueprint(config_of(module), "causal-lm")
-    theirs, measured = counted(
-        add_lora(module, recipe(targets), "causal-lm", ()), "causal-lm", make_batch("causal-lm", [LENGTH] * ROWS)
-    )
-    for ours in (measured, flops_of_blueprint(plan, recipe(targets))):
-        assert total(ours, [LENGTH] * ROWS, causal=True) == pytest.approx(theirs, rel=0.01)
+    batch = make_batch("causal-lm", [LENGTH] * ROWS)
+    config = trial(targets)
+    theirs, seen = counted(module, "causal-lm", batch, config)
+    for ours in (seen.model, flops_of_blueprint(plan, config.recipe)):
+        assert total(ours, [LENGTH] * ROWS, "llama", len(batch.targets)) == pytest.approx(theirs, rel=0.01)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -169,21 +63,26 @@ def test_grouped_experts_cost_what_experts_one_by_one_cost(family: str) -> None:
     for implementation in ("eager", "grouped_mm"):
         module = make(family, "causal-lm")
         module.set_experts_implementation(implementation)
-        counts.append(counted(module, "causal-lm", make_batch("causal-lm", [LENGTH] * ROWS))[1])
+        counts.append(counted(module, "causal-lm", make_batch("causal-lm", [LENGTH] * ROWS), trial(None))[1].model)
     assert counts[0].per_token == pytest.approx(counts[1].per_token, rel=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_rows_of_unequal_length_cost_what_each_costs_alone(family: str) -> None:
-    task, lengths = task_of(family), [24, 17, 6]
-    module = make(family, task)
-    causal = task == "causal-lm"
-    alone = sum(counted(module, task, make_batch(task, [n]))[0] for n in lengths)
-    padded, ours = counted(module, task, make_batch(task, lengths))
-    assert total(ours, lengths, causal) == pytest.approx(alone, rel=0.01)
-    num_targets = len(make_batch(task, lengths).targets)
-    costs = total(ours, [24] * 3, causal, num_targets)
-    assert costs == pytest.approx(padded, rel=0.01), "the padded pass costs what padded rows cost, but for its targets"
+@pytest.mark.parametrize("is_hardware", [False, True])
+@pytest.mark.parametrize(
+    ("family", "task"), [("llama", "causal-lm"), ("llama", "sequence-classification"), ("bert", "sequence-classification")]
+)
+def test_rows_of_unequal_length_cost_what_each_costs_alone(family: str, task: str, is_hardware: bool) -> None:
+    """What is seen of a padded batch counts no padding; with it counted, it is what torch computes."""
+    lengths = [24, 17, 6]
+    module, _ = make_model(family, task)
+    config = trial(None, "full" if is_hardware else "none")
+    alone = sum(counted(module, task, make_batch(task, [n]), config, is_hardware=is_hardware)[0] for n in lengths)
+    batch = make_batch(task, lengths)
+    padded, seen = counted(module, task, batch, config, is_hardware=is_hardware)
+    assert padded > 1.4 * alone
+    for theirs, counts in ((alone, lengths), (padded, [24] * 3)):
+        ours = sum(total(part, counts, family, len(batch.targets)) for part in (seen.model, seen.recomputed)[: 1 + is_hardware])
+        assert ours == pytest.approx(theirs, rel=0.01)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ENCODERS | STACKED])
@@ -191,12 +90,10 @@ def test_rows_of_unequal_length_cost_what_each_costs_alone(family: str) -> None:
 def test_the_head_costs_what_its_targets_cost(family: str, targets: tuple[str, ...] | None) -> None:
     module = make(family, "causal-lm", vocab_size=500)
     plan = blueprint(config_of(module), "causal-lm")
-    if targets:
-        module = add_lora(module, recipe(targets), "causal-lm", ())
-    lengths, batch = [LENGTH] * ROWS, make_batch("causal-lm", [LENGTH] * ROWS, num_prompt=20)
-    theirs, measured = counted(module, "causal-lm", batch)
-    for ours in (measured, flops_of_blueprint(plan, recipe(targets))):
-        assert total(ours, lengths, causal=True, num_targets=4 * ROWS) == pytest.approx(theirs, rel=0.01)
+    lengths, batch, config = [LENGTH] * ROWS, make_batch("causal-lm", [LENGTH] * ROWS, num_prompt=20), trial(targets)
+    theirs, seen = counted(module, "causal-lm", batch, config)
+    for ours in (seen.model, flops_of_blueprint(plan, config.recipe)):
+        assert total(ours, lengths, family, 4 * ROWS) == pytest.approx(theirs, rel=0.01)
 
 
 def test_causal_attention_costs_half_and_a_frozen_weight_four() -> None:

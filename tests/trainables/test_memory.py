@@ -10,7 +10,20 @@ import numpy as np
 import pytest
 import torch
 from families import batch_of, make
-from memory_grid import ALONE, ALONE_IN_SHORT, SHARDED, SHARDED_IN_SHORT, SPLIT, SPLIT_IN_SHORT, Case, error, measured, peaks_of
+from memory_grid import (
+    ALONE,
+    ALONE_IN_SHORT,
+    REPLICATED,
+    REPLICATED_IN_SHORT,
+    SHARDED,
+    SHARDED_IN_SHORT,
+    SPLIT,
+    SPLIT_IN_SHORT,
+    Case,
+    error,
+    measured,
+    peaks_of,
+)
 
 from spaces.activations import FP32_BYTES
 from spaces.blueprint import FAMILIES
@@ -47,9 +60,10 @@ def check_alone(cases: list[Case]) -> None:
     check(errors)
 
 
-def check_sharded(cases: list[Case]) -> None:
-    peaks = distributed.run(2, peaks_of, cases, "fsdp")[0]
-    check({case: error(case, 2, peak) for case, (peak, _) in zip(cases, peaks, strict=True)})
+def check_on_two(cases: list[Case], strategy: str) -> list[int]:
+    peaks = [peak for peak, _ in distributed.run(2, peaks_of, cases, strategy)[0]]
+    check({case: error(case, 2, peak, strategy) for case, peak in zip(cases, peaks, strict=True)})
+    return peaks
 
 
 def check_split(cases: list[Case]) -> None:
@@ -66,8 +80,15 @@ def test_every_family_and_precision_is_predicted() -> None:
     check_alone(ALONE_IN_SHORT)
 
 
+def test_replicated_layouts_are_predicted_and_hold_every_gradient_twice() -> None:
+    """Beside what one rank holds, DDP's buckets and nothing else."""
+    for case, peak in zip(REPLICATED_IN_SHORT, check_on_two(REPLICATED_IN_SHORT, "ddp"), strict=True):
+        alone, trained = measured(case, case.config(1), World.alone())
+        assert peak - alone == FP32_BYTES * trained, case
+
+
 def test_sharded_layouts_are_predicted() -> None:
-    check_sharded(SHARDED_IN_SHORT)
+    check_on_two(SHARDED_IN_SHORT, "fsdp")
 
 
 def test_tensor_parallel_layouts_are_predicted() -> None:
@@ -87,7 +108,12 @@ def test_the_rest_of_the_grid_is_predicted() -> None:
 
 @pytest.mark.slow
 def test_the_rest_of_the_sharded_grid_is_predicted() -> None:
-    check_sharded([case for case in SHARDED if case not in SHARDED_IN_SHORT])
+    check_on_two([case for case in SHARDED if case not in SHARDED_IN_SHORT], "fsdp")
+
+
+@pytest.mark.slow
+def test_the_rest_of_the_replicated_grid_is_predicted() -> None:
+    check_on_two([case for case in REPLICATED if case not in REPLICATED_IN_SHORT], "ddp")
 
 
 @pytest.mark.parametrize("recomputation", ["none", "full"])
@@ -143,14 +169,6 @@ def test_recomputation_is_switched_on_where_the_layout_says_so(adapter: str) -> 
         if config.recipe.adapter == "lora":
             module = add_lora(module, config.recipe, "causal-lm", ())
         assert parallelize(module, config, World.alone()).is_gradient_checkpointing == (recomputation == "full")
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_ddp_holds_every_gradient_twice(world_size: int) -> None:
-    case = Case(family="llama", rows=2, length=16)
-    plan = case.blueprint()
-    memory = rank_memory(plan, case.config(world_size), case.length)
-    assert memory.communication_bytes == (0 if world_size == 1 else 4 * plan.num_params)
 
 
 def test_frozen_weights_are_held_in_the_precision_of_the_recipe() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from families import batch_of
+from families import batch_of, make
 from memory_grid import Case
 
 from trainables.evaluation import summed_loss
 from trainables.mesh import World
-from trainables.model import build, trainable
+from trainables.model import BaseModel, build, trainable
 from trainables.optim import make_optimizer
 
 
@@ -30,6 +32,15 @@ def test_trials_with_an_adapter_hold_the_frozen_weights_once(family: str, precis
     assert not storages(first, trained=True) & storages(base.module, trained=True)
     if precision == "fp32":
         assert len(frozen - storages(base.module, trained=True)) <= 2, "not even a first copy"
+
+
+@pytest.mark.parametrize("family", ["llama", "stablelm"])
+def test_a_decoder_that_becomes_a_classifier_stays_causal(family: str, tmp_path: Path) -> None:
+    """Of a family without formulas, what it was saved as tells."""
+    make(family, "causal-lm").save_pretrained(tmp_path)
+    base = BaseModel.load(str(tmp_path), None, "sequence-classification", ("a", "b"))
+    assert type(base.module).__name__.endswith("ForSequenceClassification")
+    assert base.shape.causal
 
 
 @pytest.mark.parametrize("adapter", ["none", "all-linear"])
