@@ -10,7 +10,7 @@ from typing import Any
 from search.budget import budget_text, limits_of
 from search.cluster import is_submitted, local_capacity
 from search.forecast import Forecaster
-from search.formatting import aligned
+from search.formatting import aligned, plain
 from spaces.architecture import ShapeError
 from spaces.blueprint import Blueprint, blueprint
 from spaces.config import TrialConfig
@@ -43,8 +43,6 @@ class Rental:
     """GPUs that are not here, and what they cost."""
 
     cluster: GpuCluster
-    price: float | None = None
-    """Dollars per GPU and hour; without it, those of the spec."""
     num_rows: int | None = None
     """Training rows, where the data are not on this machine."""
 
@@ -72,8 +70,7 @@ def make_plan(loaded: LoadedSpec, rental: Rental | None = None) -> dict[str, Any
         if plan is None:
             raise SpecError([loaded.locate(unknown)])
         num_rows = rental.num_rows or _num_rows(spec)
-        price = spec.resources.price_per_device_hour if rental.price is None else rental.price
-        forecaster = Forecaster(spec=spec, plan=plan, cluster=rental.cluster, limits=limits, num_rows=num_rows, price=price)
+        forecaster = Forecaster(spec=spec, plan=plan, cluster=rental.cluster, limits=limits, num_rows=num_rows)
     rows = layout_rows(spec.space, spec.model.max_length, limits, plan, forecaster)
     return {
         "spec": dump_spec(spec),
@@ -170,7 +167,8 @@ def render_plan(plan: Mapping[str, Any]) -> str:
         "",
         f"searched: {', '.join(plan['searched']) or 'nothing: every knob is fixed'}",
         f"objectives: {', '.join(plan['objectives'])}",
-        f"{budget_text(plan['budget'])} on {plan['cluster']}, which holds {plan['num_workers']} workers at once",
+        f"{budget_text(plan['budget'])} on {plan['cluster']}, "
+        f"which holds {plan['num_workers']} {'worker' if plan['num_workers'] == 1 else 'workers'} at once",
         "",
         *_layout_table(plan["layouts"]),
     ]
@@ -237,12 +235,14 @@ def _forecast_lines(forecast: Mapping[str, Any]) -> list[str]:
         lines.append(f"one run of the fastest layout on all the data: {_cost_text(run)} ({layout})")
     if search:
         lines.append(f"the whole search: {_cost_text(search)}")
+    if forecast["no_search"]:
+        lines.append(f"no hours of the whole search: {forecast['no_search']}")
     return [*lines, "assumed, not measured: " + "; ".join(forecast["assumptions"])]
 
 
 def _cost_text(cost: Mapping[str, Any]) -> str:
     dollars = "" if cost["dollars"] is None else f", {cost['dollars']:,.2f} dollars"
-    return f"{cost['hours']:.3g} h, {cost['device_hours']:.3g} GPU hours{dollars}"
+    return f"{plain(cost['hours'], 3)} h, {plain(cost['device_hours'], 3)} GPU hours{dollars}"
 
 
 def _gib(num_bytes: int | None) -> str:

@@ -213,8 +213,7 @@ def check_fit(prepared: Prepared, capacity: int) -> Limits:
     )
     sizes = sorted({world_size for world_size, _ in prepared.spec.space.layouts()})
     if min(sizes) > capacity:
-        given = f"space.world_size: every allowed value ({', '.join(map(str, sizes))}) needs more workers than the cluster holds"
-        raise NothingFits(prepared.loaded.locate(f"{given} ({capacity}); allowed: 1 to {capacity}, or change `resources`"))
+        raise NothingFits(prepared.loaded.locate(cluster.why_too_small(prepared.spec.resources, capacity, sizes)))
     why = why_none_trains(_corners(prepared.spec), limits)
     if why:
         raise NothingFits(prepared.loaded.locate(f"space.strategy: no layout of the space can train this model: {why}"))

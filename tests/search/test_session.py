@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from engines import make, report
 
@@ -63,3 +64,33 @@ def test_a_resume_starts_groups_for_what_is_left_alone(tmp_path: Path, monkeypat
 
 def test_no_group_starts_early_where_the_trials_may_want_another_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked(tmp_path, monkeypatch, world_size={"choice": [1, 2]}) == [("reference",)]
+
+
+@pytest.mark.parametrize(
+    ("resources", "why"),
+    [
+        (
+            {"gpus_per_worker": 1},
+            "spec.yaml:4: resources.gpus_per_worker: no worker fits: each takes 1 GPU and 1 CPU, and no node has them; ",
+        ),
+        (
+            {"cpus_per_worker": 64},
+            "spec.yaml:4: resources.cpus_per_worker: no worker fits: each takes 64 CPU, and no node has as many",
+        ),
+    ],
+)
+def test_a_cluster_that_holds_no_worker_is_said_to(tmp_path: Path, resources: dict[str, int], why: str) -> None:
+    path = tmp_path / "spec.yaml"
+    ((key, value),) = resources.items()
+    path.write_text(f"model: {{name: m, task: causal-lm}}\ndata: {{train: t.csv}}\nresources:\n  {key}: {value}\n")
+    table = SimpleNamespace(lengths=np.array([8]), num_targets=np.array([8]))
+    prepared = SimpleNamespace(
+        loaded=load_spec(path),
+        spec=load_spec(path).spec,
+        shape=SimpleNamespace(hidden_size=8),
+        plan=None,
+        data=SimpleNamespace(train=table, evaluation=table),
+    )
+    with pytest.raises(session.NothingFits) as found:
+        session.check_fit(cast(Any, prepared), 0)
+    assert why in str(found.value)
