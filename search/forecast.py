@@ -159,7 +159,7 @@ class Forecaster:
         return hours
 
     def _peak_bytes(self, config: TrialConfig) -> int:
-        return rank_memory(self.plan, config, self.spec.model.max_length).peak_bytes
+        return rank_memory(self.plan, config, self.spec.model.max_length, is_on_gpu=True).peak_bytes
 
     def _tokens(self, fraction: float, epochs: float) -> float:
         assert self.num_rows is not None  # asked only where the rows are known

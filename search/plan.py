@@ -64,7 +64,12 @@ def make_plan(loaded: LoadedSpec, rental: Rental | None = None) -> dict[str, Any
         capacity = spec.resources.workers if is_submitted() and spec.resources.workers else local_capacity(spec.resources)
         where = os.environ.get("RAY_ADDRESS", "this machine")
     plan, unknown = _blueprint(spec)
-    limits = Limits(num_workers=capacity, hidden_size=None if plan is None else plan.shape.hidden_size, plan=plan)
+    limits = Limits(
+        num_workers=capacity,
+        hidden_size=None if plan is None else plan.shape.hidden_size,
+        plan=plan,
+        is_on_gpu=rental is not None or spec.resources.gpus_per_worker > 0,
+    )
     forecaster = None
     if rental is not None:
         if plan is None:
@@ -137,7 +142,7 @@ def layout_rows(
         if isinstance(space.world_size, Profile) and config.layout.world_size > limits.num_workers:
             continue  # of those that `profile` names, a search takes what the cluster holds
         values = violations(config, limits)
-        memory = None if plan is None else asdict(rank_memory(plan, config, max_length))
+        memory = None if plan is None else asdict(rank_memory(plan, config, max_length, is_on_gpu=limits.is_on_gpu))
         rows.append(
             {
                 "adapter": config.recipe.adapter,

@@ -210,6 +210,7 @@ def check_fit(prepared: Prepared, capacity: int) -> Limits:
         plan=prepared.plan,
         max_length=max(int(table.lengths.max()) for table in (prepared.data.train, prepared.data.evaluation)),
         max_targets=int(prepared.data.train.num_targets.max()),
+        is_on_gpu=prepared.spec.resources.gpus_per_worker > 0,
     )
     sizes = sorted({world_size for world_size, _ in prepared.spec.space.layouts()})
     if min(sizes) > capacity:

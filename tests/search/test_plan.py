@@ -118,7 +118,7 @@ def test_published_rows_are_predicted_within_a_fifth_with_a_layout_that_fits(
     name: str, trial: TrialConfig, length: int, published: float
 ) -> None:
     num_gpus = trial.layout.world_size
-    assert rank_memory(shape(name), trial, length).peak_bytes <= cluster(num_gpus).usable_bytes
+    assert rank_memory(shape(name), trial, length, is_on_gpu=True).peak_bytes <= cluster(num_gpus).usable_bytes
     step = estimate_step(shape(name), trial, cluster(num_gpus), length)
     assert step.tokens_per_second / num_gpus == pytest.approx(published, rel=0.2)
 
@@ -137,7 +137,30 @@ def test_published_rows_are_predicted_within_a_fifth_with_a_layout_that_fits(
     ],
 )
 def test_what_fits_is_told_from_what_does_not(name: str, trial: TrialConfig, fits: bool) -> None:
-    assert (rank_memory(shape(name), trial, LENGTH).peak_bytes <= cluster(8).usable_bytes) == fits
+    assert (rank_memory(shape(name), trial, LENGTH, is_on_gpu=True).peak_bytes <= cluster(8).usable_bytes) == fits
+
+
+def test_ranks_on_gpus_hold_no_copy_that_gloo_makes(spec: Path) -> None:
+    """In full with recomputation on eight the peak is the reduction of what no block holds."""
+    planned = planned_with(spec, adapter="none", world_size="8", strategy="fsdp", recomputation="full")
+    assert (
+        planned["layouts"][0]["peak_memory_bytes"]
+        == rank_memory(shape("Llama-3 8B"), config("none", 8, "fsdp", "full"), LENGTH, is_on_gpu=True).peak_bytes
+    )
+    sets = [
+        "--set",
+        "space.adapter=none",
+        "--set",
+        "space.world_size=8",
+        "--set",
+        "space.strategy=fsdp",
+        "--set",
+        "space.recomputation=full",
+    ]
+    on = [
+        json.loads(plan(str(spec), "--json", *sets, "--set", f"resources.gpus_per_worker={n}").stdout)["layouts"][0] for n in (0, 1)
+    ]
+    assert on[1]["peak_memory_bytes"] == planned["layouts"][0]["peak_memory_bytes"] < on[0]["peak_memory_bytes"]
 
 
 def test_compute_reaches_what_is_assumed_and_a_slow_network_shows() -> None:

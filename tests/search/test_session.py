@@ -66,6 +66,17 @@ def test_no_group_starts_early_where_the_trials_may_want_another_size(tmp_path: 
     assert asked(tmp_path, monkeypatch, world_size={"choice": [1, 2]}) == [("reference",)]
 
 
+def prepared_with(directory: Path, resources: dict[str, int]) -> Any:
+    """Return what `check_fit` reads of a search whose workers take these resources."""
+    path = directory / "spec.yaml"
+    ((key, value),) = resources.items()
+    path.write_text(f"model: {{name: m, task: causal-lm}}\ndata: {{train: t.csv}}\nresources:\n  {key}: {value}\n")
+    loaded = load_spec(path)
+    table = SimpleNamespace(lengths=np.array([8]), num_targets=np.array([8]))
+    data, shape = SimpleNamespace(train=table, evaluation=table), SimpleNamespace(hidden_size=8)
+    return SimpleNamespace(loaded=loaded, spec=loaded.spec, shape=shape, plan=None, data=data)
+
+
 @pytest.mark.parametrize(
     ("resources", "why"),
     [
@@ -80,17 +91,11 @@ def test_no_group_starts_early_where_the_trials_may_want_another_size(tmp_path: 
     ],
 )
 def test_a_cluster_that_holds_no_worker_is_said_to(tmp_path: Path, resources: dict[str, int], why: str) -> None:
-    path = tmp_path / "spec.yaml"
-    ((key, value),) = resources.items()
-    path.write_text(f"model: {{name: m, task: causal-lm}}\ndata: {{train: t.csv}}\nresources:\n  {key}: {value}\n")
-    table = SimpleNamespace(lengths=np.array([8]), num_targets=np.array([8]))
-    prepared = SimpleNamespace(
-        loaded=load_spec(path),
-        spec=load_spec(path).spec,
-        shape=SimpleNamespace(hidden_size=8),
-        plan=None,
-        data=SimpleNamespace(train=table, evaluation=table),
-    )
     with pytest.raises(session.NothingFits) as found:
-        session.check_fit(cast(Any, prepared), 0)
+        session.check_fit(prepared_with(tmp_path, resources), 0)
     assert why in str(found.value)
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_memory_is_predicted_for_what_the_workers_take(tmp_path: Path, num_gpus: int) -> None:
+    assert session.check_fit(prepared_with(tmp_path, {"gpus_per_worker": num_gpus}), 1).is_on_gpu == (num_gpus > 0)
