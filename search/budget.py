@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from search.formatting import plain
 from search.ledger import SearchState
 from search.record import TrialRecord, TrialState
 from spaces.budget import BudgetSpec
@@ -37,7 +38,9 @@ class Used:
 
 def amount_text(limit: str, value: float) -> str:
     """Return an amount of a budget for people."""
-    return f"{value:,.2f} dollars" if limit == "dollars" else f"{value:.4g} {limit.replace('_', ' ')}"
+    amount = f"{value:,.2f}" if limit == "dollars" else plain(value)
+    unit = limit.replace("_", " ")
+    return f"{amount} {unit.removesuffix('s') if amount == '1' else unit}"
 
 
 def limits_of(budget: BudgetSpec) -> dict[str, float]:

@@ -113,7 +113,7 @@ def plan(
     device: Annotated[str | None, typer.Option(help="Plan for these GPUs instead of this machine: h100-sxm.")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of such GPUs.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs in each node.")] = 1,
-    price: Annotated[float | None, typer.Option(min=0, help="Dollars per GPU and hour.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Dollars per GPU and hour, as resources.price_per_device_hour.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Training rows, where the data are not on this machine.")] = None,
     json_: Json = False,
 ) -> None:
@@ -138,8 +138,10 @@ def plan(
                 cluster = GpuCluster(device=device_named(device), num_nodes=nodes, gpus_per_node=gpus_per_node)
             except UnknownDevice as error:
                 _fail(USAGE, str(error))
-            rental = Rental(cluster=cluster, price=price, num_rows=rows)
-        planned = make_plan(load_spec(spec, set_ or ()), rental)
+            rental = Rental(cluster=cluster, num_rows=rows)
+        # A price is part of the file: a budget in dollars needs it.
+        priced = [] if price is None else [f"resources.price_per_device_hour={price}"]
+        planned = make_plan(load_spec(spec, [*(set_ or ()), *priced]), rental)
         if json_:
             _print_json(planned)
         else:

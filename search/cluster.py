@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import psutil
@@ -68,6 +68,19 @@ def local_capacity(resources: ResourcesSpec) -> int:
     else:
         held = (psutil.cpu_count() or 1) // resources.cpus_per_worker
     return min(held, resources.workers) if resources.workers else held
+
+
+def why_too_small(resources: ResourcesSpec, capacity: int, sizes: Sequence[int]) -> str:
+    """Return in words, with their key, why a cluster of so many workers trains nothing of these world sizes."""
+    if capacity:
+        given = f"space.world_size: every allowed value ({', '.join(map(str, sizes))}) needs more workers than the cluster holds"
+        return f"{given} ({capacity}); allowed: 1 to {capacity}, or change `resources`"
+    gpus, cpus = resources.gpus_per_worker, resources.cpus_per_worker
+    if gpus:
+        return (
+            f"resources.gpus_per_worker: no worker fits: each takes {gpus} GPU and {cpus} CPU, and no node has them; 0 trains on CPUs"
+        )
+    return f"resources.cpus_per_worker: no worker fits: each takes {cpus} CPU, and no node has as many"
 
 
 @contextmanager

@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from search.budget import limits_of
+from search.layouts import layout_to_train, layouts_of, timed_knobs
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
-from spaces.constraints import Limits, is_feasible, violations
+from spaces.constraints import Limits
 from spaces.estimate import (
     ASSUMED_UTILISATION,
     MEMORY_KEPT_FREE,
     NETWORK_BYTES_PER_SECOND,
     GpuCluster,
     NoPeak,
-    StepEstimate,
     estimate_step,
 )
+from spaces.fidelity import PROFILE_STEPS
 from spaces.memory import rank_memory
 from spaces.spec import SearchSpec
 
@@ -36,6 +37,29 @@ OVERLAPS = {
 }
 
 
+# What is said of the fastest layout.
+RUN_KNOBS = (
+    "adapter",
+    "quantization",
+    "precision",
+    "world_size",
+    "strategy",
+    "global_batch_size",
+    "micro_batch_size",
+    "recomputation",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn:
+    """Device hours that a proposal takes."""
+
+    train: float
+    """Of its training."""
+    others: dict[str, float]
+    """Of the timed steps of its other layouts, by what these steps depend on: recipes that agree in that share them."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecaster:
     """Holds every layout against a cluster of GPUs."""
@@ -46,8 +70,11 @@ class Forecaster:
     limits: Limits
     num_rows: int | None
     """Training rows; None where they are not known here."""
-    price: float | None
-    """Dollars per GPU and hour."""
+
+    @property
+    def price(self) -> float | None:
+        """Dollars per GPU and hour."""
+        return self.spec.resources.price_per_device_hour
 
     def layout(self, config: TrialConfig) -> dict[str, Any]:
         """Return whether a layout fits, by how much it does not, and what a step of it takes."""
@@ -60,61 +87,79 @@ class Forecaster:
         return {"fits": missing == 0, "missing_bytes": missing, "step": parts, "unknown": ""}
 
     def whole(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return hours and dollars of the whole search and of one run of the fastest layout on all the data.
+        """Return hours and dollars of one run of the fastest layout on all the data and of the whole search, or why it has none.
 
         Args:
             rows: those of the plan.
         """
         fitting = [row for row in rows if row["feasible"] and row["fits"]]
-        result: dict[str, Any] = {"num_rows": self.num_rows, "run": None, "search": None, "assumptions": self._assumptions()}
+        result: dict[str, Any] = {"num_rows": self.num_rows, "run": None, "search": None, "no_search": ""}
+        result["assumptions"] = self._assumptions()
         if not fitting or self.num_rows is None:
             return result
         best = max(fitting, key=lambda row: row["step"]["tokens_per_second"])
         space = self.spec.space
         tokens = self._tokens(max(space.dataset_fraction.ends()), max(space.epochs.ends()))
         seconds = tokens / best["step"]["tokens_per_second"]
-        shown = ("adapter", "quantization", "world_size", "strategy", "global_batch_size", "micro_batch_size", "recomputation")
-        result["run"] = {**{k: best[k] for k in shown}, **self._cost(seconds / 3600, best["world_size"])}
-        mean = self._mean_device_hours()
-        device_hours = math.inf if mean is None else self._search_device_hours(mean)
-        if math.isfinite(device_hours):
+        result["run"] = {**{knob: best[knob] for knob in RUN_KNOBS}, **self._cost(seconds / 3600, best["world_size"])}
+        drawn = self._drawn()
+        device_hours = self._search_device_hours(drawn) if drawn else math.inf
+        if not drawn:
+            result["no_search"] = f"none of {NUM_DRAWS} proposals drawn evenly from the space can run there"
+        elif math.isinf(device_hours):
+            result["no_search"] = "nothing tells beforehand when its budget is used up"
+        else:
             result["search"] = self._cost(device_hours / self.limits.num_workers, self.limits.num_workers)
         return result
 
-    def _search_device_hours(self, mean: float) -> float:
-        """Return the device hours at which the first limit of the budget is reached, with trials of this mean."""
+    def _search_device_hours(self, drawn: Sequence[Drawn]) -> float:
+        """Return the device hours at which the first limit of the budget is reached, with trials such as these."""
         limits, price = limits_of(self.spec.budget), self.price
         hours = {
-            "trials": mean * limits.get("trials", math.inf),
+            "trials": _device_hours_of(drawn, limits["trials"]) if "trials" in limits else math.inf,
             "minutes": self.limits.num_workers * limits.get("minutes", math.inf) / 60,
             "device_hours": limits.get("device_hours", math.inf),
             "dollars": limits.get("dollars", math.inf) / price if price else math.inf,
         }
         return min(hours.values())
 
-    def _mean_device_hours(self) -> float | None:
-        """Return the mean over proposals drawn evenly from the space, of those that can run; None if none can."""
-        suggester, hours = _EvenSuggester(random.Random(0)), []
+    def _drawn(self) -> list[Drawn]:
+        """Return proposals drawn evenly from the space, those that can run, each under the layout that a search would train."""
+        length = self.spec.model.max_length
+        suggester, drawn = _EvenSuggester(random.Random(0)), []
+        known: dict[str, dict[str, float]] = {}
         for _ in range(NUM_DRAWS):
-            config = TrialConfig.from_params(self.spec.space.suggest(suggester), max_length=self.spec.model.max_length)
-            step = self._step_if_it_runs(config)
-            if step is not None:
-                tokens = self._tokens(config.recipe.dataset_fraction, config.recipe.epochs)
-                hours.append(tokens / step.tokens_per_second / 3600 * config.layout.world_size)
-        return sum(hours) / len(hours) if hours else None
+            params = self.spec.space.suggest(suggester)
+            config = TrialConfig.from_params(params, max_length=length)
+            knobs = str(timed_knobs(config))
+            if knobs not in known:
+                known[knobs] = self._hours_of_steps(params)
+            if known[knobs]:
+                trained, *others = known[knobs].items()
+                recipe = config.recipe
+                num_steps = self._tokens(recipe.dataset_fraction, recipe.epochs) / (recipe.global_batch_size * length)
+                timed = {layout: PROFILE_STEPS * hours for layout, hours in others}
+                drawn.append(Drawn(train=num_steps * trained[1], others=timed))
+        return drawn
 
-    def _step_if_it_runs(self, config: TrialConfig) -> StepEstimate | None:
-        if not is_feasible(violations(config, self.limits)):
-            return None
-        try:
-            if self._peak_bytes(config) > self.cluster.usable_bytes:
-                return None
-            return estimate_step(self.plan, config, self.cluster, self.spec.model.max_length)
-        except NoPeak:
-            return None
+    def _hours_of_steps(self, params: Mapping[str, Any]) -> dict[str, float]:
+        """Return the device hours of a step under every layout that a search has of a proposal; the one that it trains first."""
+        length = self.spec.model.max_length
+        limits = replace(self.limits, memory_bytes=self.cluster.usable_bytes, max_length=length)
+        candidates = layouts_of(params, self.spec, limits)
+        trained = layout_to_train(candidates, None)
+        hours = {}
+        for each in (trained, *candidates):
+            if each.is_feasible:
+                try:
+                    step = estimate_step(self.plan, each.config, self.cluster, length)
+                except NoPeak:
+                    return {}
+                hours[str(timed_knobs(each.config))] = step.seconds / 3600 * each.config.layout.world_size
+        return hours
 
     def _peak_bytes(self, config: TrialConfig) -> int:
-        return rank_memory(self.plan, config, self.spec.model.max_length).peak_bytes
+        return rank_memory(self.plan, config, self.spec.model.max_length, is_on_gpu=True).peak_bytes
 
     def _tokens(self, fraction: float, epochs: float) -> float:
         assert self.num_rows is not None  # asked only where the rows are known
@@ -132,8 +177,13 @@ class Forecaster:
             f"of a device's {device.memory_gigabytes:g} x 10^9 bytes, of which a driver may find a few percent more, "
             f"{MEMORY_KEPT_FREE:.0%} is kept free for the CUDA context, NCCL and fragments",
             f"all rows have model.max_length = {self.spec.model.max_length} tokens; evaluation and start-up are not in the hours",
-            "all devices are busy until the search ends, and proposals are drawn evenly from the space",
+            f"all devices are busy until the search ends, and {NUM_DRAWS} proposals are drawn evenly from the space",
         ]
+        if self.spec.space.profiled_knobs():
+            lines.append(
+                "a recipe is trained at the smallest world size that can run it, and every other layout that can is timed for "
+                f"{PROFILE_STEPS} steps, once for all recipes whose steps cost the same"
+            )
         if not self.spec.resources.gpus_per_worker:
             lines.append("a worker has one GPU, which a search there wants as resources.gpus_per_worker: 1")
         if self.spec.scheduler.method != "none" or self.spec.budget.patience:
@@ -147,6 +197,13 @@ class Forecaster:
         if self.cluster.num_nodes > 1:
             lines.append(f"between nodes {NETWORK_BYTES_PER_SECOND / 1e9:g} GB/s per GPU, each way")
         return lines
+
+
+def _device_hours_of(drawn: Sequence[Drawn], num_trials: float) -> float:
+    """Return the device hours of so many trials: of their mean training, and of other layouts' steps, each of which is timed once."""
+    mean = sum(each.train for each in drawn) / len(drawn)
+    timed = {knobs: hours for each in drawn[: int(num_trials)] for knobs, hours in each.others.items()}
+    return mean * num_trials + sum(timed.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from spaces.metrics import METRICS
 
 
@@ -35,6 +37,11 @@ def interval_text(metric: str, mean: float, half_width: float | None) -> str:
     factor, unit = (100, "%") if metric in ("mfu", "hfu") else units.get(METRICS[metric].unit, (1, ""))
     decimals = min(6, max(0, 1 - math.floor(math.log10(half_width * factor))))
     return f"{mean * factor:,.{decimals}f} ± {half_width * factor:,.{decimals}f}{unit}"
+
+
+def plain(value: float, digits: int = 4) -> str:
+    """Return an amount to so many digits, without an exponent; from 1,000 on whole."""
+    return f"{value:,.0f}" if value >= 1000 else np.format_float_positional(value, digits, fractional=False, trim="-")
 
 
 def short_text(value: Any) -> str:

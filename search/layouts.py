@@ -56,15 +56,19 @@ def layouts_of(params: Mapping[str, Any], spec: SearchSpec, limits: Limits) -> l
     return candidates
 
 
-def layout_to_train(candidates: Sequence[Candidate], outlook: Forecaster) -> Candidate:
+def layout_to_train(candidates: Sequence[Candidate], outlook: Forecaster | None) -> Candidate:
     """Return the feasible layout that takes the least of the devices: the most recipes are then trained; else the first.
 
     Without a profile of each of them that is the smallest world size: an estimate tells layouts apart too badly.
+
+    Args:
+        candidates: a recipe under every layout that is to be measured.
+        outlook: what was timed; None where nothing was.
     """
     feasible = sorted((c for c in candidates if c.is_feasible), key=lambda c: c.config.layout.world_size)
     if not feasible:
         return candidates[0]
-    if len(feasible) == 1 or not all(outlook.has_profile(c.config) for c in feasible):
+    if len(feasible) == 1 or outlook is None or not all(outlook.has_profile(c.config) for c in feasible):
         return feasible[0]
     return min(feasible, key=lambda c: outlook(c.config)[metrics.TRAIN_SECONDS] * c.config.layout.world_size)
 

@@ -110,7 +110,8 @@ class Outlook:
         if self._plan is None:
             return None
         largest = sizes.padded_tokens.argmax()
-        return asdict(rank_memory(self._plan, config, int(sizes.longest[largest]), int(sizes.micro_targets[largest])))
+        length, num_targets = int(sizes.longest[largest]), int(sizes.micro_targets[largest])
+        return asdict(rank_memory(self._plan, config, length, num_targets, is_on_gpu=self._device["type"] == "cuda"))
 
     def _estimated_seconds(self, config: TrialConfig, sizes: StepSizes) -> float | None:
         device = self._device

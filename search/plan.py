@@ -10,7 +10,7 @@ from typing import Any
 from search.budget import budget_text, limits_of
 from search.cluster import is_submitted, local_capacity
 from search.forecast import Forecaster
-from search.formatting import aligned
+from search.formatting import aligned, plain
 from spaces.architecture import ShapeError
 from spaces.blueprint import Blueprint, blueprint
 from spaces.config import TrialConfig
@@ -43,8 +43,6 @@ class Rental:
     """GPUs that are not here, and what they cost."""
 
     cluster: GpuCluster
-    price: float | None = None
-    """Dollars per GPU and hour; without it, those of the spec."""
     num_rows: int | None = None
     """Training rows, where the data are not on this machine."""
 
@@ -66,14 +64,18 @@ def make_plan(loaded: LoadedSpec, rental: Rental | None = None) -> dict[str, Any
         capacity = spec.resources.workers if is_submitted() and spec.resources.workers else local_capacity(spec.resources)
         where = os.environ.get("RAY_ADDRESS", "this machine")
     plan, unknown = _blueprint(spec)
-    limits = Limits(num_workers=capacity, hidden_size=None if plan is None else plan.shape.hidden_size, plan=plan)
+    limits = Limits(
+        num_workers=capacity,
+        hidden_size=None if plan is None else plan.shape.hidden_size,
+        plan=plan,
+        is_on_gpu=rental is not None or spec.resources.gpus_per_worker > 0,
+    )
     forecaster = None
     if rental is not None:
         if plan is None:
             raise SpecError([loaded.locate(unknown)])
         num_rows = rental.num_rows or _num_rows(spec)
-        price = spec.resources.price_per_device_hour if rental.price is None else rental.price
-        forecaster = Forecaster(spec=spec, plan=plan, cluster=rental.cluster, limits=limits, num_rows=num_rows, price=price)
+        forecaster = Forecaster(spec=spec, plan=plan, cluster=rental.cluster, limits=limits, num_rows=num_rows)
     rows = layout_rows(spec.space, spec.model.max_length, limits, plan, forecaster)
     return {
         "spec": dump_spec(spec),
@@ -140,7 +142,7 @@ def layout_rows(
         if isinstance(space.world_size, Profile) and config.layout.world_size > limits.num_workers:
             continue  # of those that `profile` names, a search takes what the cluster holds
         values = violations(config, limits)
-        memory = None if plan is None else asdict(rank_memory(plan, config, max_length))
+        memory = None if plan is None else asdict(rank_memory(plan, config, max_length, is_on_gpu=limits.is_on_gpu))
         rows.append(
             {
                 "adapter": config.recipe.adapter,
@@ -170,7 +172,8 @@ def render_plan(plan: Mapping[str, Any]) -> str:
         "",
         f"searched: {', '.join(plan['searched']) or 'nothing: every knob is fixed'}",
         f"objectives: {', '.join(plan['objectives'])}",
-        f"{budget_text(plan['budget'])} on {plan['cluster']}, which holds {plan['num_workers']} workers at once",
+        f"{budget_text(plan['budget'])} on {plan['cluster']}, "
+        f"which holds {plan['num_workers']} {'worker' if plan['num_workers'] == 1 else 'workers'} at once",
         "",
         *_layout_table(plan["layouts"]),
     ]
@@ -237,12 +240,14 @@ def _forecast_lines(forecast: Mapping[str, Any]) -> list[str]:
         lines.append(f"one run of the fastest layout on all the data: {_cost_text(run)} ({layout})")
     if search:
         lines.append(f"the whole search: {_cost_text(search)}")
+    if forecast["no_search"]:
+        lines.append(f"no hours of the whole search: {forecast['no_search']}")
     return [*lines, "assumed, not measured: " + "; ".join(forecast["assumptions"])]
 
 
 def _cost_text(cost: Mapping[str, Any]) -> str:
     dollars = "" if cost["dollars"] is None else f", {cost['dollars']:,.2f} dollars"
-    return f"{cost['hours']:.3g} h, {cost['device_hours']:.3g} GPU hours{dollars}"
+    return f"{plain(cost['hours'], 3)} h, {plain(cost['device_hours'], 3)} GPU hours{dollars}"
 
 
 def _gib(num_bytes: int | None) -> str:

@@ -212,11 +212,11 @@ def check_fit(prepared: Prepared, capacity: int) -> Limits:
         plan=prepared.plan,
         max_length=max(int(table.lengths.max()) for table in (prepared.data.train, prepared.data.evaluation)),
         max_targets=int(prepared.data.train.num_targets.max()),
+        is_on_gpu=prepared.spec.resources.gpus_per_worker > 0,
     )
     sizes = sorted({world_size for world_size, _ in prepared.spec.space.layouts()})
     if min(sizes) > capacity:
-        given = f"space.world_size: every allowed value ({', '.join(map(str, sizes))}) needs more workers than the cluster holds"
-        raise NothingFits(prepared.loaded.locate(f"{given} ({capacity}); allowed: 1 to {capacity}, or change `resources`"))
+        raise NothingFits(prepared.loaded.locate(cluster.why_too_small(prepared.spec.resources, capacity, sizes)))
     why = why_none_trains(_corners(prepared.spec), limits)
     if why:
         raise NothingFits(prepared.loaded.locate(f"space.strategy: no layout of the space can train this model: {why}"))

@@ -27,6 +27,8 @@ class Limits:
     """Positions that the loss counts in the row that has the most; by default those of plain text or of a class."""
     memory_bytes: int | None = None
     """What the tensors of one rank may take; None where it is not known."""
+    is_on_gpu: bool = False
+    """Whether workers have GPUs, between which nothing is copied to be exchanged."""
 
 
 def global_batch_divisible(config: TrialConfig, limits: Limits) -> float:
@@ -80,7 +82,7 @@ def predicted_memory(config: TrialConfig, limits: Limits) -> RankMemory | None:
     if limits.plan is None:
         return None
     most = None if limits.max_targets is None else limits.max_targets * config.layout.micro_batch_size
-    return rank_memory(limits.plan, config, limits.max_length, most)
+    return rank_memory(limits.plan, config, limits.max_length, most, is_on_gpu=limits.is_on_gpu)
 
 
 CONSTRAINTS = (

@@ -31,7 +31,7 @@ from spaces.tensor_parallel import local_blueprint, num_partial_params
 
 # Of the dense peak, between published rows on H100, as counted here: Llama-3 8B with LoRA on one at 4,096 tokens, 12,473 tokens/s
 # (42 %; https://github.com/NVIDIA-NeMo/Automodel/blob/main/docs/performance-summary.mdx), in full on eight at 8,192, 6,667 tokens/s
-# each (35 %; https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md).
+# each (35 %, compiled and with selective recomputation; https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md).
 ASSUMED_UTILISATION = 0.38
 NETWORK_BYTES_PER_SECOND = 50e9
 # AdamW reads weight, gradient and two moments, and writes all but the gradient, in fp32.

@@ -1,4 +1,4 @@
-"""At which of its own steps a trial is looked at: the rungs of successive halving, as shares of its steps."""
+"""How much of a trial is trained before it is judged, at the rungs of successive halving, and how much only to time it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 GRACE_PERIOD, REDUCTION_FACTOR = 1 / 9, 3.0
 # Beyond this share there is too little left to save for an evaluation.
 LAST_SHARE = 0.9
+# Steps that are trained for the time of a step alone.
+PROFILE_STEPS = 30
 
 
 def rung_shares(grace_period: float = GRACE_PERIOD, reduction_factor: float = REDUCTION_FACTOR) -> tuple[float, ...]:

@@ -19,11 +19,9 @@ LOGITS_COPIES = 3
 ADAMW_STATES = 2
 # While FSDP2 gathers a block, it holds the flat buffer of it and that of the one before beside the weights themselves.
 GATHERED_BLOCKS = 3
-# While it reduces gradients: its flat buffer, the copy that gloo makes of it, the result of half the size over two ranks, and
-# what of the gathered weights is not freed yet. NCCL makes no copy.
+# While it reduces gradients over gloo: its flat buffer, the copy that gloo makes of it, the result of half the size over two ranks,
+# and what of the gathered weights is not freed yet; measured on two ranks, and an upper bound on more.
 REDUCED_COPIES, GATHERED_LEFT = 2.5, 0.5
-# Of these the flat buffer and the result stay until the next block is reduced.
-HELD_COPIES = 1.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +60,9 @@ def num_adapter_params(plan: Blueprint, recipe: Recipe) -> int:
     return plan.shape.num_layers * adapter_params(plan.block, recipe) + adapter_params(plan.head, recipe)
 
 
-def rank_memory(plan: Blueprint, config: TrialConfig, length: int, num_targets: int | None = None) -> RankMemory:
+def rank_memory(
+    plan: Blueprint, config: TrialConfig, length: int, num_targets: int | None = None, *, is_on_gpu: bool = False
+) -> RankMemory:
     """Return what a rank holds at its peak.
 
     Args:
@@ -70,6 +70,7 @@ def rank_memory(plan: Blueprint, config: TrialConfig, length: int, num_targets: 
         config: recipe and layout; the layout's micro batch counts.
         length: padded tokens per row.
         num_targets: positions of a micro batch that the loss counts; by default those of plain text or of a class.
+        is_on_gpu: whether ranks exchange by NCCL, which makes no copy, or on CPUs by gloo.
     """
     recipe, rows = config.recipe, config.layout.micro_batch_size
     # Whose ranks split matrices hold what one rank would of a model with fewer heads and a narrower inner width.
@@ -105,7 +106,7 @@ def rank_memory(plan: Blueprint, config: TrialConfig, length: int, num_targets: 
         at_update = replace(at_update, communication_bytes=FP32_BYTES * num_partial)
     moments = [at_loss, in_last_block, in_first_block, at_update]
     if shards > 1:
-        moments = _while_sharded(step, shards, *moments)
+        moments = _while_sharded(step, shards, is_on_gpu, *moments)
     if config.num_grad_accum_steps > 1:
         # Those of the micro batches before are all there, beside that of the product whose backward pass runs.
         summed = at_update.gradients_bytes + FP32_BYTES * _num_trained_of(plan.feed_forward_out, recipe)
@@ -144,7 +145,13 @@ def _while_computing(step: Activations, state: RankMemory) -> tuple[RankMemory, 
 
 
 def _while_sharded(
-    step: Activations, shards: int, at_loss: RankMemory, in_last_block: RankMemory, in_first_block: RankMemory, at_update: RankMemory
+    step: Activations,
+    shards: int,
+    is_on_gpu: bool,
+    at_loss: RankMemory,
+    in_last_block: RankMemory,
+    in_first_block: RankMemory,
+    at_update: RankMemory,
 ) -> list[RankMemory]:
     """Return the moments of a sharded model: what is gathered and reduced beside the shards, block by block.
 
@@ -161,9 +168,12 @@ def _while_sharded(
     # The embedding's gradient comes last, unless the head is tied to it.
     head_gradients = gathered * _num_trained_of(plan.head, recipe)
     last_gradients = gathered * _num_trained_of(plan.feed_forward_out, recipe)
-    reducing_block = int(REDUCED_COPIES * FP32_BYTES * trained_block + GATHERED_LEFT * block)
-    reducing_root = int(REDUCED_COPIES * FP32_BYTES * trained_root + GATHERED_LEFT * root)
-    reduced_block = int(HELD_COPIES * FP32_BYTES * trained_block)
+    # What stays to the end of the root's reduction is its last gradient, that of a head of its own.
+    last_of_root = 0 if plan.is_head_tied else head_gradients
+    reducing_block = _reducing(gathered, trained_block, held_block, 0, shards, is_on_gpu)
+    reducing_root = _reducing(gathered, trained_root, held_root, last_of_root, shards, is_on_gpu)
+    # The flat buffer and the result stay until the next block is reduced.
+    reduced_block = FP32_BYTES * trained_block + FP32_BYTES * trained_block // shards
     block_shards = FP32_BYTES * num_layers * trained_block // shards
     but_one = at_loss.activations_bytes * (num_layers - 1) // num_layers
     gone = step.block_inputs() if step.recomputes else step.block()
@@ -180,6 +190,10 @@ def _while_sharded(
         replace(plain, gradients_bytes=block_shards, communication_bytes=reducing_root),
         at_update,
     ]
+    if plan.is_head_tied:
+        # The gradients that the shared matrix gets as head and as embedding are there beside their sum.
+        all_gradients = gathered * trained_root + 2 * head_gradients
+        moments.append(replace(plain, gradients_bytes=block_shards, communication_bytes=root + all_gradients + reduced_block))
     if num_layers > 1:
         later_shards = block_shards * (num_layers - 2) // num_layers
         moments += [
@@ -187,6 +201,14 @@ def _while_sharded(
             replace(in_first_block, gradients_bytes=last_gradients + later_shards, communication_bytes=computing + reduced_block),
         ]
     return moments
+
+
+def _reducing(gathered: int, num_trained: int, num_held: int, last: int, shards: int, is_on_gpu: bool) -> int:
+    """Return the bytes that FSDP2 holds while it reduces gradients, of which the last stays until there is a result."""
+    flat = FP32_BYTES * num_trained
+    if is_on_gpu:
+        return max(gathered * num_trained + flat, flat + flat // shards + last)
+    return int(REDUCED_COPIES * flat + GATHERED_LEFT * gathered * num_held)
 
 
 def _peak(memory: RankMemory) -> int:

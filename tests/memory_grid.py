@@ -159,6 +159,18 @@ SHARDED = [
     )
 ]
 SHARDED += [c for c in ACCUMULATED if c.recomputation == "none"]
+# Where what FSDP2 gathers and reduces is the peak, and where it is not.
+UNCOPIED = [
+    Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation=c, changes=v)
+    for f in ("llama", "gpt2")
+    for p in PRECISIONS
+    for a, r, n, c, v in (
+        ("none", 1, 8, "none", (("vocab_size", 6000),)),
+        ("none", 8, 32, "full", (("num_hidden_layers", 4),)),
+        ("none", 8, 32, "none", ()),
+        ("all-linear", 2, 16, "none", ()),
+    )
+]
 SPLIT = [
     Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation=c, changes=v)
     for f in PLANS
@@ -200,7 +212,7 @@ def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
         for part in (*module.parameters(), *module.buffers()):
             tensors.hold(part)
         peaks = []
-        for _ in range(2 if world.world_size == 1 else 7):
+        for _ in range(2 if world.control_group is None else 7):
             tensors.peak = 0
             for i in range(1, case.num_micro_batches + 1):
                 with gradient_sync(module, i == case.num_micro_batches):
@@ -221,8 +233,9 @@ def peaks_of(world: World, cases: list[Case], strategy: str) -> list[tuple[int, 
     return [measured(case, case.config(world.world_size, strategy), world) for case in cases]
 
 
-def error(case: Case, world_size: int, peak: int, strategy: str = "fsdp") -> float:
+def error(case: Case, world_size: int, peak: int, strategy: str = "fsdp", *, is_on_gpu: bool = False) -> float:
     """Return the relative error of the prediction against a measured peak; several ranks share the model by the strategy."""
     plan = case.blueprint()
     num_targets = case.rows * (case.length - case.num_prompt if case.task == "causal-lm" else 1)
-    return rank_memory(plan, case.config(world_size, strategy), case.length, num_targets).peak_bytes / peak - 1
+    config = case.config(world_size, strategy)
+    return rank_memory(plan, config, case.length, num_targets, is_on_gpu=is_on_gpu).peak_bytes / peak - 1

@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from spaces.config import TrialConfig
+from spaces.fidelity import PROFILE_STEPS as NUM_STEPS
 from trainables.data import TaskData
 from trainables.loop import Trainer, memory_errors
 from trainables.mesh import World
 from trainables.meter import disturbance, mean_parts
 from trainables.model import BaseModel
 from trainables.step_time import fit_steady, steady_steps
-
-NUM_STEPS = 30
 
 
 def measure_step(config: TrialConfig, data: TaskData, base: BaseModel, world: World) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def engine_spec(directory: Path) -> SearchSpec:
 @pytest.mark.parametrize(
     ("budget", "seconds", "words"),
     [
-        ({"device_hours": 1.0}, 1800, "1 device hours used up"),
+        ({"device_hours": 1.0}, 1800, "1 device hour used up"),
         ({"dollars": 3.0}, 2700, "3.00 dollars used up"),
         ({"minutes": 25}, 1500, "25 minutes used up"),
         ({"minutes": 50, "dollars": 2.0, "device_hours": 1.5}, 1800, "2.00 dollars used up"),

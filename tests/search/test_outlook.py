@@ -213,3 +213,15 @@ def test_a_rank_may_take_what_the_device_or_its_share_of_the_host_leaves() -> No
     assert usable_bytes(DEVICE, 2000) == 1500
     assert usable_bytes(DEVICE, 100) == 0
     assert usable_bytes({"type": "cuda"}, 1000) == 920
+
+
+def test_the_memory_is_that_of_ranks_on_the_device_that_was_found(tmp_path: Path) -> None:
+    sharded = config(world_size=2, strategy="fsdp", adapter="none", precision="bf16")
+    sizes, plan = BatchPlan(sharded, token_data()).sizes(), blueprint({**MODEL, "vocab_size": 20_000}, "sequence-classification", 3)
+    length = int(sizes.longest[int(np.argmax(sizes.padded_tokens))])
+    held = []
+    for kind in ("cpu", "cuda"):
+        predicted = outlook(ProfileCache(tmp_path), plan=plan, device={**DEVICE, "type": kind})(sharded)
+        held.append(sum(predicted["memory"].values()))
+        assert held[-1] == rank_memory(plan, sharded, length, is_on_gpu=kind == "cuda").peak_bytes
+    assert held[1] < held[0], "gloo copies"

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from engines import make, report
 
@@ -76,3 +77,38 @@ def test_a_resume_with_other_data_is_refused_before_anything_starts(tmp_path: Pa
     monkeypatch.setattr(session, "_drive", lambda *_: pytest.fail("it started"))
     with pytest.raises(session.NothingFits, match=r"spec\.yaml: data\.train: the data changed .* fedcba987654, then 0123456789ab"):
         session.resume(store, lambda _: None)
+
+
+def prepared_with(directory: Path, resources: dict[str, int]) -> Any:
+    """Return what `check_fit` reads of a search whose workers take these resources."""
+    path = directory / "spec.yaml"
+    ((key, value),) = resources.items()
+    path.write_text(f"model: {{name: m, task: causal-lm}}\ndata: {{train: t.csv}}\nresources:\n  {key}: {value}\n")
+    loaded = load_spec(path)
+    table = SimpleNamespace(lengths=np.array([8]), num_targets=np.array([8]))
+    data, shape = SimpleNamespace(train=table, evaluation=table), SimpleNamespace(hidden_size=8)
+    return SimpleNamespace(loaded=loaded, spec=loaded.spec, shape=shape, plan=None, data=data)
+
+
+@pytest.mark.parametrize(
+    ("resources", "why"),
+    [
+        (
+            {"gpus_per_worker": 1},
+            "spec.yaml:4: resources.gpus_per_worker: no worker fits: each takes 1 GPU and 1 CPU, and no node has them; ",
+        ),
+        (
+            {"cpus_per_worker": 64},
+            "spec.yaml:4: resources.cpus_per_worker: no worker fits: each takes 64 CPU, and no node has as many",
+        ),
+    ],
+)
+def test_a_cluster_that_holds_no_worker_is_said_to(tmp_path: Path, resources: dict[str, int], why: str) -> None:
+    with pytest.raises(session.NothingFits) as found:
+        session.check_fit(prepared_with(tmp_path, resources), 0)
+    assert why in str(found.value)
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_memory_is_predicted_for_what_the_workers_take(tmp_path: Path, num_gpus: int) -> None:
+    assert session.check_fit(prepared_with(tmp_path, {"gpus_per_worker": num_gpus}), 1).is_on_gpu == (num_gpus > 0)

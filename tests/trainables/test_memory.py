@@ -9,6 +9,7 @@ import distributed
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from families import batch_of, make
 from memory_grid import (
     ALONE,
@@ -19,11 +20,13 @@ from memory_grid import (
     SHARDED_IN_SHORT,
     SPLIT,
     SPLIT_IN_SHORT,
+    UNCOPIED,
     Case,
     error,
     measured,
     peaks_of,
 )
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from spaces.activations import FP32_BYTES
 from spaces.blueprint import FAMILIES
@@ -89,6 +92,18 @@ def test_replicated_layouts_are_predicted_and_hold_every_gradient_twice() -> Non
 
 def test_sharded_layouts_are_predicted() -> None:
     check_on_two(SHARDED_IN_SHORT, "fsdp")
+
+
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_sharded_layouts_are_predicted_where_no_collective_copies(world_size: int) -> None:
+    """As NCCL: torch's fake backend exchanges nothing, so that what lives is what FSDP2 itself holds, over any number of ranks."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        world = World(rank=0, world_size=world_size, device=torch.device("cpu"), control_group=None)
+        peaks = peaks_of(world, UNCOPIED, "fsdp")
+    finally:
+        dist.destroy_process_group()
+    check({case: error(case, world_size, peak, is_on_gpu=True) for case, (peak, _) in zip(UNCOPIED, peaks, strict=True)})
 
 
 def test_tensor_parallel_layouts_are_predicted() -> None:

@@ -18,6 +18,7 @@ from synthetic_data import token_data
 from tiny import make_model
 
 from spaces.config import TrialConfig
+from spaces.fidelity import PROFILE_STEPS as NUM_STEPS
 from spaces.space import SpaceSpec
 from trainables.batching import BatchPlan, StepSizes
 from trainables.data import TaskData, TokenTable
@@ -25,7 +26,7 @@ from trainables.evaluation import summed_loss
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.model import BaseModel
-from trainables.step_profile import NUM_STEPS, measure_step
+from trainables.step_profile import measure_step
 from trainables.step_time import StepTime, fit, fit_steady, num_warmup, steady_steps
 from trainables.tokenization import Encoded
 
