@@ -230,6 +230,6 @@ def _summed_activations(plan: Blueprint, config: TrialConfig) -> int:
     # Recomputation ends before the last sum, where nothing after it in the block needs that.
     again = (1 + plan.is_last_result_needed) if config.layout.recomputation == "full" else 0
     num_layers = plan.shape.num_layers
-    # Where nothing before the blocks trains, the first one's input needs no gradient; recomputation asks for it all the same.
-    backward = 2 * num_layers - (config.recipe.adapter == "lora" and not again)
+    # Where nothing before the blocks trains, the first one's input needs no gradient.
+    backward = 2 * num_layers - (config.recipe.adapter == "lora")
     return plan.shape.hidden_size * (num_layers * (2 + again) * width.products + backward * width.stream)

@@ -192,7 +192,7 @@ REPLICATED_IN_SHORT = [c for c in REPLICATED if (c.family, c.precision, c.num_mi
 _SHARDED_IN_SHORT = {"llama": ("fp32", "bf16"), "bert": ("fp32",), "qwen3_moe": ("fp32",)}
 _SHARDED_IN_SHORT |= dict.fromkeys(("gpt2", "gemma2", "mixtral"), ("bf16",))
 SHARDED_IN_SHORT = [c for c in SHARDED if c.precision in _SHARDED_IN_SHORT.get(c.family, ())]
-SPLIT_IN_SHORT = [c for c in SPLIT if c.rows == 8 and c.adapter != "some"]
+SPLIT_IN_SHORT = [c for c in SPLIT if c.rows == 8 and c.adapter != "some" and (c.precision == "fp32" or c.family == "llama")]
 
 
 def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
