@@ -307,11 +307,11 @@ class Dispatcher:
             self._failed_starts += 1
         if group.job_id is not None:
             # Ray Train gave the group up: another one goes on. The memory monitor kills the youngest worker of a node, not the
-            # largest: only of a job that trains alone is it clear at once that it is the one that takes too much.
+            # largest: only of a job that trains alone is it clear that it is the one that takes too much.
             state = self._jobs[group.job_id]
-            is_over_memory = isinstance(error, OutOfMemory)
             is_alone = not any(other.job_id for other in self._groups.values())
-            if state.attempts >= MAX_ATTEMPTS or (is_over_memory and is_alone):
+            is_over_memory = isinstance(error, OutOfMemory) and is_alone
+            if state.attempts >= MAX_ATTEMPTS or is_over_memory:
                 kind = OutOfMemory.kind if is_over_memory else "worker_lost"
                 self._end(state, {"state": "failed", "kind": kind, "message": str(error)})
         if self._failed_starts >= MAX_FAILED_STARTS:

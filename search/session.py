@@ -23,7 +23,7 @@ from search.record import TrialState
 from search.rungs import Rungs
 from search.store import Store
 from search.tracking import Tracker, TrackingError
-from search.warm_start import earlier_trials, new_study
+from search.warm_start import earlier_trials, new_study, on_device
 from spaces.architecture import ModelShape, ShapeError
 from spaces.blueprint import Blueprint, blueprint
 from spaces.config import TrialConfig
@@ -128,13 +128,12 @@ def start(loaded: LoadedSpec, emit: Emit) -> Store:
     if cluster.is_submitted():
         cluster.check_reachable()
     prepared = prepare(loaded)
-    if loaded.spec.sampler.warm_start is not None:
-        earlier_trials(loaded, prepared.data.fingerprint)
+    past = _past(prepared)
     # A local cluster's size is known before it is started, so a space that cannot run starts nothing.
     if not cluster.is_submitted():
         check_fit(prepared, cluster.local_capacity(loaded.spec.resources))
     store = Store.create(loaded)
-    return _drive(store, prepared, emit)
+    return _drive(store, prepared, emit, past)
 
 
 def resume(store: Store, emit: Emit) -> Store:
@@ -149,10 +148,16 @@ def resume(store: Store, emit: Emit) -> Store:
     prepared, state = prepare(replace(loaded, spec=spec)), replay(Ledger(store.ledger_path).events())
     if state.started is not None:
         check_same_data(prepared, store, state)
-    return _drive(store, prepared, emit)
+    return _drive(store, prepared, emit, _past(prepared) if state.warm_start is None else None)
 
 
-def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
+def _past(prepared: Prepared) -> dict[str, Any] | None:
+    """Return what an earlier search taught, where the spec names one."""
+    loaded = prepared.loaded
+    return None if loaded.spec.sampler.warm_start is None else earlier_trials(loaded, prepared.data.fingerprint)
+
+
+def _drive(store: Store, prepared: Prepared, emit: Emit, past: Mapping[str, Any] | None) -> Store:
     from search.outlook import Outlook
     from search.profiles import ProfileCache
 
@@ -178,9 +183,8 @@ def _drive(store: Store, prepared: Prepared, emit: Emit) -> Store:
             device = examine(dispatcher, store, spec, limits, interruption)
             on_event(ledger.append("device_examined", device=device))
             limits = replace(limits, memory_bytes=device["usable_bytes"])
-            if spec.sampler.warm_start is not None and replay(ledger.events()).warm_start is None:
-                past = earlier_trials(prepared.loaded, prepared.data.fingerprint, device["name"])
-                on_event(ledger.append("warm_started", **past))
+            if past is not None:
+                on_event(ledger.append("warm_started", **on_device(past, device["name"], spec)))
             state = replay(ledger.events())
             engine = Engine(
                 store=store,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def load_search(uri: str, name: str) -> FoundSearch:
     """Read the latest search of this name, or the search with this parent run id, from MLflow alone.
 
     Raises:
-        TrackingError: MLflow does not answer, or does not know it.
+        TrackingError: MLflow does not answer, does not know it, or cannot be understood.
     """
     uri = absolute_uri(uri)
     problem = problem_with(uri, timeout_seconds=10)
@@ -56,6 +56,14 @@ def load_search(uri: str, name: str) -> FoundSearch:
         confirming = list(
             _search_runs(client, f"tags.kind = 'confirmation' and tags.`{SEARCH_TAG}` = '{parent.data.tags[SEARCH_TAG]}'")
         )
+    try:
+        return _search_of(parent, children, confirming)
+    except (TypeError, KeyError, ValueError) as error:
+        raise TrackingError(f"'{name}' in {redacted(uri)} was written by another version of paretune: {error}") from error
+
+
+def _search_of(parent: Any, children: Sequence[Any], confirming: Sequence[Any]) -> FoundSearch:
+    """Return what a search's runs say."""
     state = SearchState()
     trials = {run.info.run_id for run in children}
     for run in children:

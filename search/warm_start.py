@@ -36,17 +36,18 @@ class _Earlier:
     """The name of its workers' device."""
 
 
-def earlier_trials(loaded: LoadedSpec, data_fingerprint: str, device: str | None = None) -> dict[str, Any]:
+def earlier_trials(loaded: LoadedSpec, data_fingerprint: str) -> dict[str, Any]:
     """Return what the sampler can learn from the search that `sampler.warm_start` names.
+
+    To be asked before this search has a directory and a run: its own name may be that of the earlier one.
 
     Args:
         loaded: this search.
         data_fingerprint: of its data.
-        device: the name of its workers' device; None before it is known.
 
     Returns:
         `trials` with `params` and `values`, at most as many as the sampler remembers; `num_outside`, how many this space does not
-        hold; `unusable`, in words why none is used, or nothing.
+        hold; `device`, the name of what its workers ran on, if it is known; `unusable`, in words why none is used, or nothing.
 
     Raises:
         SpecError: there is no such search, or its results would not compare.
@@ -65,13 +66,21 @@ def earlier_trials(loaded: LoadedSpec, data_fingerprint: str, device: str | None
     proposed = [record for record in eligible(earlier.records, objectives) if record.was_proposed]
     known = [_brief(spec.space.with_defaults(record.params), record, objectives) for record in proposed]
     held = [trial for trial in known if spec.space.holds(trial["params"])]
-    unusable = _other_times(spec, earlier, device, objectives)
+    unusable = _other_workers(spec, earlier.spec)
     return {
         "name": earlier.name,
         "trials": [] if unusable else held[-MAX_REMEMBERED:],
         "num_outside": len(known) - len(held),
+        "device": earlier.device,
         "unusable": unusable,
     }
+
+
+def on_device(past: Mapping[str, Any], device: str, spec: SearchSpec) -> dict[str, Any]:
+    """Return what can be learned where this search's workers run on a device of this name: times of another one are not its times."""
+    if past["unusable"] or past["device"] in (None, device) or not _has_times(spec):
+        return dict(past)
+    return {**past, "trials": [], "unusable": f"its times are those of {past['device']}"}
 
 
 def _found(name: str, spec: SearchSpec) -> _Earlier:
@@ -161,11 +170,12 @@ def _difference(spec: SearchSpec, earlier: _Earlier, data_fingerprint: str) -> s
     return "" if wanted == there else "objective"
 
 
-def _other_times(spec: SearchSpec, earlier: _Earlier, device: str | None, objectives: Sequence[Objective]) -> str:
-    """Return why an earlier search's times and bytes are not those of here, in words; nothing where no objective is one."""
-    if not any(METRICS[o.metric].section in ("perf", "cost") for o in objectives):
-        return ""
-    if device is not None and earlier.device is not None and earlier.device != device:
-        return f"its times are those of {earlier.device}"
-    here, there = ((s.resources.cpus_per_worker, s.resources.gpus_per_worker) for s in (spec, earlier.spec))
-    return "" if here == there else f"its workers had {there[0]} CPU cores and {there[1]} GPUs"
+def _has_times(spec: SearchSpec) -> bool:
+    """Return whether an objective is one of time or bytes."""
+    return any(METRICS[o.metric].section in ("perf", "cost") for o in spec.resolved_objectives())
+
+
+def _other_workers(spec: SearchSpec, other: SearchSpec) -> str:
+    """Return why an earlier search's times and bytes are not those of such workers, in words; nothing where no objective is one."""
+    here, there = ((s.resources.cpus_per_worker, s.resources.gpus_per_worker) for s in (spec, other))
+    return "" if here == there or not _has_times(spec) else f"its workers had {there[0]} CPU cores and {there[1]} GPUs"

@@ -50,8 +50,8 @@ def starting_points(space: SpaceSpec, *, width: int, limits: Limits, max_length:
         points.append({**point, **_short(space), "world_size": min(_world_sizes(space))})
     for adapter in adapters:
         point = _point(space, adapter, width)
-        fits = [w for w in _world_sizes(space) if w <= limits.num_workers and point["global_batch_size"] % w == 0]
-        points.append({**point, "world_size": max(fits, default=min(_world_sizes(space)))})
+        sizes = [{**point, "world_size": world_size} for world_size in sorted(_world_sizes(space), reverse=True)]
+        points.append(next((p for p in sizes if _fitting(space, p, limits, max_length)), sizes[-1]))
     points = [{**point, "strategy": _strategy(space, point, limits, max_length)} for point in points]
     return [point for n, point in enumerate(points) if point not in points[:n]]
 
@@ -64,10 +64,14 @@ def usual_rate(adapter: Adapter, width: int) -> float:
 
 def _point(space: SpaceSpec, adapter: Adapter, width: int) -> dict[str, Any]:
     """Return the long training, without a layout."""
+    micro_batches = space.micro_batch_size.ends()
+    micro_batch = "auto" if "auto" in micro_batches else min(micro_batches)
     point = {
         "adapter": adapter,
         "learning_rate": _nearest(space.learning_rate_of(adapter), usual_rate(adapter, width)),
-        "global_batch_size": _nearest(space.global_batch_size, BATCH_SIZE),
+        # A batch has at least one micro batch.
+        "global_batch_size": _nearest(space.global_batch_size, BATCH_SIZE if micro_batch == "auto" else max(BATCH_SIZE, micro_batch)),
+        "micro_batch_size": micro_batch,
         "dataset_fraction": max(space.dataset_fraction.ends()),
         "epochs": _nearest(space.epochs, LONG_EPOCHS),
     }
@@ -93,10 +97,16 @@ def _short(space: SpaceSpec) -> dict[str, Any]:
 
 
 def _strategy(space: SpaceSpec, point: dict[str, Any], limits: Limits, max_length: int) -> str:
-    """Return the first strategy with which the point is feasible, where the knobs that it leaves open have their first values."""
+    """Return the first strategy with which the point is feasible; failing that, the first."""
+    known = [strategy for strategy in STRATEGIES if strategy in space.strategy.ends()]
+    return next(iter(_fitting(space, point, limits, max_length)), known[0])
+
+
+def _fitting(space: SpaceSpec, point: dict[str, Any], limits: Limits, max_length: int) -> list[str]:
+    """Return the strategies with which the point is feasible, where the knobs that it leaves open have their first values."""
     known = [strategy for strategy in STRATEGIES if strategy in space.strategy.ends()]
     configs = {s: TrialConfig.from_params(space.first(**point, strategy=s), max_length=max_length) for s in known}
-    return next((s for s, config in configs.items() if is_feasible(violations(config, limits))), known[0])
+    return [strategy for strategy, config in configs.items() if is_feasible(violations(config, limits))]
 
 
 def _nearest(domain: Domain, wanted: float) -> Any:

@@ -200,7 +200,8 @@ async def test_of_jobs_that_share_a_node_the_killed_one_is_tried_again_until_tha
         assert not any(e["event"] == "ended" for e in await dispatcher.poll("killed"))
         await lose(dispatcher, "killed", OutOfMemory("killed"))
     (ended,) = await dispatcher.poll("killed")
-    assert (ended["kind"], ended["attempts"]) == ("out_of_memory", MAX_ATTEMPTS)
+    # Which of the two takes too much nobody knows, and the limit of the search must not hang on it.
+    assert (ended["kind"], ended["attempts"]) == ("worker_lost", MAX_ATTEMPTS)
     assert "older" in {g["job_id"] for g in await dispatcher.groups()}
 
 

@@ -112,3 +112,21 @@ def test_a_cluster_that_holds_no_worker_is_said_to(tmp_path: Path, resources: di
 @pytest.mark.parametrize("num_gpus", [0, 1])
 def test_memory_is_predicted_for_what_the_workers_take(tmp_path: Path, num_gpus: int) -> None:
     assert session.check_fit(prepared_with(tmp_path, {"gpus_per_worker": num_gpus}), 1).is_on_gpu == (num_gpus > 0)
+
+
+def test_an_earlier_search_is_read_once_and_before_this_one_of_the_same_name_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepared_with(tmp_path, {"workers": 1})
+    spec = f"name: s\ndirectory: {tmp_path}/runs\nsampler: {{warm_start: s}}\n"
+    (tmp_path / "spec.yaml").write_text((tmp_path / "spec.yaml").read_text() + spec)
+    prepared.loaded = load_spec(tmp_path / "spec.yaml")
+    prepared.data.fingerprint = "abc"
+    seen: list[Any] = []
+    monkeypatch.setattr(session, "check_local_data", lambda _: None)
+    monkeypatch.setattr(session, "prepare", lambda _: prepared)
+    monkeypatch.setattr(session, "earlier_trials", lambda *_: seen.append((tmp_path / "runs").exists()) or {"trials": ["one"]})
+    monkeypatch.setattr(session, "_drive", lambda store, prepared, emit, past: seen.append(past) or store)
+    store = session.start(prepared.loaded, lambda _: None)
+    assert store.name == "s"
+    assert seen == [False, {"trials": ["one"]}]

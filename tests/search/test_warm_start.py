@@ -15,7 +15,7 @@ from search.endpoint import tracking_uri
 from search.ledger import Ledger, replay
 from search.study import PastTrial, Study
 from search.tracking import Tracker
-from search.warm_start import earlier_trials, new_study, warm_start_text
+from search.warm_start import earlier_trials, new_study, on_device, warm_start_text
 from spaces.config import TrialConfig
 from spaces.constraints import CONSTRAINTS, Limits
 from spaces.loading import LoadedSpec, SpecError, load_spec
@@ -69,7 +69,7 @@ def test_the_sampler_learns_the_complete_trials_that_this_space_holds_and_the_ot
     earlier(tmp_path)
     narrow = {**SPACE, "learning_rate": {"log_uniform": [1e-3, 1e-2]}, "global_batch_size": {"choice": [32, 8, 64]}}
     loaded = write(tmp_path, "now", space=narrow, sampler={"warm_start": "earlier"})
-    past = earlier_trials(loaded, "abc", "a device")
+    past = earlier_trials(loaded, "abc")
     known = [r for r in records(tmp_path) if r.state.value == "COMPLETE" and r.number != 4]
     held = [r for r in known if r.params["learning_rate"] >= 1e-3 and r.params["global_batch_size"] != 16]
     assert 3 < len(held) < len(known) - 3
@@ -101,7 +101,7 @@ def test_trials_of_before_a_knob_existed_had_its_default(tmp_path: Path, now: di
             event.get("params", {}).pop(knob, None)
     path.write_text("".join(json.dumps(event) + "\n" for event in events))
     loaded = write(tmp_path, "now", space={**SPACE, **now}, sampler={"warm_start": "earlier"})
-    past = earlier_trials(loaded, "abc", "a device")
+    past = earlier_trials(loaded, "abc")
     assert len(past["trials"]) == num_held
     assert all((t["params"]["quantization"], t["params"]["recomputation"]) == ("none", "none") for t in past["trials"])
     spec = loaded.spec
@@ -146,7 +146,7 @@ def test_a_search_that_is_not_there_is_refused_in_one_line(tmp_path: Path) -> No
 def test_a_search_whose_directory_is_gone_is_found_in_mlflow(tmp_path: Path) -> None:
     earlier(tmp_path)
     loaded = write(tmp_path, "now", sampler={"warm_start": "earlier"})
-    expected = earlier_trials(loaded, "abc", "a device")
+    expected = earlier_trials(loaded, "abc")
     directory = tmp_path / "runs" / "earlier"
     tracker = Tracker(tracking_uri(loaded.spec), "e", artifact_root=tmp_path)
     run_id = tracker.start_search("earlier", params={}, tags={}, spec_path=directory / "spec.yaml")
@@ -155,13 +155,13 @@ def test_a_search_whose_directory_is_gone_is_found_in_mlflow(tmp_path: Path) -> 
     assert tracker.flush(60) == 0
     tracker.finish()
     shutil.rmtree(directory)
-    assert earlier_trials(loaded, "abc", "a device") == expected
+    assert earlier_trials(loaded, "abc") == expected
     assert len(expected["trials"]) == 19
-    by_run = earlier_trials(write(tmp_path, "now", sampler={"warm_start": run_id}), "abc", "a device")
+    by_run = earlier_trials(write(tmp_path, "now", sampler={"warm_start": run_id}), "abc")
     assert by_run == {**expected, "name": run_id}
     with pytest.raises(SpecError, match="has another data"):
         earlier_trials(loaded, "abd")
-    assert earlier_trials(loaded, "abc", "another device")["trials"] == []
+    assert on_device(earlier_trials(loaded, "abc"), "another device", loaded.spec)["trials"] == []
     misspelt = write(tmp_path, "now", sampler={"warm_start": "erlier"})
     with pytest.raises(
         SpecError, match=r"now.yaml:\d+: sampler.warm_start: no search named 'erlier' in .*; and in MLflow: .* there are: earlier$"
@@ -172,11 +172,11 @@ def test_a_search_whose_directory_is_gone_is_found_in_mlflow(tmp_path: Path) -> 
 def test_times_of_other_devices_are_not_learned_from(tmp_path: Path) -> None:
     earlier(tmp_path)
     loaded = write(tmp_path, "now", sampler={"warm_start": "earlier"})
-    past = earlier_trials(loaded, "abc", "another device")
+    past = on_device(earlier_trials(loaded, "abc"), "another device", loaded.spec)
     assert past["trials"] == []
     assert warm_start_text(past) == "warm start: 0 trials of earlier: its times are those of a device"
     wider = write(tmp_path, "now", sampler={"warm_start": "earlier"}, resources={"cpus_per_worker": 4})
-    assert earlier_trials(wider, "abc", "a device")["unusable"] == "its workers had 1 CPU cores and 0 GPUs"
+    assert earlier_trials(wider, "abc")["unusable"] == "its workers had 1 CPU cores and 0 GPUs"
 
 
 def test_proposals_begin_where_the_earlier_search_was_good_and_a_resume_begins_there_too() -> None:

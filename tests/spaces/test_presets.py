@@ -114,6 +114,21 @@ def test_accurate_points_take_the_workers_that_there_are_and_the_batch_can_be_de
         assert cheap["world_size"] == min(w for w, _ in space.layouts())
 
 
+@pytest.mark.parametrize(
+    ("micro_batch", "batch", "world_sizes"),
+    [(16, 16, (1, 1)), (4, 8, (1, 2)), ({"choice": [16, 8]}, 8, (1, 1)), ({"choice": ["auto", 16]}, 8, (1, 4))],
+)
+def test_points_keep_to_the_micro_batch(micro_batch: Any, batch: int, world_sizes: tuple[int, int]) -> None:
+    space = SpaceSpec.model_validate(
+        {"micro_batch_size": micro_batch, "global_batch_size": {"choice": [8, 16, 32, 64]}, "world_size": {"choice": [1, 2, 4]}}
+    )
+    limits = Limits(num_workers=4, hidden_size=768)
+    points = starting_points(space, width=768, limits=limits, max_length=128)
+    assert [(p["global_batch_size"], p["world_size"]) for p in points] == [(batch, world_size) for world_size in world_sizes]
+    for point in points:
+        assert is_feasible(violations(TrialConfig.from_params(space.first(**point), max_length=128), limits))
+
+
 def test_a_space_of_one_point_has_one() -> None:
     space = SpaceSpec.model_validate(
         {"learning_rate": 1e-3, "global_batch_size": 8, "dataset_fraction": 0.5, "epochs": 2, "lora_rank": 4}
