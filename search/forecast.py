@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from search.budget import limits_of
-from search.layouts import layout_to_train, layouts_of, timed_knobs
+from search.layouts import STEP_KNOBS, layout_to_train, layouts_of, timed_knobs
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
@@ -35,19 +35,6 @@ OVERLAPS = {
     "fsdp": "fsdp exchanges weights and gradients beside all of the computation",
     "tp": "tp computes nothing while its ranks sum activations",
 }
-
-
-# What is said of the fastest layout.
-RUN_KNOBS = (
-    "adapter",
-    "quantization",
-    "precision",
-    "world_size",
-    "strategy",
-    "global_batch_size",
-    "micro_batch_size",
-    "recomputation",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +88,7 @@ class Forecaster:
         space = self.spec.space
         tokens = self._tokens(max(space.dataset_fraction.ends()), max(space.epochs.ends()))
         seconds = tokens / best["step"]["tokens_per_second"]
-        result["run"] = {**{knob: best[knob] for knob in RUN_KNOBS}, **self._cost(seconds / 3600, best["world_size"])}
+        result["run"] = {**{knob: best[knob] for knob in STEP_KNOBS}, **self._cost(seconds / 3600, best["world_size"])}
         drawn = self._drawn()
         device_hours = self._search_device_hours(drawn) if drawn else math.inf
         if not drawn:

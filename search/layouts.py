@@ -34,6 +34,19 @@ class Forecaster(Protocol):
         """Return the metrics of a trained recipe under another layout, whose steps were timed."""
 
 
+# What people are told of a layout and its recipe where the time of a step is the subject.
+STEP_KNOBS = (
+    "adapter",
+    "quantization",
+    "precision",
+    "world_size",
+    "strategy",
+    "global_batch_size",
+    "micro_batch_size",
+    "recomputation",
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """A recipe under one layout."""

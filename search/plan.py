@@ -11,6 +11,7 @@ from search.budget import budget_text, limits_of
 from search.cluster import is_submitted, local_capacity
 from search.forecast import Forecaster
 from search.formatting import aligned, plain
+from search.layouts import STEP_KNOBS
 from spaces.architecture import ShapeError
 from spaces.blueprint import Blueprint, blueprint
 from spaces.config import TrialConfig
@@ -25,17 +26,7 @@ from trainables.formats import DataError, read_rows
 
 # Of English text, for an estimate only: https://help.openai.com/en/articles/4936856
 CHARACTERS_PER_TOKEN = 4
-KNOB_COLUMNS = (
-    "adapter",
-    "quantization",
-    "precision",
-    "world_size",
-    "strategy",
-    "global_batch_size",
-    "micro_batch_size",
-    "num_grad_accum_steps",
-    "recomputation",
-)
+KNOB_COLUMNS = (*STEP_KNOBS[:-1], "num_grad_accum_steps", STEP_KNOBS[-1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

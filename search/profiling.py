@@ -12,6 +12,7 @@ from search import cluster
 from search.formatting import aligned
 from search.interruption import Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
+from search.layouts import STEP_KNOBS
 from search.outlook import Outlook
 from search.profiles import ProfileCache
 from search.record import noise_of
@@ -26,17 +27,7 @@ from trainables.job import Job
 
 # What else a machine does comes and goes: each layout is measured again when all others were.
 NUM_ROUNDS = 2
-COLUMNS = (
-    "adapter",
-    "adapter_rank",
-    "quantization",
-    "precision",
-    "world_size",
-    "strategy",
-    "global_batch_size",
-    "micro_batch_size",
-    "recomputation",
-)
+COLUMNS = (STEP_KNOBS[0], "adapter_rank", *STEP_KNOBS[1:])
 
 
 def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[str, Any]]:
