@@ -263,3 +263,12 @@ def test_a_server_that_dies_and_comes_back_gets_everything_once_and_nobody_waits
             assert [point.step for point in points] == [report["step"] for report in reports]
     finally:
         server.kill()
+
+
+def test_records_that_another_version_wrote_are_one_line(tracked: Tracked, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: object) -> None:
+        raise TypeError("unexpected field 'x'")
+
+    monkeypatch.setattr("search.tracked.TrialRecord.from_dict", unknown)
+    with pytest.raises(TrackingError, match=r"^'synthetic' in .* was written by another version of paretune: unexpected field 'x'$"):
+        load_search(tracked.uri, "synthetic")
