@@ -103,6 +103,7 @@ def connected(resources: ResourcesSpec) -> Iterator[int]:
             num_cpus=max(1, local_capacity(resources) * resources.cpus_per_worker),
             resources={RELAY_RESOURCE: 1.0},
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
         )

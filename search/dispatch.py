@@ -61,6 +61,7 @@ class _GroupState:
     """When its job is predicted to end, by the monotonic clock; one that goes on from a checkpoint may end sooner."""
     leaving: bool = False
     ever_joined: bool = False
+    place: Any = None
 
 
 class Dispatcher:
@@ -150,9 +151,16 @@ class Dispatcher:
         """Return what all jobs share."""
         return self._task
 
-    async def join(self, group_id: str, rank: int) -> int:
-        """Wait until all ranks of the group are here; return its generation, which fences off the ranks before a restart."""
+    async def join(self, group_id: str, rank: int, place: Any = None) -> int:
+        """Wait until all ranks of the group are here; return its generation, which fences off the ranks before a restart.
+
+        Args:
+            group_id: the rank's group.
+            rank: in the group.
+            place: the placement group that Ray Train holds for its workers.
+        """
         group = self._groups[group_id]
+        group.place = place
         if rank in group.joined:
             group.joined.clear()
         if not group.joined:
@@ -302,6 +310,8 @@ class Dispatcher:
         except Exception as failure:
             error = failure
             logger.warning("worker group %s ended: %s", group_id, failure)
+            # Its controller may have been killed, and then nobody else gives the workers' place back.
+            self._vacate(self._groups[group_id].place)
         group = self._groups.pop(group_id)
         if not group.ever_joined and not group.leaving:
             self._failed_starts += 1
@@ -320,6 +330,12 @@ class Dispatcher:
                 if not state.ended:
                     self._end(state, {"state": "failed", "kind": "no_workers", "message": message})
         await self._place()
+
+    def _vacate(self, place: Any) -> None:
+        import ray
+
+        if place is not None:
+            ray.util.remove_placement_group(place)
 
     def _run_group(self, group_id: str, world_size: int) -> None:
         # Here, in the thread: the import takes seconds, and the event loop must go on answering.

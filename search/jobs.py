@@ -35,6 +35,7 @@ class DispatcherSession:
             model_revision=spec.model.revision,
             task=spec.model.task,
             exact_match_rows=spec.data.exact_match_rows,
+            precisions=tuple(spec.space.precision.ends()),
             data=[ray.put(self._data)],
         )
         resources = GroupResources(

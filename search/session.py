@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -176,7 +177,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit, past: Mapping[str, Any]
             DispatcherSession(store, spec, prepared.data, capacity) as dispatcher,
         ):
             # Workers take seconds to start, and so does MLflow: at the same time.
-            dispatcher.expect.remote(_first_config(spec, limits).layout.world_size, 1)
+            dispatcher.expect.remote(*_first_jobs(spec, limits))
             _open_record(ledger, store, prepared, limits)
             for event in ledger.events():
                 on_event(event)
@@ -294,7 +295,6 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, lim
     """Run the trials of the budget; return why the search ended."""
     from search import tuner
 
-    _warm_up(dispatcher, spec, engine.num_left)
     if engine.state.reference is None:
         try:
             engine.referenced(run_job(dispatcher, _first_job("reference", store, spec, limits), interruption)["metrics"])
@@ -315,16 +315,10 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, lim
     return engine.why_over
 
 
-def _warm_up(dispatcher: Any, spec: SearchSpec, num_trials: float) -> None:
-    """Start the groups of a space with one world size, beside the evaluation of the untrained model instead of after it.
-
-    Not before the device was examined: what imports beside that takes from what is measured.
-    """
-    import ray
-
+def _first_jobs(spec: SearchSpec, limits: Limits) -> tuple[int, float]:
+    """Return the world size of the jobs that come first, and how many of them; where the space has several, trials choose later."""
     sizes = {world_size for world_size, _ in spec.space.layouts()}
-    if len(sizes) == 1:
-        ray.get(dispatcher.expect.remote(sizes.pop(), num_trials))
+    return _first_config(spec, limits).layout.world_size, spec.budget.max_trials or math.inf if len(sizes) == 1 else 1
 
 
 def examine(dispatcher: Any, store: Store, spec: SearchSpec, limits: Limits, interruption: Interruption) -> dict[str, Any]:

@@ -309,3 +309,44 @@ class LogUniform(_Range[T], Generic[T]):
         """Return a number."""
         low, high = self.bounds
         return suggester.suggest_float(name, low, high, log=True)
+
+
+@dataclass(frozen=True)
+class Position:
+    """A range of real numbers that is asked for by the position between its ends, from 0 to 1.
+
+    Ranges that belong together then mean the same to whoever learns from them, wherever they lie.
+    """
+
+    range: Uniform[Any] | LogUniform[Any]
+
+    @property
+    def is_searched(self) -> bool:
+        return True
+
+    def suggest(self, name: str, suggester: Suggester) -> float:
+        """Return a number of the range, to ten digits, so that the encoding of a number gives that number again."""
+        low, high = self._ends()
+        value = self._outer(low + suggester.suggest_float(name, 0.0, 1.0) * (high - low))
+        least, most = self.range.bounds
+        return min(max(float(f"{value:.10g}"), least), most)
+
+    def encode(self, name: str, value: Any) -> dict[str, Any]:
+        """Return the position of a number; ValueError where the range does not hold it."""
+        self.range.encode(name, value)
+        low, high = self._ends()
+        return {name: min(max((self._inner(value) - low) / (high - low), 0.0), 1.0)}
+
+    def ends(self) -> list[Any]:
+        """Return the low and the high end of the range."""
+        return self.range.ends()
+
+    def _ends(self) -> tuple[float, float]:
+        low, high = self.range.bounds
+        return self._inner(low), self._inner(high)
+
+    def _inner(self, value: float) -> float:
+        return math.log(value) if isinstance(self.range, LogUniform) else value
+
+    def _outer(self, value: float) -> float:
+        return math.exp(value) if isinstance(self.range, LogUniform) else value

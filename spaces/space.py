@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from spaces.config import Adapter, Precision, Quantization, Recomputation, Strategy
-from spaces.domains import Choice, Domain, Fixed, IntRange, LogUniform, Profile, Suggester, Uniform, Within
+from spaces.domains import Choice, Domain, Fixed, IntRange, LogUniform, Position, Profile, Suggester, Uniform, Within
 from spaces.forms import (
     ByAdapter,
     FloatDomain,
@@ -282,7 +282,11 @@ class SpaceSpec(BaseModel):
                 continue
             domain = getattr(self, knob)
             if isinstance(domain, ByAdapter):
-                # One name per adapter: under one name the sampler would take two ranges for one.
-                yield knob, f"{knob}_{params['adapter']}", self.learning_rate_of(params["adapter"])
+                own, domains = domain.of(params["adapter"]), [domain.of(adapter) for adapter in self.adapter.ends()]
+                if isinstance(own, Uniform | LogUniform) and all(isinstance(d, Uniform | LogUniform) for d in domains):
+                    yield knob, f"{knob}_position", Position(own)
+                else:
+                    # One name per adapter: under one name the sampler would take two ranges for one.
+                    yield knob, f"{knob}_{params['adapter']}", own
             else:
                 yield knob, knob, domain

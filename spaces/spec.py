@@ -194,13 +194,14 @@ class ResourcesSpec(_Section):
 class SamplerSpec(_Section):
     """What proposes trials."""
 
-    method: Literal["tpe", "gp", "nsga2", "random"] = "tpe"
-    """Tree-structured Parzen estimator, Gaussian process (few knobs, none that depends on another), NSGA-II (many trials), or random
-    points."""
+    method: Literal["auto", "tpe", "gp", "nsga2", "random"] = "auto"
+    """Tree-structured Parzen estimator, Gaussian process, NSGA-II (many trials), or random points; `auto`: the Gaussian process up to
+    64 trials, then the estimator."""
     seed: AtLeastZero = 0
     """Seeds the proposals."""
-    startup_trials: AtLeastZero = 8
-    """Random trials before the estimator is trusted; NSGA-II's generations are as large."""
+    startup_trials: AtLeastZero = 5
+    """Trials before a model of them is trusted, the usual points among them and the others random; NSGA-II's generations are as
+    large."""
     warm_start: Text | None = None
     """Name of an earlier search with the same model, data and objectives, its directory, or its run in MLflow: the sampler learns
     from its trials."""

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 
+from spaces.config import Precision
 from spaces.hardware import device_of_cuda_name, peak_flops_per_second, why_no_peak
 from trainables.mesh import World
 
@@ -22,13 +24,13 @@ from trainables.mesh import World
 COPIED_BYTES, NUM_COPIES = 2**28, 8
 
 
-def examine(world: World) -> dict[str, Any]:
-    """Return what predictions need to know of this rank's device, in plain values.
+def examine(world: World, precisions: Iterable[Precision]) -> dict[str, Any]:
+    """Return what predictions at these precisions need to know of this rank's device, in plain values.
 
     `peak_flops_per_second` by precision and `bytes_per_second` of its memory are absent where the data sheet is not known.
     `memory_bytes` is a GPU's; on a CPU `process_bytes` is what this process holds before it trains anything.
     """
-    peaks = {precision: device_peak(world.device, precision)[0] for precision in ("fp32", "bf16")}
+    peaks = {precision: device_peak(world.device, precision)[0] for precision in precisions}
     facts: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "versions": package_versions(),
@@ -65,14 +67,14 @@ def package_versions() -> dict[str, str]:
 
 
 def copied_bytes_per_second() -> float:
-    """Return the best rate, read and written, of copies beyond the caches."""
+    """Return the best rate, read and written, of copies beyond the caches, by the seconds that the threads had on their cores."""
     source = torch.ones(COPIED_BYTES // 4)
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(NUM_COPIES):
-        started = time.perf_counter()
+        started = time.process_time()
         target.copy_(source)
-        best = min(best, time.perf_counter() - started)
+        best = min(best, (time.process_time() - started) / torch.get_num_threads())
     return 2 * COPIED_BYTES / best
 
 

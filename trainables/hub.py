@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from spaces.architecture import DECODERS
 from spaces.spec import ModelSpec
 
 EMBEDDED_MODEL = "embedded:all-MiniLM-L6-v2"
@@ -67,8 +68,6 @@ def check_use(config: Mapping[str, Any], model: ModelSpec) -> None:
     Raises:
         ModelError: rows would be longer than its positions, or it sees the tokens that it is to predict.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
     text = config.get("text_config")
     sizes: Mapping[str, Any] = text if isinstance(text, Mapping) else config
     family = str(sizes.get("model_type", ""))
@@ -79,11 +78,18 @@ def check_use(config: Mapping[str, Any], model: ModelSpec) -> None:
         if model.max_length > positions:
             given = f"{model.name} has {positions} positions, got {model.max_length}"
             raise ModelError(f"model.max_length: {given}; allowed: 1 to {positions}")
-    if model.task == "causal-lm" and family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not sizes.get("is_decoder"):
+    if model.task == "causal-lm" and family not in DECODERS and not sizes.get("is_decoder") and _is_masked(family):
         raise ModelError(
             f"model.task: {model.name} ({family}) sees the tokens after a token too, so it cannot learn to predict them; "
             "allowed: sequence-classification"
         )
+
+
+def _is_masked(family: str) -> bool:
+    # Imports torch, which takes seconds that no other check needs.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return family in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def _hub_config(name: str, revision: str | None) -> Path:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from spaces.config import Precision
 from spaces.fidelity import rung_shares
 
 
@@ -17,6 +18,8 @@ class Task:
     model_revision: str | None
     task: str
     exact_match_rows: int
+    precisions: tuple[Precision, ...]
+    """Those of the space."""
     data: list[Any]
     """A list of one: the object reference of the `TaskData`, which Ray would resolve too early if it stood bare."""
 

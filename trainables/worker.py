@@ -40,7 +40,7 @@ class Inbox:
     def __init__(self, dispatcher: Any, group_id: str, rank: int) -> None:
         self._dispatcher = dispatcher
         self._group_id = group_id
-        self._generation = ray.get(dispatcher.join.remote(group_id, rank))
+        self._generation = ray.get(dispatcher.join.remote(group_id, rank, ray.util.get_current_placement_group()))
         self._sequence = 0
 
     def next(self) -> Job | None:
@@ -119,7 +119,7 @@ def _execute(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
     config = TrialConfig.from_dict(job.config)
     directory = Path(job.directory)
     if job.kind == "device":
-        return {"state": "complete", "device": examine(world)}
+        return {"state": "complete", "device": examine(world, task.precisions)}
     if job.kind == "profile":
         return {"state": "complete", "profile": measure_step(config, data, base, world)}
     if job.kind == "reference":

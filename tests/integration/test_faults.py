@@ -131,7 +131,7 @@ def test_a_killed_worker_costs_only_steps_and_the_weights_are_those_of_an_undist
         driver = start("search", str(spec), "--set", "budget.trials=1", cwd=directory)
         if name == "killed":
             wait_for(lambda ledger=ledger: any(e["event"] == "trial_reported" for e in events(ledger)), driver)
-            victim = _workers(driver.pid)[-1]
+            victim = _actors(driver.pid, "RayTrainWorker")[-1]
             victim.send_signal(signal.SIGKILL)
         assert driver.wait(400) == 0, (directory / "driver.log").read_text()[-3000:]
         (finish,) = [e for e in events(ledger) if e["event"] == "trial_finished"]
@@ -142,7 +142,20 @@ def test_a_killed_worker_costs_only_steps_and_the_weights_are_those_of_an_undist
     assert weights["killed"] == weights["undisturbed"]
 
 
-def _workers(driver: int) -> list[psutil.Process]:
-    """The Train workers below a driver, by the title that Ray gives their processes."""
+def test_a_killed_controller_gives_its_workers_back(tmp_path: Path) -> None:
+    spec = long_spec(tmp_path, world_size=2, epochs=2)
+    ledger = tmp_path / "runs/tiny/ledger.jsonl"
+    driver = start("search", str(spec), "--set", "budget.trials=1", cwd=tmp_path)
+    wait_for(lambda: any(e["event"] == "trial_reported" for e in events(ledger)), driver)
+    (victim,) = _actors(driver.pid, "TrainController")
+    victim.send_signal(signal.SIGKILL)
+    assert driver.wait(400) == 0, (tmp_path / "driver.log").read_text()[-3000:]
+    (finish,) = [e for e in events(ledger) if e["event"] == "trial_finished"]
+    # Both workers of the machine were taken: nothing could have gone on without them.
+    assert (finish["state"], finish["attempts"]) == ("COMPLETE", 2)
+
+
+def _actors(driver: int, name: str) -> list[psutil.Process]:
+    """The actors of a class below a driver, by the title that Ray gives their processes."""
     children = psutil.Process(driver).children(recursive=True)
-    return [c for c in children if any("RayTrainWorker" in part for part in c.cmdline())]
+    return [c for c in children if any(name in part for part in c.cmdline())]

@@ -15,7 +15,7 @@ from search.placement import OVERTAKEN_PER_WORKER
 from trainables.job import Ask, Job, Task
 from trainables.report import OutOfMemory
 
-TASK = Task(model_name="m", model_revision=None, task="causal-lm", exact_match_rows=0, data=[])
+TASK = Task(model_name="m", model_revision=None, task="causal-lm", exact_match_rows=0, precisions=("fp32",), data=[])
 
 
 def job(name: str, world_size: int = 1, seconds: float | None = None) -> Job:

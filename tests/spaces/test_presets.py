@@ -58,12 +58,15 @@ def test_points_lie_in_the_space_and_are_few_and_distinct_and_the_same_every_tim
 
 
 def test_without_limits_the_rate_of_lora_is_ten_times_that_of_full_fine_tuning_and_falls_with_the_width() -> None:
-    space = SpaceSpec.model_validate({"adapter": {"choice": ["none", "lora"]}, "learning_rate": {"log_uniform": [1e-7, 1.0]}})
+    space = SpaceSpec.model_validate(
+        {"adapter": {"choice": ["none", "lora"]}, "learning_rate": {"log_uniform": [1e-7, 1.0]}, "epochs": {"int": [1, 4]}}
+    )
     rates = {}
     for width in (256, 1024, 4096):
         points = starting_points(space, width=width, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
-        _, _, lora, full = points
-        assert [p["adapter"] for p in points] == ["lora", "none", "lora", "none"]
+        _, lora, _, full = points
+        assert [p["adapter"] for p in points] == ["lora", "lora", "none", "none"]
+        assert [p["epochs"] for p in points] == [1, 3, 1, 3]
         assert lora["learning_rate"] == pytest.approx(10 * full["learning_rate"])
         rates[width] = full["learning_rate"]
     assert rates[256] > rates[1024] > rates[4096]
@@ -93,11 +96,11 @@ def test_what_lies_outside_becomes_the_nearest_inside() -> None:
 def test_the_short_training_passes_once_or_has_a_third_of_the_data(
     epochs: Any, fraction: Any, short: tuple[float, float], long: tuple[float, float]
 ) -> None:
-    space = SpaceSpec.model_validate({"epochs": epochs, "dataset_fraction": fraction, "global_batch_size": {"choice": [4, 16, 8]}})
+    space = SpaceSpec.model_validate({"epochs": epochs, "dataset_fraction": fraction, "global_batch_size": {"choice": [8, 32, 16]}})
     points = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
     expected = [short, long] if short != long else [long]
     assert [(p["epochs"], pytest.approx(p["dataset_fraction"])) for p in points] == expected
-    assert all(p["global_batch_size"] == 8 for p in points)
+    assert all(p["global_batch_size"] == 16 for p in points)
 
 
 def test_accurate_points_take_the_workers_that_there_are_and_the_batch_can_be_dealt_to() -> None:
@@ -116,7 +119,7 @@ def test_accurate_points_take_the_workers_that_there_are_and_the_batch_can_be_de
 
 @pytest.mark.parametrize(
     ("micro_batch", "batch", "world_sizes"),
-    [(16, 16, (1, 1)), (4, 8, (1, 2)), ({"choice": [16, 8]}, 8, (1, 1)), ({"choice": ["auto", 16]}, 8, (1, 4))],
+    [(32, 32, (1, 1)), (4, 16, (1, 4)), ({"choice": [16, 8]}, 16, (1, 2)), ({"choice": ["auto", 16]}, 16, (1, 4))],
 )
 def test_points_keep_to_the_micro_batch(micro_batch: Any, batch: int, world_sizes: tuple[int, int]) -> None:
     space = SpaceSpec.model_validate(

@@ -69,11 +69,33 @@ def test_the_learning_rate_follows_the_adapter():
     assert 1e-3 <= min(seen["lora"]) <= max(seen["lora"]) <= 1e-2
 
 
-def test_each_adapter_has_a_learning_rate_of_its_own_for_the_sampler():
-    """Under one name TPE would mix the densities of two ranges."""
+def test_the_sampler_sees_a_learning_rate_by_its_position_in_the_range_of_its_adapter():
+    """Under one name and with its value TPE would mix the densities of two ranges; of two names GP would learn nothing."""
     searched = space(**BOTH)
+    for adapter, (low, high) in (("none", (1e-5, 1e-4)), ("lora", (1e-3, 1e-2))):
+        rates = {0.0: low, 0.5: (low * high) ** 0.5, 1.0: high}
+        for position, rate in rates.items():
+            encoded = searched.encode({"adapter": adapter, "learning_rate": rate})
+            assert {n: v for n, v in encoded.items() if n.startswith("learning_rate")} == {
+                "learning_rate_position": pytest.approx(position, abs=1e-12)
+            }
+
+
+def test_learning_rates_of_which_one_is_a_choice_have_a_name_per_adapter():
+    rates = {"by_adapter": {"none": {"choice": [1e-5, 1e-4]}, "lora": {"log_uniform": [1e-3, 1e-2]}}}
+    searched = space(adapter={"choice": ["none", "lora"]}, learning_rate=rates)
     names = {p["adapter"]: {n for n in searched.encode(p) if n.startswith("learning_rate")} for p in proposals(searched)}
-    assert names == {"none": {"learning_rate_none"}, "lora": {"learning_rate_lora"}}
+    assert names == {"none": {"learning_rate_none_index"}, "lora": {"learning_rate_lora"}}
+
+
+@pytest.mark.parametrize("kind", ["uniform", "log_uniform"])
+def test_a_number_comes_back_from_its_position_as_it_was(kind):
+    rates = {"by_adapter": {"none": {kind: [1e-5, 1e-4]}, "lora": {kind: [1e-3, 1e-2]}}}
+    searched = space(adapter={"choice": ["none", "lora"]}, learning_rate=rates)
+    for rate in (1e-3, 2e-3, 0.0012345, 1e-2):
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+        study.enqueue_trial(searched.encode({"adapter": "lora", "learning_rate": rate}))
+        assert searched.suggest(study.ask())["learning_rate"] == rate
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])

@@ -25,7 +25,7 @@ from trainables.report import TrialReport
 from trainables.worker import _execute
 
 WORLD = World(rank=0, world_size=1, device=torch.device("cpu"), control_group=None, node_id="here")
-TASK = Task(model_name="", model_revision=None, task="sequence-classification", exact_match_rows=0, data=[])
+TASK = Task(model_name="", model_revision=None, task="sequence-classification", exact_match_rows=0, precisions=("fp32",), data=[])
 
 
 @dataclass
