@@ -145,6 +145,7 @@ class Engine:
             config=assignment.config.to_dict(),
             directory=str(self._store.trial_path(assignment.number)),
             rungs=shares_of(self._spec, assignment.number),
+            is_judged=bool(self._spec.rung_objectives()),
             predicted_seconds=self._state.records[assignment.number].predicted.get(TRAIN_SECONDS),
         )
 

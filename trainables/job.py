@@ -47,6 +47,8 @@ class Job:
     """Where the trial's checkpoints and weights are."""
     rungs: tuple[float, ...] = rung_shares()
     """Shares of its own steps at which a trial reports before its end."""
+    is_judged: bool = True
+    """Whether these reports decide about it; others are left out where they would cost too much."""
     predicted_seconds: float | None = None
     """Of all its steps; None where nothing is predicted."""
 

@@ -34,6 +34,8 @@ from trainables.tokenization import load_tokenizer
 
 # Whether the loss is still finite is looked at this often: every look makes a GPU wait.
 CHECK_STEPS = 16
+# Of a trial's computation that one more point of its learning curve may take.
+EVALUATION_SHARE = 0.02
 
 
 class Command(Enum):
@@ -83,6 +85,16 @@ def train(
             if is_rung and trainer.step < trainer.num_steps:
                 yield trainer.report()
         yield trainer.final_report(exact_match_rows)
+
+
+def affordable_rungs(rungs: tuple[float, ...], config: TrialConfig, data: TaskData) -> tuple[float, ...]:
+    """Return the rungs, or none where to evaluate at one of them would take too much of what the trial costs.
+
+    The same on every rank, and every time: it counts tokens, of which the evaluation computes a third as much as the training.
+    """
+    trained = BatchPlan(config, data).sizes().tokens.sum()
+    share = data.evaluation.lengths.sum() / 3 / trained
+    return rungs if share <= EVALUATION_SHARE else ()
 
 
 @contextmanager

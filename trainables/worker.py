@@ -21,7 +21,7 @@ from trainables.data import TaskData
 from trainables.device import examine
 from trainables.hub import resolve_model
 from trainables.job import Ask, Job, Task
-from trainables.loop import Command, evaluate_saved, evaluate_untrained, train
+from trainables.loop import Command, affordable_rungs, evaluate_saved, evaluate_untrained, train
 from trainables.mesh import World
 from trainables.model import BaseModel
 from trainables.report import OutOfMemory, TrialError, TrialReport
@@ -29,8 +29,8 @@ from trainables.step_profile import measure_step
 
 logger = logging.getLogger(__name__)
 
-# Work that a killed worker may lose. A checkpoint is written at evaluation points too, unless that would take more than this share
-# of the time: of a short trial in full the optimizer's state takes longer to write than the steps to train.
+# Work that a killed worker may lose. Once it is known what a checkpoint takes, one is written at evaluation points too, unless that
+# would take more than this share of the time: the optimizer's state takes longer to write than many a short trial to train.
 CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 60.0, 0.1
 
 
@@ -136,7 +136,7 @@ def _execute(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
         control=control,
         checkpoints=checkpoints,
         exact_match_rows=task.exact_match_rows,
-        rungs=job.rungs,
+        rungs=job.rungs if job.is_judged else affordable_rungs(job.rungs, config, data),
     )
     finished = False
     for report in reports:

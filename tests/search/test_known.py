@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -49,7 +50,9 @@ def two(engine: Engine) -> tuple[Assignment, Assignment]:
 
 
 def states(engine: Engine) -> list[tuple[str, list[float] | None]]:
-    return [(t.state.name, t.values) for t in engine._study._study.trials]
+    """What the sampler was told of each trial, with seconds for their logarithms."""
+    trials = engine._study._study.trials
+    return [(t.state.name, t.values and [t.values[0], pytest.approx(math.exp(t.values[1]))]) for t in trials]
 
 
 def test_another_layout_is_timed_once_the_first_is_trained_and_a_duplicate_is_told_the_same(tmp_path: Path) -> None:

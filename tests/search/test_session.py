@@ -6,66 +6,31 @@ import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
-from engines import make, report
+from engines import make
 
 from search import session
-from search.jobs import JobFailed
 from search.ledger import Ledger
 from spaces.constraints import Limits
 from spaces.loading import load_spec
 
 
-def asked(directory: Path, monkeypatch: pytest.MonkeyPatch, **search: Any) -> list[Any]:
-    """Return what a search asks for up to its untrained model, which cannot be evaluated here."""
-    calls: list[Any] = []
-
-    def run_job(_: Any, job: Any, __: Any) -> dict[str, Any]:
-        calls.append((job.kind,))
-        raise JobFailed("none here")
-
-    engine, _, store = make(directory, **search)
-    dispatcher = SimpleNamespace(expect=SimpleNamespace(remote=lambda size, num_jobs: calls.append(("expect", size, num_jobs))))
-    monkeypatch.setattr("ray.get", lambda answer: answer)
-    monkeypatch.setattr(session, "run_job", run_job)
-    with pytest.raises(session.NoResult, match="untrained"):
-        session._search(
-            engine,
-            dispatcher,
-            store,
-            load_spec(directory / "spec.yaml").spec,
-            Limits(num_workers=4, hidden_size=None),
-            cast(Any, None),
-        )
-    return calls
-
-
 @pytest.mark.parametrize(
-    ("search", "num_trials"),
-    [({"trials": 3}, 3), ({"trials": None}, 20), ({"trials": None, "budget": {"minutes": 30}}, math.inf)],
+    ("search", "expected"),
+    [
+        ({"trials": 3, "world_size": 2}, (2, 3)),
+        ({"trials": None, "world_size": 2}, (2, 20)),
+        ({"trials": None, "world_size": 2, "budget": {"minutes": 30}}, (2, math.inf)),
+        # What comes first is one job; the trials may want another size.
+        ({"trials": 3, "world_size": {"choice": [2, 1]}}, (1, 1)),
+    ],
 )
-def test_groups_start_for_the_trials_of_any_budget_once_the_device_was_examined(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: dict[str, Any], num_trials: float
-) -> None:
-    """The device is examined before `_search`, since the engine needs what that finds."""
-    assert asked(tmp_path, monkeypatch, world_size=2, **search) == [("expect", 2, num_trials), ("reference",)]
-
-
-def test_a_resume_starts_groups_for_what_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, _, _ = make(tmp_path, trials=3, world_size=2)
-    first, in_flight = engine.next(), engine.next()
-    assert first is not None
-    assert in_flight is not None
-    engine.reported(first.number, report(0.5, 3.0))
-    engine.ended(first.number, {"state": "complete"})
-    assert asked(tmp_path, monkeypatch, trials=3, world_size=2)[0] == ("expect", 2, 2)
-
-
-def test_no_group_starts_early_where_the_trials_may_want_another_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert asked(tmp_path, monkeypatch, world_size={"choice": [1, 2]}) == [("reference",)]
+def test_groups_start_for_the_trials_of_any_budget(tmp_path: Path, search: dict[str, Any], expected: tuple[int, float]) -> None:
+    make(tmp_path, **search)
+    assert session._first_jobs(load_spec(tmp_path / "spec.yaml").spec, Limits(num_workers=4, hidden_size=None)) == expected
 
 
 def test_a_resume_with_other_data_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -52,9 +54,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[TaskData, BaseModel
     return data, BaseModel.load(model.name, None, model.task, data.label_names)
 
 
-def work(parts: tuple[TaskData, BaseModel], directory: Path, inbox: Inbox, **changes: Any) -> dict[str, Any]:
-    """Train 18 steps."""
-    params = SpaceSpec(global_batch_size=4, dataset_fraction=1.0).first()
+def work(parts: tuple[TaskData, BaseModel], directory: Path, inbox: Inbox, *, epochs: int = 1, **changes: Any) -> dict[str, Any]:
+    """Train 18 steps an epoch."""
+    params = SpaceSpec(global_batch_size=4, dataset_fraction=1.0, epochs=epochs).first()
     config = TrialConfig.from_params(params, max_length=32).to_dict()
     job = Job(job_id="j", kind="train", config=config, directory=str(directory), **changes)
     return _execute(job, task=TASK, data=parts[0], base=parts[1], world=WORLD, inbox=cast(Any, inbox))
@@ -75,18 +77,30 @@ def test_a_trial_reports_at_the_rungs_of_its_job(parts: Any, tmp_path: Path, cha
     assert not all(METRICS[m].is_interim for m in final.metrics)
 
 
-def test_a_stopped_trial_takes_its_files_along_and_a_suspended_one_leaves_them(parts: Any, tmp_path: Path) -> None:
-    # Behind the first rung, where a checkpoint was written.
+@pytest.mark.parametrize(("epochs", "steps"), [(1, [18]), (3, [6, 18, 54])])
+def test_a_point_of_the_curve_that_decides_nothing_costs_at_most_a_fiftieth_of_the_trial(
+    parts: Any, tmp_path: Path, epochs: int, steps: list[int]
+) -> None:
+    inbox = Inbox()
+    # 8 evaluation rows cost as much as 3 that are trained: less than a fiftieth of 216, more than one of 72.
+    assert work(parts, tmp_path / "t", inbox, epochs=epochs, is_judged=False) == {"state": "complete"}
+    assert [r.step for r in inbox.reports] == steps
+
+
+def test_a_stopped_trial_takes_its_files_along_and_a_suspended_one_leaves_them(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainables.worker.CHECKPOINT_SECONDS", -1.0)  # at every step
     stopped, suspended = Inbox(ask=Ask.STOP, after=4), Inbox(ask=Ask.SUSPEND, after=4)
     assert work(parts, tmp_path / "stopped", stopped) == {"state": "stopped"}
     assert [r.step for r in stopped.reports] == [2]
     assert not (tmp_path / "stopped").exists()
     assert work(parts, tmp_path / "suspended", suspended) == {"state": "stopped"}
-    assert sorted(p.name for p in (tmp_path / "suspended").iterdir()) == ["step-00000002", "step-00000005"]
+    assert sorted(p.name for p in (tmp_path / "suspended").iterdir()) == ["step-00000004", "step-00000005"]
 
 
-@pytest.mark.parametrize(("write_seconds", "saved"), [(0.0, [2, 6, 9]), (1e9, [2, 9])])
-def test_what_takes_long_to_write_is_not_written_at_every_rung(
+@pytest.mark.parametrize(("write_seconds", "saved"), [(0.0, [5, 6, 9]), (1e9, [5, 9])])
+def test_after_a_minute_it_is_known_what_takes_too_long_to_write_at_every_rung(
     parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_seconds: float, saved: list[int]
 ) -> None:
     steps, clock = [], [0.0]
@@ -96,6 +110,9 @@ def test_what_takes_long_to_write_is_not_written_at_every_rung(
         clock[0] += write_seconds
 
     monkeypatch.setattr(CheckpointStore, "save", save)
+    # 13 s a step: the fifth is the first after a minute, the sixth a rung.
+    seconds = itertools.count(step=13)
+    monkeypatch.setattr("trainables.worker.time", SimpleNamespace(monotonic=lambda: next(seconds), perf_counter=perf_counter))
     monkeypatch.setattr("trainables.loop.time.perf_counter", lambda: perf_counter() + clock[0])
     assert work(parts, tmp_path / "t", Inbox(ask=Ask.SUSPEND, after=8)) == {"state": "stopped"}
     assert steps == saved
