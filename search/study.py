@@ -210,7 +210,7 @@ class Study:
                 # Its own threads would be in the times of the trials that train beside it.
                 torch.set_num_threads(1)
                 # It takes running trials into account by itself.
-                return GPSampler(seed=self._seed, n_startup_trials=self._startup_trials)
+                return GPSampler(seed=self._seed, n_startup_trials=self._startup_trials, warn_independent_sampling=False)
             case "nsga2":
                 # Generations as large as the random beginning; Optuna's fifty would be most of a search.
                 return NSGAIISampler(seed=self._seed, population_size=max(self._startup_trials, 2))

@@ -199,7 +199,7 @@ class SamplerSpec(_Section):
     64 trials, then the estimator."""
     seed: AtLeastZero = 0
     """Seeds the proposals."""
-    startup_trials: AtLeastZero = 5
+    startup_trials: AtLeastZero = 4
     """Trials before a model of them is trusted, the usual points among them and the others random; NSGA-II's generations are as
     large."""
     warm_start: Text | None = None
@@ -207,7 +207,7 @@ class SamplerSpec(_Section):
     from its trials."""
     points_to_evaluate: tuple[dict[str, Any], ...] | None = None
     """Points that are known to be good, tried first: each gives values to some knobs; the sampler fills in the others. By default,
-    without a warm start, up to four that are usual for the model's width, inside the space; `[]` for none."""
+    without a warm start, up to six that are usual for the model's width, inside the space; `[]` for none."""
 
 
 class SchedulerSpec(_Section):

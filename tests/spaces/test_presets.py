@@ -51,7 +51,7 @@ def test_points_lie_in_the_space_and_are_few_and_distinct_and_the_same_every_tim
         space = some_space(random.Random(seed))
         points = starting_points(space, width=768, limits=Limits(num_workers=4, hidden_size=768), max_length=128)
         assert points == starting_points(space, width=768, limits=Limits(num_workers=4, hidden_size=768), max_length=128)
-        assert 1 <= len(points) <= 2 * len(space.adapter.ends())
+        assert 1 <= len(points) <= 3 * len(space.adapter.ends())
         for point in points:
             assert space.problem_with_point(point) is None, (point, space)
             assert points.count(point) == 1
@@ -64,9 +64,12 @@ def test_without_limits_the_rate_of_lora_is_ten_times_that_of_full_fine_tuning_a
     rates = {}
     for width in (256, 1024, 4096):
         points = starting_points(space, width=width, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
-        _, lora, _, full = points
-        assert [p["adapter"] for p in points] == ["lora", "lora", "none", "none"]
-        assert [p["epochs"] for p in points] == [1, 3, 1, 3]
+        _, lora, _, full = points[:4]
+        assert [(p["adapter"], p["epochs"]) for p in points[:4]] == [("none", 1), ("lora", 3), ("lora", 1), ("none", 3)]
+        assert points[4:] == [
+            {"adapter": "lora", "learning_rate": pytest.approx(2 * lora["learning_rate"])},
+            {"adapter": "none", "learning_rate": pytest.approx(2 * full["learning_rate"])},
+        ]
         assert lora["learning_rate"] == pytest.approx(10 * full["learning_rate"])
         rates[width] = full["learning_rate"]
     assert rates[256] > rates[1024] > rates[4096]
@@ -99,8 +102,10 @@ def test_the_short_training_passes_once_or_has_a_third_of_the_data(
     space = SpaceSpec.model_validate({"epochs": epochs, "dataset_fraction": fraction, "global_batch_size": {"choice": [8, 32, 16]}})
     points = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
     expected = [short, long] if short != long else [long]
-    assert [(p["epochs"], pytest.approx(p["dataset_fraction"])) for p in points] == expected
-    assert all(p["global_batch_size"] == 16 for p in points)
+    *usual, higher = points
+    assert [(p["epochs"], pytest.approx(p["dataset_fraction"])) for p in usual] == expected
+    assert all(p["global_batch_size"] == 16 for p in usual)
+    assert set(higher) == {"adapter", "learning_rate"}, "all else is the sampler's"
 
 
 def test_accurate_points_take_the_workers_that_there_are_and_the_batch_can_be_dealt_to() -> None:
@@ -112,7 +117,9 @@ def test_accurate_points_take_the_workers_that_there_are_and_the_batch_can_be_de
         ({"int": [1, 6]}, 30, 64, 6),
     ]:
         space = SpaceSpec.model_validate({"world_size": sizes, "global_batch_size": batch})
-        cheap, accurate = starting_points(space, width=768, limits=Limits(num_workers=num_workers, hidden_size=768), max_length=128)
+        cheap, accurate, _ = starting_points(
+            space, width=768, limits=Limits(num_workers=num_workers, hidden_size=768), max_length=128
+        )
         assert accurate["world_size"] == expected
         assert cheap["world_size"] == min(w for w, _ in space.layouts())
 
@@ -127,8 +134,9 @@ def test_points_keep_to_the_micro_batch(micro_batch: Any, batch: int, world_size
     )
     limits = Limits(num_workers=4, hidden_size=768)
     points = starting_points(space, width=768, limits=limits, max_length=128)
-    assert [(p["global_batch_size"], p["world_size"]) for p in points] == [(batch, world_size) for world_size in world_sizes]
-    for point in points:
+    usual = points[:-1]
+    assert [(p["global_batch_size"], p["world_size"]) for p in usual] == [(batch, world_size) for world_size in world_sizes]
+    for point in usual:
         assert is_feasible(violations(TrialConfig.from_params(space.first(**point), max_length=128), limits))
 
 
@@ -177,7 +185,7 @@ def test_accurate_points_are_feasible_whatever_the_sampler_makes_of_the_rest(
         max_targets=128,
         memory_bytes=memory_bytes,
     )
-    _, *accurate = starting_points(space, width=4096, limits=limits, max_length=128)
+    _, *accurate, _ = starting_points(space, width=4096, limits=limits, max_length=128)
     for point in accurate:
         assert point["world_size"] > 1
         assert point["strategy"] == strategy
