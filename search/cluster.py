@@ -17,7 +17,7 @@ from spaces.spec import ResourcesSpec
 # Trials exchange small messages and one tokenised data set; Ray's own default would take 30 % of the memory.
 LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
 
-# What the relays of the trials share on a cluster of our own: of the head's resource Ray Train takes a little for every group.
+# What the relays of the trials share on a cluster of our own.
 RELAY_RESOURCE = "paretune_relays"
 
 GROUP_ENVIRONMENT = {

@@ -87,7 +87,7 @@ class SearchView:
         if self._state.started is None:
             return f"after {minutes:.1f} min: preparing the model, the data and the workers"
         running = [self._state.records[number] for number in sorted(self._state.in_flight)]
-        shares = ", ".join(f"trial {r.number:04d} past {r.reports[-1]['fidelity'] if r.reports else 0:.0%}" for r in running)
+        shares = ", ".join(f"trial {r.number:04d} " + (f"past {_share(r)}" if r.reports else "trains") for r in running)
         if not shares:
             shares = "writing down the front" if self._trials_left() == 0 else "no trial is running"
         return f"after {minutes:.1f} min: {shares} | {self._summary()}"
@@ -162,13 +162,12 @@ class SearchView:
         shown = [r for r in self._state.records.values() if r.feasible_before_launch][-MAX_ROWS:]
         for record in shown:
             values = record.values or (record.reports[-1]["metrics"] if record.reports else {})
-            done = record.reports[-1]["fidelity"] if record.reports else 0.0
             state = "running" if record.state is TrialState.RUNNING else record.state.value.lower()
             table.add_row(
                 f"{record.number}",
                 f"[bold green]{state} *[/]" if record.number in members else state,
                 *(short_text(record.params.get(k)) for k in self._knobs),
-                f"{done:.0%}",
+                _share(record),
                 *(number_text(m, values.get(m)) for m in self._columns()),
             )
         return table
@@ -195,3 +194,8 @@ def device_text(device: Mapping[str, Any], precisions: Sequence[str]) -> str:
     text = f"device of a worker: {what}; its tensors may take {device['usable_bytes'] / 2**30:.1f} GiB"
     reasons = dict.fromkeys(why_no_peak(device["name"], p) for p in precisions if p not in device["peak_flops_per_second"])
     return "; no MFU: ".join([text, *reasons])
+
+
+def _share(record: TrialRecord) -> str:
+    """Return how much of its tokens a trial had trained when it reported last."""
+    return f"{record.reports[-1]['fidelity']:.0%}" if record.reports else "-"

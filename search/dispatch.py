@@ -151,16 +151,13 @@ class Dispatcher:
         """Return what all jobs share."""
         return self._task
 
-    async def join(self, group_id: str, rank: int, place: Any = None) -> int:
-        """Wait until all ranks of the group are here; return its generation, which fences off the ranks before a restart.
+    async def placed(self, group_id: str, place: Any) -> None:
+        """Take note of the placement group that Ray Train holds for a group's workers."""
+        self._groups[group_id].place = place
 
-        Args:
-            group_id: the rank's group.
-            rank: in the group.
-            place: the placement group that Ray Train holds for its workers.
-        """
+    async def join(self, group_id: str, rank: int) -> int:
+        """Wait until all ranks of the group are here; return its generation, which fences off the ranks before a restart."""
         group = self._groups[group_id]
-        group.place = place
         if rank in group.joined:
             group.joined.clear()
         if not group.joined:
@@ -311,7 +308,7 @@ class Dispatcher:
             error = failure
             logger.warning("worker group %s ended: %s", group_id, failure)
             # Its controller may have been killed, and then nobody else gives the workers' place back.
-            self._vacate(self._groups[group_id].place)
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._vacate, self._groups[group_id].place)
         group = self._groups.pop(group_id)
         if not group.ever_joined and not group.leaving:
             self._failed_starts += 1
@@ -334,8 +331,11 @@ class Dispatcher:
     def _vacate(self, place: Any) -> None:
         import ray
 
-        if place is not None:
-            ray.util.remove_placement_group(place)
+        try:
+            if place is not None:
+                ray.util.remove_placement_group(place)
+        except Exception as error:
+            logger.warning("the place of a worker group could not be given back: %s", error)
 
     def _run_group(self, group_id: str, world_size: int) -> None:
         # Here, in the thread: the import takes seconds, and the event loop must go on answering.

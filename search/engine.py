@@ -29,6 +29,7 @@ from spaces.constraints import Limits
 from spaces.metrics import NOT_FROM_PROFILE, TRAIN_SECONDS
 from spaces.spec import Objective, SearchSpec
 from trainables.job import Job
+from trainables.report import Diverged
 
 # Infeasible proposals and duplicates cost nothing but a suggestion; this many in a row: next to nothing in the space is left.
 MAX_IDLE_IN_A_ROW = 200
@@ -358,8 +359,8 @@ class Engine:
             self._study.tell_complete(record.number, record.values, {name: min(0.0, value) for name, value in known.items()})
         elif not record.feasible:
             self._study.tell_infeasible(record.number, {**known, **record.constraints})
-        elif record.state is TrialState.PRUNED:
-            self._study.tell_pruned(record.number)
+        elif record.state is TrialState.PRUNED or (record.error or {}).get("kind") == Diverged.kind:
+            self._study.tell_pruned(record.number, {name: min(0.0, value) for name, value in known.items()})
         else:
             self._study.tell_failed(record.number)
 

@@ -236,11 +236,11 @@ def timeline(state: SearchState) -> list[Span]:
 
 
 def rung_curves(records: Sequence[TrialRecord], metric: str) -> dict[int, list[tuple[float, float]]]:
-    """Return (fidelity, value) along every trial that reported the metric."""
+    """Return (fidelity, value) along every trial that reported the metric more than once."""
     curves = {
         record.number: [(r["fidelity"], r["metrics"][metric]) for r in record.reports if metric in r["metrics"]] for record in records
     }
-    return {number: curve for number, curve in curves.items() if curve}
+    return {number: curve for number, curve in curves.items() if len(curve) > 1}
 
 
 def memory_bars(records: Sequence[TrialRecord]) -> list[MemoryBar]:

@@ -160,7 +160,7 @@ def _drawings(
         drawings.append(("Was the search long enough?", note, _history_plot(history)))
     curves = rung_curves(records, figure.y_metric)
     if curves:
-        note = "Every trial along its own token budget."
+        note = "Every trial that was evaluated before its end, along its own token budget."
         drawings.append(("How did the trials get there?", note, _curves_plot(curves, members, figure.y_metric)))
     if scaling:
         note = ". ".join(["The best trial near each size of the data", *missing_lines(scaling)]) + ". All numbers: scaling.csv."

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search import cluster
+from search.budget import num_ended
 from search.endpoint import tracking_uri
 from search.engine import Engine, SearchExhausted, objectives_of
 from search.interruption import Interrupted, Interruption
@@ -177,7 +178,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit, past: Mapping[str, Any]
             DispatcherSession(store, spec, prepared.data, capacity) as dispatcher,
         ):
             # Workers take seconds to start, and so does MLflow: at the same time.
-            dispatcher.expect.remote(*_first_jobs(spec, limits))
+            dispatcher.expect.remote(*_first_jobs(spec, limits, replay(ledger.events())))
             _open_record(ledger, store, prepared, limits)
             for event in ledger.events():
                 on_event(event)
@@ -315,10 +316,11 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, lim
     return engine.why_over
 
 
-def _first_jobs(spec: SearchSpec, limits: Limits) -> tuple[int, float]:
+def _first_jobs(spec: SearchSpec, limits: Limits, state: SearchState) -> tuple[int, float]:
     """Return the world size of the jobs that come first, and how many of them; where the space has several, trials choose later."""
-    sizes = {world_size for world_size, _ in spec.space.layouts()}
-    return _first_config(spec, limits).layout.world_size, spec.budget.max_trials or math.inf if len(sizes) == 1 else 1
+    most = math.inf if spec.budget.max_trials is None else spec.budget.max_trials - num_ended(state.records.values())
+    is_one_size = len({world_size for world_size, _ in spec.space.layouts()}) == 1
+    return _first_config(spec, limits).layout.world_size, max(1, most) if is_one_size else 1
 
 
 def examine(dispatcher: Any, store: Store, spec: SearchSpec, limits: Limits, interruption: Interruption) -> dict[str, Any]:

@@ -333,7 +333,7 @@ class Position:
 
     def encode(self, name: str, value: Any) -> dict[str, Any]:
         """Return the position of a number; ValueError where the range does not hold it."""
-        self.range.encode(name, value)
+        self.range.encode(name.removesuffix("_position"), value)
         low, high = self._ends()
         return {name: min(max((self._inner(value) - low) / (high - low), 0.0), 1.0)}
 

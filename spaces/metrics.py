@@ -82,7 +82,7 @@ _TABLE = (
         section="train",
         unit="nats",
         direction="minimize",
-        description="mean training loss since the last report",
+        description="mean training loss since a ninth or, beyond it, a third of the steps",
     ),
     Metric(
         name=TRAIN_SECONDS,

@@ -24,8 +24,8 @@ HIGHER_RATE = 2.0
 # 0.73 instead of 0.63 in full, 0.71 instead of 0.59 with LoRA; with 8 they give 0.81 and 0.74, but take half as long again.
 BATCH_SIZE = 16
 # New rows teach more than rows that are seen again (Muennighoff et al. 2023, arXiv 2305.16264), so the short training is one pass
-# over all of them; so are 29 of the 34 on those fronts. For the long one Devlin et al. 2019 (arXiv 1810.04805, appendix A.3) found
-# 2 to 4 epochs good.
+# over all of them; so are 29 of the 34 on the fronts of a random grid (benchmarks/results/learning_curves.json). For the long one
+# Devlin et al. 2019 (arXiv 1810.04805, appendix A.3) found 2 to 4 epochs good.
 SHORT_EPOCHS, LONG_EPOCHS = 1, 3
 # LoRA of 4 to 64 differ little where the data are few (Hu et al. 2021, arXiv 2106.09685, section 7.2).
 LORA_RANK = 16
@@ -47,7 +47,7 @@ def starting_points(space: SpaceSpec, *, width: int, limits: Limits, max_length:
             allow, the short ones as few as the space has; every one of them the first strategy that is feasible.
         max_length: tokens per row.
     """
-    adapters = sorted(space.adapter.ends())  # LoRA before none: it trains with less
+    adapters = sorted(space.adapter.ends())  # LoRA, then none
     known = {adapter: _point(space, adapter, usual_rate(adapter, width)) for adapter in adapters}
     short = [{**known[adapter], **_short(space), "world_size": min(_world_sizes(space))} for adapter in reversed(adapters)]
     long = [_on_most_workers(space, known[adapter], limits, max_length) for adapter in adapters]

@@ -195,8 +195,8 @@ class SamplerSpec(_Section):
     """What proposes trials."""
 
     method: Literal["auto", "tpe", "gp", "nsga2", "random"] = "auto"
-    """Tree-structured Parzen estimator, Gaussian process, NSGA-II (many trials), or random points; `auto`: the Gaussian process up to
-    64 trials, then the estimator."""
+    """Tree-structured Parzen estimator, Gaussian process, NSGA-II (many trials), or random points; `auto`: the Gaussian process until
+    64 trials are known, then the estimator."""
     seed: AtLeastZero = 0
     """Seeds the proposals."""
     startup_trials: AtLeastZero = 4

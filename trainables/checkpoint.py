@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -40,7 +39,7 @@ class CheckpointStore:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.save_seconds = math.inf
+        self.save_seconds = 0.0
         """What the newest checkpoint took, from its gathering on."""
 
     def save(self, step: int, checkpoint: Checkpoint) -> None:

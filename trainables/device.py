@@ -91,7 +91,7 @@ def device_peak(device: torch.device, precision: str) -> tuple[float | None, str
 def _cpu_peak(precision: str, threads: int) -> float:
     """Return the best FLOP/s that any process of this user has measured here: cores that are busy get in each other's way.
 
-    The first job of a search measures while nothing else runs. The file is in the user's cache directory; without one that can be
+    The first job of a search measures before anything trains. The file is in the user's cache directory; without one that can be
     written to, the measurement of this process counts.
     """
     path = cache_directory() / "cpu_peaks.json"

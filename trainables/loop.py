@@ -34,8 +34,10 @@ from trainables.tokenization import load_tokenizer
 
 # Whether the loss is still finite is looked at this often: every look makes a GPU wait.
 CHECK_STEPS = 16
-# Of a trial's computation that one more point of its learning curve may take.
+# Of a trial's training in full that each further point of its learning curve may take.
 EVALUATION_SHARE = 0.02
+# What a checkpoint takes before one was written: a weight and AdamW's two moments, at the pace of a slow disk.
+STATES, SAVED_BYTES_PER_SECOND = 3, 200e6
 
 
 class Command(Enum):
@@ -137,6 +139,8 @@ class Trainer:
         self.module.train()
         self._parameters = trainable(self.module)
         self._optimizer = make_optimizer(self._parameters, config.recipe)
+        if checkpoints is not None:
+            checkpoints.save_seconds = sum(p.nbytes for p in self._parameters.values()) * STATES / SAVED_BYTES_PER_SECOND
         self._plan = BatchPlan(config, data)
         self.sizes = self._plan.sizes()
         self.num_steps = self._plan.num_steps
@@ -263,7 +267,8 @@ class Trainer:
         if not math.isfinite(scores[metrics.EVAL_LOSS]):
             raise Diverged(f"the evaluation loss is {scores[metrics.EVAL_LOSS]} at step {self.step} of {self.num_steps}")
         self._collect_losses()
-        earlier = max((rung for rung in self.rungs if rung < self.step), default=0)
+        # The same window, whether or not a trial reports at the rungs before its end.
+        earlier = max((rung for rung in rung_steps(rung_shares(), self.num_steps) if rung < self.step), default=0)
         assert self._flops is not None  # a step was trained, here or before the checkpoint
         cost = speed(self.step_parts(), self.sizes, self.world, self._flops, self.config.recipe.precision)
         recent = self._global_losses[earlier : self.step]

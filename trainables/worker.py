@@ -29,8 +29,8 @@ from trainables.step_profile import measure_step
 
 logger = logging.getLogger(__name__)
 
-# Work that a killed worker may lose. Once it is known what a checkpoint takes, one is written at evaluation points too, unless that
-# would take more than this share of the time: the optimizer's state takes longer to write than many a short trial to train.
+# Work that a killed worker may lose. A checkpoint is written at evaluation points too, unless that would take more than this share
+# of the time: of a short trial in full the optimizer's state takes longer to write than the steps to train.
 CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 60.0, 0.1
 
 
@@ -40,7 +40,7 @@ class Inbox:
     def __init__(self, dispatcher: Any, group_id: str, rank: int) -> None:
         self._dispatcher = dispatcher
         self._group_id = group_id
-        self._generation = ray.get(dispatcher.join.remote(group_id, rank, ray.util.get_current_placement_group()))
+        self._generation = ray.get(dispatcher.join.remote(group_id, rank))
         self._sequence = 0
 
     def next(self) -> Job | None:

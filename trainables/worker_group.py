@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.exceptions import OutOfMemoryError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2.api.callback import RayTrainCallback
 
 from trainables.report import OutOfMemory
@@ -25,11 +27,22 @@ def _work(config: dict[str, Any]) -> None:
     work(config)
 
 
+class _Placed(WorkerGroupCallback):
+    """Tells the dispatcher the placement group of the workers, every time that they are started."""
+
+    def __init__(self, dispatcher: Any, group_id: str) -> None:
+        self._dispatcher, self._group_id = dispatcher, group_id
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        place = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        ray.get(self._dispatcher.placed.remote(self._group_id, place))
+
+
 class _Trainer(TorchTrainer):
     """Starts no actor that a group has no use for: each is a process that takes more than a second of a core.
 
-    There are no Ray Data sets here. What a killed controller leaves taken, whoever started the group gives back, who learns of it at
-    once; Ray's own cleaner asks the dashboard every second, which a laptop need not have.
+    There are no Ray Data sets here. What a killed controller leaves taken the dispatcher gives back, which learns of it at once;
+    Ray's own cleaner asks the dashboard every second, which a laptop need not have.
     """
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
@@ -66,6 +79,8 @@ def run_worker_group(
         scaling_config=ScalingConfig(num_workers=world_size, use_gpu=bool(gpus_per_worker), resources_per_worker=resources),
         run_config=RunConfig(
             name=group_id,
+            # Here too the annotations are those of Train V1.
+            callbacks=[_Placed(dispatcher, group_id)],  # type: ignore[list-item]
             storage_path=str(storage),
             # The annotations are those of Train V1, which knows no limit for failed starts.
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),  # type: ignore[call-arg]

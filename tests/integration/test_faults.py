@@ -130,7 +130,8 @@ def test_a_killed_worker_costs_only_steps_and_the_weights_are_those_of_an_undist
         ledger = directory / "runs/tiny/ledger.jsonl"
         driver = start("search", str(spec), "--set", "budget.trials=1", cwd=directory)
         if name == "killed":
-            wait_for(lambda ledger=ledger: any(e["event"] == "trial_reported" for e in events(ledger)), driver)
+            trials = directory / "runs/tiny/trials"
+            wait_for(lambda trials=trials: any(trials.glob("*/step-*")), driver)
             victim = _actors(driver.pid, "RayTrainWorker")[-1]
             victim.send_signal(signal.SIGKILL)
         assert driver.wait(400) == 0, (directory / "driver.log").read_text()[-3000:]

@@ -30,6 +30,10 @@ class Groups(Dispatcher):
         super().__init__(TASK, GroupResources(capacity=capacity, cpus_per_worker=1, gpus_per_worker=0, storage="s"))
         self.ends: dict[str, threading.Event] = {}
         self.errors: dict[str, Exception] = {}
+        self.vacated: list[Any] = []
+
+    def _vacate(self, place: Any) -> None:
+        self.vacated.append(place)
 
     def _run_group(self, group_id: str, world_size: int) -> None:
         self.ends[group_id] = threading.Event()
@@ -152,11 +156,13 @@ async def test_a_job_that_kills_its_workers_every_time_fails_and_the_group_serve
 async def test_a_job_moves_to_another_group_when_ray_train_gives_its_group_up(dispatcher: Groups) -> None:
     await dispatcher.submit(job("a"))
     (group,) = await dispatcher.groups()
+    await dispatcher.placed(group["group_id"], "its place")
     await ranks_join(dispatcher, group["group_id"], 1)
     dispatcher.errors[group["group_id"]] = RuntimeError("controller died")
     dispatcher.ends[group["group_id"]].set()
     while [g["group_id"] for g in await dispatcher.groups()] in ([group["group_id"]], []):
         await asyncio.sleep(0.01)
+    assert dispatcher.vacated == ["its place"], "before another group wants it"
     (other,) = await dispatcher.groups()
     generation = await ranks_join(dispatcher, other["group_id"], 1)
     answer = await dispatcher.next(other["group_id"], generation, 0)

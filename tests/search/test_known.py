@@ -109,8 +109,9 @@ def test_what_diverged_is_not_trained_again_under_any_layout(tmp_path: Path, is_
     assert third.config.recipe.learning_rate == 3e-3
     assert engine.num_left == 1, "what is told costs nothing"
     others = [state for number, (state, _) in enumerate(states(engine)) if number not in (second.number, third.number)]
-    assert set(others) <= {"FAIL", "RUNNING"}
-    assert others[:3] == ["FAIL"] * 3
+    # The sampler takes them for bad ones, and not for ones of which nothing is known.
+    assert set(others) <= {"PRUNED", "RUNNING"}
+    assert others[:3] == ["PRUNED"] * 3
 
 
 def test_what_the_budget_cut_off_is_trained_where_there_is_more_of_it(tmp_path: Path) -> None:

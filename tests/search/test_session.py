@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import make
+from engines import make, report
 
 from search import session
 from search.ledger import Ledger
@@ -29,8 +29,20 @@ from spaces.loading import load_spec
     ],
 )
 def test_groups_start_for_the_trials_of_any_budget(tmp_path: Path, search: dict[str, Any], expected: tuple[int, float]) -> None:
-    make(tmp_path, **search)
-    assert session._first_jobs(load_spec(tmp_path / "spec.yaml").spec, Limits(num_workers=4, hidden_size=None)) == expected
+    engine, _, _ = make(tmp_path, **search)
+    spec = load_spec(tmp_path / "spec.yaml").spec
+    assert session._first_jobs(spec, Limits(num_workers=4, hidden_size=None), engine.state) == expected
+
+
+def test_a_resume_starts_groups_for_what_is_left_alone(tmp_path: Path) -> None:
+    engine, _, _ = make(tmp_path, trials=3, world_size=2)
+    first, in_flight = engine.next(), engine.next()
+    assert first is not None
+    assert in_flight is not None
+    engine.reported(first.number, report(0.5, 3.0))
+    engine.ended(first.number, {"state": "complete"})
+    spec = load_spec(tmp_path / "spec.yaml").spec
+    assert session._first_jobs(spec, Limits(num_workers=4, hidden_size=None), engine.state) == (2, 2)
 
 
 def test_a_resume_with_other_data_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

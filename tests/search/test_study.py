@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState as OptunaState
 
-from search.study import Proposal, SamplerName, Study
+from search.study import MAX_GP_TRIALS, PastTrial, Proposal, SamplerName, Study
 from spaces.space import SpaceSpec
 from spaces.spec import Objective
 
@@ -45,7 +45,7 @@ def test_every_end_is_told_as_what_it_is() -> None:
     study = make()
     numbers = [study.ask().number for _ in range(5)]
     study.tell_complete(numbers[0], {"accuracy": 0.5, "train_seconds": 3.0, "mfu": 0.1}, {})
-    study.tell_pruned(numbers[1])
+    study.tell_pruned(numbers[1], {})
     study.tell_failed(numbers[2])
     study.tell_infeasible(numbers[3], {"world_size_within_cluster": 2.0})
     states = [OptunaState.COMPLETE, OptunaState.PRUNED, OptunaState.FAIL, OptunaState.PRUNED, OptunaState.RUNNING]
@@ -104,7 +104,7 @@ def test_the_sampler_sees_the_trials_that_run_and_the_latest_that_ended(monkeypa
     assert study.ask().number == 20, "what is not shown is not forgotten"
 
 
-@pytest.mark.parametrize(("sampler", "most"), [("tpe", 8), ("gp", 4), ("nsga2", 12)])
+@pytest.mark.parametrize(("sampler", "most"), [("tpe", 8), ("gp", 10), ("nsga2", 12)])
 def test_every_sampler_keeps_away_from_what_was_infeasible(sampler: SamplerName, most: int) -> None:
     """Half of the space is infeasible; told as FAIL, as Ray does, TPE would propose it again and again."""
     study = make(sampler=sampler, world_size={"choice": [1, 2, 4, 8]}, dataset_fraction=1.0, global_batch_size=16, lora_rank=4)
@@ -172,3 +172,40 @@ def test_known_points_come_first_and_once_and_the_sampler_fills_them_in() -> Non
     once = resumed(asked[:1], points=points, **space)
     assert once.ask().params["lora_rank"] == 32, "the second point is still to come"
     assert once.ask().params | points[0] != points[0], "a resumed study begins with the points again"
+
+
+def without_models(study: Study) -> Study:
+    """Let chance propose in the place of every method, of which the study chooses one all the same."""
+    study._samplers = {method: optuna.samplers.RandomSampler(seed=0) for method in study._samplers}
+    return study
+
+
+@pytest.mark.parametrize("num_past", [0, 20])
+def test_auto_is_gp_until_so_many_trials_are_known_or_running_and_then_tpe(num_past: int) -> None:
+    study = without_models(make(sampler="auto"))
+    other, values = make(sampler="random", seed=1), {"accuracy": 0.5, "train_seconds": 3.0}
+    study.learn(PastTrial(params=other.ask().params, values=values, constraints={}) for _ in range(num_past))
+    for known in range(num_past, MAX_GP_TRIALS):
+        assert study._chosen_method() == "gp", known
+        number = study.ask().number
+        if known % 2:
+            study.tell_complete(number, values, {})
+    assert study._chosen_method() == "tpe"
+
+
+def test_a_model_that_proposes_the_same_again_gives_way_to_chance() -> None:
+    study = without_models(make(sampler="gp", learning_rate=1e-3, global_batch_size=8, lora_rank=4, dataset_fraction=1.0))
+    chosen = []
+    for _ in range(3):
+        chosen.append(study._chosen_method())
+        study.ask()
+    assert chosen == ["gp", "gp", "random"]
+
+
+def test_a_stopped_or_diverged_trial_is_as_bad_as_the_worst_for_who_sees_complete_ones_alone() -> None:
+    study = make(sampler="gp")
+    first, second = study.ask().number, study.ask().number
+    study.tell_complete(first, {"accuracy": 0.5, "train_seconds": 9.0}, {"memory": 0.0})
+    study.tell_pruned(second, {"memory": 0.0})
+    assert trials(study)[second].values == [0.5, math.log(9.0)]
+    assert [t.constraints for t in trials(study)] == [{"memory": 0.0}] * 2, "the same of every trial, or GP refuses"
