@@ -61,7 +61,7 @@ class _GroupState:
     """When its job is predicted to end, by the monotonic clock; one that goes on from a checkpoint may end sooner."""
     leaving: bool = False
     ever_joined: bool = False
-    place: Any = None
+    placement_group: Any = None
 
 
 class Dispatcher:
@@ -151,9 +151,9 @@ class Dispatcher:
         """Return what all jobs share."""
         return self._task
 
-    async def placed(self, group_id: str, place: Any) -> None:
+    async def placed(self, group_id: str, placement_group: Any) -> None:
         """Take note of the placement group that Ray Train holds for a group's workers."""
-        self._groups[group_id].place = place
+        self._groups[group_id].placement_group = placement_group
 
     async def join(self, group_id: str, rank: int) -> int:
         """Wait until all ranks of the group are here; return its generation, which fences off the ranks before a restart."""
@@ -308,7 +308,8 @@ class Dispatcher:
             error = failure
             logger.warning("worker group %s ended: %s", group_id, failure)
             # Its controller may have been killed, and then nobody else gives the workers' place back.
-            await asyncio.get_running_loop().run_in_executor(self._threads, self._vacate, self._groups[group_id].place)
+            left = self._groups[group_id].placement_group
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._vacate, left)
         group = self._groups.pop(group_id)
         if not group.ever_joined and not group.leaving:
             self._failed_starts += 1
@@ -328,12 +329,12 @@ class Dispatcher:
                     self._end(state, {"state": "failed", "kind": "no_workers", "message": message})
         await self._place()
 
-    def _vacate(self, place: Any) -> None:
+    def _vacate(self, placement_group: Any) -> None:
         import ray
 
         try:
-            if place is not None:
-                ray.util.remove_placement_group(place)
+            if placement_group is not None:
+                ray.util.remove_placement_group(placement_group)
         except Exception as error:
             logger.warning("the place of a worker group could not be given back: %s", error)
 

@@ -82,7 +82,6 @@ class Study:
         self._num_ended = 0
         self._num_infeasible = 0
         self._worst: list[float] = []
-        self._seen: set[tuple[tuple[str, Any], ...]] = set()
         self._is_repeating = False
         self._running: dict[int, Trial] = {}
 
@@ -175,14 +174,15 @@ class Study:
                 self._running[number].set_constraint(name, float(value))
 
     def _ask(self) -> Proposal:
-        self._study.sampler = self._samplers[self._chosen_method()]
+        method = self._chosen_method()
+        self._study.sampler = self._samplers[method]
         trial = self._study.ask()
         params = self._space.suggest(trial)
         number = trial.number - self._num_past
         self._running[number] = trial
-        key = tuple(trial.params.items())
-        self._is_repeating = key in self._seen
-        self._seen.add(key)
+        # A Gaussian process that has learned nothing new proposes the same again.
+        others = (t for t in self._study.get_trials(deepcopy=False) if t.number != trial.number) if method == "gp" else ()
+        self._is_repeating = any(other.params == trial.params for other in others)
         self._num_asked += 1
         self._num_proposed += 1
         return Proposal(number=number, params=params)
@@ -228,8 +228,7 @@ class Study:
         is_misled = 10 * num_trained < self._num_ended and num_trained < len(self._running)
         num_seen = self._num_ended + len(self._running)
         method = self._method if self._method != "auto" else "gp" if num_seen < MAX_GP_TRIALS else "tpe"
-        # A Gaussian process that has learned nothing new proposes the same again.
-        return "random" if is_misled or (method == "gp" and self._is_repeating) else method
+        return "random" if is_misled or self._is_repeating else method
 
 
 def _scaled(metric: str, value: float) -> float:

@@ -327,15 +327,15 @@ class Position:
     def suggest(self, name: str, suggester: Suggester) -> float:
         """Return a number of the range, to ten digits, so that the encoding of a number gives that number again."""
         low, high = self._ends()
-        value = self._outer(low + suggester.suggest_float(name, 0.0, 1.0) * (high - low))
+        value = self._outer(low + suggester.suggest_float(f"{name}_position", 0.0, 1.0) * (high - low))
         least, most = self.range.bounds
         return min(max(float(f"{value:.10g}"), least), most)
 
     def encode(self, name: str, value: Any) -> dict[str, Any]:
         """Return the position of a number; ValueError where the range does not hold it."""
-        self.range.encode(name.removesuffix("_position"), value)
+        self.range.encode(name, value)
         low, high = self._ends()
-        return {name: min(max((self._inner(value) - low) / (high - low), 0.0), 1.0)}
+        return {f"{name}_position": min(max((self._inner(value) - low) / (high - low), 0.0), 1.0)}
 
     def ends(self) -> list[Any]:
         """Return the low and the high end of the range."""

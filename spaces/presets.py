@@ -21,7 +21,7 @@ RATE_WIDTH, RATE_EXPONENT = 2000, 0.781
 HIGHER_RATE = 2.0
 # From as many rows small batches learn as much or more, down to the smallest that keeps the device busy, and forgive a wrong rate
 # (Marek et al. 2025, arXiv 2507.07101). With MiniLM on 1,232 short rows of banking77 three epochs with 16 rows instead of 32 give
-# 0.73 instead of 0.63 in full, 0.71 instead of 0.59 with LoRA; with 8 they give 0.81 and 0.74, but take half as long again.
+# 0.73 instead of 0.63 in full, 0.71 instead of 0.59 with LoRA; with 8 they give 0.81 and 0.74 in 1.4 and 1.2 times the seconds.
 BATCH_SIZE = 16
 # New rows teach more than rows that are seen again (Muennighoff et al. 2023, arXiv 2305.16264), so the short training is one pass
 # over all of them; so are 29 of the 34 on the fronts of a random grid (benchmarks/results/learning_curves.json). For the long one
@@ -36,9 +36,9 @@ STRATEGIES = ("ddp", "fsdp", "tp")
 def starting_points(space: SpaceSpec, *, width: int, limits: Limits, max_length: int) -> list[dict[str, Any]]:
     """Return up to six points to try first: a short and a long training with each adapter, and a higher rate for each.
 
-    What trains side by side on two workers is a short one in full, which learns more from few steps, and a long one with LoRA:
-    between them lies most of the front. Values outside the user's ranges become the nearest inside; knobs that nothing is known
-    about are left to the sampler, and all but the rate of the last ones.
+    What trains side by side on two workers is a short one in full, which learns more from few steps, and a long one with LoRA.
+    Values outside the user's ranges become the nearest inside; knobs that nothing is known about are left to the sampler, and all
+    but the rate of the last ones.
 
     Args:
         space: the user's.

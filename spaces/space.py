@@ -284,7 +284,7 @@ class SpaceSpec(BaseModel):
             if isinstance(domain, ByAdapter):
                 own, domains = domain.of(params["adapter"]), [domain.of(adapter) for adapter in self.adapter.ends()]
                 if isinstance(own, Uniform | LogUniform) and all(isinstance(d, Uniform | LogUniform) for d in domains):
-                    yield knob, f"{knob}_position", Position(own)
+                    yield knob, knob, Position(own)
                 else:
                     # One name per adapter: under one name the sampler would take two ranges for one.
                     yield knob, f"{knob}_{params['adapter']}", own

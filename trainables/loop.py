@@ -94,7 +94,7 @@ def affordable_rungs(rungs: tuple[float, ...], config: TrialConfig, data: TaskDa
 
     The same on every rank, and every time: it counts tokens, of which the evaluation computes a third as much as the training.
     """
-    trained = BatchPlan(config, data).sizes().tokens.sum()
+    trained = data.train.lengths[data.subset(config.recipe.dataset_fraction)].sum() * config.recipe.epochs
     share = data.evaluation.lengths.sum() / 3 / trained
     return rungs if share <= EVALUATION_SHARE else ()
 
