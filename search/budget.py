@@ -85,9 +85,9 @@ class Spending:
         self._device_seconds = sum(r.held_seconds * _world_size(r) for r in state.records.values())
         self._holding: dict[int, tuple[float, int]] = {}
 
-    def began(self, number: int) -> None:
-        """Take note that a group has the trial; one that takes it over from a group that was lost changes nothing."""
-        self._holding.setdefault(number, (self._clock(), _world_size(self._state.records[number])))
+    def began(self, number: int, at: float) -> None:
+        """Take note that a group has the trial since then; one that takes it over from a group that was lost changes nothing."""
+        self._holding.setdefault(number, (min(at, self._clock()), _world_size(self._state.records[number])))
 
     def held(self, number: int) -> float:
         """Return for how long the trial held its group since it began, or since this was last asked."""
@@ -110,6 +110,16 @@ class Spending:
         now = self._clock()
         running = sum(max(0.0, now - since) * world_size for since, world_size in self._holding.values())
         return _used(self._spec, self._num_ended, self._state.seconds_until(now), self._device_seconds + running)
+
+    def share(self) -> float:
+        """Return the share of the budget that was used, of that limit which is the nearest; patience tells of none."""
+        spent = self.now().as_dict()
+        return min(1.0, max((spent[k] / most for k, most in limits_of(self._spec.budget).items()), default=0.0))
+
+    def seconds_left(self) -> float:
+        """Return the wall seconds until what still trains is stopped; infinite where they are not limited."""
+        most = self._spec.budget.minutes
+        return math.inf if most is None else max(0.0, 60 * most - self._state.seconds_until(self._clock()))
 
     def reached(self) -> str:
         """Return in words which limit ends even what still trains, or nothing."""

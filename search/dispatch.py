@@ -261,7 +261,7 @@ class Dispatcher:
         seconds = state.job.predicted_seconds
         group.job_ends = None if seconds is None else time.monotonic() + seconds
         group.state = GroupState.BUSY
-        state.events.append({"event": "started", "group_id": group_id, "attempt": state.attempts})
+        state.events.append({"event": "started", "group_id": group_id, "attempt": state.attempts, "at": time.time()})
 
     def _release(self, group: _GroupState) -> None:
         group.leaving = True

@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from search.acquisition import Prospect
 from search.budget import Spending, Used, counts
 from search.growth import Growth
 from search.known import Known
 from search.layouts import Forecaster, layout_to_train, layouts_of, timed_knobs
 from search.ledger import Ledger, SearchState, replay
 from search.pareto import hypervolume_of
+from search.prospects import Prospects
 from search.provenance import reproduce_command
 from search.record import TrialRecord, TrialState, classify
 from search.rungs import shares_of
@@ -77,6 +79,9 @@ class Engine:
         # Under another layout a trial is only timed where all objectives follow from that.
         self._reuses = spec.reuse and not NOT_FROM_PROFILE & {o.metric for o in spec.resolved_objectives()}
         self._known = Known(records)
+        self._prospects = Prospects(spec, outlook, self._known, reuses=self._reuses)
+        for record in records:
+            self._prospects.ended(record)
         self._exhausted = ""
         self._violated: dict[str, float] = {}
         self._spending = Spending(spec, self._state, clock)
@@ -150,10 +155,10 @@ class Engine:
             predicted_seconds=self._state.records[assignment.number].predicted.get(TRAIN_SECONDS),
         )
 
-    def began(self, number: int) -> None:
-        """Take note that a worker group has taken the trial."""
+    def began(self, number: int, at: float) -> None:
+        """Take note that a worker group has taken the trial, in Unix seconds."""
         if number in self._live:
-            self._spending.began(number)
+            self._spending.began(number, at)
 
     def reported(self, number: int, report: Mapping[str, Any], verdict: Mapping[str, Any] | None = None) -> None:
         """Record a report at an evaluation point or the last one, with what its rung says."""
@@ -191,6 +196,7 @@ class Engine:
         self._lower_memory_limit(record)
         self._tell(record)
         self._known.ended(record)
+        self._prospects.ended(record)
         if record.is_whole:
             self._spread(record)
         self._weights.sweep(record, (*self._pending, *self._live))
@@ -247,7 +253,7 @@ class Engine:
             if proposal is None:
                 if self.num_left == 0 or self._exhausted:
                     return None
-                proposal = self._study.ask()
+                proposal = self._study.ask(self._look, budget_left=1 - self._spending.share())
                 num_asked += 1
             assignment = self._consider(proposal)
             if assignment is not None:
@@ -258,6 +264,9 @@ class Engine:
             + "; `paretune plan` shows which layouts this cluster can run"
         )
         return None
+
+    def _look(self, params: Mapping[str, Any]) -> Prospect:
+        return self._prospects.of(params, self._limits, seconds_left=self._spending.seconds_left())
 
     def _consider(self, proposal: Proposal) -> Assignment | None:
         """Make a proposal a trial, unless it cannot run, is known, or waits for what is being found out."""

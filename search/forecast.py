@@ -13,6 +13,7 @@ from search.layouts import STEP_KNOBS, layout_to_train, layouts_of, timed_knobs
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
+from spaces.draws import Draw
 from spaces.estimate import (
     ASSUMED_UTILISATION,
     MEMORY_KEPT_FREE,
@@ -113,7 +114,7 @@ class Forecaster:
     def _drawn(self) -> list[Drawn]:
         """Return proposals drawn evenly from the space, those that can run, each under the layout that a search would train."""
         length = self.spec.model.max_length
-        suggester, drawn = _EvenSuggester(random.Random(0)), []
+        suggester, drawn = Draw(random.Random(0)), []
         known: dict[str, dict[str, float]] = {}
         for _ in range(NUM_DRAWS):
             params = self.spec.space.suggest(suggester)
@@ -191,19 +192,3 @@ def _device_hours_of(drawn: Sequence[Drawn], num_trials: float) -> float:
     mean = sum(each.train for each in drawn) / len(drawn)
     timed = {knobs: hours for each in drawn[: int(num_trials)] for knobs, hours in each.others.items()}
     return mean * num_trials + sum(timed.values())
-
-
-@dataclass(frozen=True, slots=True)
-class _EvenSuggester:
-    """Draws evenly, for a mean over the space."""
-
-    draw: random.Random
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        return low * (high / low) ** self.draw.random() if log else self.draw.uniform(low, high)
-
-    def suggest_int(self, name: str, low: int, high: int) -> int:
-        return self.draw.randint(low, high)
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self.draw.choice(choices)

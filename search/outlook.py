@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,6 @@ from trainables.step_time import StepTime
 if TYPE_CHECKING:
     from spaces.blueprint import Blueprint
     from trainables.data import TaskData
-
-
-LEARNED = frozenset(name for name, metric in metrics.METRICS.items() if metric.section in ("eval", "train"))
 
 
 class Outlook:
@@ -50,6 +48,8 @@ class Outlook:
         self._spec, self._data, self._model, self._plan = spec, data, model, plan
         self._device, self._profiles = device, profiles
         self._known: dict[str, dict[str, Any] | None] = {}
+        self._row_tokens = float(data.train.lengths.mean())
+        self._row_targets = float(data.train.num_targets.mean())
 
     def __call__(self, config: TrialConfig) -> dict[str, Any]:
         """Return `memory` by term and `train_seconds` with `time_source`, as far as they can be said.
@@ -67,6 +67,21 @@ class Outlook:
             return {**predicted, metrics.TRAIN_SECONDS: seconds_of(profile, sizes), "time_source": "profile"}
         estimated = self._estimated_seconds(config, sizes)
         return predicted if estimated is None else {**predicted, metrics.TRAIN_SECONDS: estimated, "time_source": "estimate"}
+
+    def rough_seconds(self, config: TrialConfig) -> float:
+        """Return about how long such a trial trains: as if all its rows were as long as the mean.
+
+        Nothing is planned batch by batch, so that it takes some microseconds. Where neither a step profile nor an estimate is there,
+        it is the number of rows that are trained, which goes with the time.
+        """
+        recipe = config.recipe
+        rows = max(1.0, recipe.dataset_fraction * recipe.epochs * self._data.train.num_rows)
+        steps = math.ceil(rows / recipe.global_batch_size)
+        profile = self._profile(config)
+        if profile is not None:
+            return float(steps * profile["fixed_seconds"] + rows * self._row_tokens * profile["seconds_per_token"])
+        estimated = self._estimated_step(config, self._row_tokens, self._row_targets)
+        return rows if estimated is None else steps * estimated
 
     def has_profile(self, config: TrialConfig) -> bool:
         """Return whether the steps of such a trial were timed."""
@@ -114,6 +129,12 @@ class Outlook:
         return asdict(rank_memory(self._plan, config, length, num_targets, is_on_gpu=self._device["type"] == "cuda"))
 
     def _estimated_seconds(self, config: TrialConfig, sizes: StepSizes) -> float | None:
+        num_rows = sizes.rows.sum()
+        step = self._estimated_step(config, float(sizes.padded_tokens.sum() / num_rows), float(sizes.targets.sum() / num_rows))
+        return None if step is None else step * len(sizes.rows)
+
+    def _estimated_step(self, config: TrialConfig, length: float, num_targets: float) -> float | None:
+        """Return the seconds of a step with rows of this many tokens and targets."""
         device = self._device
         if self._plan is None or "bytes_per_second" not in device:
             return None
@@ -123,12 +144,10 @@ class Outlook:
             bytes_per_second=device["bytes_per_second"],
             link=device["link_bytes_per_second"],
         )
-        length = float(sizes.padded_tokens.sum() / sizes.rows.sum())
         try:
-            step = estimate_step(self._plan, config, machine, length, float(sizes.targets.sum() / sizes.rows.sum()))
+            return estimate_step(self._plan, config, machine, length, num_targets).seconds
         except NoPeak:
             return None
-        return step.seconds * len(sizes.rows)
 
 
 def seconds_of(profile: Mapping[str, Any], sizes: StepSizes) -> float:
@@ -151,7 +170,7 @@ def values_under(
     """
     seconds = seconds_of(profile, sizes)
     device_seconds = seconds * config.layout.world_size
-    result = {name: value for name, value in values.items() if name in LEARNED}
+    result = {name: value for name, value in values.items() if name in metrics.LEARNED}
     result |= {
         metrics.TRAIN_SECONDS: seconds,
         metrics.DEVICE_SECONDS: device_seconds,

@@ -9,6 +9,7 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from search.engine import Assignment, Engine
+from trainables.job import Job
 
 # A Tune result is flattened on its way here, so reports travel as one JSON string under this key.
 MESSAGE = "message"
@@ -23,12 +24,18 @@ class EngineSearcher(Searcher):
     """
 
     def __init__(
-        self, engine: Engine, *, max_concurrent: int, stop_job: Callable[[str], None], interrupted: Callable[[], bool]
+        self,
+        engine: Engine,
+        *,
+        max_concurrent: int,
+        submit_job: Callable[[Job], Any],
+        stop_job: Callable[[str], Any],
+        interrupted: Callable[[], bool],
     ) -> None:
         super().__init__()
         self._engine = engine
         self._max_concurrent = max_concurrent
-        self._stop_job = stop_job
+        self._submit_job, self._stop_job = submit_job, stop_job
         self._interrupted = interrupted
         self._assignments: dict[str, Assignment] = {}
 
@@ -42,13 +49,16 @@ class EngineSearcher(Searcher):
         if assignment is None:
             return Searcher.FINISHED if self._engine.is_handed_out else None
         self._assignments[trial_id] = assignment
-        return {JOB: self._engine.job(assignment), NUMBER: assignment.number}
+        job = self._engine.job(assignment)
+        # Now, and not when its relay is there: at the beginning that takes seconds, in which workers would wait.
+        self._submit_job(job)
+        return {JOB: job, NUMBER: assignment.number}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Record the beginning and the end that the worker group told."""
         message, number = json.loads(result[MESSAGE]), self._assignments[trial_id].number
         if message["event"] == "started":
-            self._engine.began(number)
+            self._engine.began(number, message["at"])
         elif message["event"] == "ended":
             self._engine.ended(number, message)
 

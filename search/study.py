@@ -21,15 +21,16 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
-from spaces.metrics import METRICS
+from search.proposer import Look, Params, Proposer
+from spaces.metrics import LEARNED, METRICS
 from spaces.space import SpaceSpec
 from spaces.spec import Objective
 
-Method = Literal["tpe", "gp", "nsga2", "random"]
-SamplerName = Literal["auto"] | Method
+Method = Literal["model", "tpe", "gp", "nsga2", "random"]
+SamplerName = Literal["auto", "tpe", "gp", "nsga2", "random"]
 
 # A Gaussian process makes the most of few trials, and what it costs grows with their square and more; TPE's cost grows by little.
-MAX_GP_TRIALS = 64
+MAX_MODEL_TRIALS = 64
 # Of what is seen by its logarithm: a clock's resolution, in seconds.
 SMALLEST = 1e-6
 
@@ -74,10 +75,11 @@ class Study:
         self._seed = seed
         self._startup_trials = startup_trials
         self._points = tuple(points_to_evaluate)
-        self._samplers = self._new_samplers()
-        # Optuna numbers all its trials; an earlier search's come first, and the numbers of this search begin after them.
+        self._reseed()
+        # Optuna numbers all its trials, an earlier search's too; the numbers of this search are its own.
         self._study = optuna.create_study(storage=_Memory(), directions=[o.direction for o in self._objectives])
-        self._num_past = 0
+        self._params: dict[int, Params] = {}
+        self._bad: set[int] = set()
         self._num_asked = self._num_proposed = 0
         self._num_ended = 0
         self._num_infeasible = 0
@@ -96,20 +98,34 @@ class Study:
         for known in past:
             self._study.enqueue_trial(self._space.encode(known.params))
             trial = self._study.ask()
-            self._space.suggest(trial)
+            self._params[trial.number] = self._space.suggest(trial)
             self._running[-1] = trial  # no trial of this search has this number
             self.tell_complete(-1, known.values, known.constraints)
-            self._num_past += 1
 
-    def ask(self) -> Proposal:
-        """Propose a trial; it is RUNNING until it is told."""
+    def ask(self, look: Look | None = None, *, budget_left: float = 1.0) -> Proposal:
+        """Propose a trial; it is RUNNING until it is told.
+
+        The model divides what it expects of a point by its cost to the power of `budget_left`: what costs little is tried first, and
+        towards the end it does not matter any more. Optuna's samplers do not tell what they expect, and their proposals are taken.
+
+        Args:
+            look: tells what is known of any point of the space; without it there is no model.
+            budget_left: share of the search's budget, from 0 to 1.
+        """
+        method = self._chosen_method()
         if self._num_proposed < len(self._points):
-            self._study.enqueue_trial(self._space.encode(self._points[self._num_proposed]))
-        return self._ask()
+            return self._take(*self._candidate("random", self._points[self._num_proposed]))
+        known = self._known() if method == "model" else []
+        if look is not None and len(known) >= max(2, self._startup_trials):
+            running = [self._params[trial.number] for trial in self._running.values()]
+            params = self._proposer.propose(known, running, look, budget_left)
+            if params is not None:
+                return self._take(*self._candidate("random", params))
+        return self._take(*self._candidate(method))
 
     def reserve(self) -> int:
         """Return the number of a trial that the sampler learns nothing of."""
-        self._pass_over()
+        self._num_asked += 1
         return self._num_asked - 1
 
     def restore(self, asked: Mapping[int, Mapping[str, Any] | None]) -> None:
@@ -120,21 +136,19 @@ class Study:
         A trial that the space holds no more, since the user changed it, teaches the sampler nothing.
         """
         for number in sorted(asked):
-            while self._num_asked < number:
-                self._pass_over()
+            self._num_asked = number
             params = asked[number]
-            if params is None:
-                self._pass_over()
-                continue
             try:
-                self._study.enqueue_trial(self._space.encode(params))
+                candidate = None if params is None else self._candidate("random", params)
             except ValueError:
-                self._pass_over()
+                candidate = None
+            if candidate is None:
+                self.reserve()
             else:
-                self._ask()
+                self._take(*candidate)
         # A resumed study must not propose its first points again, so the seed moves on with the trials.
         self._seed += self._num_asked
-        self._samplers = self._new_samplers()
+        self._reseed()
 
     def tell_complete(self, number: int, values: Mapping[str, float], constraints: Mapping[str, float]) -> None:
         """End a trial with its objectives' values, and with its constraints: GP wants the same ones of every trial.
@@ -154,43 +168,66 @@ class Study:
         It is pruned. GP and NSGA-II see nothing but complete trials: for them it is one, as bad as the worst in each objective.
         """
         self._num_infeasible += number in self._running
-        self.tell_pruned(number, constraints)
+        self._tell_bad(number, constraints, is_complete=self._method in ("gp", "nsga2"))
 
     def tell_pruned(self, number: int, constraints: Mapping[str, float]) -> None:
         """End a trial that was stopped early or diverged; values at a lower fidelity are no values of the trial."""
-        self._constrain(number, constraints)
-        if self._method in ("auto", "gp", "nsga2") and self._worst:
-            self._tell(number, OptunaState.COMPLETE, values=self._worst)
-        else:
-            self._tell(number, OptunaState.PRUNED)
+        self._tell_bad(number, constraints, is_complete=self._method in ("auto", "gp", "nsga2"))
 
     def tell_failed(self, number: int) -> None:
         """End a trial whose failure says nothing about its params."""
         self._tell(number, OptunaState.FAIL)
+
+    def _tell_bad(self, number: int, constraints: Mapping[str, float], *, is_complete: bool) -> None:
+        self._constrain(number, constraints)
+        if is_complete and self._worst:
+            self._bad.add(self._running[number].number)
+            self._tell(number, OptunaState.COMPLETE, values=self._worst)
+        else:
+            self._tell(number, OptunaState.PRUNED)
 
     def _constrain(self, number: int, constraints: Mapping[str, float]) -> None:
         if number in self._running:
             for name, value in constraints.items():
                 self._running[number].set_constraint(name, float(value))
 
-    def _ask(self) -> Proposal:
-        method = self._chosen_method()
+    def _candidate(self, method: Method, params: Params | None = None) -> tuple[Trial, dict[str, Any]]:
+        """Return a new trial; with these params, of which the method fills in what is missing.
+
+        Raises:
+            ValueError: the space does not hold them.
+        """
+        if params is not None:
+            self._study.enqueue_trial(self._space.encode(params))
         self._study.sampler = self._samplers[method]
         trial = self._study.ask()
         params = self._space.suggest(trial)
-        number = trial.number - self._num_past
-        self._running[number] = trial
         # A Gaussian process that has learned nothing new proposes the same again.
         others = (t for t in self._study.get_trials(deepcopy=False) if t.number != trial.number) if method == "gp" else ()
         self._is_repeating = any(other.params == trial.params for other in others)
-        self._num_asked += 1
+        return trial, params
+
+    def _take(self, trial: Trial, params: dict[str, Any]) -> Proposal:
+        """Make a candidate the proposal."""
+        number = self.reserve()
+        self._running[number] = trial
+        self._params[trial.number] = params
         self._num_proposed += 1
         return Proposal(number=number, params=params)
 
-    def _pass_over(self) -> None:
-        """Leave out a number."""
-        self._study.add_trial(optuna.trial.create_trial(state=OptunaState.FAIL))
-        self._num_asked += 1
+    def _known(self) -> list[tuple[Params, tuple[float, ...]]]:
+        """Return the params of complete trials and their objectives as costs; nan where one is only told as the worst.
+
+        A trial that diverged or was stopped learned badly; how long it would have taken it does not tell.
+        """
+        signs = [1.0 if o.direction == "minimize" else -1.0 for o in self._objectives]
+        known = []
+        for trial in self._study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,)):
+            values = [s * v for s, v in zip(signs, trial.values, strict=True)]
+            if trial.number in self._bad:
+                values = [v if o.metric in LEARNED else math.nan for o, v in zip(self._objectives, values, strict=True)]
+            known.append((self._params[trial.number], tuple(values)))
+        return known
 
     def _tell(self, number: int, state: OptunaState, values: Sequence[float] | None = None) -> None:
         # The first end counts; a trial that was passed over has none.
@@ -199,10 +236,16 @@ class Study:
             self._num_ended += state is not OptunaState.FAIL
             self._study.tell(trial, values=values, state=state)
 
-    def _new_samplers(self) -> dict[Method, BaseSampler]:
-        """Return the methods that were asked for and what stands in for them."""
-        methods: tuple[Method, ...] = ("gp", "tpe") if self._method == "auto" else (self._method,)
-        return {method: self._new_sampler(method) for method in ("random", *methods)}
+    def _reseed(self) -> None:
+        """Make the methods that were asked for, and what stands in for them."""
+        methods: tuple[Method, ...] = ("model", "tpe") if self._method == "auto" else (self._method,)
+        self._samplers = {method: self._new_sampler(method) for method in ("random", *methods)}
+        signs = [1.0 if o.direction == "minimize" else -1.0 for o in self._objectives]
+        references = [
+            None if o.reference is None else sign * _scaled(o.metric, o.reference)
+            for o, sign in zip(self._objectives, signs, strict=True)
+        ]
+        self._proposer = Proposer(self._space, self._objectives, references, self._seed)
 
     def _new_sampler(self, method: Method) -> BaseSampler:
         match method:
@@ -215,7 +258,7 @@ class Study:
             case "nsga2":
                 # Generations as large as the beginning; Optuna's fifty would be most of a search.
                 return NSGAIISampler(seed=self._seed, population_size=max(self._startup_trials, 2))
-            case "random":
+            case "random" | "model":  # what a model leaves open is drawn evenly
                 return RandomSampler(seed=self._seed)
 
     def _chosen_method(self) -> Method:
@@ -227,7 +270,7 @@ class Study:
         num_trained = self._num_ended - self._num_infeasible
         is_misled = 10 * num_trained < self._num_ended and num_trained < len(self._running)
         num_seen = self._num_ended + len(self._running)
-        method = self._method if self._method != "auto" else "gp" if num_seen < MAX_GP_TRIALS else "tpe"
+        method = self._method if self._method != "auto" else "model" if num_seen < MAX_MODEL_TRIALS else "tpe"
         return "random" if is_misled or self._is_repeating else method
 
 
@@ -248,8 +291,7 @@ class _Memory(optuna.storages.InMemoryStorage):
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         """Return the new trial's id."""
         trial_id = super().create_new_trial(study_id, template_trial)
-        if template_trial is None or not template_trial.state.is_finished():
-            self._open.add(trial_id)
+        self._open.add(trial_id)
         return trial_id
 
     def set_trial_state_values(self, trial_id: int, state: OptunaState, values: Sequence[float] | None = None) -> bool:

@@ -26,8 +26,9 @@ RELAY_ON_HEAD = {"node:__internal_head__": 0.001}
 
 
 def relay(config: dict[str, Any], dispatcher: Any) -> None:
-    """Be one Tune trial: hand the job in and pass on what its worker group reports."""
+    """Be one Tune trial: pass on what the job's worker group reports."""
     job = config[JOB]
+    # The searcher has handed it in; where Tune starts a lost relay again, it may have been forgotten since.
     ray.get(dispatcher.submit.remote(job))
     while True:
         for event in ray.get(dispatcher.poll.remote(job.job_id)):
@@ -97,7 +98,13 @@ def run(
     # Tune's snapshots are not read, so they need not be written every ten seconds.
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"
     # One more than have a relay, which waits for the next actor that comes free.
-    searcher = EngineSearcher(engine, max_concurrent=max_concurrent + 1, stop_job=dispatcher.stop.remote, interrupted=interrupted)
+    searcher = EngineSearcher(
+        engine,
+        max_concurrent=max_concurrent + 1,
+        submit_job=dispatcher.submit.remote,
+        stop_job=dispatcher.stop.remote,
+        interrupted=interrupted,
+    )
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(relay, dispatcher=dispatcher), relay_resources(max_concurrent)),
         tune_config=tune.TuneConfig(

@@ -192,3 +192,6 @@ _TABLE = (
 NOT_FROM_PROFILE = frozenset({TOTAL_SECONDS, HFU})
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
+
+# What follows from the recipe alone, however it is spread over devices.
+LEARNED = frozenset(name for name, metric in METRICS.items() if metric.section in ("eval", "train"))

@@ -195,11 +195,12 @@ class SamplerSpec(_Section):
     """What proposes trials."""
 
     method: Literal["auto", "tpe", "gp", "nsga2", "random"] = "auto"
-    """Tree-structured Parzen estimator, Gaussian process, NSGA-II (many trials), or random points; `auto`: the Gaussian process until
-    64 trials are known, then the estimator."""
+    """Optuna's tree-structured Parzen estimator, Gaussian process, NSGA-II (many trials), or random points. `auto`: until 64 trials
+    are known what is expected to widen the front the most for the time that it takes, by Gaussian processes that know how long a
+    trial will take; then the estimator."""
     seed: AtLeastZero = 0
     """Seeds the proposals."""
-    startup_trials: AtLeastZero = 4
+    startup_trials: AtLeastZero = 3
     """Trials before a model of them is trusted, the usual points among them and the others random; NSGA-II's generations are as
     large."""
     warm_start: Text | None = None
@@ -207,7 +208,7 @@ class SamplerSpec(_Section):
     from its trials."""
     points_to_evaluate: tuple[dict[str, Any], ...] | None = None
     """Points that are known to be good, tried first: each gives values to some knobs; the sampler fills in the others. By default,
-    without a warm start, up to six that are usual for the model's width, inside the space; `[]` for none."""
+    without a warm start, up to four that are usual for the model's width, inside the space; `[]` for none."""
 
 
 class SchedulerSpec(_Section):

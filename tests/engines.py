@@ -23,6 +23,16 @@ from spaces.loading import load_spec
 STOP = {"share": 1 / 9, "goes_on": False, "place": 3, "num_entries": 3, "quota": 1, "front": 2, "num_fronts": 2}
 
 
+class Clock:
+    """Seconds from the real time on, as the ledger's events have it, that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.began = self.now = time.time()
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class Profiles:
     """Says that a step takes a second on one rank and 0.7 on more, once it was timed; knows nothing before."""
 
@@ -31,6 +41,9 @@ class Profiles:
 
     def __call__(self, config: TrialConfig) -> dict[str, Any]:
         return {}
+
+    def rough_seconds(self, config: TrialConfig) -> float:
+        return 1.0
 
     def has_profile(self, config: TrialConfig) -> bool:
         return str(timed_knobs(config)) in self.known

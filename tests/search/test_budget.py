@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from engines import make, report
+from engines import Clock, make, report
 from synthetic import confirmed_event, synthetic_events
 
 from search.budget import Spending, used
@@ -20,16 +19,6 @@ from search.session import _cut_short
 from spaces.spec import SearchSpec
 
 SPACE = {"world_size": {"choice": [1, 2]}, "global_batch_size": 16}
-
-
-class Clock:
-    """Seconds from the real time on, as the ledger's events have it, that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.began = self.now = time.time()
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_device_hours_are_the_workers_of_every_trial_times_the_time_that_it_held_them(tmp_path: Path) -> None:
@@ -48,7 +37,7 @@ def test_device_hours_are_the_workers_of_every_trial_times_the_time_that_it_held
                 running[assignment.number] = SimpleNamespace(workers=assignment.config.layout.world_size, has_group=False)
         elif not running[number].has_group or rng.random() < 0.1:
             running[number].has_group = True
-            engine.began(number)  # a second time after its group was lost
+            engine.began(number, clock.now)  # a second time after its group was lost
         elif rng.random() < 0.5:
             engine.reported(number, report(0.5, 3.0, final=False))
         else:
@@ -85,7 +74,7 @@ def test_the_first_limit_that_is_reached_ends_the_search(tmp_path: Path, budget:
     assignment = engine.next()
     assert assignment is not None
     clock.now += 0 if "minutes" in words else 600  # what waits for a group holds no device
-    engine.began(assignment.number)
+    engine.began(assignment.number, clock.now)
     clock.now = clock.began + seconds + (0 if "minutes" in words else 600) - 1
     assert engine.reached == ""
     assert engine.num_left > 1e9
@@ -107,7 +96,7 @@ def test_what_was_used_up_to_an_interruption_counts_after_the_resume(tmp_path: P
     first, waits = engine.next(), engine.next()
     assert first is not None
     assert waits is not None
-    engine.began(first.number)
+    engine.began(first.number, clock.now)
     clock.now += 100
     engine.reported(first.number, report(0.5, 3.0, final=False))
     left: list[str] = []
@@ -119,7 +108,7 @@ def test_what_was_used_up_to_an_interruption_counts_after_the_resume(tmp_path: P
     resumed, _, _ = make(tmp_path, trials=3, clock=clock, price=2.0, **SPACE)
     assert resumed.used.device_hours * 3600 == pytest.approx(150 * first.config.layout.world_size)
     assert resumed.next() == first
-    resumed.began(first.number)
+    resumed.began(first.number, clock.now)
     clock.now += 10
     resumed.reported(first.number, report(0.5, 3.0))
     resumed.ended(first.number, {"state": "complete"})
@@ -147,7 +136,7 @@ def test_what_was_used_before_a_crash_counts_after_it_and_the_time_between_does_
     engine, _, store = make(tmp_path, trials=3, clock=clock, **SPACE)
     first = engine.next()
     assert first is not None
-    engine.began(first.number)
+    engine.began(first.number, clock.now)
     clock.now += 100
     engine.reported(first.number, report(0.5, 3.0, final=False))
     clock.now += 50  # lost with the driver: nobody wrote it down
@@ -159,7 +148,7 @@ def test_what_was_used_before_a_crash_counts_after_it_and_the_time_between_does_
     resumed, _, _ = make(tmp_path, trials=3, clock=clock, **SPACE)
     again = resumed.next()
     assert again == first
-    resumed.began(first.number)
+    resumed.began(first.number, clock.now)
     clock.now += 10
     resumed.reported(first.number, report(0.5, 3.0))
     resumed.ended(first.number, {"state": "complete"})

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import STOP, Profiles, make, report
+from engines import STOP, Clock, Profiles, make, report
 
 from search.engine import SearchExhausted
 from search.ledger import Ledger, replay
 from search.pareto import front
 from search.record import TrialState
+from search.study import Proposal
 from spaces.blueprint import blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import CONSTRAINTS, Limits
@@ -103,6 +104,27 @@ def test_a_job_says_how_long_it_is_predicted_to_take_also_after_a_resume(tmp_pat
     unknown = resumed.next()
     assert unknown is not None
     assert resumed.job(unknown).predicted_seconds is None
+
+
+def test_the_study_looks_at_points_with_what_is_left_of_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    engine, _, _ = make(tmp_path, trials=4, budget={"minutes": 1.0}, clock=clock, world_size={"choice": [1, 2, 4]})
+    asked = []
+
+    def ask(look: Any, *, budget_left: float) -> Proposal:
+        costs = [look(dict(proposal.params, world_size=n)) for n in (2, 4)]
+        asked.append((round(budget_left, 3), costs[0].device_seconds, [c.is_open for c in costs]))
+        return Proposal(number=len(asked), params=proposal.params | {"lora_alpha": len(asked)})
+
+    proposal = engine._study.ask()
+    monkeypatch.setattr(engine._study, "ask", ask)
+    for seconds in (0.0, 50.0, 9.5):
+        clock.now += seconds
+        assignment = engine.next()
+        assert assignment is not None
+        engine.ended(assignment.number, {"state": "stopped"})
+    # Of four trials and of a minute: none, then 50 s, then all but half a second, in which no trial of a second ends.
+    assert asked == [(1.0, 2.0, [True, False]), (0.167, 2.0, [True, False]), (0.008, 2.0, [False, False])]
 
 
 def test_infeasible_proposals_cost_none_of_the_budget(tmp_path: Path) -> None:

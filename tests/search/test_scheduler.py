@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,6 +20,7 @@ from search.rungs import Rungs
 from search.scheduler import RungScheduler
 from search.searcher import MESSAGE, EngineSearcher
 from search.store import Store
+from trainables.job import Job
 
 
 class Tune:
@@ -27,7 +29,14 @@ class Tune:
     def __init__(self, directory: Path, **changes: Any) -> None:
         self.engine, _, self.store = make(directory, **changes)
         self.stopped_jobs: list[str] = []
-        self.searcher = EngineSearcher(self.engine, max_concurrent=100, stop_job=self.stopped_jobs.append, interrupted=lambda: False)
+        self.submitted: list[Job] = []
+        self.searcher = EngineSearcher(
+            self.engine,
+            max_concurrent=100,
+            submit_job=self.submitted.append,
+            stop_job=self.stopped_jobs.append,
+            interrupted=lambda: False,
+        )
         self.scheduler = RungScheduler(self.engine, Rungs(self.engine._spec, self.engine.state.records.values()))
         self.configs: dict[str, dict[str, Any]] = {}
 
@@ -114,17 +123,18 @@ def test_the_searcher_tells_when_a_group_takes_a_trial_and_stops_what_tune_leave
     tune = Tune(tmp_path)
     for trial_id in "abc":
         tune.start(trial_id)
-    tune.result("a", event="started", group_id="g", attempt=1)
+    assert [job.job_id for job in tune.submitted] == [tune.configs[t]["job"].job_id for t in "abc"], "before a relay is there"
+    tune.result("a", event="started", group_id="g", attempt=1, at=time.time() - 60)
     tune.reports("a", 0.5, 5.0, step=9)
     tune.result("a", event="ended", state="complete", attempts=1)
     tune.searcher.on_trial_complete("a", {})
-    tune.result("b", event="started", group_id="g", attempt=1)
+    tune.result("b", event="started", group_id="g", attempt=1, at=time.time())
     tune.stopped_jobs.clear()
     # The budget is used up: Tune ends its trials, and tells nobody.
     tune.searcher.stop_rest()
     records = tune.engine.state.records
     assert [records[n].state for n in range(3)] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
-    assert records[0].held_seconds > 0
+    assert records[0].held_seconds >= 60, "from when the group took it, not from when the relay told it"
     assert records[1].held_seconds > 0
     assert records[2].held_seconds == 0
     assert tune.stopped_jobs == [tune.configs[trial_id]["job"].job_id for trial_id in "bc"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState as OptunaState
 
-from search.study import MAX_GP_TRIALS, PastTrial, Proposal, SamplerName, Study
+from search.acquisition import Prospect
+from search.hypervolume import hypervolume
+from search.study import MAX_MODEL_TRIALS, PastTrial, Proposal, SamplerName, Study
 from spaces.space import SpaceSpec
 from spaces.spec import Objective
 
@@ -78,8 +81,8 @@ def test_a_trial_that_the_space_holds_no_more_keeps_its_number_and_says_nothing(
     asked = [Proposal(number=0, params={**params, "lora_rank": 4}), Proposal(number=2, params={**params, "lora_rank": 8})]
     study = resumed(asked, lora_rank={"choice": [8, 16]})
     study.tell_complete(0, {"accuracy": 0.5, "train_seconds": 3.0}, {})
-    study.tell_complete(2, {"accuracy": 0.5, "train_seconds": 3.0}, {})
-    assert [(t.number, t.state) for t in trials(study)] == [(2, OptunaState.COMPLETE)]
+    study.tell_complete(2, {"accuracy": 0.75, "train_seconds": 3.0}, {})
+    assert [(t.state, t.values) for t in trials(study)] == [(OptunaState.COMPLETE, [0.75, math.log(3.0)])]
     assert study.ask().number == 3
 
 
@@ -181,16 +184,79 @@ def without_models(study: Study) -> Study:
 
 
 @pytest.mark.parametrize("num_past", [0, 20])
-def test_auto_is_gp_until_so_many_trials_are_known_or_running_and_then_tpe(num_past: int) -> None:
+def test_auto_is_a_model_until_so_many_trials_are_known_or_running_and_then_tpe(num_past: int) -> None:
     study = without_models(make(sampler="auto"))
     other, values = make(sampler="random", seed=1), {"accuracy": 0.5, "train_seconds": 3.0}
     study.learn(PastTrial(params=other.ask().params, values=values, constraints={}) for _ in range(num_past))
-    for known in range(num_past, MAX_GP_TRIALS):
-        assert study._chosen_method() == "gp", known
+    for known in range(num_past, MAX_MODEL_TRIALS):
+        assert study._chosen_method() == "model", known
         number = study.ask().number
         if known % 2:
             study.tell_complete(number, values, {})
     assert study._chosen_method() == "tpe"
+
+
+def curve(params: Any) -> tuple[float, float]:
+    """Return accuracy and seconds of a made-up training: more rows learn more and take longer, and one rate is the best."""
+    rows = params["dataset_fraction"] * params["epochs"]
+    rate = math.log(params["learning_rate"] / 3e-3)
+    return 0.9 * math.exp(-0.5 * rate**2) * rows / (rows + 0.6), 60.0 * rows
+
+
+def looked_at(params: Any) -> Prospect:
+    learned = {"learning_rate": math.log(params["learning_rate"]), "rows": math.log(params["dataset_fraction"] * params["epochs"])}
+    seconds = curve(params)[1]
+    # What is predicted is not what it takes, but goes with it.
+    timed = {"seconds": math.log(3 * seconds)}
+    return Prospect(learned=learned, timed=timed, belief=0.0, device_seconds=3 * seconds, is_open=params["global_batch_size"] == 16)
+
+
+def volume_after(sampler: SamplerName, seed: int, *, seconds: float) -> float:
+    """Return the hypervolume of a search on one worker after so many seconds of training."""
+    study = make(seed=seed, sampler=sampler, epochs={"int": [1, 4]}, dataset_fraction={"log_uniform": [0.05, 1.0]}, adapter="lora")
+    points, left = [], seconds
+    while left > 0:
+        proposal = study.ask(looked_at, budget_left=left / seconds)
+        accuracy, took = curve(proposal.params)
+        left -= took
+        if left > 0:
+            study.tell_complete(proposal.number, {"accuracy": accuracy, "train_seconds": took}, {})
+            points.append((-accuracy, math.log(took)))
+    return hypervolume(points, (0.0, math.log(100.0)))
+
+
+def test_the_model_finds_a_better_front_in_the_same_time_than_chance_and_than_tpe() -> None:
+    volumes = {
+        sampler: statistics.mean(volume_after(sampler, seed, seconds=600.0) for seed in range(4))
+        for sampler in ("auto", "tpe", "random")
+    }
+    assert volumes["auto"] > 1.1 * max(volumes["tpe"], volumes["random"]), volumes
+
+
+def test_the_model_proposes_only_what_is_open_and_the_same_for_the_same_seed() -> None:
+    proposals = []
+    for _ in range(2):
+        study = make(sampler="auto", epochs={"int": [1, 4]})
+        for number in range(8):
+            proposal = study.ask(looked_at)
+            assert proposal.number == number
+            assert number < 4 or proposal.params["global_batch_size"] == 16
+            study.tell_complete(proposal.number, dict(zip(("accuracy", "train_seconds"), curve(proposal.params), strict=True)), {})
+        proposals.append(study.ask(looked_at).params)
+    assert proposals[0] == proposals[1]
+
+
+def test_a_diverged_trial_is_the_worst_that_was_learned_and_tells_the_model_no_time() -> None:
+    study = make(sampler="auto")
+    first, second, third = (study.ask().number for _ in range(3))
+    study.tell_complete(first, {"accuracy": 0.5, "train_seconds": 9.0}, {})
+    study.tell_pruned(second, {})
+    study.tell_infeasible(third, {"memory": 1.0})
+    (_, told), (_, bad) = study._known()
+    assert told == (-0.5, math.log(9.0))
+    assert bad[0] == -0.5
+    assert math.isnan(bad[1])
+    assert trials(study)[third].state is OptunaState.PRUNED
 
 
 def test_a_model_that_proposes_the_same_again_gives_way_to_chance() -> None:
