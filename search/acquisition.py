@@ -134,12 +134,15 @@ class _Process:
 
     def __init__(self, table: Array, values: Array) -> None:
         from sklearn.gaussian_process import GaussianProcessRegressor
-        from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+        from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct, WhiteKernel
 
         self._mean, self._scale = float(values.mean()), float(values.std()) or 1.0
         self._table, self._values = table, values
-        # In factors of e, or from one name to another: shorter length scales would explain a handful of trials by chance.
-        kernel = ConstantKernel(1.0, (0.2, 5.0)) * RBF(np.full(table.shape[1], 2.0), (0.7, 12.0)) + WhiteKernel(0.01, (1e-3, 0.1))
+        # A line, since more rows teach more also where nothing was tried yet, and what bends away from it. Lengths are in factors of
+        # e, or from one name to another: shorter ones would explain a handful of trials by chance.
+        line = ConstantKernel(0.3, (0.01, 3.0)) * DotProduct(1.0, "fixed")
+        bend = ConstantKernel(1.0, (0.2, 5.0)) * RBF(np.full(table.shape[1], 2.0), (0.7, 12.0))
+        kernel = line + bend + WhiteKernel(0.01, (1e-3, 0.1))
         self._regressor = GaussianProcessRegressor(kernel)
         self._fit(table, values)
 
