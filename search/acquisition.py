@@ -22,10 +22,8 @@ Array = NDArray[np.float64]
 # Draws of what a point would turn out as, and directions in which hypervolume is measured.
 
 NUM_OUTCOMES, NUM_DIRECTIONS = 16, 96
-# Trials after which a belief counts as it is; from then on less, by one over their number. In a simulated search of forty trials ten
-# did no more than five.
+# Trials after which a belief counts as it is; from then on less, by one over their number.
 TRUST = 5.0
-
 
 Features = dict[str, float]
 
@@ -60,6 +58,7 @@ def choose(
     *,
     evaluated: Sequence[Evaluated],
     running: Sequence[Prospect],
+    beside: Sequence[Sequence[float]] = (),
     reference: Sequence[float],
     is_learned: Sequence[bool],
     budget_left: float,
@@ -71,8 +70,9 @@ def choose(
 
     Args:
         candidates: at least one.
-        evaluated: at least two have every objective.
+        evaluated: at least one has every objective.
         running: what was begun and has not ended.
+        beside: costs of further points of the front.
         reference: (num_objectives,), costs from which on nothing is gained.
         is_learned: (num_objectives,), whether an objective follows from the recipe alone.
         budget_left: share of the budget, from 0 to 1.
@@ -96,12 +96,15 @@ def choose(
         outcomes.append(middle[:, None] + deviation[:, None] * rng.standard_normal(NUM_OUTCOMES))
         expected.append(np.concatenate([known[:, column], mean]))
     directions = np.abs(rng.standard_normal((NUM_DIRECTIONS, len(is_learned))))
-    front = np.stack(expected, axis=-1)
+    front = np.concatenate([np.stack(expected, axis=-1), np.reshape(np.asarray(beside, dtype=float), (-1, len(is_learned)))])
     front = front[np.isfinite(front).all(axis=1)]
     gained = gains(np.stack(outcomes, axis=-1), front, np.asarray(reference, dtype=float), directions)
     costs = np.array([p.device_seconds for p in candidates])
     beliefs = np.exp([p.belief * TRUST / num_known for p in candidates])
-    return int((gained.mean(axis=1) / costs**budget_left * beliefs).argmax())
+    gained = gained.mean(axis=1)
+    # Where nothing is expected of any, the likeliest and cheapest is as good as another.
+    worth = gained if gained.any() else np.ones(len(candidates))
+    return int((worth / costs**budget_left * beliefs).argmax())
 
 
 def gains(outcomes: Array, front: Array, reference: Array, directions: Array) -> Array:

@@ -111,9 +111,12 @@ class Spending:
         running = sum(max(0.0, now - since) * world_size for since, world_size in self._holding.values())
         return _used(self._spec, self._num_ended, self._state.seconds_until(now), self._device_seconds + running)
 
-    def share(self) -> float:
-        """Return the share of the budget that was used, of that limit which is the nearest; patience tells of none."""
-        spent = self.now().as_dict()
+    def share(self, live: Iterable[TrialRecord]) -> float:
+        """Return the share of the budget that was used, of the limit that is the nearest; live trials count as trials.
+
+        Patience is no limit of this kind: nobody knows when it ends a search.
+        """
+        spent = {**self.now().as_dict(), "trials": self._num_ended + sum(map(counts, live))}
         return min(1.0, max((spent[k] / most for k, most in limits_of(self._spec.budget).items()), default=0.0))
 
     def seconds_left(self) -> float:

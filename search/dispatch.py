@@ -1,7 +1,7 @@
 """The dispatcher: one actor that owns the worker groups, their queue and what they report.
 
-A Tune trial submits a job and polls for its events; the ranks of a group take jobs from here and report to here. `placement`
-decides which groups exist. Nothing here knows what a job trains.
+The searcher or a Tune trial submits a job, and the trial polls for its events; the ranks of a group take jobs from here and report to
+here. `placement` decides which groups exist. Nothing here knows what a job trains.
 """
 
 from __future__ import annotations

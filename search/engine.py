@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from search.acquisition import Prospect
 from search.budget import Spending, Used, counts
 from search.growth import Growth
 from search.known import Known
@@ -69,24 +68,27 @@ class Engine:
         self._spec = spec
         self._ledger = ledger
         self._study = study
-        self._limits = limits
         self._outlook = outlook
         self._on_event = on_event
         self._state = replay(ledger.events())
-        for record in self._state.records.values():
-            self._lower_memory_limit(record)
         records = list(self._state.records.values())
         # Under another layout a trial is only timed where all objectives follow from that.
         self._reuses = spec.reuse and not NOT_FROM_PROFILE & {o.metric for o in spec.resolved_objectives()}
         self._known = Known(records)
-        self._prospects = Prospects(spec, outlook, self._known, reuses=self._reuses)
-        for record in records:
-            self._prospects.ended(record)
         self._exhausted = ""
         self._violated: dict[str, float] = {}
         self._spending = Spending(spec, self._state, clock)
         self._growth = Growth(spec.budget, records, self.objectives)
         self._weights = Weights(store, self._state, spec.resolved_objectives())
+        self._prospects = Prospects(
+            spec,
+            outlook,
+            self._known,
+            limits,
+            is_trained=lambda config: self._source_of(config) is not None,
+            seconds_left=self._spending.seconds_left,
+        )
+        self._prospects.restore(records)
         self._live: set[int] = set()
         self._pending = sorted(self._state.in_flight)
         self._reconcile()
@@ -193,10 +195,9 @@ class Engine:
         )
         record = self._state.records[number]
         self._spending.ended(record)
-        self._lower_memory_limit(record)
+        self._prospects.ended(record)
         self._tell(record)
         self._known.ended(record)
-        self._prospects.ended(record)
         if record.is_whole:
             self._spread(record)
         self._weights.sweep(record, (*self._pending, *self._live))
@@ -210,6 +211,7 @@ class Engine:
     def referenced(self, metrics: Mapping[str, float]) -> None:
         """Record the untrained model's score."""
         self._record("reference", metrics=dict(metrics))
+        self._study.judge(self.objectives)
 
     def test_scored(self, number: int, metrics: Mapping[str, float]) -> None:
         """Record the score of a member of the front on the test file."""
@@ -253,7 +255,8 @@ class Engine:
             if proposal is None:
                 if self.num_left == 0 or self._exhausted:
                     return None
-                proposal = self._study.ask(self._look, budget_left=1 - self._spending.share())
+                live = (self._state.records[n] for n in (*self._live, *self._pending))
+                proposal = self._study.ask(self._prospects, budget_left=1 - self._spending.share(live))
                 num_asked += 1
             assignment = self._consider(proposal)
             if assignment is not None:
@@ -265,12 +268,9 @@ class Engine:
         )
         return None
 
-    def _look(self, params: Mapping[str, Any]) -> Prospect:
-        return self._prospects.of(params, self._limits, seconds_left=self._spending.seconds_left())
-
     def _consider(self, proposal: Proposal) -> Assignment | None:
         """Make a proposal a trial, unless it cannot run, is known, or waits for what is being found out."""
-        chosen = layout_to_train(layouts_of(proposal.params, self._spec, self._limits), self._outlook)
+        chosen = layout_to_train(layouts_of(proposal.params, self._spec, self._prospects.limits), self._outlook)
         number, config, self._violated = proposal.number, chosen.config, chosen.constraints
         if not chosen.is_feasible:
             known = {"number": number, "params": chosen.params, "config": config.to_dict()}
@@ -315,7 +315,7 @@ class Engine:
     def _spread(self, record: TrialRecord) -> None:
         """Have a trained recipe timed under every other layout that is to be measured."""
         trained = record.trial_config.layout
-        for other in layouts_of(record.params, self._spec, self._limits):
+        for other in layouts_of(record.params, self._spec, self._prospects.limits):
             if other.config.layout != trained and other.is_feasible and self._known.trial_of(other.config) is None:
                 number = self._study.reserve()
                 self._start(number, other.params, other.config, source=record.number, was_proposed=False)
@@ -327,6 +327,7 @@ class Engine:
         known = {"params": dict(params), "config": config.to_dict(), "predicted": predicted}
         self._record("trial_started", number=number, **known, command=command, **origin)
         self._known.started(self._state.records[number])
+        self._prospects.started(self._state.records[number])
 
     def _finish_timed(self, number: int) -> None:
         """End a trial of which all is known."""
@@ -346,26 +347,18 @@ class Engine:
         """Return what trials share that are timed by the same steps."""
         return str(timed_knobs(self._state.records[number].trial_config))
 
-    def _lower_memory_limit(self, record: TrialRecord) -> None:
-        """Where a trial ran out of memory, whatever is predicted to hold as much would too."""
-        if record.error is None or record.error["kind"] != "out_of_memory":
-            return
-        predicted = constraints.predicted_memory(record.trial_config, self._limits)
-        if predicted is not None:
-            known = self._limits.memory_bytes
-            below = predicted.peak_bytes - 1
-            self._limits = replace(self._limits, memory_bytes=below if known is None else min(known, below))
-
     def _record(self, event: str, **fields: Any) -> None:
         line = self._ledger.append(event, **fields)
         self._state.apply(line)
         self._on_event(line)
 
     def _tell(self, record: TrialRecord) -> None:
-        known = constraints.violations(record.trial_config, self._limits)
+        known = constraints.violations(record.trial_config, self._prospects.limits)
         if record.state is TrialState.COMPLETE:
             # It ran, whatever the limits are since then.
             self._study.tell_complete(record.number, record.values, {name: min(0.0, value) for name, value in known.items()})
+        elif record.was_cut_off:
+            self._study.tell_failed(record.number)
         elif not record.feasible:
             self._study.tell_infeasible(record.number, {**known, **record.constraints})
         elif record.state is TrialState.PRUNED or (record.error or {}).get("kind") == Diverged.kind:

@@ -24,8 +24,8 @@ class Forecaster(Protocol):
     def __call__(self, config: TrialConfig) -> Mapping[str, Any]:
         """Return what is predicted: memory by term, `train_seconds`, `time_source`."""
 
-    def rough_seconds(self, config: TrialConfig) -> float:
-        """Return about how long such a trial trains, cheaply enough for hundreds; where nothing tells, in a unit of its own."""
+    def rough_seconds(self, config: TrialConfig) -> tuple[float, str]:
+        """Return about how long such a trial trains, cheaply enough for hundreds, and what says so: profile, estimate, or rows."""
 
     def has_profile(self, config: TrialConfig) -> bool:
         """Return whether the steps of such a trial were timed."""
@@ -86,7 +86,7 @@ def layout_to_train(candidates: Sequence[Candidate], outlook: Forecaster | None)
         return candidates[0]
     if len(feasible) == 1 or outlook is None or not all(outlook.has_profile(c.config) for c in feasible):
         return feasible[0]
-    return min(feasible, key=lambda c: outlook.rough_seconds(c.config) * c.config.layout.world_size)
+    return min(feasible, key=lambda c: outlook.rough_seconds(c.config)[0] * c.config.layout.world_size)
 
 
 def timed_knobs(config: TrialConfig) -> dict[str, Any]:

@@ -68,20 +68,20 @@ class Outlook:
         estimated = self._estimated_seconds(config, sizes)
         return predicted if estimated is None else {**predicted, metrics.TRAIN_SECONDS: estimated, "time_source": "estimate"}
 
-    def rough_seconds(self, config: TrialConfig) -> float:
-        """Return about how long such a trial trains: as if all its rows were as long as the mean.
+    def rough_seconds(self, config: TrialConfig) -> tuple[float, str]:
+        """Return about how long such a trial trains, as if all its rows were as long as the mean, and where that is from.
 
-        Nothing is planned batch by batch, so that it takes some microseconds. Where neither a step profile nor an estimate is there,
-        it is the number of rows that are trained, which goes with the time.
+        Nothing is planned batch by batch, so that it takes some tenths of a millisecond however many rows there are. Where neither a
+        step profile nor an estimate is there, it is the number of `rows` that are trained, which goes with the time.
         """
         recipe = config.recipe
         rows = max(1.0, recipe.dataset_fraction * recipe.epochs * self._data.train.num_rows)
         steps = math.ceil(rows / recipe.global_batch_size)
         profile = self._profile(config)
         if profile is not None:
-            return float(steps * profile["fixed_seconds"] + rows * self._row_tokens * profile["seconds_per_token"])
+            return float(steps * profile["fixed_seconds"] + rows * self._row_tokens * profile["seconds_per_token"]), "profile"
         estimated = self._estimated_step(config, self._row_tokens, self._row_targets)
-        return rows if estimated is None else steps * estimated
+        return (rows, "rows") if estimated is None else (steps * estimated, "estimate")
 
     def has_profile(self, config: TrialConfig) -> bool:
         """Return whether the steps of such a trial were timed."""

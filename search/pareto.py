@@ -47,7 +47,7 @@ def costs(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> Po
 
 def cost_vector(values: Mapping[str, float], objectives: Sequence[Objective]) -> tuple[float, ...]:
     """Return the objectives' values, all turned to minimise."""
-    return tuple(_sign(o) * values[o.metric] for o in objectives)
+    return tuple(sign_of(o) * values[o.metric] for o in objectives)
 
 
 def front_indices(rows: Points) -> np.ndarray:
@@ -87,7 +87,7 @@ def front(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> li
     indices = front_indices(costs(candidates, objectives))
     members = [record for record, index in zip(candidates, indices, strict=True) if index == 0]
     order = [cost_objective(objectives), *objectives]
-    return sorted(members, key=lambda r: ([_sign(o) * r.values[o.metric] for o in order], r.number))
+    return sorted(members, key=lambda r: ([sign_of(o) * r.values[o.metric] for o in order], r.number))
 
 
 def cost_objective(objectives: Sequence[Objective]) -> Objective:
@@ -133,9 +133,10 @@ def hypervolume_of(records: Sequence[TrialRecord], objectives: Sequence[Objectiv
     references = [o.reference for o in objectives]
     if any(reference is None for reference in references):
         return None
-    corner = [_sign(o) * o.reference for o in objectives if o.reference is not None]
+    corner = [sign_of(o) * o.reference for o in objectives if o.reference is not None]
     return hypervolume(costs(eligible(records, objectives), objectives), corner)
 
 
-def _sign(objective: Objective) -> float:
+def sign_of(objective: Objective) -> float:
+    """Return what turns an objective's values to minimise."""
     return -1.0 if objective.direction == "maximize" else 1.0

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
-from collections.abc import Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from search.acquisition import Features, Prospect
 from search.known import Known
-from search.layouts import Forecaster, layout_to_train, layouts_of
+from search.layouts import Forecaster, layout_to_train, layouts_of, timed_knobs
 from search.record import TrialRecord
 from spaces.config import TrialConfig
-from spaces.constraints import Limits
+from spaces.constraints import Limits, predicted_memory
 from spaces.metrics import TRAIN_SECONDS
 from spaces.presets import HIGHER_RATE, usual_rate
 from spaces.spec import SearchSpec
@@ -27,54 +28,102 @@ LEAST_SECONDS = 0.1
 
 
 class Prospects:
-    """Looks at proposals; learns from trials that ended how far the predicted seconds are off."""
+    """Looks at proposals; learns from trials that ended how far the predicted seconds are off, and what memory does not hold."""
 
-    def __init__(self, spec: SearchSpec, outlook: Forecaster, known: Known, *, reuses: bool) -> None:
-        """Take what does not change.
+    def __init__(
+        self,
+        spec: SearchSpec,
+        outlook: Forecaster,
+        known: Known,
+        limits: Limits,
+        *,
+        is_trained: Callable[[TrialConfig], bool],
+        seconds_left: Callable[[], float],
+    ) -> None:
+        """Take what a search knows.
 
         Args:
             spec: the search.
             outlook: predicts trials.
             known: the trials of the search.
-            reuses: whether what was trained is only timed under another layout.
+            limits: what proposals are held against.
+            is_trained: whether the recipe of a config was trained, so that it is only timed.
+            seconds_left: until the search ends, and with it what still trains.
         """
-        self._spec, self._outlook, self._known, self._reuses = spec, outlook, known, reuses
-        self._factors: deque[float] = deque(maxlen=MAX_COMPARED)
+        self.limits = limits
+        self._spec, self._outlook, self._known = spec, outlook, known
+        self._is_trained, self._seconds_left = is_trained, seconds_left
+        # By where the prediction is from: an estimate, a profile and a number of rows are off by factors of their own.
+        self._factors: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=MAX_COMPARED))
         self._others: deque[float] = deque(maxlen=MAX_COMPARED)
+        self._too_large: set[str] = set()
+        self._configs: dict[int, TrialConfig] = {}
+
+    def restore(self, records: Iterable[TrialRecord]) -> None:
+        """Take up the trials of an earlier driver."""
+        launched = [record for record in records if record.feasible_before_launch]
+        for record in launched:
+            self.started(record)
+            self._exclude(record)
+        for record in [record for record in launched if record.is_whole][-MAX_COMPARED:]:
+            self.ended(record)
+
+    def started(self, record: TrialRecord) -> None:
+        """Take note of what a trial trains, whatever layout would be chosen for its params later."""
+        self._configs[record.number] = record.trial_config
 
     def ended(self, record: TrialRecord) -> None:
         """Compare what a trial took with what was predicted."""
+        self._exclude(record)
         took = record.values.get(TRAIN_SECONDS)
         if record.is_whole and took:
-            self._factors.append(took / self._outlook.rough_seconds(record.trial_config))
+            seconds, source = self._outlook.rough_seconds(record.trial_config)
+            self._factors[source].append(took / seconds)
             self._others.append(max(0.0, record.held_seconds - took))
 
-    def of(self, params: Mapping[str, Any], limits: Limits, *, seconds_left: float = math.inf) -> Prospect:
-        """Return what is known of a proposal.
-
-        Args:
-            params: the proposal.
-            limits: what it is held against.
-            seconds_left: until the search ends, and with it what still trains.
-        """
-        chosen = layout_to_train(layouts_of(params, self._spec, limits), self._outlook)
+    def point(self, params: Mapping[str, Any]) -> Prospect:
+        """Return what is known of a point of the space, under the layout that would be trained."""
+        chosen = layout_to_train(layouts_of(params, self._spec, self.limits), self._outlook)
         config = chosen.config
-        rough = self._outlook.rough_seconds(config)
-        training = 0.0 if self._reuses and self._known.trained(config.recipe) is not None else rough
-        seconds = training * self._median(self._factors, 1.0) + self._median(self._others, 0.0)
-        is_known = self._known.trial_of(config) is not None
-        learned, timed = features(config, limits.hidden_size)
+        can_run = chosen.is_feasible and str(timed_knobs(config)) not in self._too_large
+        is_new = not self._spec.reuse or self._known.trial_of(config) is None
+        return self._prospect(config, is_open=can_run and is_new)
+
+    def trial(self, number: int | None, params: Mapping[str, Any]) -> Prospect:
+        """Return what is known of a trial, by its number; of one of an earlier search, which has none, by its params."""
+        config = None if number is None else self._configs.get(number)
+        return self._prospect(config or TrialConfig.from_params(params, max_length=self._spec.model.max_length), is_open=False)
+
+    def _exclude(self, record: TrialRecord) -> None:
+        """Where a trial ran out of memory, whatever is predicted to hold as much would too.
+
+        Of a family without formulas nothing is predicted: no trial with the same steps is proposed again.
+        """
+        if record.error is None or record.error["kind"] != "out_of_memory":
+            return
+        predicted = predicted_memory(record.trial_config, self.limits)
+        if predicted is None:
+            self._too_large.add(str(timed_knobs(record.trial_config)))
+            return
+        known = self.limits.memory_bytes
+        below = predicted.peak_bytes - 1
+        self.limits = replace(self.limits, memory_bytes=below if known is None else min(known, below))
+
+    def _prospect(self, config: TrialConfig, *, is_open: bool) -> Prospect:
+        rough, source = self._outlook.rough_seconds(config)
+        factors = self._factors.get(source)
+        seconds = rough * statistics.median(factors) if factors else rough
+        held = (0.0 if self._is_trained(config) else seconds) + (statistics.median(self._others) if self._others else 0.0)
+        # What is no time yet cannot be late.
+        is_time = bool(factors) or source != "rows"
+        learned, timed = features(config, self.limits.hidden_size)
         return Prospect(
             learned=learned,
-            timed={**timed, "seconds": math.log(rough)},
-            belief=belief(config, limits.hidden_size),
-            device_seconds=max(seconds, LEAST_SECONDS) * config.layout.world_size,
-            is_open=chosen.is_feasible and seconds <= seconds_left and not (self._spec.reuse and is_known),
+            timed={**timed, "seconds": math.log(seconds)},
+            belief=belief(config, self.limits.hidden_size),
+            device_seconds=max(held, LEAST_SECONDS) * config.layout.world_size,
+            is_open=is_open and (not is_time or held <= self._seconds_left()),
         )
-
-    @staticmethod
-    def _median(values: deque[float], default: float) -> float:
-        return statistics.median(values) if values else default
 
 
 def features(config: TrialConfig, width: int | None) -> tuple[Features, Features]:

@@ -13,7 +13,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import optuna
@@ -21,7 +21,8 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
-from search.proposer import Look, Params, Proposer
+from search.pareto import sign_of
+from search.proposer import Look, Params, Proposer, Seen
 from spaces.metrics import LEARNED, METRICS
 from spaces.space import SpaceSpec
 from spaces.spec import Objective
@@ -78,8 +79,10 @@ class Study:
         self._reseed()
         # Optuna numbers all its trials, an earlier search's too; the numbers of this search are its own.
         self._study = optuna.create_study(storage=_Memory(), directions=[o.direction for o in self._objectives])
-        self._params: dict[int, Params] = {}
+        self._seen: dict[int, Seen] = {}
         self._bad: set[int] = set()
+        self._beside: list[tuple[float, ...]] = []
+        self._is_closed = False
         self._num_asked = self._num_proposed = 0
         self._num_ended = 0
         self._num_infeasible = 0
@@ -94,11 +97,9 @@ class Study:
             ValueError: the space does not hold the params of one.
             KeyError: an objective is missing.
         """
-        self._study.sampler = self._samplers["random"]
         for known in past:
-            self._study.enqueue_trial(self._space.encode(known.params))
-            trial = self._study.ask()
-            self._params[trial.number] = self._space.suggest(trial)
+            trial, params = self._candidate("random", known.params)
+            self._seen[trial.number] = Seen(number=None, params=params)
             self._running[-1] = trial  # no trial of this search has this number
             self.tell_complete(-1, known.values, known.constraints)
 
@@ -112,16 +113,18 @@ class Study:
             look: tells what is known of any point of the space; without it there is no model.
             budget_left: share of the search's budget, from 0 to 1.
         """
-        method = self._chosen_method()
         if self._num_proposed < len(self._points):
             return self._take(*self._candidate("random", self._points[self._num_proposed]))
-        known = self._known() if method == "model" else []
-        if look is not None and len(known) >= max(2, self._startup_trials):
-            running = [self._params[trial.number] for trial in self._running.values()]
-            params = self._proposer.propose(known, running, look, budget_left)
+        method = self._chosen_method()
+        if look is not None and method == "model" and not self._is_closed:
+            params = self._modelled(look, budget_left)
             if params is not None:
                 return self._take(*self._candidate("random", params))
         return self._take(*self._candidate(method))
+
+    def judge(self, objectives: Sequence[Objective]) -> None:
+        """Take the objectives with references that were not known at the beginning."""
+        self._objectives = tuple(objectives)
 
     def reserve(self) -> int:
         """Return the number of a trial that the sampler learns nothing of."""
@@ -153,10 +156,15 @@ class Study:
     def tell_complete(self, number: int, values: Mapping[str, float], constraints: Mapping[str, float]) -> None:
         """End a trial with its objectives' values, and with its constraints: GP wants the same ones of every trial.
 
+        Of one whose number was reserved the sampler learns nothing, but that there is such a point on the front.
+
         Raises:
             KeyError: an objective is missing; the caller tells such a trial as failed.
         """
         reached = [_scaled(o.metric, values[o.metric]) for o in self._objectives]
+        if number not in self._running:
+            self._beside.append(self._costs(reached))
+            return
         self._constrain(number, constraints)
         self._tell(number, OptunaState.COMPLETE, values=reached)
         worse = [max if o.direction == "minimize" else min for o in self._objectives]
@@ -168,20 +176,22 @@ class Study:
         It is pruned. GP and NSGA-II see nothing but complete trials: for them it is one, as bad as the worst in each objective.
         """
         self._num_infeasible += number in self._running
-        self._tell_bad(number, constraints, is_complete=self._method in ("gp", "nsga2"))
+        self._tell_bad(number, constraints)
 
     def tell_pruned(self, number: int, constraints: Mapping[str, float]) -> None:
         """End a trial that was stopped early or diverged; values at a lower fidelity are no values of the trial."""
-        self._tell_bad(number, constraints, is_complete=self._method in ("auto", "gp", "nsga2"))
+        if number in self._running:
+            self._bad.add(self._running[number].number)
+        self._tell_bad(number, constraints)
 
     def tell_failed(self, number: int) -> None:
         """End a trial whose failure says nothing about its params."""
+        self._is_closed = False
         self._tell(number, OptunaState.FAIL)
 
-    def _tell_bad(self, number: int, constraints: Mapping[str, float], *, is_complete: bool) -> None:
+    def _tell_bad(self, number: int, constraints: Mapping[str, float]) -> None:
         self._constrain(number, constraints)
-        if is_complete and self._worst:
-            self._bad.add(self._running[number].number)
+        if self._method in ("gp", "nsga2") and self._worst:
             self._tell(number, OptunaState.COMPLETE, values=self._worst)
         else:
             self._tell(number, OptunaState.PRUNED)
@@ -211,23 +221,40 @@ class Study:
         """Make a candidate the proposal."""
         number = self.reserve()
         self._running[number] = trial
-        self._params[trial.number] = params
+        if self._method == "auto":
+            self._seen[trial.number] = Seen(number=number, params=params)
         self._num_proposed += 1
         return Proposal(number=number, params=params)
 
-    def _known(self) -> list[tuple[Params, tuple[float, ...]]]:
-        """Return the params of complete trials and their objectives as costs; nan where one is only told as the worst.
+    def _modelled(self, look: Look, budget_left: float) -> dict[str, Any] | None:
+        """Return what the model proposes; nothing as long as it knows too little, or where it finds nothing to try."""
+        ended = self._known()
+        if len(ended) < max(1, self._startup_trials) or not self._worst:
+            return None
+        running = [self._seen[trial.number] for trial in self._running.values()]
+        references = [None if o.reference is None else sign_of(o) * _scaled(o.metric, o.reference) for o in self._objectives]
+        params = self._proposer.propose(
+            ended=ended, running=running, beside=self._beside, references=references, look=look, budget_left=budget_left
+        )
+        # Until a trial fails and may be tried again: a space of few points may have none left, of which hundreds of proposals come.
+        self._is_closed = params is None
+        return params
 
-        A trial that diverged or was stopped learned badly; how long it would have taken it does not tell.
+    def _known(self) -> list[Seen]:
+        """Return complete trials with their costs, and those that diverged or were stopped.
+
+        Of these it is known that they learned badly, as badly as the worst so far; how long they would have taken is not.
         """
-        signs = [1.0 if o.direction == "minimize" else -1.0 for o in self._objectives]
+        worst = [v if o.metric in LEARNED else math.nan for o, v in zip(self._objectives, self._worst, strict=False)]
         known = []
-        for trial in self._study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,)):
-            values = [s * v for s, v in zip(signs, trial.values, strict=True)]
-            if trial.number in self._bad:
-                values = [v if o.metric in LEARNED else math.nan for o, v in zip(self._objectives, values, strict=True)]
-            known.append((self._params[trial.number], tuple(values)))
+        for trial in self._study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE, OptunaState.PRUNED)):
+            is_complete = trial.state is OptunaState.COMPLETE
+            if worst and (is_complete or trial.number in self._bad):
+                known.append(replace(self._seen[trial.number], costs=self._costs(trial.values if is_complete else worst)))
         return known
+
+    def _costs(self, values: Sequence[float]) -> tuple[float, ...]:
+        return tuple(sign_of(o) * value for o, value in zip(self._objectives, values, strict=True))
 
     def _tell(self, number: int, state: OptunaState, values: Sequence[float] | None = None) -> None:
         # The first end counts; a trial that was passed over has none.
@@ -238,14 +265,13 @@ class Study:
 
     def _reseed(self) -> None:
         """Make the methods that were asked for, and what stands in for them."""
-        methods: tuple[Method, ...] = ("model", "tpe") if self._method == "auto" else (self._method,)
-        self._samplers = {method: self._new_sampler(method) for method in ("random", *methods)}
-        signs = [1.0 if o.direction == "minimize" else -1.0 for o in self._objectives]
-        references = [
-            None if o.reference is None else sign * _scaled(o.metric, o.reference)
-            for o, sign in zip(self._objectives, signs, strict=True)
-        ]
-        self._proposer = Proposer(self._space, self._objectives, references, self._seed)
+        chance = self._new_sampler("random")
+        # What a model leaves open is left to chance.
+        self._samplers: dict[Method, BaseSampler] = {"random": chance, "model": chance}
+        if self._method != "random":
+            method: Method = "tpe" if self._method == "auto" else self._method
+            self._samplers[method] = self._new_sampler(method)
+        self._proposer = Proposer(self._space, self._objectives, self._seed)
 
     def _new_sampler(self, method: Method) -> BaseSampler:
         match method:
@@ -258,7 +284,7 @@ class Study:
             case "nsga2":
                 # Generations as large as the beginning; Optuna's fifty would be most of a search.
                 return NSGAIISampler(seed=self._seed, population_size=max(self._startup_trials, 2))
-            case "random" | "model":  # what a model leaves open is drawn evenly
+            case "random" | "model":
                 return RandomSampler(seed=self._seed)
 
     def _chosen_method(self) -> Method:
@@ -268,9 +294,10 @@ class Study:
         bad. So on a large cluster, where hundreds run before one has ended, it would propose what is infeasible again and again.
         """
         num_trained = self._num_ended - self._num_infeasible
+        if self._method == "auto" and num_trained + len(self._running) < MAX_MODEL_TRIALS:
+            return "model"
         is_misled = 10 * num_trained < self._num_ended and num_trained < len(self._running)
-        num_seen = self._num_ended + len(self._running)
-        method = self._method if self._method != "auto" else "model" if num_seen < MAX_MODEL_TRIALS else "tpe"
+        method: Method = "tpe" if self._method == "auto" else self._method
         return "random" if is_misled or self._is_repeating else method
 
 

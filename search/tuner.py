@@ -97,10 +97,9 @@ def run(
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     # Tune's snapshots are not read, so they need not be written every ten seconds.
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"
-    # One more than have a relay, which waits for the next actor that comes free.
     searcher = EngineSearcher(
         engine,
-        max_concurrent=max_concurrent + 1,
+        num_relays=max_concurrent,
         submit_job=dispatcher.submit.remote,
         stop_job=dispatcher.stop.remote,
         interrupted=interrupted,

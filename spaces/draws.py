@@ -36,7 +36,9 @@ class Draw:
 
     def suggest_int(self, name: str, low: int, high: int) -> int:
         """Return an integer in [low, high]."""
-        return int(self.near[name]) if self._is_kept(name) else self.rng.randint(low, high)
+        if not self._is_kept(name):
+            return self.rng.randint(low, high)
+        return min(max(self.near[name] + round(self.rng.gauss(0.0, self.spread) * (high - low)), low), high)
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         """Return one of the choices."""

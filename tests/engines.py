@@ -14,7 +14,7 @@ from search.engine import Engine
 from search.layouts import Forecaster, timed_knobs
 from search.ledger import Ledger
 from search.store import Store
-from search.study import Study
+from search.study import SamplerName, Study
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
 from spaces.loading import load_spec
@@ -42,8 +42,8 @@ class Profiles:
     def __call__(self, config: TrialConfig) -> dict[str, Any]:
         return {}
 
-    def rough_seconds(self, config: TrialConfig) -> float:
-        return 1.0
+    def rough_seconds(self, config: TrialConfig) -> tuple[float, str]:
+        return 1.0, "estimate"
 
     def has_profile(self, config: TrialConfig) -> bool:
         return str(timed_knobs(config)) in self.known
@@ -69,6 +69,7 @@ def make(
     reuse: bool = True,
     objectives: Sequence[str] = (),
     points: Sequence[Mapping[str, Any]] = (),
+    sampler: SamplerName = "tpe",
     **space: Any,
 ) -> tuple[Engine, list[dict[str, Any]], Store]:
     """Return an engine on a ledger and a study of its own, the events that it tells, and where its files are."""
@@ -99,7 +100,7 @@ def make(
         study=Study(
             space=loaded.spec.space,
             objectives=loaded.spec.resolved_objectives(),
-            sampler="tpe",
+            sampler=sampler,
             seed=0,
             startup_trials=5,
             points_to_evaluate=points,

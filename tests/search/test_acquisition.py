@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from search.acquisition import Evaluated, Prospect, choose, gains
+from search.acquisition import Evaluated, Prospect, _Process, _table, choose, gains
 from search.hypervolume import hypervolume
 
 
@@ -83,3 +83,60 @@ def test_times_follow_from_the_predicted_seconds() -> None:
     evaluated = [(x, y, 1.0 + t) for (x, y, _), t in zip(PARABOLA, (3.0, 2.5, 2.0, 1.5, 1.0, 0.5, 3.5), strict=True)]
     candidates = [prospect(1.0, seconds=s) for s in (4.0, 0.5, 2.0)]
     assert chosen(candidates, evaluated) == 1, "of points that learn the same the fastest adds the most"
+
+
+def test_where_nothing_is_gained_the_likeliest_and_cheapest_is_taken() -> None:
+    beaten = [prospect(3.0, cost=9.0, seconds=4.9), prospect(3.0, cost=2.0, seconds=4.9), prospect(3.0, seconds=4.9, belief=-9.0)]
+    assert chosen(beaten, PARABOLA, budget_left=1.0, beside=[(-9.0, 0.1)]) == 1
+
+
+def test_points_that_are_only_timed_are_on_the_front_that_is_to_be_widened() -> None:
+    evaluated = [(x, y, t) for (x, y, _), t in zip(PARABOLA, (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 4.5), strict=True)]
+    candidates = [prospect(1.0, seconds=2.0), prospect(2.0, seconds=1.0)]
+    assert chosen(candidates, evaluated) == 0
+    assert chosen(candidates, evaluated, beside=[(-2.1, 1.9)]) == 1
+
+
+@pytest.fixture
+def line() -> tuple[Any, Any]:
+    """Return a table of one feature and values that rise with it."""
+    x = np.linspace(-1.0, 1.0, 9)[:, None]
+    return x, 3.0 + 2.0 * x[:, 0]
+
+
+def test_a_process_goes_on_along_a_line_and_is_less_sure_the_farther_it_goes(line: tuple[Any, Any]) -> None:
+    process = _Process(*line)
+    mean, deviation = process.predict(np.array([[0.05], [2.0], [6.0]]))
+    assert mean == pytest.approx([3.1, 7.0, 15.0], rel=0.1)
+    assert deviation[0] < deviation[1] < deviation[2]
+
+
+def test_noise_is_no_hope(line: tuple[Any, Any]) -> None:
+    x, y = line
+    noisy = y + np.random.default_rng(0).normal(0.0, 0.3, size=(30, 9))
+    process = _Process(np.tile(x, (30, 1)), noisy.ravel())
+    _, deviation = process.predict(x)
+    # The standard error of a mean of thirty, and not what one more value would spread by.
+    assert deviation.max() < 0.15
+
+
+def test_what_is_assumed_is_taken_as_seen(line: tuple[Any, Any]) -> None:
+    process = _Process(*line)
+    there = np.array([[3.0]])
+    _, before = process.predict(there)
+    process.assume(there, np.array([12.0]))
+    mean, after = process.predict(there)
+    assert mean == pytest.approx([12.0], abs=1.0), "along the line it would be 9"
+    assert after < before / 2
+
+
+def test_features_that_a_row_has_not_are_the_mean_of_the_others_and_of_two_names_one_is_enough() -> None:
+    rows = [
+        {"adapter=lora": 1.0, "rank": 2.0, "same": 5.0},
+        {"adapter=lora": 1.0, "rank": 4.0, "same": 5.0},
+        {"adapter=none": 1.0, "same": 5.0},
+    ]
+    table = _table(rows)
+    assert table.shape == (3, 2)
+    assert table[:, 0] == pytest.approx([1 / 3, 1 / 3, -2 / 3])
+    assert table[:, 1] == pytest.approx([-1.0, 1.0, 0.0])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from engines import STOP, Clock, Profiles, make, report
 
-from search.engine import SearchExhausted
+from search.engine import Assignment, Engine, SearchExhausted
 from search.ledger import Ledger, replay
 from search.pareto import front
 from search.record import TrialState
@@ -112,7 +112,7 @@ def test_the_study_looks_at_points_with_what_is_left_of_the_budget(tmp_path: Pat
     asked = []
 
     def ask(look: Any, *, budget_left: float) -> Proposal:
-        costs = [look(dict(proposal.params, world_size=n)) for n in (2, 4)]
+        costs = [look.point(dict(proposal.params, world_size=n)) for n in (2, 4)]
         asked.append((round(budget_left, 3), costs[0].device_seconds, [c.is_open for c in costs]))
         return Proposal(number=len(asked), params=proposal.params | {"lora_alpha": len(asked)})
 
@@ -125,6 +125,108 @@ def test_the_study_looks_at_points_with_what_is_left_of_the_budget(tmp_path: Pat
         engine.ended(assignment.number, {"state": "stopped"})
     # Of four trials and of a minute: none, then 50 s, then all but half a second, in which no trial of a second ends.
     assert asked == [(1.0, 2.0, [True, False]), (0.167, 2.0, [True, False]), (0.008, 2.0, [False, False])]
+
+
+def run_to_end(engine: Engine, *, seconds: float = 3.0) -> None:
+    """Train what is proposed, two at once."""
+    live: list[Assignment] = []
+    while (assignment := engine.next()) is not None or live:
+        if assignment is not None:
+            live.append(assignment)
+        if len(live) == 2 or assignment is None:
+            first = live.pop(0)
+            if first.is_trained:
+                accuracy = 1 / (1 + first.config.recipe.learning_rate * first.number)
+                known = report(accuracy, seconds)
+                known["metrics"] |= {"eval_loss": 1 - accuracy, "macro_f1": accuracy, "mfu": 0.1, "peak_memory_bytes": 1e9}
+                engine.reported(first.number, known)
+                (engine._store.trial_path(first.number) / "final").mkdir(parents=True, exist_ok=True)
+            engine.ended(first.number, {"state": "complete"} if first.is_trained else {"state": "complete", "profile": {}})
+
+
+THREE = ("eval_loss", "macro_f1", "peak_memory_bytes")
+
+
+@pytest.mark.parametrize("objectives", [("accuracy", "train_seconds"), THREE, ("mfu", "accuracy")])
+def test_a_search_by_the_model_proposes_nothing_infeasible_nor_known_and_resumes(tmp_path: Path, objectives: tuple[str, ...]) -> None:
+    how: dict[str, Any] = {"sampler": "auto", "objectives": objectives, "world_size": {"choice": [1, 2, 4, 8]}, "reuse": False}
+    engine, seen, _ = make(tmp_path, trials=12, **how)
+    run_to_end(engine)
+    assert sum(e["event"] == "trial_finished" for e in seen) == 12
+    # Until five have ended proposals are drawn by chance, and half of the space is infeasible.
+    begun = [n for n, e in enumerate(seen) if e["event"] == "trial_started"]
+    assert not [e for e in seen[begun[6] :] if e["event"] == "trial_infeasible"]
+    again, seen, _ = make(tmp_path, trials=16, **how)
+    run_to_end(again)
+    assert [e["event"] for e in seen if e["event"] in ("trial_infeasible", "trial_finished")] == ["trial_finished"] * 4
+
+
+def test_where_layouts_are_timed_a_search_by_the_model_ends_and_resumes(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"sampler": "auto", "world_size": {"profile": [1, 2]}, "global_batch_size": 16}
+    engine, _, _ = make(tmp_path, trials=8, **how)
+    run_to_end(engine)
+    assert engine._study._beside, "what is only timed is on the front too"
+    cut, _, _ = make(tmp_path, trials=9, **how)
+    assignment = cut.next()
+    assert assignment is not None
+    cut.reported(assignment.number, report(0.5, 3.0))
+    cut.ended(assignment.number, {"state": "complete"})
+    cut.finished("its time is over")  # while the other layout waits
+    resumed, _, _ = make(tmp_path, trials=11, **how)
+    run_to_end(resumed)
+    assert resumed.is_handed_out
+
+
+def test_a_space_that_is_used_up_is_told_without_a_look_at_it_for_every_proposal(tmp_path: Path) -> None:
+    looks = []
+
+    class Counts(Profiles):
+        def rough_seconds(self, config: TrialConfig) -> tuple[float, str]:
+            looks.append(config)
+            return 1.0, "estimate"
+
+    space = {"dataset_fraction": 1.0, "lora_rank": {"choice": [4, 8]}, "global_batch_size": {"choice": [8, 16, 32]}}
+    engine, _, _ = make(tmp_path, trials=50, sampler="auto", outlook=Counts(), learning_rate=1e-3, **space)
+    with pytest.raises(SearchExhausted, match="in a row were infeasible or known"):
+        run_to_end(engine)
+    assert len(engine.state.records) == 6
+    assert len(looks) < 2000
+
+
+def test_a_trial_that_was_cut_off_says_nothing_to_a_search_that_goes_on(tmp_path: Path) -> None:
+    engine, _, _ = make(tmp_path, trials=2, sampler="auto")
+    first, second = engine.next(), engine.next()
+    assert first is not None
+    assert second is not None
+    engine.reported(first.number, report(0.5, 3.0))
+    engine.ended(first.number, {"state": "complete"})
+    engine.ended(second.number, {"state": "stopped"})
+    assert engine.state.records[second.number].was_cut_off
+    for each in (engine, make(tmp_path, trials=4, sampler="auto")[0]):
+        assert [seen.number for seen in each._study._known()] == [first.number]
+
+
+def test_steps_that_ran_out_of_memory_are_not_proposed_again_where_no_formula_tells(tmp_path: Path) -> None:
+    space = {"micro_batch_size": {"choice": [2, 4, 8, 16]}, "global_batch_size": 16, "lora_rank": 4}
+    engine, _, _ = make(tmp_path, trials=24, sampler="auto", **space)
+    ran_out = []
+    while (assignment := engine.next()) is not None:
+        is_large = assignment.config.layout.micro_batch_size >= 8
+        ran_out.append(is_large)
+        if is_large:
+            engine.ended(assignment.number, {"state": "failed", "kind": "out_of_memory", "message": "x"})
+        else:
+            engine.reported(assignment.number, report(0.5, 3.0))
+            engine.ended(assignment.number, {"state": "complete"})
+    # By chance before the model begins, then once for each of the two at most.
+    assert sum(ran_out[8:]) <= 2, ran_out
+
+
+def test_the_reference_that_is_measured_first_reaches_the_model(tmp_path: Path) -> None:
+    engine, _, _ = make(tmp_path, sampler="auto", objectives=("eval_loss", "train_seconds"))
+    assert engine._study._objectives[0].reference is None
+    engine.referenced({"eval_loss": 4.5})
+    assert engine._study._objectives[0].reference == 4.5
 
 
 def test_infeasible_proposals_cost_none_of_the_budget(tmp_path: Path) -> None:

@@ -188,8 +188,8 @@ def test_the_layout_that_takes_the_least_of_the_devices_is_trained(tmp_path: Pat
     class Knows(Profiles):
         is_profiled = True
 
-        def rough_seconds(self, config: Any) -> float:
-            return {1: 10.0, 2: 4.0}[config.layout.world_size]
+        def rough_seconds(self, config: Any) -> tuple[float, str]:
+            return {1: 10.0, 2: 4.0}[config.layout.world_size], "profile"
 
         def has_profile(self, config: Any) -> bool:
             return self.is_profiled

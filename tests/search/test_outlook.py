@@ -92,6 +92,24 @@ def test_with_a_profile_the_time_is_that_of_its_line_over_all_steps(tmp_path: Pa
         assert predicted["train_seconds"] == pytest.approx(0.5 * len(sizes.rows) + 0.01 * sizes.padded_tokens.sum())
 
 
+def test_what_is_said_roughly_differs_from_what_is_planned_batch_by_batch_by_the_padding_alone(tmp_path: Path) -> None:
+    cache = ProfileCache(tmp_path)
+    for source in ("estimate", "profile"):
+        says = outlook(cache)
+        for given in ({}, {"dataset_fraction": 0.5, "epochs": 3.0}, {"global_batch_size": 8}):
+            sizes = BatchPlan(config(**given), token_data()).sizes()
+            seconds, told = says.rough_seconds(config(**given))
+            planned = says(config(**given))
+            assert told == planned["time_source"] == source
+            padding = sizes.padded_tokens.sum() / sizes.tokens.sum()
+            assert planned["train_seconds"] / padding <= seconds * 1.05
+            assert seconds <= planned["train_seconds"] * 1.05
+        cache.put(says.key(config()), PROFILE)
+        cache.put(says.key(config(global_batch_size=8)), PROFILE)
+    rows = outlook(ProfileCache(tmp_path / "none"), plan=None).rough_seconds(config(dataset_fraction=0.5, epochs=3.0))
+    assert rows == (pytest.approx(1.5 * token_data().train.num_rows), "rows")
+
+
 def test_whatever_changes_the_time_of_a_step_is_another_profile(tmp_path: Path) -> None:
     cache = ProfileCache(tmp_path)
     cache.put(outlook(cache).key(config()), PROFILE)

@@ -9,7 +9,7 @@ import pytest
 from engines import Profiles
 
 from search.known import Known
-from search.prospects import Prospects, belief, features
+from search.prospects import MAX_COMPARED, Prospects, belief, features
 from search.record import TrialRecord, TrialState
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
@@ -21,16 +21,33 @@ LIMITS = Limits(num_workers=2, hidden_size=64)
 
 
 class TenARank(Profiles):
-    def rough_seconds(self, config: TrialConfig) -> float:
-        return 10.0 / config.layout.world_size
+    source = "estimate"
+
+    def rough_seconds(self, config: TrialConfig) -> tuple[float, str]:
+        return 10.0 / config.layout.world_size, self.source
 
 
-def make(**space: Any) -> tuple[Prospects, Known]:
-    spec = SearchSpec.model_validate(
-        {"model": {"name": "m", "task": "sequence-classification"}, "data": {"train": "t"}, "space": space}
-    )
-    known = Known([])
-    return Prospects(spec, TenARank(), known, reuses=True), known
+class Search:
+    """What is known of a search that has done nothing yet."""
+
+    def __init__(self) -> None:
+        model = {"name": "m", "task": "sequence-classification"}
+        spec = SearchSpec.model_validate({"model": model, "data": {"train": "t"}})
+        self.known, self.outlook, self.left = Known([]), TenARank(), math.inf
+        self.prospects = Prospects(
+            spec,
+            self.outlook,
+            self.known,
+            LIMITS,
+            is_trained=lambda config: self.known.trained(config.recipe) is not None,
+            seconds_left=lambda: self.left,
+        )
+
+    def seconds(self, **given: Any) -> float:
+        return self.prospects.point(params(**given)).device_seconds
+
+    def is_open(self, **given: Any) -> bool:
+        return self.prospects.point(params(**given)).is_open
 
 
 def params(**given: Any) -> dict[str, Any]:
@@ -45,33 +62,59 @@ def record(given: dict[str, Any], *, took: float, held: float, number: int = 0) 
 
 
 def test_costs_are_device_seconds_corrected_by_what_trials_took() -> None:
-    prospects, _ = make()
-    assert prospects.of(params(world_size=2), LIMITS).device_seconds == 10.0
+    search = Search()
+    assert search.seconds(world_size=2) == 10.0
     for took, held in ((20.0, 23.0), (30.0, 34.0), (15.0, 15.5)):  # two, three and one and a half times as long as predicted
-        prospects.ended(record(params(), took=took, held=held))
-    prospects.ended(TrialRecord(number=9, state=TrialState.FAIL, params={}, config=None))
-    assert prospects.of(params(world_size=1), LIMITS).device_seconds == pytest.approx(10 * 2 + 3)
-    assert prospects.of(params(world_size=2), LIMITS).device_seconds == pytest.approx(2 * (5 * 2 + 3))
+        search.prospects.ended(record(params(), took=took, held=held))
+    search.prospects.ended(TrialRecord(number=9, state=TrialState.FAIL, params={}, config=None))
+    assert search.seconds(world_size=1) == pytest.approx(10 * 2 + 3)
+    assert search.seconds(world_size=2) == pytest.approx(2 * (5 * 2 + 3))
+    search.outlook.source = "profile"
+    assert search.seconds(world_size=1) == pytest.approx(10 + 3), "how far estimates are off says nothing of profiles"
 
 
 def test_what_cannot_run_or_end_in_time_or_is_known_is_not_open() -> None:
-    prospects, known = make()
-    assert prospects.of(params(), LIMITS).is_open
-    assert not prospects.of(params(world_size=4), LIMITS).is_open
-    assert prospects.of(params(), LIMITS, seconds_left=11).is_open
-    assert not prospects.of(params(), LIMITS, seconds_left=9).is_open
-    known.started(record(params(), took=1.0, held=1.0))
-    assert not prospects.of(params(), LIMITS).is_open
-    assert prospects.of(params(lora_rank=8), LIMITS).is_open
+    search = Search()
+    assert search.is_open()
+    assert not search.is_open(world_size=4)
+    search.left = 9.0
+    assert not search.is_open()
+    search.outlook.source = "rows"
+    assert search.is_open(), "a number of rows is no time"
+    search.left = 11.0
+    search.outlook.source = "estimate"
+    assert search.is_open()
+    search.known.started(record(params(), took=1.0, held=1.0))
+    assert not search.is_open()
+    assert search.is_open(lora_rank=8)
 
 
 def test_a_recipe_that_was_trained_under_another_layout_costs_next_to_nothing() -> None:
-    prospects, known = make()
+    search = Search()
     trained = record(params(world_size=1), took=10.0, held=12.0)
-    known.started(trained)
-    known.ended(trained)
-    prospects.ended(trained)
-    assert prospects.of(params(world_size=2), LIMITS).device_seconds == pytest.approx(2 * 2.0)
+    search.known.started(trained)
+    search.known.ended(trained)
+    search.prospects.ended(trained)
+    assert search.seconds(world_size=2) == pytest.approx(2 * 2.0)
+
+
+def test_a_trial_is_looked_at_as_it_was_trained_and_one_of_an_earlier_search_by_its_params() -> None:
+    search = Search()
+    search.prospects.started(record(params(world_size=1), took=10.0, held=12.0, number=3))
+    as_trained = search.prospects.trial(3, params(world_size=2))
+    assert as_trained.timed["world_size"] == 0.0
+    assert search.prospects.trial(None, params(world_size=2)).timed["world_size"] == pytest.approx(math.log(2))
+
+
+def test_only_the_latest_trials_correct_what_is_predicted_also_after_a_resume() -> None:
+    records = [record(params(), took=10.0 * (1 + (n >= 8)), held=30.0, number=n) for n in range(8 + MAX_COMPARED)]
+    restored, told = Search(), Search()
+    restored.prospects.restore(records)
+    for each in records:
+        told.prospects.ended(each)
+    assert restored.seconds() == told.seconds() == 30.0
+    assert len(restored.prospects._factors["estimate"]) == MAX_COMPARED
+    assert set(restored.prospects._factors["estimate"]) == {2.0}
 
 
 def test_rates_are_relative_to_the_usual_one_and_the_layout_is_nothing_that_is_learned_from() -> None:

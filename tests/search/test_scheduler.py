@@ -32,7 +32,7 @@ class Tune:
         self.submitted: list[Job] = []
         self.searcher = EngineSearcher(
             self.engine,
-            max_concurrent=100,
+            num_relays=3,
             submit_job=self.submitted.append,
             stop_job=self.stopped_jobs.append,
             interrupted=lambda: False,

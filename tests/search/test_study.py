@@ -203,6 +203,16 @@ def curve(params: Any) -> tuple[float, float]:
     return 0.9 * math.exp(-0.5 * rate**2) * rows / (rows + 0.6), 60.0 * rows
 
 
+class Looks:
+    """Looks at points of the made-up training; only those in batches of 16 are open."""
+
+    def point(self, params: Any) -> Prospect:
+        return looked_at(params)
+
+    def trial(self, number: int | None, params: Any) -> Prospect:
+        return looked_at(params)
+
+
 def looked_at(params: Any) -> Prospect:
     learned = {"learning_rate": math.log(params["learning_rate"]), "rows": math.log(params["dataset_fraction"] * params["epochs"])}
     seconds = curve(params)[1]
@@ -216,7 +226,7 @@ def volume_after(sampler: SamplerName, seed: int, *, seconds: float) -> float:
     study = make(seed=seed, sampler=sampler, epochs={"int": [1, 4]}, dataset_fraction={"log_uniform": [0.05, 1.0]}, adapter="lora")
     points, left = [], seconds
     while left > 0:
-        proposal = study.ask(looked_at, budget_left=left / seconds)
+        proposal = study.ask(Looks(), budget_left=left / seconds)
         accuracy, took = curve(proposal.params)
         left -= took
         if left > 0:
@@ -238,25 +248,43 @@ def test_the_model_proposes_only_what_is_open_and_the_same_for_the_same_seed() -
     for _ in range(2):
         study = make(sampler="auto", epochs={"int": [1, 4]})
         for number in range(8):
-            proposal = study.ask(looked_at)
+            proposal = study.ask(Looks())
             assert proposal.number == number
             assert number < 4 or proposal.params["global_batch_size"] == 16
             study.tell_complete(proposal.number, dict(zip(("accuracy", "train_seconds"), curve(proposal.params), strict=True)), {})
-        proposals.append(study.ask(looked_at).params)
+        proposals.append(study.ask(Looks()).params)
     assert proposals[0] == proposals[1]
 
 
-def test_a_diverged_trial_is_the_worst_that_was_learned_and_tells_the_model_no_time() -> None:
+def test_a_diverged_trial_is_as_bad_as_the_worst_that_was_learned_up_to_now_and_tells_the_model_no_time() -> None:
     study = make(sampler="auto")
-    first, second, third = (study.ask().number for _ in range(3))
-    study.tell_complete(first, {"accuracy": 0.5, "train_seconds": 9.0}, {})
-    study.tell_pruned(second, {})
-    study.tell_infeasible(third, {"memory": 1.0})
-    (_, told), (_, bad) = study._known()
-    assert told == (-0.5, math.log(9.0))
-    assert bad[0] == -0.5
-    assert math.isnan(bad[1])
-    assert trials(study)[third].state is OptunaState.PRUNED
+    numbers = [study.ask().number for _ in range(5)]
+    study.tell_pruned(numbers[0], {})  # before anything is known that it could be as bad as
+    study.tell_complete(numbers[1], {"accuracy": 0.8, "train_seconds": 9.0}, {})
+    study.tell_pruned(numbers[2], {})
+    study.tell_infeasible(numbers[3], {"memory": 1.0})
+    study.tell_complete(numbers[4], {"accuracy": 0.3, "train_seconds": 4.0}, {})
+    known = {seen.number: seen.costs for seen in study._known()}
+    assert known[1] == (-0.8, math.log(9.0))
+    assert known[4] == (-0.3, math.log(4.0))
+    for number in (0, 2):
+        assert known[number][0] == -0.3
+        assert math.isnan(known[number][1])
+    assert 3 not in known, "what cannot run is not learned from, but not proposed either"
+    assert [t.state for t in trials(study)].count(OptunaState.PRUNED) == 3
+
+
+def test_ends_that_nobody_waits_for_change_nothing_but_the_front_that_is_known() -> None:
+    study = make(sampler="auto")
+    study.tell_complete(study.ask().number, {"accuracy": 0.8, "train_seconds": 9.0}, {})
+    reserved = study.reserve()
+    study.tell_infeasible(reserved, {"memory": 1.0})
+    study.tell_pruned(reserved, {})
+    study.tell_failed(reserved)
+    assert len(study._known()) == 1
+    study.tell_complete(reserved, {"accuracy": 0.8, "train_seconds": 5.0}, {})
+    assert study._beside == [(-0.8, math.log(5.0))]
+    assert len(study._known()) == 1
 
 
 def test_a_model_that_proposes_the_same_again_gives_way_to_chance() -> None:
