@@ -99,7 +99,8 @@ def _sqlite_problem(uri: str, shown: str) -> str | None:
     if not os.access(path, os.R_OK | os.W_OK):
         return f"tracking.uri: {path} cannot be written to"
     try:
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+        # Not read-only: what a killed writer left half done is taken back by whoever opens the file next.
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True)) as connection:
             connection.execute("PRAGMA schema_version").fetchone()
     except sqlite3.Error as error:
         return f"tracking.uri: {path} cannot be opened as a SQLite database ({error})"

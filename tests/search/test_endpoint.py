@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import socket
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +84,19 @@ def test_a_sqlite_file_may_be_new_or_there(tmp_path: Path) -> None:
     connection.commit()
     connection.close()
     assert problem_with(uri, 1) is None
+
+
+def test_what_a_killed_writer_left_half_done_is_taken_back(tmp_path: Path) -> None:
+    """A journal is left that whoever opens the file next has to play back, which writes."""
+    path = tmp_path / "mlflow.db"
+    die = "import os, sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None); c.execute('PRAGMA cache_size = 1');"
+    die += "c.execute('CREATE TABLE runs (id)'); c.execute('INSERT INTO runs VALUES (1)'); c.execute('BEGIN');"
+    die += "c.executemany('INSERT INTO runs VALUES (?)', [('x' * 999,)] * 999); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", die, str(path)], check=False).returncode == 9
+    assert Path(f"{path}-journal").stat().st_size > 0
+    assert problem_with(f"sqlite:///{path}", 1) is None
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT id FROM runs").fetchall() == [(1,)]
 
 
 def test_another_file_is_no_database(tmp_path: Path) -> None:
