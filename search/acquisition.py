@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 # Draws of what a point would turn out as, and directions in which hypervolume is measured.
-
 NUM_OUTCOMES, NUM_DIRECTIONS = 16, 96
 # Trials after which a belief counts as it is; from then on less, by one over their number.
 TRUST = 5.0

@@ -14,7 +14,7 @@ from typing import Any
 from search.budget import Spending, Used, counts
 from search.growth import Growth
 from search.known import Known
-from search.layouts import Forecaster, layout_to_train, layouts_of, timed_knobs
+from search.layouts import Forecaster, layout_to_train, timed_knobs
 from search.ledger import Ledger, SearchState, replay
 from search.pareto import hypervolume_of
 from search.prospects import Prospects
@@ -83,8 +83,9 @@ class Engine:
         self._prospects = Prospects(
             spec,
             outlook,
-            self._known,
             limits,
+            records=self._state.records,
+            is_known=lambda config: spec.reuse and self._standing(config) != (None, None),
             is_trained=lambda config: self._source_of(config) is not None,
             seconds_left=self._spending.seconds_left,
         )
@@ -270,7 +271,7 @@ class Engine:
 
     def _consider(self, proposal: Proposal) -> Assignment | None:
         """Make a proposal a trial, unless it cannot run, is known, or waits for what is being found out."""
-        chosen = layout_to_train(layouts_of(proposal.params, self._spec, self._prospects.limits), self._outlook)
+        chosen = layout_to_train(self._prospects.candidates(proposal.params), self._outlook)
         number, config, self._violated = proposal.number, chosen.config, chosen.constraints
         if not chosen.is_feasible:
             known = {"number": number, "params": chosen.params, "config": config.to_dict()}
@@ -290,22 +291,28 @@ class Engine:
         return self._next_pending()
 
     def _is_known(self, proposal: Proposal, config: TrialConfig) -> bool:
-        """Tell the study what is known of this very trial, if anything is, or let the proposal wait until it is known.
+        """Tell the study what is known of this very trial, if anything is, or let the proposal wait until it is known."""
+        ended, awaited = self._standing(config)
+        if ended is not None and self._study.learns_from_repeats:
+            self._tell(replace(self._state.records[ended], number=proposal.number))
+        elif ended is not None:
+            self._study.drop(proposal.number)
+        elif awaited is not None:
+            self._known.wait(awaited, proposal)
+        return ended is not None or awaited is not None
+
+    def _standing(self, config: TrialConfig) -> tuple[int | None, int | None]:
+        """Return the trial that tells what is known of a config, and the one that a proposal of it waits for.
 
         It waits for a trial of the same config, and for one that trains the same recipe.
         """
         same = self._known.trial_of(config)
         state = None if same is None else self._state.records[same].state
         ended = same if state in (TrialState.COMPLETE, TrialState.PRUNED) else self._known.diverged(config.recipe)
-        if ended is not None:
-            self._tell(replace(self._state.records[ended], number=proposal.number))
-            return True
         awaited = same if state is TrialState.RUNNING else None
         if awaited is None and self._reuses and self._source_of(config) is None:
             awaited = self._known.in_training(config.recipe)
-        if awaited is not None:
-            self._known.wait(awaited, proposal)
-        return awaited is not None
+        return ended, None if ended is not None else awaited
 
     def _source_of(self, config: TrialConfig) -> int | None:
         """Return the trial that trained this recipe, as long as its weights are there: the front may come to need them."""
@@ -315,7 +322,7 @@ class Engine:
     def _spread(self, record: TrialRecord) -> None:
         """Have a trained recipe timed under every other layout that is to be measured."""
         trained = record.trial_config.layout
-        for other in layouts_of(record.params, self._spec, self._prospects.limits):
+        for other in self._prospects.candidates(record.params):
             if other.config.layout != trained and other.is_feasible and self._known.trial_of(other.config) is None:
                 number = self._study.reserve()
                 self._start(number, other.params, other.config, source=record.number, was_proposed=False)
@@ -327,7 +334,6 @@ class Engine:
         known = {"params": dict(params), "config": config.to_dict(), "predicted": predicted}
         self._record("trial_started", number=number, **known, command=command, **origin)
         self._known.started(self._state.records[number])
-        self._prospects.started(self._state.records[number])
 
     def _finish_timed(self, number: int) -> None:
         """End a trial of which all is known."""

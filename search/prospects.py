@@ -10,11 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from search.acquisition import Features, Prospect
-from search.known import Known
-from search.layouts import Forecaster, layout_to_train, layouts_of, timed_knobs
+from search.layouts import Candidate, Forecaster, layout_to_train, layouts_of, timed_knobs
 from search.record import TrialRecord
 from spaces.config import TrialConfig
-from spaces.constraints import Limits, predicted_memory
+from spaces.constraints import Limits, memory_within_device, predicted_memory
 from spaces.metrics import TRAIN_SECONDS
 from spaces.presets import HIGHER_RATE, usual_rate
 from spaces.spec import SearchSpec
@@ -34,9 +33,10 @@ class Prospects:
         self,
         spec: SearchSpec,
         outlook: Forecaster,
-        known: Known,
         limits: Limits,
         *,
+        records: Mapping[int, TrialRecord],
+        is_known: Callable[[TrialConfig], bool],
         is_trained: Callable[[TrialConfig], bool],
         seconds_left: Callable[[], float],
     ) -> None:
@@ -45,32 +45,27 @@ class Prospects:
         Args:
             spec: the search.
             outlook: predicts trials.
-            known: the trials of the search.
             limits: what proposals are held against.
+            records: its trials, which say what they train, whatever layout would be chosen for their params later.
+            is_known: whether nothing would be trained for a config, or not now.
             is_trained: whether the recipe of a config was trained, so that it is only timed.
             seconds_left: until the search ends, and with it what still trains.
         """
         self.limits = limits
-        self._spec, self._outlook, self._known = spec, outlook, known
-        self._is_trained, self._seconds_left = is_trained, seconds_left
+        self._spec, self._outlook, self._records = spec, outlook, records
+        self._is_known, self._is_trained, self._seconds_left = is_known, is_trained, seconds_left
         # By where the prediction is from: an estimate, a profile and a number of rows are off by factors of their own.
         self._factors: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=MAX_COMPARED))
         self._others: deque[float] = deque(maxlen=MAX_COMPARED)
         self._too_large: set[str] = set()
-        self._configs: dict[int, TrialConfig] = {}
 
     def restore(self, records: Iterable[TrialRecord]) -> None:
         """Take up the trials of an earlier driver."""
-        launched = [record for record in records if record.feasible_before_launch]
-        for record in launched:
-            self.started(record)
-            self._exclude(record)
-        for record in [record for record in launched if record.is_whole][-MAX_COMPARED:]:
-            self.ended(record)
-
-    def started(self, record: TrialRecord) -> None:
-        """Take note of what a trial trains, whatever layout would be chosen for its params later."""
-        self._configs[record.number] = record.trial_config
+        ended = sorted((r for r in records if r.finished_at is not None), key=lambda r: r.finished_at or 0.0)
+        whole = {record.number for record in [record for record in ended if record.is_whole][-2 * MAX_COMPARED :]}
+        for record in ended:
+            if record.number in whole or not record.is_whole:
+                self.ended(record)
 
     def ended(self, record: TrialRecord) -> None:
         """Compare what a trial took with what was predicted."""
@@ -81,23 +76,29 @@ class Prospects:
             self._factors[source].append(took / seconds)
             self._others.append(max(0.0, record.held_seconds - took))
 
+    def candidates(self, params: Mapping[str, Any]) -> list[Candidate]:
+        """Return a proposal under every layout that is to be measured; those that ran out of memory are not feasible."""
+        found = layouts_of(params, self._spec, self.limits)
+        lacks = {memory_within_device.__name__: 1.0}
+        return [
+            replace(c, constraints={**c.constraints, **lacks}) if str(timed_knobs(c.config)) in self._too_large else c for c in found
+        ]
+
     def point(self, params: Mapping[str, Any]) -> Prospect:
         """Return what is known of a point of the space, under the layout that would be trained."""
-        chosen = layout_to_train(layouts_of(params, self._spec, self.limits), self._outlook)
-        config = chosen.config
-        can_run = chosen.is_feasible and str(timed_knobs(config)) not in self._too_large
-        is_new = not self._spec.reuse or self._known.trial_of(config) is None
-        return self._prospect(config, is_open=can_run and is_new)
+        chosen = layout_to_train(self.candidates(params), self._outlook)
+        return self._prospect(chosen.config, is_open=chosen.is_feasible and not self._is_known(chosen.config))
 
     def trial(self, number: int | None, params: Mapping[str, Any]) -> Prospect:
         """Return what is known of a trial, by its number; of one of an earlier search, which has none, by its params."""
-        config = None if number is None else self._configs.get(number)
-        return self._prospect(config or TrialConfig.from_params(params, max_length=self._spec.model.max_length), is_open=False)
+        record = None if number is None else self._records.get(number)
+        config = record.trial_config if record else TrialConfig.from_params(params, max_length=self._spec.model.max_length)
+        return self._prospect(config, is_open=False)
 
     def _exclude(self, record: TrialRecord) -> None:
         """Where a trial ran out of memory, whatever is predicted to hold as much would too.
 
-        Of a family without formulas nothing is predicted: no trial with the same steps is proposed again.
+        Of a family without formulas nothing is predicted: no trial with the same steps is started again.
         """
         if record.error is None or record.error["kind"] != "out_of_memory":
             return

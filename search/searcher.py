@@ -50,8 +50,8 @@ class EngineSearcher(Searcher):
             return Searcher.FINISHED if self._engine.is_handed_out else None
         self._assignments[trial_id] = assignment
         job = self._engine.job(assignment)
-        # Not when its relay is there: at the beginning that takes seconds, in which workers would wait. One more is handed out than
-        # have a relay, for the next that comes free; it is not begun before, or nobody would hear of it.
+        # At once, and not only when its relay is there: at the beginning that takes seconds, in which workers would wait. One more is
+        # handed out than have a relay, for the next that comes free; it is not begun before, or nobody would hear of it.
         if len(self._assignments) <= self._num_relays:
             self._submit_job(job)
         return {JOB: job, NUMBER: assignment.number}

@@ -81,6 +81,7 @@ class Study:
         self._study = optuna.create_study(storage=_Memory(), directions=[o.direction for o in self._objectives])
         self._seen: dict[int, Seen] = {}
         self._bad: set[int] = set()
+        self._reserved: set[int] = set()
         self._beside: list[tuple[float, ...]] = []
         self._is_closed = False
         self._num_asked = self._num_proposed = 0
@@ -98,8 +99,8 @@ class Study:
             KeyError: an objective is missing.
         """
         for known in past:
-            trial, params = self._candidate("random", known.params)
-            self._seen[trial.number] = Seen(number=None, params=params)
+            trial, _ = self._candidate("random", known.params)
+            self._seen[trial.number] = Seen(number=None, params=dict(known.params))
             self._running[-1] = trial  # no trial of this search has this number
             self.tell_complete(-1, known.values, known.constraints)
 
@@ -127,9 +128,21 @@ class Study:
         self._objectives = tuple(objectives)
 
     def reserve(self) -> int:
-        """Return the number of a trial that the sampler learns nothing of."""
+        """Return the number of a trial that the sampler learns nothing of, but that there is such a point on the front."""
+        self._reserved.add(self._num_asked)
         self._num_asked += 1
         return self._num_asked - 1
+
+    @property
+    def learns_from_repeats(self) -> bool:
+        """Whether a proposal of what is known is told as a trial of its own: so Optuna's samplers come to leave it alone."""
+        return self._method != "auto"
+
+    def drop(self, number: int) -> None:
+        """Forget a proposal of what is known."""
+        trial = self._running.pop(number, None)
+        if trial is not None:
+            self._study.tell(trial, state=OptunaState.FAIL)
 
     def restore(self, asked: Mapping[int, Mapping[str, Any] | None]) -> None:
         """Take up the trials that an earlier driver asked for, by number, and those whose numbers it reserved (None).
@@ -156,16 +169,16 @@ class Study:
     def tell_complete(self, number: int, values: Mapping[str, float], constraints: Mapping[str, float]) -> None:
         """End a trial with its objectives' values, and with its constraints: GP wants the same ones of every trial.
 
-        Of one whose number was reserved the sampler learns nothing, but that there is such a point on the front.
-
         Raises:
             KeyError: an objective is missing; the caller tells such a trial as failed.
         """
         reached = [_scaled(o.metric, values[o.metric]) for o in self._objectives]
-        if number not in self._running:
+        if number in self._reserved:
+            self._reserved.discard(number)
             self._beside.append(self._costs(reached))
             return
         self._constrain(number, constraints)
+        self._is_closed = False
         self._tell(number, OptunaState.COMPLETE, values=reached)
         worse = [max if o.direction == "minimize" else min for o in self._objectives]
         self._worst = [f(pair) for f, pair in zip(worse, zip(self._worst or reached, reached, strict=True), strict=True)]
@@ -180,8 +193,9 @@ class Study:
 
     def tell_pruned(self, number: int, constraints: Mapping[str, float]) -> None:
         """End a trial that was stopped early or diverged; values at a lower fidelity are no values of the trial."""
-        if number in self._running:
+        if number in self._running and self._method == "auto":
             self._bad.add(self._running[number].number)
+        self._is_closed = False
         self._tell_bad(number, constraints)
 
     def tell_failed(self, number: int) -> None:
@@ -219,7 +233,7 @@ class Study:
 
     def _take(self, trial: Trial, params: dict[str, Any]) -> Proposal:
         """Make a candidate the proposal."""
-        number = self.reserve()
+        number, self._num_asked = self._num_asked, self._num_asked + 1
         self._running[number] = trial
         if self._method == "auto":
             self._seen[trial.number] = Seen(number=number, params=params)
@@ -229,14 +243,14 @@ class Study:
     def _modelled(self, look: Look, budget_left: float) -> dict[str, Any] | None:
         """Return what the model proposes; nothing as long as it knows too little, or where it finds nothing to try."""
         ended = self._known()
-        if len(ended) < max(1, self._startup_trials) or not self._worst:
+        if len(ended) < max(1, self._startup_trials):
             return None
         running = [self._seen[trial.number] for trial in self._running.values()]
         references = [None if o.reference is None else sign_of(o) * _scaled(o.metric, o.reference) for o in self._objectives]
         params = self._proposer.propose(
             ended=ended, running=running, beside=self._beside, references=references, look=look, budget_left=budget_left
         )
-        # Until a trial fails and may be tried again: a space of few points may have none left, of which hundreds of proposals come.
+        # Until a trial ends: a space of few points may have none left, of which hundreds of proposals come.
         self._is_closed = params is None
         return params
 
@@ -245,11 +259,13 @@ class Study:
 
         Of these it is known that they learned badly, as badly as the worst so far; how long they would have taken is not.
         """
-        worst = [v if o.metric in LEARNED else math.nan for o, v in zip(self._objectives, self._worst, strict=False)]
+        if not self._worst:
+            return []
+        worst = [v if o.metric in LEARNED else math.nan for o, v in zip(self._objectives, self._worst, strict=True)]
         known = []
         for trial in self._study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE, OptunaState.PRUNED)):
             is_complete = trial.state is OptunaState.COMPLETE
-            if worst and (is_complete or trial.number in self._bad):
+            if is_complete or trial.number in self._bad:
                 known.append(replace(self._seen[trial.number], costs=self._costs(trial.values if is_complete else worst)))
         return known
 

@@ -196,8 +196,8 @@ class SamplerSpec(_Section):
 
     method: Literal["auto", "tpe", "gp", "nsga2", "random"] = "auto"
     """Optuna's tree-structured Parzen estimator, Gaussian process, NSGA-II (many trials), or random points. `auto`: until 64 trials
-    are known what is expected to widen the front the most for the time that it takes, by Gaussian processes that know how long a
-    trial will take; then the estimator."""
+    are known or running what is expected to widen the front the most for its device seconds, by Gaussian processes that know how
+    long a trial will take; then the estimator."""
     seed: AtLeastZero = 0
     """Seeds the proposals."""
     startup_trials: AtLeastZero = 3

@@ -113,7 +113,7 @@ def test_the_study_looks_at_points_with_what_is_left_of_the_budget(tmp_path: Pat
 
     def ask(look: Any, *, budget_left: float) -> Proposal:
         costs = [look.point(dict(proposal.params, world_size=n)) for n in (2, 4)]
-        asked.append((round(budget_left, 3), costs[0].device_seconds, [c.is_open for c in costs]))
+        asked.append((round(budget_left, 2), costs[0].device_seconds, [c.is_open for c in costs]))
         return Proposal(number=len(asked), params=proposal.params | {"lora_alpha": len(asked)})
 
     proposal = engine._study.ask()
@@ -124,7 +124,7 @@ def test_the_study_looks_at_points_with_what_is_left_of_the_budget(tmp_path: Pat
         assert assignment is not None
         engine.ended(assignment.number, {"state": "stopped"})
     # Of four trials and of a minute: none, then 50 s, then all but half a second, in which no trial of a second ends.
-    assert asked == [(1.0, 2.0, [True, False]), (0.167, 2.0, [True, False]), (0.008, 2.0, [False, False])]
+    assert asked == [(1.0, 2.0, [True, False]), (0.17, 2.0, [True, False]), (0.01, 2.0, [False, False])]
 
 
 def run_to_end(engine: Engine, *, seconds: float = 3.0) -> None:
@@ -148,7 +148,7 @@ THREE = ("eval_loss", "macro_f1", "peak_memory_bytes")
 
 
 @pytest.mark.parametrize("objectives", [("accuracy", "train_seconds"), THREE, ("mfu", "accuracy")])
-def test_a_search_by_the_model_proposes_nothing_infeasible_nor_known_and_resumes(tmp_path: Path, objectives: tuple[str, ...]) -> None:
+def test_a_search_by_the_model_proposes_nothing_infeasible_and_resumes(tmp_path: Path, objectives: tuple[str, ...]) -> None:
     how: dict[str, Any] = {"sampler": "auto", "objectives": objectives, "world_size": {"choice": [1, 2, 4, 8]}, "reuse": False}
     engine, seen, _ = make(tmp_path, trials=12, **how)
     run_to_end(engine)
@@ -193,6 +193,31 @@ def test_a_space_that_is_used_up_is_told_without_a_look_at_it_for_every_proposal
     assert len(looks) < 2000
 
 
+def test_what_is_known_is_not_learned_twice_and_a_resumed_search_knows_the_same(tmp_path: Path) -> None:
+    space = {"dataset_fraction": 1.0, "lora_rank": 4, "global_batch_size": {"choice": [8, 16]}, "world_size": {"choice": [1, 2]}}
+    how: dict[str, Any] = {"sampler": "auto", "learning_rate": {"choice": [1e-3, 1e-2]}, **space}
+    engine, _, _ = make(tmp_path, trials=50, **how)
+
+    def train_all() -> None:
+        while (assignment := engine.next()) is not None:
+            # One rate diverges: that is true under every layout.
+            if assignment.config.recipe.learning_rate == 1e-2:
+                engine.ended(assignment.number, {"state": "failed", "kind": "diverged", "message": "x"})
+            elif assignment.is_trained:
+                engine.reported(assignment.number, report(0.5, 3.0))
+                engine.ended(assignment.number, {"state": "complete"})
+            else:
+                engine.ended(assignment.number, {"state": "complete", "profile": {}})
+
+    with pytest.raises(SearchExhausted):
+        train_all()
+    assert sorted(seen.number for seen in engine._study._known()) == sorted(engine.state.records)
+    again, _, _ = make(tmp_path, trials=60, **how)
+    known = sorted(engine._study._known(), key=lambda seen: seen.number or 0)
+    assert str(again._study._known()) == str(known), "in words, since nan is not nan"
+    assert again._study._chosen_method() == engine._study._chosen_method() == "model"
+
+
 def test_a_trial_that_was_cut_off_says_nothing_to_a_search_that_goes_on(tmp_path: Path) -> None:
     engine, _, _ = make(tmp_path, trials=2, sampler="auto")
     first, second = engine.next(), engine.next()
@@ -222,11 +247,19 @@ def test_steps_that_ran_out_of_memory_are_not_proposed_again_where_no_formula_te
     assert sum(ran_out[8:]) <= 2, ran_out
 
 
-def test_the_reference_that_is_measured_first_reaches_the_model(tmp_path: Path) -> None:
-    engine, _, _ = make(tmp_path, sampler="auto", objectives=("eval_loss", "train_seconds"))
-    assert engine._study._objectives[0].reference is None
+def test_the_reference_that_is_measured_first_reaches_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _, _ = make(tmp_path, trials=20, sampler="auto", objectives=("eval_loss", "train_seconds"))
     engine.referenced({"eval_loss": 4.5})
-    assert engine._study._objectives[0].reference == 4.5
+    told: list[Any] = []
+    monkeypatch.setattr(engine._study._proposer, "propose", lambda **given: told.append(given["references"]))
+    for _ in range(8):
+        assignment = engine.next()
+        assert assignment is not None
+        known = report(0.5, 3.0)
+        known["metrics"]["eval_loss"] = 2.0
+        engine.reported(assignment.number, known)
+        engine.ended(assignment.number, {"state": "complete"})
+    assert [first for first, _ in told] == [4.5] * len(told) != []
 
 
 def test_infeasible_proposals_cost_none_of_the_budget(tmp_path: Path) -> None:

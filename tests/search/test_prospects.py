@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from engines import Profiles
 
-from search.known import Known
 from search.prospects import MAX_COMPARED, Prospects, belief, features
 from search.record import TrialRecord, TrialState
 from spaces.config import TrialConfig
@@ -33,13 +34,17 @@ class Search:
     def __init__(self) -> None:
         model = {"name": "m", "task": "sequence-classification"}
         spec = SearchSpec.model_validate({"model": model, "data": {"train": "t"}})
-        self.known, self.outlook, self.left = Known([]), TenARank(), math.inf
+        self.outlook, self.left = TenARank(), math.inf
+        self.records: dict[int, TrialRecord] = {}
+        self.known: set[str] = set()
+        self.trained: set[str] = set()
         self.prospects = Prospects(
             spec,
             self.outlook,
-            self.known,
             LIMITS,
-            is_trained=lambda config: self.known.trained(config.recipe) is not None,
+            records=self.records,
+            is_known=lambda config: config.key() in self.known,
+            is_trained=lambda config: config.recipe.key() in self.trained,
             seconds_left=lambda: self.left,
         )
 
@@ -54,11 +59,13 @@ def params(**given: Any) -> dict[str, Any]:
     return SpaceSpec().first(**given)
 
 
-def record(given: dict[str, Any], *, took: float, held: float, number: int = 0) -> TrialRecord:
+def record(given: dict[str, Any], *, took: float, held: float, number: int = 0, ended: float = 1.0) -> TrialRecord:
     config = TrialConfig.from_params(given, max_length=128)
     values = {"accuracy": 0.5, "train_seconds": took}
     state = TrialState.COMPLETE
-    return TrialRecord(number=number, state=state, params=given, config=config.to_dict(), values=values, held_seconds=held)
+    return TrialRecord(
+        number=number, state=state, params=given, config=config.to_dict(), values=values, held_seconds=held, finished_at=ended
+    )
 
 
 def test_costs_are_device_seconds_corrected_by_what_trials_took() -> None:
@@ -84,7 +91,7 @@ def test_what_cannot_run_or_end_in_time_or_is_known_is_not_open() -> None:
     search.left = 11.0
     search.outlook.source = "estimate"
     assert search.is_open()
-    search.known.started(record(params(), took=1.0, held=1.0))
+    search.known.add(TrialConfig.from_params(params(), max_length=128).key())
     assert not search.is_open()
     assert search.is_open(lora_rank=8)
 
@@ -92,29 +99,49 @@ def test_what_cannot_run_or_end_in_time_or_is_known_is_not_open() -> None:
 def test_a_recipe_that_was_trained_under_another_layout_costs_next_to_nothing() -> None:
     search = Search()
     trained = record(params(world_size=1), took=10.0, held=12.0)
-    search.known.started(trained)
-    search.known.ended(trained)
     search.prospects.ended(trained)
+    assert search.seconds(world_size=2) == pytest.approx(2 * (5.0 + 2.0))
+    search.trained.add(trained.trial_config.recipe.key())
     assert search.seconds(world_size=2) == pytest.approx(2 * 2.0)
 
 
 def test_a_trial_is_looked_at_as_it_was_trained_and_one_of_an_earlier_search_by_its_params() -> None:
     search = Search()
-    search.prospects.started(record(params(world_size=1), took=10.0, held=12.0, number=3))
+    search.records[3] = record(params(world_size=1), took=10.0, held=12.0, number=3)
     as_trained = search.prospects.trial(3, params(world_size=2))
     assert as_trained.timed["world_size"] == 0.0
-    assert search.prospects.trial(None, params(world_size=2)).timed["world_size"] == pytest.approx(math.log(2))
+    for number in (None, 4):  # an earlier search's, and one that waits and is no trial yet
+        assert search.prospects.trial(number, params(world_size=2)).timed["world_size"] == pytest.approx(math.log(2))
 
 
 def test_only_the_latest_trials_correct_what_is_predicted_also_after_a_resume() -> None:
-    records = [record(params(), took=10.0 * (1 + (n >= 8)), held=30.0, number=n) for n in range(8 + MAX_COMPARED)]
+    # By number the fast ones come last, by their ends the slow ones.
+    factors = [1.0] * 8 + [2.0] * MAX_COMPARED
+    records = [
+        record(params(), took=10.0 * factor, held=30.0, number=len(factors) - n, ended=float(n)) for n, factor in enumerate(factors)
+    ]
     restored, told = Search(), Search()
-    restored.prospects.restore(records)
+    restored.prospects.restore(records[::-1])
     for each in records:
         told.prospects.ended(each)
+    assert restored.prospects._factors == told.prospects._factors == {"estimate": deque([2.0] * MAX_COMPARED)}
     assert restored.seconds() == told.seconds() == 30.0
-    assert len(restored.prospects._factors["estimate"]) == MAX_COMPARED
-    assert set(restored.prospects._factors["estimate"]) == {2.0}
+
+
+@pytest.mark.parametrize("is_restored", [False, True])
+def test_steps_that_ran_out_of_memory_are_feasible_no_more_where_no_formula_tells(is_restored: bool) -> None:
+    search = Search()
+    out = replace(
+        record(params(world_size=2), took=1.0, held=1.0), state=TrialState.FAIL, error={"kind": "out_of_memory", "message": "x"}
+    )
+    if is_restored:
+        search.prospects.restore([out])
+    else:
+        search.prospects.ended(out)
+    assert not search.is_open(world_size=2)
+    (candidate,) = search.prospects.candidates(params(world_size=2, learning_rate=5e-3))
+    assert candidate.constraints["memory_within_device"] > 0
+    assert search.is_open(world_size=1)
 
 
 def test_rates_are_relative_to_the_usual_one_and_the_layout_is_nothing_that_is_learned_from() -> None:

@@ -153,3 +153,14 @@ def test_tune_may_pickle_and_question_it(tmp_path: Path) -> None:
 def test_the_engine_of_these_tests_stops_early_by_default(tmp_path: Path) -> None:
     engine: Engine = Tune(tmp_path).engine
     assert [o.metric for o in engine._spec.rung_objectives()] == ["eval_loss", "train_seconds"]
+
+
+def test_one_more_is_handed_out_than_have_a_relay_and_begun_only_by_its_relay(tmp_path: Path) -> None:
+    tune = Tune(tmp_path, trials=8)
+    for trial_id in "abcd":
+        tune.start(trial_id)
+    assert len(tune.submitted) == 3
+    assert tune.searcher.suggest("e") is None
+    tune.searcher.on_trial_complete("a", {})
+    tune.start("e")
+    assert len(tune.submitted) == 3

@@ -282,9 +282,36 @@ def test_ends_that_nobody_waits_for_change_nothing_but_the_front_that_is_known()
     study.tell_pruned(reserved, {})
     study.tell_failed(reserved)
     assert len(study._known()) == 1
-    study.tell_complete(reserved, {"accuracy": 0.8, "train_seconds": 5.0}, {})
+    for number in (reserved, reserved, 0):  # a second time, and one that ended before
+        study.tell_complete(number, {"accuracy": 0.8, "train_seconds": 5.0}, {})
     assert study._beside == [(-0.8, math.log(5.0))]
     assert len(study._known()) == 1
+
+
+def test_the_model_is_told_what_runs_what_is_timed_and_which_trial_each_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make(sampler="auto", world_size={"profile": [1, 2]})
+    past = {**make(sampler="random", seed=1, world_size={"profile": [1, 2]}).ask().params, "world_size": 2}
+    study.learn([PastTrial(params=past, values={"accuracy": 0.4, "train_seconds": 8.0}, constraints={})])
+    numbers = [study.ask().number for _ in range(6)]
+    for number in numbers[:4]:
+        study.tell_complete(number, {"accuracy": 0.1 * number, "train_seconds": 9.0}, {})
+    study.tell_complete(study.reserve(), {"accuracy": 0.3, "train_seconds": 5.0}, {})
+    study.drop(numbers[5])
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(study._proposer, "propose", lambda **given: told.update(given))
+    study.ask(Looks(), budget_left=0.25)
+    assert [(seen.number, seen.costs[0]) for seen in told["ended"]] == [(None, -0.4), *((n, -0.1 * n) for n in numbers[:4])]
+    assert told["ended"][0].params == past, "under the layout that it was trained under"
+    assert [seen.number for seen in told["running"]] == [numbers[4]]
+    assert told["beside"] == [(-0.3, math.log(5.0))]
+    assert told["references"] == [0.0, math.log(100.0)]
+    assert told["budget_left"] == 0.25
+    told.clear()
+    study.ask(Looks())
+    assert not told, "where it found nothing it is not asked again"
+    study.tell_failed(numbers[4])
+    study.ask(Looks())
+    assert told, "until a trial ends"
 
 
 def test_a_model_that_proposes_the_same_again_gives_way_to_chance() -> None:
