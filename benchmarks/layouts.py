@@ -32,9 +32,9 @@ from benchmarks.contenders import task  # noqa: E402
 from benchmarks.contenders.process import watched  # noqa: E402
 from benchmarks.front_times import at, growth, ratios  # noqa: E402
 from benchmarks.heading import heading  # noqa: E402
+from benchmarks.time_to_front import ROWS_PER_CLASS, append, read_rows  # noqa: E402
 
 KINDS = ("choice", "profile")
-ROWS_PER_CLASS = 16
 
 
 def search(told: Path) -> None:
@@ -121,7 +121,7 @@ def main() -> None:
         search(arguments.told)
         return
     out: Path = arguments.out
-    runs = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    runs = read_rows(out)
     done = {(run["kind"], run["seed"]) for run in runs}
     with tempfile.TemporaryDirectory(prefix="layouts-data-") as data:
         task.write_data(arguments.data, Path(data), ROWS_PER_CLASS)
@@ -129,8 +129,7 @@ def main() -> None:
             for kind in KINDS if seed % 2 == 0 else KINDS[::-1]:
                 if (kind, seed) not in done:
                     runs.append(run_one(kind, seed, arguments.minutes, Path(data)))
-                    with out.open("a") as file:
-                        file.write(json.dumps(runs[-1]) + "\n")
+                    append(out, runs[-1])
                     print(f"seed {seed}, {kind}: {len(runs[-1]['trials'])} trials", flush=True)
     report(runs, arguments.minutes, arguments.results)
 

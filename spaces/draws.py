@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+# Share of a point's values that are kept, and the standard deviation by which a number is then moved, of its range.
+KEPT, SPREAD = 0.6, 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -19,17 +22,13 @@ class Draw:
     rng: random.Random
     near: Mapping[str, Any] = field(default_factory=dict)
     """What `SpaceSpec.encode` returns of the point; nothing to draw evenly."""
-    kept: float = 0.6
-    """Share of the point's values that are kept."""
-    spread: float = 0.1
-    """Standard deviation by which a number is moved, of its range."""
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         """Return a number in [low, high]."""
         inner, outer = (math.log, math.exp) if log else (float, float)
         start, end = inner(low), inner(high)
         if self._is_kept(name):
-            value = inner(self.near[name]) + self.rng.gauss(0.0, self.spread) * (end - start)
+            value = inner(self.near[name]) + self.rng.gauss(0.0, SPREAD) * (end - start)
         else:
             value = self.rng.uniform(start, end)
         return min(max(outer(value), low), high)
@@ -38,11 +37,11 @@ class Draw:
         """Return an integer in [low, high]."""
         if not self._is_kept(name):
             return self.rng.randint(low, high)
-        return min(max(self.near[name] + round(self.rng.gauss(0.0, self.spread) * (high - low)), low), high)
+        return min(max(self.near[name] + round(self.rng.gauss(0.0, SPREAD) * (high - low)), low), high)
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         """Return one of the choices."""
         return self.near[name] if self._is_kept(name) else self.rng.choice(choices)
 
     def _is_kept(self, name: str) -> bool:
-        return name in self.near and self.rng.random() < self.kept
+        return name in self.near and self.rng.random() < KEPT
