@@ -279,6 +279,70 @@ def confirm(
 
 
 @app.command()
+def compare_methods(
+    spec: SpecPath,
+    set_: Set = None,
+    methods: Annotated[
+        str | None, typer.Option(metavar="METHOD,METHOD", help="none, lora:16, dora:16, lora:16:nf4 and so on, with commas.")
+    ] = None,
+    fractions: Annotated[str | None, typer.Option(metavar="SHARE,SHARE", help="Of the training rows: 0.01,0.1,1.")] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Further seeds of the best of each method and share.")] = 3,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Tell which way to fine-tune is the best for how much data: a grid of trials, the best of each confirmed."""
+    from search import compare
+    from search.confirm import ConfirmError
+    from search.console import SearchView
+
+    with _clear_errors():
+        try:
+            chosen = compare.METHODS if methods is None else tuple(map(compare.Method.parse, methods.split(",")))
+            loaded = compare.grid_spec(spec, set_ or (), chosen, compare.parse_fractions(fractions))
+            say = (lambda _: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+            with SearchView(loaded.spec, quiet=quiet) as view:
+                store = compare.search(loaded, view)
+            comparison, files, failures = compare.confirm_best(store, chosen, num_seeds=seeds, say=say)
+        except (compare.CompareError, ConfirmError) as error:
+            _fail(USAGE, str(error))
+        if json_:
+            _print_json(compare.rows_of(comparison))
+        else:
+            print(compare.render(comparison), *map(str, files), sep="\n")
+        if failures:
+            _fail(FAILURE, *failures)
+
+
+@app.command()
+def export(
+    name: Name,
+    trial: Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="Number of a trial of the front.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the adapter to the weights, so that transformers alone loads them.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="A new directory for it, instead of one below the search's.")
+    ] = None,
+    directory: Directory = RUNS,
+    json_: Json = False,
+) -> None:
+    """Write a trial's model for transformers and PEFT: safetensors, tokenizer, and a card that says where it is from."""
+    from search.export import ExportError
+    from search.export import export as export_trial
+    from search.store import Store
+
+    with _clear_errors():
+        try:
+            exported = export_trial(Store.open(name, directory), trial, merge=merge, output=output)
+        except ExportError as error:
+            _fail(USAGE, str(error))
+        if json_:
+            _print_json(exported.to_dict())
+        else:
+            print(exported.text)
+
+
+@app.command()
 def report(name: Name, directory: Directory = RUNS, tracking_uri: TrackingUri = None) -> None:
     """Write the report again: one HTML file that works offline, with tables and a picture beside it."""
     from search.results import load_results, write_results

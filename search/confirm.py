@@ -81,7 +81,7 @@ def confirm(store: Store, *, num_seeds: int, trials: str | None, say: Callable[[
         command = store.command("confirm", store.name, "--seeds", str(num_seeds), *named)
         if left:
             prepared = prepare(loaded)
-            check_same_data(prepared, store, state)
+            check_same_data(prepared.data.fingerprint, store, state)
             _drive(store, prepared, state, left, command, say)
         else:
             say(f"confirmed already: {len(chosen)} trials with {num_seeds} further seeds")

@@ -1,8 +1,8 @@
-"""The picture of a front: a PNG for where HTML cannot go."""
+"""Pictures of a front and of a comparison: PNGs for where HTML cannot go."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from search.figures import CONFIRMED_COLOR, FRONT_COLOR, KNEE_COLOR, OTHER_COLOR
 from search.ledger import SearchState
 from search.pareto import front
 from search.tables import front_table, search_name
+from spaces.metrics import TRAIN_SECONDS
 from spaces.spec import Objective, SearchSpec
 
 # With more members than this a table below the picture would be larger than the picture.
@@ -42,6 +43,37 @@ def draw_png(figure: FrontFigure, state: SearchState, spec: SearchSpec, objectiv
         table.auto_set_font_size(False)
         table.set_fontsize(7.5)
         table.auto_set_column_width(list(range(len(heading))))
+    drawing.savefig(path, dpi=150)
+
+
+def draw_methods(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> None:
+    """Draw a comparison of methods: quality with its interval against rows, and beside it against training seconds.
+
+    Args:
+        rows: as `search.compare.rows_of` has them.
+        name: of the comparison.
+        path: of the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Drawing
+
+    drawing = Drawing(figsize=(11, 4.6), layout="constrained")
+    FigureCanvasAgg(drawing)
+    axes = drawing.subplots(1, 2, sharey=True)
+    known = [row for row in rows if row["mean"] is not None]
+    for method in dict.fromkeys(row["method"] for row in known):
+        own = [row for row in known if row["method"] == method]
+        bars = {"yerr": [row["half_width"] or 0.0 for row in own], "capsize": 2, "marker": "o", "markersize": 4, "linewidth": 1}
+        for part, x in zip(axes, ("fraction", TRAIN_SECONDS), strict=True):
+            part.errorbar([row[x] for row in own], [row["mean"] for row in own], label=method, **bars)
+    for part, label in zip(axes, ("share of the training rows", axis_label(TRAIN_SECONDS)), strict=True):
+        _log_axis(part.xaxis, part)
+        part.set(xlabel=label)
+        part.grid(alpha=0.25)
+    if known:
+        axes[0].set(ylabel=axis_label(known[0]["metric"]))
+        axes[0].legend(loc="best", fontsize=8)
+    drawing.suptitle(f"{name}: the best rate of each method, with further seeds", fontsize=10)
     drawing.savefig(path, dpi=150)
 
 

@@ -95,7 +95,7 @@ def mean_profile(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def timed_configs(space: SpaceSpec, max_length: int) -> Iterator[TrialConfig]:
     """Yield one config for each step of the space that takes a time of its own; of a range its two ends."""
     for corner in space.corners():
-        if corner["adapter"] != "lora":
+        if corner["adapter"] == "none":
             yield TrialConfig.from_params(corner, max_length=max_length)
             continue
         for rank in space.lora_rank.ends():

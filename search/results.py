@@ -51,6 +51,10 @@ class Results:
     def members(self) -> list[TrialRecord]:
         return front(list(self.state.records.values()), self.objectives)
 
+    def command_of(self, record: TrialRecord) -> str:
+        """Return the command that trains a trial again."""
+        return self.fetch_spec + reproduce_command(self.spec, self.spec_path, self.name, record.number, record.params)
+
 
 def load_results(name: str, directory: Path, tracking_uri: str | None = None) -> Results:
     """Read a search from its directory, or from MLflow if a tracking URI is given.
@@ -149,7 +153,7 @@ def pick_as_json(results: Results, record: TrialRecord) -> dict[str, Any]:
         "test": record.test,
         "confirmed": confirmed_as_json(record, results.objectives),
         "confirmations": record.to_dict()["confirmations"],
-        "command": _command(results, record),
+        "command": results.command_of(record),
     }
 
 
@@ -210,7 +214,7 @@ def render_pick(results: Results, record: TrialRecord) -> str:
         lines += ["on the test file", *(f"  {m}: {number_text(m, v)}" for m, v in sorted(record.test.items()))]
     lines += _confirmed_lines(results, record)
     lines += ["configuration", *(f"  {knob}: {short_text(value)}" for knob, value in record.params.items())]
-    return "\n".join([*lines, "", "to train it again", _command(results, record)])
+    return "\n".join([*lines, "", "to train it again", results.command_of(record)])
 
 
 def _confirmed_lines(results: Results, record: TrialRecord) -> list[str]:
@@ -223,12 +227,8 @@ def _confirmed_lines(results: Results, record: TrialRecord) -> list[str]:
     return ["confirmed with further seeds, each trained alone", *(f"  {text}" for text in texts)]
 
 
-def _command(results: Results, record: TrialRecord) -> str:
-    return results.fetch_spec + reproduce_command(results.spec, results.spec_path, results.name, record.number, record.params)
-
-
 def write_results(results: Results) -> list[Path]:
     """Write the report of the search into its directory; return the files."""
     chosen = knee(results.members, results.objectives)
-    command = _command(results, chosen) if chosen else ""
+    command = results.command_of(chosen) if chosen else ""
     return list(write_report(results.state, results.spec, results.objectives, results.report_path, command=command).values())

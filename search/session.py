@@ -75,20 +75,36 @@ def prepare(loaded: LoadedSpec) -> Prepared:
     """
     from trainables import data as task_data
     from trainables.formats import DataError
+    from trainables.hub import ModelError
+
+    config, shape = checked_model(loaded)
+    tracker = connected_tracker(loaded)
+    try:
+        data = task_data.prepare(loaded.spec.model, loaded.spec.data)
+    except (DataError, ModelError) as error:
+        raise SpecError([loaded.locate(str(error))]) from error
+    plan = None
+    with suppress(ShapeError):  # a family without formulas
+        plan = blueprint(config, loaded.spec.model.task, len(data.label_names))
+    return Prepared(loaded=loaded, data=data, model=config, shape=shape, plan=plan, tracker=tracker)
+
+
+def checked_model(loaded: LoadedSpec) -> tuple[dict[str, Any], ModelShape]:
+    """Return the `config.json` of a search's model and its sizes.
+
+    Raises:
+        SpecError: there is no such model, or it cannot be used as the spec says.
+    """
     from trainables.hub import ModelError, check_use, model_config
 
-    spec = loaded.spec
+    model = loaded.spec.model
     try:
-        config = model_config(spec.model.name, spec.model.revision)
-        check_use(config, spec.model)
-        shape = ModelShape.from_config(config)
-        tracker = connected_tracker(loaded)
-        data = task_data.prepare(spec.model, spec.data)
-        plan = _blueprint(config, spec, len(data.label_names))
-        return Prepared(loaded=loaded, data=data, model=config, shape=shape, plan=plan, tracker=tracker)
+        config = model_config(model.name, model.revision)
+        check_use(config, model)
+        return config, ModelShape.from_config(config)
     except ShapeError as error:
-        raise SpecError([loaded.locate(f"model.name: {spec.model.name}: {error}")]) from error
-    except (DataError, ModelError) as error:
+        raise SpecError([loaded.locate(f"model.name: {model.name}: {error}")]) from error
+    except ModelError as error:
         raise SpecError([loaded.locate(str(error))]) from error
 
 
@@ -105,12 +121,6 @@ def connected_tracker(loaded: LoadedSpec) -> Tracker:
     except TrackingError as error:
         raise SpecError([loaded.locate(str(error))]) from error
     return tracker
-
-
-def _blueprint(config: Mapping[str, Any], spec: SearchSpec, num_labels: int) -> Blueprint | None:
-    with suppress(ShapeError):
-        return blueprint(config, spec.model.task, num_labels)
-    return None
 
 
 def artifact_root(spec: SearchSpec) -> Path:
@@ -149,7 +159,7 @@ def resume(store: Store, emit: Emit) -> Store:
     spec = loaded.spec.model_copy(update={"directory": str(store.root.parent)})
     prepared, state = prepare(replace(loaded, spec=spec)), replay(Ledger(store.ledger_path).events())
     if state.started is not None:
-        check_same_data(prepared, store, state)
+        check_same_data(prepared.data.fingerprint, store, state)
     return _drive(store, prepared, emit, _past(prepared) if state.warm_start is None else None)
 
 
@@ -258,17 +268,17 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
     ledger.append("resumed", in_flight=sorted(state.in_flight))
 
 
-def check_same_data(prepared: Prepared, store: Store, state: SearchState) -> None:
-    """Check that a search that goes on has the data that it began with.
+def check_same_data(fingerprint: str, store: Store, state: SearchState) -> None:
+    """Check that the data are those that a search began with.
 
     Raises:
-        NothingFits: it has not.
+        NothingFits: they are not.
     """
     began = (state.started or {})["data_fingerprint"]
-    if began != prepared.data.fingerprint:
+    if began != fingerprint:
         raise NothingFits(
             f"{store.spec_path}: data.train: the data changed since the search began (fingerprint "
-            f"{prepared.data.fingerprint[:12]}, then {began[:12]}): its trials would not compare"
+            f"{fingerprint[:12]}, then {began[:12]}): its trials would not compare"
         )
 
 

@@ -53,6 +53,10 @@ class Store:
         """Return where a trial is trained again with another seed; nothing is left there once that is recorded."""
         return self.root / "confirmations" / f"{number:04d}-{seed}"
 
+    def export_path(self, number: int, *, is_merged: bool) -> Path:
+        """Return where a trial's model is exported to."""
+        return self.root / "exports" / (f"{number:04d}-merged" if is_merged else f"{number:04d}")
+
     @classmethod
     def create(cls, loaded: LoadedSpec) -> Store:
         """Make the directory of a new search and write the resolved spec into it.

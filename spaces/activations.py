@@ -42,9 +42,9 @@ def widths(config: TrialConfig) -> Widths:
 
 
 def is_wrapped(matrix: Matrix, recipe: Recipe) -> bool:
-    """Return whether LoRA wraps a matrix; `all-linear` finds the router and the stacked experts too, a name only the router."""
+    """Return whether an adapter wraps a matrix; `all-linear` finds the router and the stacked experts too, a name only the router."""
     targets = recipe.adapter_target_modules or ()
-    if recipe.adapter != "lora" or matrix.trains_with_adapter:
+    if recipe.adapter == "none" or matrix.trains_with_adapter:
         return False
     if matrix.is_module:
         return matrix.is_wrapped_by(targets)
@@ -52,12 +52,16 @@ def is_wrapped(matrix: Matrix, recipe: Recipe) -> bool:
 
 
 def adapter_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
-    """Return the parameters that LoRA adds: one pair of factors for each expert, and of twice the rank for gate and up in one."""
+    """Return the parameters that an adapter adds.
+
+    One pair of factors for each expert, and of twice the rank for gate and up in one; with DoRA a norm for each output.
+    """
     rank, params = recipe.adapter_rank or 0, 0
     for m in matrices:
         if is_wrapped(m, recipe):
             is_fused_pair = m.num_experts > 1 and m.name.endswith(".gate_up_proj")
             params += rank * m.num_experts * (m.num_inputs + m.num_outputs) * (2 if is_fused_pair else 1)
+            params += m.num_outputs if recipe.adapter == "dora" else 0
     return params
 
 
@@ -137,6 +141,9 @@ class Activations:
         kept += width.products * (recipe.adapter_rank or 0) * sum(m.is_module for m in wrapped)
         if width.is_autocast:
             kept += width.products * sum(m.num_inputs for m in wrapped)
+        if recipe.adapter == "dora":
+            # The results of what is wrapped and of the factors, for the gradients of the norms.
+            kept += 2 * width.products * sum(m.num_outputs for m in wrapped)
         # Around stacked experts PEFT adds the product of its factors to the weight, and the sum is what the tokens meet.
         experts = [m for m in plan.block if m.num_experts > 1 and is_wrapped(m, recipe)]
         return self.num_tokens * kept + width.products * sum(m.num_params for m in experts)
@@ -167,7 +174,19 @@ class Activations:
         # What PEFT has multiplied out has a gradient as large, before that becomes those of the factors.
         last = self.plan.feed_forward_out[0]
         merged = last.num_params if self._has_experts and is_wrapped(last, self.recipe) else 0
-        return max(self.num_tokens * inside + self.width.products * merged, self._while_spread_out(gradient))
+        beside = max(self._while_spread_out(gradient), self._while_norms_are_taken())
+        return max(self.num_tokens * inside + self.width.products * merged, beside)
+
+    def _while_norms_are_taken(self) -> int:
+        """Return what DoRA holds for the norms of a block's last product.
+
+        The weight in the format of the factors, their product, that scaled, and the sum.
+        """
+        last = self.plan.feed_forward_out[0]
+        if self.recipe.adapter != "dora" or not is_wrapped(last, self.recipe):
+            return 0
+        copies = 4 * FP32_BYTES if self.width.is_autocast else 3 * self.width.products
+        return self.num_tokens * self._forward_per_token() + copies * last.num_inputs * last.num_outputs
 
     def _while_spread_out(self, gradient: int) -> int:
         """Return what is held beside in the last product of a block whose weight is quantised: that weight in full, and in the

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-Adapter = Literal["none", "lora"]
+Adapter = Literal["none", "lora", "rslora", "dora"]
 Precision = Literal["fp32", "bf16"]
 Quantization = Literal["none", "nf4", "int8"]
 Strategy = Literal["ddp", "fsdp", "tp"]
@@ -39,10 +39,13 @@ class Recipe:
     seed: int
     """Seeds the data order and every newly initialised weight."""
     adapter: Adapter
+    """`none` trains every weight. LoRA (https://arxiv.org/abs/2106.09685) adds alpha / rank B A to a frozen matrix, rsLoRA
+    (https://arxiv.org/abs/2312.03732) alpha / sqrt(rank) B A; DoRA (https://arxiv.org/abs/2402.09353) is LoRA that also trains the
+    norms of the rows of the sum."""
     adapter_rank: int | None = None
     adapter_alpha: float | None = None
     adapter_target_modules: tuple[str, ...] | None = None
-    """Module name suffixes that LoRA wraps; `("all-linear",)` for every linear layer but the head."""
+    """Module name suffixes that an adapter wraps; `("all-linear",)` for every linear layer but the head."""
     quantization: Quantization = "none"
     """How the linear layers of a frozen base are held; always `none` without an adapter."""
 
@@ -98,13 +101,13 @@ class TrialConfig:
         """Translate the flat params of the user's space; the only place that does.
 
         Args:
-            params: one value for every name of `spaces.space.SpaceSpec`; LoRA's may be absent without LoRA.
+            params: one value for every name of `spaces.space.SpaceSpec`; those of adapters may be absent without one.
             max_length: tokens per row, which sets what `micro_batch_size: auto` means.
 
         Raises:
             KeyError: a param is missing.
         """
-        lora = params["adapter"] == "lora"
+        adapts = params["adapter"] != "none"
         targets = params.get("lora_target_modules", "all-linear")
         recipe = Recipe(
             learning_rate=float(params["learning_rate"]),
@@ -116,10 +119,10 @@ class TrialConfig:
             precision=params["precision"],
             seed=int(params["seed"]),
             adapter=params["adapter"],
-            adapter_rank=int(params["lora_rank"]) if lora else None,
-            adapter_alpha=float(params["lora_alpha"]) if lora else None,
-            adapter_target_modules=tuple(t.strip() for t in targets.split(",")) if lora else None,
-            quantization=params.get("quantization", "none") if lora else "none",
+            adapter_rank=int(params["lora_rank"]) if adapts else None,
+            adapter_alpha=float(params["lora_alpha"]) if adapts else None,
+            adapter_target_modules=tuple(t.strip() for t in targets.split(",")) if adapts else None,
+            quantization=params.get("quantization", "none") if adapts else "none",
         )
         micro = params["micro_batch_size"]
         layout = Layout(

@@ -69,6 +69,12 @@ def quantized_base_whole(config: TrialConfig, limits: Limits) -> float:
     return float(config.recipe.quantization != "none" and is_spread)
 
 
+def norms_whole(config: TrialConfig, limits: Limits) -> float:
+    """1 where DoRA could not take the norms of rows: tensor parallelism splits them, and of int8 weights PEFT loses the scales."""
+    is_hidden = config.layout.tensor_parallel_size > 1 or config.recipe.quantization == "int8"
+    return float(config.recipe.adapter == "dora" and is_hidden)
+
+
 def memory_within_device(config: TrialConfig, limits: Limits) -> float:
     """Bytes that a rank lacks at its peak; 0 for a family without formulas, where only running it tells."""
     predicted = predicted_memory(config, limits)
@@ -91,6 +97,7 @@ CONSTRAINTS = (
     matrices_split_evenly,
     adapter_rank_within_width,
     quantized_base_whole,
+    norms_whole,
     memory_within_device,
 )
 
@@ -105,6 +112,7 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         matrices_split_evenly.__name__: _why_not_split(config, limits),
         adapter_rank_within_width.__name__: f"rank {recipe.adapter_rank} exceeds the model's width of {limits.hidden_size}",
         quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
+        norms_whole.__name__: "dora trains the norms of whole rows, which tp splits and int8 hides: ddp or fsdp, and none or nf4",
         memory_within_device.__name__: f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
     }
     return words[name]
@@ -132,7 +140,7 @@ def why_none_trains(configs: Iterable[TrialConfig], limits: Limits) -> str:
     words = ""
     for config in configs:
         if world_size_within_cluster(config, limits) <= 0:
-            against = [c for c in (matrices_split_evenly, quantized_base_whole) if c(config, limits) > 0]
+            against = [c for c in (matrices_split_evenly, quantized_base_whole, norms_whole) if c(config, limits) > 0]
             if not against:
                 return ""
             words = words or reason(against[0].__name__, config, limits)

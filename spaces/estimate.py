@@ -231,5 +231,5 @@ def _summed_activations(plan: Blueprint, config: TrialConfig) -> int:
     again = (1 + plan.is_last_result_needed) if config.layout.recomputation == "full" else 0
     num_layers = plan.shape.num_layers
     # Where nothing before the blocks trains, the first one's input needs no gradient.
-    backward = 2 * num_layers - (config.recipe.adapter == "lora")
+    backward = 2 * num_layers - (config.recipe.adapter != "none")
     return plan.shape.hidden_size * (num_layers * (2 + again) * width.products + backward * width.stream)

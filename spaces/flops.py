@@ -172,7 +172,7 @@ def recomputed_flops_of_blueprint(plan: Blueprint, config: TrialConfig) -> Train
 
 
 def _is_wrapped(matrix: Matrix, recipe: Recipe) -> bool:
-    return recipe.adapter == "lora" and matrix.is_wrapped_by(recipe.adapter_target_modules or ())
+    return recipe.adapter != "none" and matrix.is_wrapped_by(recipe.adapter_target_modules or ())
 
 
 def _uses(matrices: Sequence[Matrix], recipe: Recipe, needs_grad: bool) -> tuple[list[LinearUse], bool]:

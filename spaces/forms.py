@@ -98,10 +98,14 @@ class PerAdapter(OneKey):
     """Full fine-tuning."""
     lora: FloatDomain[LearningRate] | None = None
     """LoRA, whose best learning rate is about ten times that of full fine-tuning."""
+    rslora: FloatDomain[LearningRate] | None = None
+    """rsLoRA, whose update is larger by the square root of the rank, and whose best learning rate is as much smaller."""
+    dora: FloatDomain[LearningRate] | None = None
+    """DoRA, whose best learning rate is about LoRA's."""
 
     @model_serializer
     def _without_absent(self) -> dict[str, Any]:
-        domains = {"none": self.none, "lora": self.lora}
+        domains = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: domain.model_dump() for name, domain in domains.items() if domain is not None}
 
 

@@ -28,12 +28,16 @@ BATCH_SIZE = 16
 EPOCHS = 1
 # LoRA of 4 to 64 differ little where the data are few (Hu et al. 2021, arXiv 2106.09685, section 7.2).
 LORA_RANK = 16
+# Relative to full fine-tuning. rsLoRA's scale is larger by the square root of the rank (Kalajdzievski 2023, arXiv 2312.03732), and an
+# update of Adam's is as large as the rate times the scale. DoRA's best rates are LoRA's or a little less (Liu et al. 2024, arXiv
+# 2402.09353, appendix).
+RATE_FACTORS: dict[Adapter, float] = {"none": 1.0, "lora": LORA_FACTOR, "rslora": LORA_FACTOR / LORA_RANK**0.5, "dora": LORA_FACTOR}
 # On few ranks whole copies are the fastest; shards hold less, and any model has them.
 STRATEGIES = ("ddp", "fsdp", "tp")
 
 
 def starting_points(space: SpaceSpec, *, width: int, limits: Limits, max_length: int) -> list[dict[str, Any]]:
-    """Return up to four points to try first: a usual training with each adapter, and a higher rate for each.
+    """Return up to two points for each adapter to try first: the usual trainings, then a higher rate for each.
 
     The higher rates leave all else to chance, so that a model of the first trials has seen more than one corner of the space. Values
     outside the user's ranges become the nearest inside; knobs that nothing is known about are left to the sampler.
@@ -45,7 +49,7 @@ def starting_points(space: SpaceSpec, *, width: int, limits: Limits, max_length:
             feasible, and the first such strategy.
         max_length: tokens per row.
     """
-    adapters = sorted(space.adapter.ends())  # LoRA, then none
+    adapters = sorted(space.adapter.ends())  # `none` comes after the others
     points, higher = [], []
     for adapter in adapters:
         point = _point(space, adapter, usual_rate(adapter, width))
@@ -58,8 +62,7 @@ def starting_points(space: SpaceSpec, *, width: int, limits: Limits, max_length:
 
 def usual_rate(adapter: Adapter, width: int) -> float:
     """Return the peak learning rate that is usual for a model of this width."""
-    factor = LORA_FACTOR if adapter == "lora" else 1.0
-    return float(factor * FULL_RATE * (RATE_WIDTH / width) ** RATE_EXPONENT)
+    return float(RATE_FACTORS[adapter] * FULL_RATE * (RATE_WIDTH / width) ** RATE_EXPONENT)
 
 
 def _point(space: SpaceSpec, adapter: Adapter, rate: float) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def _point(space: SpaceSpec, adapter: Adapter, rate: float) -> dict[str, Any]:
         "dataset_fraction": max(space.dataset_fraction.ends()),
         "epochs": _nearest(space.epochs, EPOCHS),
     }
-    if adapter == "lora":
+    if adapter != "none":
         targets, quantizations = space.lora_target_modules.ends(), space.quantization.ends()
         point |= {
             "lora_rank": _nearest(space.lora_rank, LORA_RANK),

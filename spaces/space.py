@@ -46,8 +46,8 @@ WholeEpochs = Annotated[int, Within(ge=1, le=1000)]
 Alpha = Annotated[float, Within(gt=0, le=100_000)]
 WeightDecay = Annotated[float, Within(ge=0, le=100)]
 
-# What says nothing without LoRA.
-LORA_KNOBS = ("lora_rank", "lora_alpha", "lora_target_modules", "quantization")
+# What says nothing without an adapter.
+ADAPTER_KNOBS = ("lora_rank", "lora_alpha", "lora_target_modules", "quantization")
 LAYOUT_KNOBS = ("world_size", "strategy", "micro_batch_size", "recomputation")
 # What `profile` alone stands for.
 EVERY: dict[str, list[Any]] = {
@@ -91,11 +91,14 @@ class SpaceSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, json_schema_extra=_with_profile_alone)
 
     adapter: NameDomain[Adapter] = Fixed[Adapter]("lora")
-    """`none` trains every weight, `lora` trains low-rank adapters and the head."""
+    """`none` trains every weight, `lora` low-rank adapters and the head; `rslora` scales adapters by alpha / sqrt(rank), so that
+    large ranks learn as much as small ones; `dora` trains the norms of adapted rows too, and not with `tp` or `int8`."""
     learning_rate: LearningRateDomain = ByAdapter(
         by_adapter=PerAdapter(
             none=LogUniform[LearningRate](log_uniform=(1e-5, 1e-3)),
             lora=LogUniform[LearningRate](log_uniform=(1e-4, 1e-2)),
+            rslora=LogUniform[LearningRate](log_uniform=(3e-5, 3e-3)),
+            dora=LogUniform[LearningRate](log_uniform=(1e-4, 1e-2)),
         )
     )
     """Peak learning rate of AdamW; `{by_adapter: {none: ..., lora: ...}}` where it depends on the adapter."""
@@ -106,14 +109,14 @@ class SpaceSpec(BaseModel):
     epochs: NumberDomain[Epochs, WholeEpochs] = Fixed[Epochs](1.0)
     """Passes over the chosen rows."""
     lora_rank: IntDomain[Rank] = Choice[Rank](choice=(4, 8, 16, 32))
-    """Width of the LoRA matrices; only with `adapter: lora`."""
+    """Width of the LoRA matrices; only with an adapter."""
     lora_alpha: FloatDomain[Alpha] = Fixed[Alpha](32.0)
-    """LoRA's scale is alpha / rank; only with `adapter: lora`."""
+    """LoRA's scale is alpha / rank; only with an adapter."""
     lora_target_modules: NameDomain[ModuleNames] = Fixed[ModuleNames]("all-linear")
-    """Module name suffixes that LoRA wraps, with commas between; only with `adapter: lora`."""
+    """Module name suffixes that LoRA wraps, with commas between; only with an adapter."""
     quantization: NameDomain[Quantization] = Fixed[Quantization]("none")
     """How the blocks' frozen linear layers are held: `nf4` in 4.5 bits a weight (QLoRA), `int8` in 8 (LLM.int8()), `none` in the
-    precision; only with `adapter: lora`, and on one rank or with `ddp`."""
+    precision; only with an adapter, and on one rank or with `ddp`."""
     warmup_fraction: FloatDomain[WarmupFraction] = Fixed[WarmupFraction](0.1)
     """Share of the optimizer steps in which the learning rate rises."""
     weight_decay: FloatDomain[WeightDecay] = Fixed[WeightDecay](0.0)
@@ -204,7 +207,7 @@ class SpaceSpec(BaseModel):
             return {"what": str(error), "allowed": "values that the space holds"}
         idle = sorted(set(params) - active)
         if idle:
-            return {"what": f"{idle[0]} says nothing without LoRA", "allowed": "adapter: lora beside it"}
+            return {"what": f"{idle[0]} says nothing without an adapter", "allowed": "an adapter beside it, such as lora"}
         is_open = "adapter" not in params and self.adapter.is_searched
         if is_open and "learning_rate" in params and isinstance(self.learning_rate, ByAdapter):
             return {"what": "learning_rate depends on the adapter, which is not given", "allowed": "adapter beside it"}
@@ -229,7 +232,7 @@ class SpaceSpec(BaseModel):
                 continue
             for values in itertools.product(*(getattr(self, knob).ends() for knob in knobs)):
                 adapter, quantization, *_ = values
-                if adapter == "lora" or quantization == self.quantization.ends()[0]:
+                if adapter != "none" or quantization == self.quantization.ends()[0]:
                     yield self.first(world_size=world_size, strategy=strategy, **dict(zip(knobs, values, strict=True)))
 
     def layouts(self) -> list[tuple[int, str]]:
@@ -264,7 +267,7 @@ class SpaceSpec(BaseModel):
         return [f"space.{knob}={params[knob]}" for knob in type(self).model_fields if knob in params]
 
     def _is_searched(self, knob: str) -> bool:
-        if knob in LORA_KNOBS and "lora" not in self.adapter.ends():
+        if knob in ADAPTER_KNOBS and self.adapter.ends() == ["none"]:
             return False
         domain = getattr(self, knob)
         if isinstance(domain, ByAdapter):
@@ -278,7 +281,7 @@ class SpaceSpec(BaseModel):
         `params` may be filled while iterating: the adapter comes first, and all conditions are on it.
         """
         for knob in type(self).model_fields:
-            if knob in LORA_KNOBS and params["adapter"] != "lora":
+            if knob in ADAPTER_KNOBS and params["adapter"] == "none":
                 continue
             domain = getattr(self, knob)
             if isinstance(domain, ByAdapter):

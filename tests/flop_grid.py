@@ -44,7 +44,7 @@ def targets_of(family: str, adapter: str) -> tuple[str, ...] | None:
     return {"none": None, "all-linear": ("all-linear",)}.get(adapter, SOME_TARGETS.get(family, ("q_proj", "v_proj")))
 
 
-def trial(targets: tuple[str, ...] | None, recomputation: str = "none") -> TrialConfig:
+def trial(targets: tuple[str, ...] | None, recomputation: str = "none", method: str = "lora") -> TrialConfig:
     recipe = Recipe(
         learning_rate=1,
         global_batch_size=1,
@@ -54,7 +54,7 @@ def trial(targets: tuple[str, ...] | None, recomputation: str = "none") -> Trial
         weight_decay=0,
         precision="fp32",
         seed=0,
-        adapter="lora" if targets else "none",
+        adapter=method if targets else "none",  # type: ignore[arg-type]
         adapter_rank=4,
         adapter_alpha=8,
         adapter_target_modules=targets,
@@ -100,7 +100,7 @@ def counted(module: nn.Module, task: str, batch: Batch, config: TrialConfig, *, 
             table: else the mathematical one is taken, which computes the model's products and no more.
     """
     watch = FlopWatch(ModelShape.from_config(config_of(module)))
-    if config.recipe.adapter == "lora":
+    if config.recipe.adapter != "none":
         module = add_lora(module, config.recipe, task, ())
     module = parallelize(module, config, World.alone(), watch.recomputation)
     module.train()

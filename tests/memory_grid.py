@@ -39,6 +39,8 @@ class Case:
     precision: str = "fp32"
     recomputation: str = "none"
     quantization: str = "none"
+    method: str = "lora"
+    """Of those with an adapter."""
     changes: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -62,7 +64,7 @@ class Case:
             weight_decay=0.01,
             precision=self.precision,  # type: ignore[arg-type]
             seed=0,
-            adapter="lora" if targets else "none",
+            adapter=self.method if targets else "none",  # type: ignore[arg-type]
             adapter_rank=8 if targets else None,
             adapter_alpha=16.0 if targets else None,
             adapter_target_modules=targets,
@@ -138,6 +140,16 @@ QUANTIZED = [
     for r, n in ((2, 16), (8, 32), (16, 48))
 ]
 ALONE += QUANTIZED
+VARIANTS = [
+    Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation=c, method=m)
+    for f in ("llama", "qwen3", "gemma2", "phi3", "gpt2", "bert", "distilbert")
+    for m in ("rslora", "dora")
+    for p in PRECISIONS
+    for a in ("all-linear", "some")
+    for c in ("none", "full")
+    for r, n in ((2, 16), (8, 32), (16, 48))
+]
+ALONE += VARIANTS
 REPLICATED = [
     Case(family=f, adapter=a, precision=p, num_micro_batches=n, recomputation=c)
     for f in ("llama", "bert")

@@ -1,9 +1,10 @@
-"""LoRA through PEFT."""
+"""LoRA and its variants through PEFT."""
 
 from __future__ import annotations
 
 import difflib
 
+import torch
 from torch import nn
 
 from spaces.config import Recipe
@@ -13,6 +14,7 @@ from trainables.report import TrialError
 # isort: split
 # After `trainables.quantize`, which tells the logger of bitsandbytes: PEFT imports that.
 from peft import LoraConfig, TaskType, get_peft_model
+from peft.tuners.lora.dora import DoraLinearLayer
 
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
 
@@ -24,7 +26,7 @@ def add_lora(module: nn.Module, recipe: Recipe, task: str, new_parameters: tuple
 
     Args:
         module: the model; changed in place.
-        recipe: rank, alpha and target modules.
+        recipe: adapter, rank, alpha and target modules.
         task: the model's task.
         new_parameters: names of the parameters that were drawn anew.
 
@@ -44,8 +46,20 @@ def add_lora(module: nn.Module, recipe: Recipe, task: str, new_parameters: tuple
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         # Dropout would make the loss curve depend on the layout.
         lora_dropout=0.0,
+        use_rslora=recipe.adapter == "rslora",
+        use_dora=recipe.adapter == "dora",
     )
-    return get_peft_model(module, config)
+    adapted = get_peft_model(module, config)
+    for part in adapted.modules():
+        if isinstance(part, DoraLinearLayer):
+            part.get_lora_weight = _product
+    return adapted
+
+
+@torch.no_grad()
+def _product(lora_A: nn.Linear, lora_B: nn.Linear, adapter_name: str | None = None) -> torch.Tensor:
+    """Return B A, of which DoRA takes norms without a gradient; PEFT sends the identity through both, as wide as the layer."""
+    return lora_B.weight @ lora_A.weight
 
 
 def _check_targets(module: nn.Module, targets: tuple[str, ...]) -> None:

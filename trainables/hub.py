@@ -18,8 +18,8 @@ from urllib.request import getproxies
 from spaces.architecture import DECODERS
 from spaces.spec import ModelSpec
 
-EMBEDDED_MODEL = "embedded:all-MiniLM-L6-v2"
-# The hash of the original weights, sentence-transformers/all-MiniLM-L6-v2/model.safetensors on the hub.
+EMBEDDED_MODEL, EMBEDDED_ORIGIN = "embedded:all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"
+# The hash of the original weights: model.safetensors on the hub.
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 

@@ -131,12 +131,12 @@ def build(
     # Products of a bf16 recipe are in bf16 anyway, and an fp32 copy beside would be most of the memory.
     frozen = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     module = base.copy(is_frozen=recipe.adapter != "none")
-    if recipe.adapter == "lora":
+    if recipe.adapter != "none":
         base.quantize(module, recipe.quantization, frozen, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         _initialise(module, base.new_parameters)
-        if recipe.adapter == "lora":
+        if recipe.adapter != "none":
             module = add_lora(module, recipe, base.task, base.new_parameters)
             base.hold_frozen(module, frozen, device)
     return parallelize(module.to(device), config, world, recompute_context, timer)

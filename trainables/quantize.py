@@ -21,7 +21,12 @@ from spaces.quantization import NF4_BLOCK
 # that int8 goes through fp16.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit  # noqa: E402  # after its logger was told
+from bitsandbytes.functional import (  # noqa: E402  # after its logger was told
+    dequantize_4bit,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
+    quantize_4bit,
+)
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit  # noqa: E402
 
 # Inputs beyond it int8 leaves to fp16: what transformers' configuration has.
@@ -56,6 +61,22 @@ def pack_linears(
     new = {name.rpartition(".")[0] for name in new_parameters}
     linears = {name: linear for name, linear in _linears(module) if name not in new and not is_head(name)}
     return {name: _pack(_weight(linear).to(device, dtype).contiguous(), method) for name, linear in linears.items()}
+
+
+def spread_out(module: nn.Module, packed: Mapping[str, Packed]) -> None:
+    """Give a model's own layers the weights that quantised ones stand for.
+
+    Args:
+        module: a transformers model without an adapter; changed in place.
+        packed: what `pack_linears` made of the same model.
+    """
+    for name, weight in packed.items():
+        linear: Any = module.get_submodule(name)
+        if weight.state is not None:
+            values = dequantize_4bit(weight.weight, weight.state)
+        else:
+            values = int8_vectorwise_dequant(weight.weight, weight.scales)
+        linear.weight.data = (values.T if isinstance(linear, Conv1D) else values).to(linear.weight.dtype).contiguous()
 
 
 def quantize(module: nn.Module, packed: Mapping[str, Packed], dtype: torch.dtype) -> None:

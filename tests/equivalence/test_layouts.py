@@ -30,7 +30,7 @@ RELATIVE, STEPS = 2e-4, 12
 TASKS = ("causal-lm", "sequence-classification")
 # LoRA on a base in fp32, and on quantised ones, which are not sharded.
 QUANTIZED = ("nf4", "int8")
-LORA = ("lora", *QUANTIZED)
+LORA = ("lora", "rslora", "dora", *QUANTIZED)
 STRATEGIES = ("ddp", "fsdp", "tp")
 
 
@@ -93,7 +93,8 @@ def config(
     lora: dict[str, Any] = {}
     if adapter in LORA:
         lora = {"adapter_rank": 4, "adapter_alpha": 8.0, "adapter_target_modules": ("all-linear",)}
-        lora["quantization"] = "none" if adapter == "lora" else adapter
+        lora["quantization"] = adapter if adapter in QUANTIZED else "none"
+        lora["adapter"] = "lora" if adapter in QUANTIZED else adapter
     recipe = Recipe(
         learning_rate=5e-3,
         global_batch_size=8,
@@ -103,8 +104,7 @@ def config(
         weight_decay=0.01,
         precision=precision,
         seed=3,
-        adapter="lora" if lora else "none",
-        **lora,
+        **{"adapter": "none", **lora},
     )
     layout = Layout(world_size=world_size, strategy=strategy, micro_batch_size=micro, recomputation=recomputation)
     return TrialConfig(recipe=recipe, layout=layout)

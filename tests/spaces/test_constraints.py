@@ -28,6 +28,7 @@ def test_the_default_space_is_feasible():
         "matrices_split_evenly",
         "adapter_rank_within_width",
         "quantized_base_whole",
+        "norms_whole",
         "memory_within_device",
     ]
     assert is_feasible(values)

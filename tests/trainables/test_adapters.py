@@ -1,15 +1,23 @@
-"""What trains beside LoRA."""
+"""What LoRA and its variants compute, and what trains beside them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
+import torch
 from families import NUM_LABELS, config_of, make
+from memory_grid import Case
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 
 from spaces.blueprint import blueprint
 from spaces.config import Recipe
 from spaces.memory import num_trained
 from trainables.adapters import add_lora
+from trainables.mesh import World
+from trainables.model import build
 from trainables.report import TrialError
 
 
@@ -77,3 +85,29 @@ def test_the_blueprint_counts_what_peft_wraps(family: str, targets: tuple[str, .
 def test_a_target_that_is_not_there_is_named_with_the_nearest() -> None:
     with pytest.raises(TrialError, match=r"no module 'q_prj'; there are: .*; did you mean 'q_proj'\?"):
         add_lora(make("llama", "causal-lm"), recipe("q_prj"), "causal-lm", ())
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_dora_is_the_formula_of_its_paper(quantization: str) -> None:
+    """Equation 5 of arXiv 2402.09353: m (W + B A) / |W + B A|, row by row, which at first is W."""
+    base = Case(family="llama", adapter="all-linear", quantization=quantization, method="dora")
+    module: Any = build(base.config(1), base.base(), World.alone())
+    layer = module.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    weight = dequantize_module_weight(layer.base_layer).detach().clone()
+    x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ weight.T, **tolerance)
+        layer.lora_B["default"].weight.normal_()
+        layer.lora_magnitude_vector["default"].weight.mul_(1.5)
+        summed = weight + layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        norms = layer.lora_magnitude_vector["default"].weight
+        expected = x @ (norms[:, None] * summed / summed.norm(dim=1, keepdim=True)).T
+        torch.testing.assert_close(layer(x), expected, **tolerance)
+
+
+def test_rslora_is_lora_with_a_scale_of_alpha_over_the_root_of_the_rank() -> None:
+    module: Any = add_lora(make("llama", "causal-lm"), replace(recipe("up_proj"), adapter="rslora"), "causal-lm", ())
+    layer = module.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    assert layer.scaling["default"] == pytest.approx(8 / 4**0.5)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from families import config_of, make
-from flop_grid import CASES, ENCODERS, STACKED, counted, make_batch, make_model, targets_of, total, trial
+from flop_grid import CASES, ENCODERS, STACKED, counted, make_batch, make_model, targets_of, task_of, total, trial
 
+from spaces.activations import is_wrapped
 from spaces.blueprint import FAMILIES, blueprint
 from spaces.flops import (
     AttentionUse,
@@ -30,6 +31,22 @@ def test_the_formula_is_what_torch_computes(family: str, task: str, adapter: str
     theirs, seen = counted(module, task, batch, config)
     for ours in (seen.model, flops_of_blueprint(plan, config.recipe)):
         assert total(ours, lengths, family, len(batch.targets)) == pytest.approx(theirs, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["rslora", "dora"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_variants_of_lora_cost_what_it_costs(family: str, method: str) -> None:
+    """What DoRA multiplies out for its norms, once however many tokens there are, is no model FLOPs."""
+    task = task_of(family)
+    module, plan = make_model(family, task)
+    lengths, config = [LENGTH] * ROWS, trial(("all-linear",), method=method)
+    batch = make_batch(task, lengths)
+    theirs, seen = counted(module, task, batch, config)
+    rank = config.recipe.adapter_rank or 0
+    wrapped = [m for m in (*plan.block * plan.shape.num_layers, *plan.head) if is_wrapped(m, config.recipe)]
+    products = sum(2 * rank * m.num_inputs * m.num_outputs for m in wrapped) if method == "dora" else 0
+    for ours in (seen.model, flops_of_blueprint(plan, config.recipe)):
+        assert total(ours, lengths, family, len(batch.targets)) == pytest.approx(theirs - products, rel=0.01)
 
 
 @pytest.mark.parametrize("recomputation", ["none", "full"])

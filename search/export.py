@@ -1,0 +1,118 @@
+"""`paretune export`: one trial as a directory that plain transformers and PEFT load, with a model card that says where it is from."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search.formatting import number_text
+from search.model_card import model_card
+from search.pareto import eligible
+from search.record import TrialRecord
+from search.results import Results, load_results
+from search.session import check_same_data
+from search.store import Store
+from spaces.loading import LoadedSpec, SpecError
+
+
+class ExportError(Exception):
+    """The trial cannot be exported; the message is one line for the user."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """What was written."""
+
+    directory: Path
+    is_merged: bool
+    """Whether an adapter is in the weights."""
+    scores: dict[str, float]
+    """On the evaluation rows, where the weights are not those that the trial was scored with; else empty."""
+
+    @property
+    def text(self) -> str:
+        """What to tell the user."""
+        scores = ", ".join(f"{name} {number_text(name, value)}" for name, value in self.scores.items())
+        return f"{self.directory}" + (f"\nthe merged weights on the evaluation rows: {scores}" if scores else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        return {"directory": str(self.directory), "is_merged": self.is_merged, "scores": self.scores}
+
+
+def export(store: Store, number: int, *, merge: bool, output: Path | None) -> Exported:
+    """Write a trial's model.
+
+    Args:
+        store: the search.
+        number: the trial; complete, and with its weights still there.
+        merge: whether to add the adapter to the weights, so that transformers alone loads them.
+        output: where to; by default below the search's own directory.
+
+    Raises:
+        ExportError: nothing was written.
+        search.session.NothingFits: the data changed since the search began; nothing was written.
+        SpecError: model or data cannot be used; nothing was written.
+    """
+    from trainables import export as weights
+    from trainables.hub import resolve_model
+    from trainables.model import BaseModel
+
+    results = load_results(str(store.root), store.root.parent)
+    record = _chosen(number, store, results)
+    config = record.trial_config
+    if merge and config.recipe.adapter == "none":
+        raise ExportError(f"--merge: trial {number} trained every weight and has no adapter to merge; leave --merge out")
+    target = (output or store.export_path(number, is_merged=merge)).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(f"{target}: something is there already; remove it, or name another directory with --output")
+    data = _data(store.load_spec())
+    check_same_data(data.fingerprint, store, results.state)
+    model = results.spec.model
+    base = BaseModel.load(resolve_model(model.name, model.revision), model.revision, model.task, data.label_names)
+    try:
+        module = (weights.merged_module if merge else weights.trained_module)(config, base, _weights(store, record))
+    except ValueError as error:
+        raise ExportError(f"trial {number}: its weights cannot be read: {error}") from error
+    scores = weights.scores(module, config, data) if merge and config.recipe.quantization != "none" else {}
+    # Whole or not there.
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    weights.save(module, base, config, temporary)
+    (temporary / "README.md").write_text(model_card(results, record, is_merged=merge, scores=scores))
+    if target.exists():
+        target.rmdir()
+    temporary.rename(target)
+    return Exported(directory=target, is_merged=merge, scores=scores)
+
+
+def _chosen(number: int, store: Store, results: Results) -> TrialRecord:
+    """Return the trial, if it has weights."""
+    record = results.state.records.get(number)
+    members = ", ".join(str(member.number) for member in results.members) or "none"
+    if record is None:
+        raise ExportError(f"trial {number}: {results.name} has no such trial; its front: {members}")
+    if record not in eligible([record], results.objectives):
+        raise ExportError(f"trial {number} is {record.state.value}, and only complete trials have weights; the front: {members}")
+    if not _weights(store, record).exists():
+        again = results.command_of(record)
+        raise ExportError(f"trial {number}: only weights of the front ({members}) are kept; this trains it again: {again}")
+    return record
+
+
+def _weights(store: Store, record: TrialRecord) -> Path:
+    return store.trial_path(record.root) / "final"
+
+
+def _data(loaded: LoadedSpec) -> Any:
+    from trainables import data as task_data
+    from trainables.formats import DataError
+    from trainables.hub import ModelError
+
+    try:
+        return task_data.prepare(loaded.spec.model, loaded.spec.data)
+    except (DataError, ModelError) as error:
+        raise SpecError([loaded.locate(str(error))]) from error

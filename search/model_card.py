@@ -1,0 +1,170 @@
+"""The model card of an exported trial: its scores, how to load it, what it was trained with, and where it is from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from search.confidence import confirmed
+from search.formatting import number_text, short_text
+from search.record import TrialRecord
+from search.results import Results
+from spaces.config import Recipe
+from spaces.metrics import METRICS
+from trainables.hub import EMBEDDED_MODEL, EMBEDDED_ORIGIN
+
+PIPELINES = {"sequence-classification": "text-classification", "causal-lm": "text-generation"}
+CLASSES = {"sequence-classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
+# Of bitsandbytes, as `trainables.quantize` holds the base.
+QUANTIZATIONS = {
+    "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="{dtype}")',
+    "int8": "BitsAndBytesConfig(load_in_8bit=True)",
+}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def model_card(results: Results, record: TrialRecord, *, is_merged: bool, scores: Mapping[str, float]) -> str:
+    """Return the `README.md` of an exported trial.
+
+    Args:
+        results: the search.
+        record: the trial.
+        is_merged: whether its adapter is in the weights.
+        scores: of the merged weights on the evaluation rows, where the base was quantised.
+    """
+    recipe = record.trial_config.recipe
+    is_adapter = recipe.adapter != "none" and not is_merged
+    parts = [
+        _head(results, record, is_adapter=is_adapter),
+        f"# {results.name}, trial {record.number}",
+        _origin_text(results, recipe, is_merged=is_merged),
+        "## Scores",
+        _scores(results, record, scores),
+        "## Use",
+        _usage(results, recipe, is_adapter=is_adapter),
+        "## Training",
+        _table(("knob", "value"), ((f"`{knob}`", short_text(value)) for knob, value in record.trial_config.flat().items())),
+        "## Provenance",
+        _provenance(results, record),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(results: Results, record: TrialRecord, *, is_adapter: bool) -> str:
+    """Return the metadata that the hub reads: https://huggingface.co/docs/hub/model-cards."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task, data = PIPELINES[results.spec.model.task], results.spec.data
+    measured = [(name, value, "test") for name, value in record.test.items()]
+    measured += [(name, value, "evaluation") for name, value in record.values.items() if METRICS[name].section == "eval"]
+    source = data.train.removeprefix("hf:")
+    metadata = ModelCardData(
+        base_model=_base_name(results.spec.model.name),
+        datasets=source.partition("@")[0].partition(":")[0] if data.train.startswith("hf:") else None,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag=task,
+        tags=["paretune", record.trial_config.recipe.adapter] if is_adapter else ["paretune"],
+        model_name=f"{results.name}, trial {record.number}",
+        eval_results=[
+            EvalResult(
+                task_type=task,
+                dataset_type=source,
+                dataset_name=Path(source).name,
+                dataset_split=split,
+                metric_type=name,
+                metric_value=round(value, 6),
+            )
+            for name, value, split in measured
+        ],
+    )
+    return f"---\n{metadata.to_yaml()}\n---"
+
+
+def _base_name(name: str) -> str | None:
+    """Return the model's name on the hub; a local directory has none."""
+    if name == EMBEDDED_MODEL:
+        return EMBEDDED_ORIGIN
+    return None if Path(name).is_dir() else name
+
+
+def _origin_text(results: Results, recipe: Recipe, *, is_merged: bool) -> str:
+    model, summary = results.spec.model, (results.state.started or {}).get("data", {})
+    how = "every weight trained" if recipe.adapter == "none" else f"{recipe.adapter} of rank {recipe.adapter_rank}"
+    merged = ", merged into the weights" if is_merged else ""
+    rows = f", {summary['train_rows']:,} training rows" if "train_rows" in summary else ""
+    return f"`{_base_name(model.name) or model.name}` on `{results.spec.data.train}`{rows}: {how}{merged}."
+
+
+def _scores(results: Results, record: TrialRecord, merged: Mapping[str, float]) -> str:
+    columns: list[tuple[str, Mapping[str, float]]] = [("evaluation rows", record.values)]
+    if merged:
+        columns.append(("evaluation rows, these weights", merged))
+    if record.test:
+        columns.append(("test rows", record.test))
+    if results.state.reference:
+        columns.append(("untrained, evaluation rows", results.state.reference))
+    sure = {m: c.text for m in METRICS if (c := confirmed(record, m)) is not None}
+    names = [name for name in METRICS if METRICS[name].section == "eval" and any(name in column for _, column in columns)]
+    headings = ("metric", *(heading for heading, _ in columns), *(["further seeds"] if sure else []))
+    lines = [
+        _table(
+            headings,
+            (
+                [name, *(number_text(name, c.get(name)) for _, c in columns), *([sure.get(name, "-")] if sure else [])]
+                for name in names
+            ),
+        )
+    ]
+    if merged:
+        lines.append("The base was quantised in training. The adapter is added to the values that its quantised weights stand for.")
+    if not record.confirmations:
+        lines.append("One seed; the search chose this trial by the evaluation rows, so their scores are optimistic.")
+    return "\n\n".join(lines)
+
+
+def _usage(results: Results, recipe: Recipe, *, is_adapter: bool) -> str:
+    model = results.spec.model
+    name, task = CLASSES[model.task], PIPELINES[model.task]
+    if not is_adapter:
+        return f'```python\nfrom transformers import pipeline\n\nmodel = pipeline("{task}", model="THIS_DIRECTORY")\n```'
+    options, imports = "", f"AutoConfig, AutoTokenizer, {name}"
+    if recipe.quantization != "none":
+        options = f", quantization_config={QUANTIZATIONS[recipe.quantization].format(dtype=DTYPES[recipe.precision])}"
+        imports += ", BitsAndBytesConfig"
+    revision = f', revision="{model.revision}"' if model.revision else ""
+    if model.task == "sequence-classification":
+        options += ", ignore_mismatched_sizes=True"  # the base may have a head of another size
+    return "\n".join(
+        [
+            "```python",
+            "from peft import PeftModel",
+            f"from transformers import {imports}",
+            "",
+            'config = AutoConfig.from_pretrained("THIS_DIRECTORY")',
+            f'base = {name}.from_pretrained("{_base_name(model.name) or model.name}"{revision}, config=config{options})',
+            'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")',
+            'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
+            "```",
+        ]
+    )
+
+
+def _provenance(results: Results, record: TrialRecord) -> str:
+    started: Mapping[str, Any] = results.state.started or {}
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(started.get("versions", {}).items()))
+    rows = [
+        ("search", f"`{results.name}`, trial {record.number}"),
+        ("data", f"`{results.spec.data.train}`, fingerprint `{started.get('data_fingerprint')}`"),
+        ("config", f"`{record.trial_config.key()}`"),
+        ("machine", started.get("machine")),
+        ("versions", versions),
+        ("git commit of the working directory", started.get("git_commit")),
+    ]
+    table = _table(("what", "value"), ([what, str(value)] for what, value in rows if value))
+    return f"{table}\n\nTo train it again:\n\n```bash\n{results.command_of(record)}\n```"
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,124 @@
+"""The grid of a comparison of methods, and what is said of its cells; `tests/integration/test_compare.py` runs one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from synthetic import ACCURACY, confirmed_event, synthetic_events
+from tiny import make_spec
+
+from search.compare import (
+    METHODS,
+    RATES,
+    Cell,
+    CompareError,
+    Comparison,
+    Method,
+    grid_spec,
+    parse_fractions,
+    render,
+    rows_of,
+    search,
+    write,
+)
+from search.confidence import confirmed
+from search.ledger import Ledger, replay
+from search.store import Store, StoreError
+from spaces.config import TrialConfig
+from spaces.presets import usual_rate
+
+
+@pytest.mark.parametrize(
+    ("text", "method", "name"),
+    [
+        ("none", Method(adapter="none"), "full"),
+        ("lora", Method(adapter="lora", rank=16), "lora 16"),
+        ("lora:4", Method(adapter="lora", rank=4), "lora 4"),
+        (" dora:8 ", Method(adapter="dora", rank=8), "dora 8"),
+        ("lora:16:nf4", Method(adapter="lora", rank=16, quantization="nf4"), "lora 16 nf4"),
+    ],
+)
+def test_a_method_is_read_and_named(text: str, method: Method, name: str) -> None:
+    assert Method.parse(text) == method
+    assert method.name == name
+
+
+@pytest.mark.parametrize("text", ["", "lorra", "none:4", "lora:0", "lora:x", "lora:4:nf3", "lora:4:nf4:8"])
+def test_what_is_no_method_is_told_with_what_is_allowed(text: str) -> None:
+    with pytest.raises(CompareError, match=r"--methods: .* is no method; allowed: none lora .*lora:16:nf4"):
+        Method.parse(text)
+
+
+@pytest.mark.parametrize("text", ["", "0", "0.1,2", "a"])
+def test_shares_of_the_rows_are_checked(text: str) -> None:
+    with pytest.raises(CompareError, match="allowed: numbers above 0 and up to 1"):
+        parse_fractions(text)
+    assert parse_fractions("0.01,1") == (0.01, 1.0)
+
+
+def test_the_grid_is_every_method_at_every_share_with_every_rate_and_nothing_else(tmp_path: Path) -> None:
+    space = {"epochs": {"int": [1, 4]}, "global_batch_size": {"choice": [8, 32]}, "world_size": {"choice": [1, 2]}}
+    fractions = (1.0, 0.1)
+    spec = grid_spec(make_spec(tmp_path, space=space), [], METHODS, fractions).spec
+    points = spec.sampler.points_to_evaluate or ()
+    assert spec.budget.max_trials == len(points) == len(METHODS) * len(fractions) * len(RATES)
+    configs = {TrialConfig.from_params(spec.space.first(**point), max_length=32) for point in points}
+    assert len(configs) == len(points)
+    assert {(c.recipe.epochs, c.recipe.global_batch_size, c.layout.world_size) for c in configs} == {(4, 8, 1)}
+    assert {Method(adapter=c.recipe.adapter, rank=c.recipe.adapter_rank, quantization=c.recipe.quantization) for c in configs} == {
+        *METHODS
+    }
+    rates = {c.recipe.learning_rate for c in configs if c.recipe.adapter == "dora"}
+    assert rates == {factor * usual_rate("dora", 32) for factor in RATES}
+
+
+def test_full_fine_tuning_alone_is_a_grid_too(tmp_path: Path) -> None:
+    spec = grid_spec(make_spec(tmp_path, space={}), [], (Method(adapter="none"),), (1.0,)).spec
+    assert spec.budget.max_trials == len(RATES)
+
+
+def cell(method: Method, number: int, values: list[float]) -> Cell:
+    events = [
+        *synthetic_events(12),
+        *(confirmed_event(number, s, accuracy=0.5, seconds=9.0, test=v) for s, v in enumerate(values, 1)),
+    ]
+    record = replay(events).records[number]
+    return Cell(method=method, fraction=0.1, record=record, quality=confirmed(record, "accuracy"))
+
+
+def test_the_best_is_named_with_what_the_seeds_do_not_tell_apart_from_it() -> None:
+    cells = (
+        cell(METHODS[0], 0, [0.70, 0.71, 0.72]),
+        cell(METHODS[1], 1, [0.80, 0.81, 0.82]),
+        cell(METHODS[2], 2, [0.79, 0.81, 0.83]),
+        cell(METHODS[3], 4, []),
+    )
+    comparison = Comparison(name="c", objective=ACCURACY, cells=cells)
+    assert [comparison.verdict(c) for c in cells] == ["behind", "best", "not told apart", "no result"]
+    assert [row["verdict"] for row in rows_of(comparison)] == ["behind", "best", "not told apart", "no result"]
+    text = render(comparison)
+    assert "0.1 of the rows: lora 4; not told apart: lora 16" in text
+    assert "3 further seeds, on the test rows" in text
+    alone = Comparison(name="c", objective=ACCURACY, cells=cells[:2])
+    assert "lora 4, told apart from all others" in render(alone)
+    worst = Comparison(name="c", objective=replace(ACCURACY, direction="minimize"), cells=cells[:2])
+    assert worst.rivals(0.1) == [cells[0]]
+
+
+def test_table_and_picture_are_written(tmp_path: Path) -> None:
+    comparison = Comparison(name="c", objective=ACCURACY, cells=(cell(METHODS[0], 0, [0.7, 0.8]), cell(METHODS[3], 4, [])))
+    table, picture = write(comparison, tmp_path)
+    assert len(table.read_text().splitlines()) == 3
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_grid_of_the_same_name_is_left_alone(tmp_path: Path) -> None:
+    path = make_spec(tmp_path)
+    store = Store.create(grid_spec(path, [], METHODS[:2], (1.0,)))
+    Ledger(store.ledger_path).append("search_started", name=store.name)
+    before = store.ledger_path.read_bytes()
+    with pytest.raises(StoreError, match="of another grid"):
+        search(grid_spec(path, [], METHODS[:2], (0.5,)), lambda _: None)
+    assert store.ledger_path.read_bytes() == before

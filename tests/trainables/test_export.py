@@ -1,0 +1,152 @@
+"""What is exported, loaded as a user of transformers and PEFT loads it, against the model that was trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft import AutoPeftModelForSequenceClassification, PeftModel
+from tiny import make_model, make_rows
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from spaces.config import TrialConfig
+from spaces.space import SpaceSpec
+from spaces.spec import DataSpec, ModelSpec
+from trainables.checkpoint import CheckpointStore, read_checkpoint
+from trainables.data import TaskData, prepare
+from trainables.evaluation import evaluate
+from trainables.export import merged_module, save, scores, trained_module
+from trainables.loop import Command, load_weights, train
+from trainables.mesh import World
+from trainables.model import BaseModel, build, trainable
+from trainables.quantize import pack_linears
+
+Parts = tuple[TaskData, BaseModel]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    directory = tmp_path_factory.mktemp("export")
+    model = ModelSpec(name=str(make_model(directory / "model")), task="sequence-classification", max_length=32)
+    data = prepare(model, DataSpec(train=str(make_rows(directory / "train.csv", num_rows=120))))
+    return data, BaseModel.load(model.name, None, model.task, data.label_names)
+
+
+def config_of(**knobs: Any) -> TrialConfig:
+    space = SpaceSpec.model_validate({"global_batch_size": 8, "dataset_fraction": 1.0, "learning_rate": 5e-3, "epochs": 2, **knobs})
+    return TrialConfig.from_params(space.first(), max_length=32)
+
+
+def finished(parts: Parts, directory: Path, config: TrialConfig) -> tuple[Path, float]:
+    """Train; return where the weights are, and the accuracy."""
+    data, base = parts
+    checkpoints = CheckpointStore(directory)
+    reports = list(train(config, data, base, World.alone(), control=lambda _: Command.CONTINUE, checkpoints=checkpoints))
+    return directory / "final", reports[-1].metrics["accuracy"]
+
+
+def trained(base: BaseModel, weights: Path, config: TrialConfig) -> Any:
+    """Return the model as it was trained."""
+    module = build(config, base, World.alone())
+    load_weights(trainable(module), read_checkpoint(weights).weights)
+    return module
+
+
+def logits_of(module: Any) -> torch.Tensor:
+    ids = torch.randint(4, 20, (6, 12), generator=torch.Generator().manual_seed(3))
+    module.eval()
+    with torch.no_grad():
+        logits: torch.Tensor = module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return logits.float()
+
+
+def base_weights(base: BaseModel) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in base.module.state_dict().items()}
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora", "rslora", "dora"])
+@pytest.mark.parametrize("merge", [False, True])
+def test_it_loads_with_plain_libraries_and_computes_what_was_trained(parts: Parts, tmp_path: Path, adapter: str, merge: bool) -> None:
+    if merge and adapter == "none":
+        pytest.skip("nothing to merge")
+    data, base = parts
+    config = config_of(adapter=adapter)
+    before = base_weights(base)
+    weights, _ = finished(parts, tmp_path / "trial", config)
+    expected = logits_of(trained(base, weights, config))
+    untrained = logits_of(build(config, base, World.alone()))
+    save((merged_module if merge else trained_module)(config, base, weights), base, config, tmp_path / "out")
+    if adapter != "none" and not merge:
+        settings = AutoConfig.from_pretrained(tmp_path / "out")
+        loaded = PeftModel.from_pretrained(
+            AutoModelForSequenceClassification.from_pretrained(base.name, config=settings, ignore_mismatched_sizes=True),
+            str(tmp_path / "out"),
+        )
+        options = {"num_labels": 3, "ignore_mismatched_sizes": True}  # the base has a head of another size
+        by_name = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out", **options)
+        torch.testing.assert_close(logits_of(by_name), expected, rtol=1e-4, atol=1e-5)
+    else:
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits_of(loaded), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(untrained, expected, atol=1e-2), "nothing was learned, so the comparison is empty"
+    assert all(torch.equal(value, before[name]) for name, value in base.module.state_dict().items()), "other trials share it"
+    assert loaded.config.id2label == dict(enumerate(data.label_names))
+    assert loaded.config.hidden_dropout_prob == AutoConfig.from_pretrained(base.name).hidden_dropout_prob > 0
+
+
+def test_a_pipeline_names_the_labels(parts: Parts, tmp_path: Path) -> None:
+    data, base = parts
+    config = config_of(adapter="lora", epochs=8)
+    weights, _ = finished(parts, tmp_path / "trial", config)
+    save(merged_module(config, base, weights), base, config, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = ["the match saw a goal team score ball", "bread soup rice today cheese", "rain and sun and wind"]
+    module = trained(base, weights, config).eval()
+    expected = [data.label_names[int(module(**tokenizer(text, return_tensors="pt")).logits.argmax())] for text in texts]
+    assert len(set(expected)) > 1
+    classify = pipeline("text-classification", model=str(tmp_path / "out"), tokenizer=tokenizer, device="cpu")
+    assert [row["label"] for row in classify(texts)] == expected
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_a_quantised_base_is_spread_out_before_it_is_merged(parts: Parts, tmp_path: Path, method: str) -> None:
+    data, base = parts
+    config = config_of(adapter="lora", quantization=method, lora_rank=4)
+    before = base_weights(base)
+    weights, accuracy = finished(parts, tmp_path / "trial", config)
+    merged = merged_module(config, base, weights)
+    plain = merged_module(replace(config, recipe=replace(config.recipe, quantization="none")), base, weights)
+    packed = pack_linears(base.module, config.recipe.quantization, torch.float32, torch.device("cpu"), base.new_parameters)
+    assert len(packed) > 10
+    for name, weight in packed.items():
+        spread = dequantize_4bit(weight.weight, weight.state) if method == "nf4" else weight.weight * weight.scales[:, None] / 127
+        ours, original = merged.get_submodule(name).weight, before[f"{name}.weight"]
+        assert not torch.allclose(spread, original, atol=1e-4), "nothing was quantised, so the comparison is empty"
+        torch.testing.assert_close(ours - plain.get_submodule(name).weight, spread - original, rtol=0, atol=1e-5)
+    # int8 products round their inputs too, which no weight can.
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if method == "nf4" else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(logits_of(merged), logits_of(trained(base, weights, config)), **tolerance)
+    assert all(torch.equal(value, before[name]) for name, value in base.module.state_dict().items())
+    assert scores(merged, config, data)["accuracy"] == pytest.approx(accuracy, abs=0.1)
+
+
+def test_a_bf16_trial_is_saved_in_bf16_and_scores_the_same(parts: Parts, tmp_path: Path) -> None:
+    data, base = parts
+    config = config_of(adapter="lora", precision="bf16")
+    weights, accuracy = finished(parts, tmp_path / "trial", config)
+    save(merged_module(config, base, weights), base, config, tmp_path / "out")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert evaluate(loaded, config, data, data.evaluation, World.alone())["accuracy"] == pytest.approx(accuracy, abs=0.1)
+
+
+def test_damaged_weights_are_refused(parts: Parts, tmp_path: Path) -> None:
+    weights, _ = finished(parts, tmp_path, config_of(adapter="lora"))
+    file = weights / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"weights\.safetensors"):
+        trained_module(config_of(adapter="lora"), parts[1], weights)

@@ -1,0 +1,91 @@
+"""A trial's trained weights as what transformers and PEFT load: a whole model, or an adapter beside its base."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig
+
+from spaces.config import Layout, TrialConfig
+from trainables.checkpoint import read_checkpoint
+from trainables.data import TaskData
+from trainables.evaluation import evaluate
+from trainables.loop import load_weights
+from trainables.mesh import World
+from trainables.model import BaseModel, build, trainable
+from trainables.quantize import pack_linears, spread_out
+from trainables.tokenization import load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Nothing is split or sharded in a file.
+ONE_RANK = {"world_size": 1, "strategy": "ddp", "recomputation": "none"}
+
+
+def trained_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:
+    """Return a trial's model on the CPU, in fp32: transformers' own, with PEFT's around it where the trial had an adapter.
+
+    An adapter stands on the base as it is, even where the trial had that quantised.
+
+    Raises:
+        ValueError: the weights are damaged.
+    """
+    module = build(_plain(config), base, World.alone())
+    load_weights(trainable(module), read_checkpoint(weights).weights)
+    return module
+
+
+def merged_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:
+    """Return a trial's model with its adapter in the weights, on the CPU, in fp32.
+
+    Where the trial had the base quantised, the adapter learned beside weights that are a little off: it is added to those.
+
+    Raises:
+        ValueError: the weights are damaged.
+    """
+    recipe = config.recipe
+    # Of its own: merging changes weights that all trials share.
+    own = replace(base, module=base.copy(is_frozen=False), _held={}, _packed={})
+    packed = pack_linears(base.module, recipe.quantization, DTYPES[recipe.precision], torch.device("cpu"), base.new_parameters)
+    spread_out(own.module, packed)
+    return trained_module(config, own, weights).merge_and_unload()
+
+
+def scores(module: nn.Module, config: TrialConfig, data: TaskData) -> dict[str, float]:
+    """Return a model's metrics on the evaluation rows, on a GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world = replace(World.alone(), device=device)
+    return evaluate(module.to(device), replace(config, layout=_one_rank(config)), data, data.evaluation, world)
+
+
+def save(module: Any, base: BaseModel, config: TrialConfig, directory: Path) -> None:
+    """Write safetensors, configuration and tokenizer: an adapter in fp32, a whole model in what the trial computed in."""
+    is_adapter = isinstance(module, PeftModel)
+    if not is_adapter:
+        module = module.to("cpu", DTYPES[config.recipe.precision])
+    _restore_settings(module.config, base)
+    module.save_pretrained(directory)
+    if is_adapter:
+        # It has the names of the labels, which PEFT's own files have not.
+        module.config.save_pretrained(directory)
+    load_tokenizer(base.name, base.revision).save_pretrained(directory)
+
+
+def _restore_settings(config: Any, base: BaseModel) -> None:
+    """Give the configuration back what training had switched off."""
+    original = AutoConfig.from_pretrained(base.name, revision=base.revision).to_dict()
+    for key, value in original.items():
+        if key == "use_cache" or ("drop" in key and isinstance(value, float)):
+            setattr(config, key, value)
+
+
+def _plain(config: TrialConfig) -> TrialConfig:
+    return replace(config, recipe=replace(config.recipe, quantization="none", precision="fp32"), layout=_one_rank(config))
+
+
+def _one_rank(config: TrialConfig) -> Layout:
+    return replace(config.layout, **ONE_RANK)  # type: ignore[arg-type]
