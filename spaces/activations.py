@@ -174,19 +174,37 @@ class Activations:
         # What PEFT has multiplied out has a gradient as large, before that becomes those of the factors.
         last = self.plan.feed_forward_out[0]
         merged = last.num_params if self._has_experts and is_wrapped(last, self.recipe) else 0
-        beside = max(self._while_spread_out(gradient), self._while_norms_are_taken())
+        beside = max(self._while_spread_out(gradient), self._while_rows_are_scaled())
         return max(self.num_tokens * inside + self.width.products * merged, beside)
 
-    def _while_norms_are_taken(self) -> int:
-        """Return what DoRA holds for the norms of a block's last product.
+    def _while_rows_are_scaled(self) -> int:
+        """Return what is held beside while DoRA takes the norms of a product's rows, and then while it scales the results.
 
-        The weight in the format of the factors, their product, that scaled, and the sum.
+        The norms: the weight in the format of the factors, their product, that scaled, and the sum. The results: both, scaled, and
+        their sum; in fp32, as the norms that train. What the block keeps of later products is not there yet.
         """
-        last = self.plan.feed_forward_out[0]
-        if self.recipe.adapter != "dora" or not is_wrapped(last, self.recipe):
+        if self.recipe.adapter != "dora":
             return 0
-        copies = 4 * FP32_BYTES if self.width.is_autocast else 3 * self.width.products
-        return self.num_tokens * self._forward_per_token() + copies * last.num_inputs * last.num_outputs
+        # The gate's result and its activation are there before the other factor; of GELU by its formula, as measured, two gradients.
+        inner = self.plan.feed_forward_out[0].num_inputs
+        is_half_there = self.plan.num_kept_by_activation > 2 and self.plan.feed_forward_in[0].num_outputs == inner
+        there = 2 * self.width.products * inner if is_half_there else 0
+        feed_forward = self._before_per_token(self.plan.feed_forward_in) + self._feed_forward_per_token()
+        later = {
+            self.plan.attention_in: self.block() // self.num_tokens - self._before_per_token(self.plan.attention_in),
+            self.plan.attention_out: feed_forward,
+            self.plan.feed_forward_in: self._activation_per_token() - there,
+            self.plan.feed_forward_out: 0,
+        }
+        weights, numbers = (4 * FP32_BYTES, FP32_BYTES) if self.width.is_autocast else (3 * self.width.products, 0)
+        most = 0
+        for stage, not_yet in later.items():
+            for m in (m for m in stage if is_wrapped(m, self.recipe)):
+                norms = weights * m.num_inputs * m.num_outputs
+                per_token = numbers * m.num_inputs + self.width.products * m.num_outputs
+                scaled = numbers * m.num_inputs + 4 * FP32_BYTES * m.num_outputs
+                most = max(most, norms + self.num_tokens * (per_token - not_yet), self.num_tokens * (scaled - not_yet))
+        return most
 
     def _while_spread_out(self, gradient: int) -> int:
         """Return what is held beside in the last product of a block whose weight is quantised: that weight in full, and in the
