@@ -23,9 +23,10 @@ HIGHER_RATE = 2.0
 # (Marek et al. 2025, arXiv 2507.07101). With MiniLM on 1,232 short rows of banking77 three epochs with 16 rows instead of 32 give
 # 0.73 instead of 0.63 in full, 0.71 instead of 0.59 with LoRA; with 8 they give 0.81 and 0.74 in 1.4 and 1.2 times the seconds.
 BATCH_SIZE = 16
-# New rows teach more than rows that are seen again (Muennighoff et al. 2023, arXiv 2305.16264), so the training is one pass over all
-# of them; so are 29 of the 34 on the fronts of a random grid (benchmarks/results/learning_curves.json).
-EPOCHS = 1
+# Shares of the rows and passes over them. The front is over time, so trainings of several lengths come first: a middle one, in which
+# rows repeat, since up to four passes teach about as much as new rows (Muennighoff et al. 2023, arXiv 2305.16264); a short one; all
+# rows once, as are 29 of the 34 on the fronts of a random grid (benchmarks/results/learning_curves.json); and one of more passes.
+MIDDLE, SHORT, WHOLE, LONG = (0.3, 3), (0.1, 1), (1.0, 1), (0.6, 4)
 # LoRA of 4 to 64 differ little where the data are few (Hu et al. 2021, arXiv 2106.09685, section 7.2).
 LORA_RANK = 16
 # Relative to full fine-tuning. rsLoRA's scale is larger by the square root of the rank (Kalajdzievski 2023, arXiv 2312.03732), and an
@@ -37,27 +38,30 @@ STRATEGIES = ("ddp", "fsdp", "tp")
 
 
 def starting_points(space: SpaceSpec, *, width: int, limits: Limits, max_length: int) -> list[dict[str, Any]]:
-    """Return up to two points for each adapter to try first: the usual trainings, then a higher rate for each.
+    """Return what to try first: usual trainings of several lengths, those of full fine-tuning and of one adapter in turn.
 
-    The higher rates leave all else to chance, so that a model of the first trials has seen more than one corner of the space. Values
-    outside the user's ranges become the nearest inside; knobs that nothing is known about are left to the sampler.
+    All rows once at the usual rate, the others at a higher one. The long one is of full fine-tuning where the space has that: with
+    much to train it learns the most (Biderman et al. 2024, arXiv 2405.09673). Further adapters have one training each. Values outside
+    the user's ranges become the nearest inside, and points that are then the same are one.
 
     Args:
         space: the user's.
         width: of the model's layers.
-        limits: what proposals are held against. The usual trainings take the fewest workers with which a strategy of the space is
-            feasible, and the first such strategy.
+        limits: what proposals are held against. Each takes the fewest workers with which a strategy of the space is feasible, and the
+            first such strategy.
         max_length: tokens per row.
     """
-    adapters = sorted(space.adapter.ends())  # `none` comes after the others
-    points, higher = [], []
-    for adapter in adapters:
-        point = _point(space, adapter, usual_rate(adapter, width))
-        points.append(point | _layout(space, point, limits, max_length))
-        rate = _nearest(space.learning_rate_of(adapter), HIGHER_RATE * usual_rate(adapter, width))
-        if rate != point["learning_rate"]:
-            higher.append({"adapter": adapter, "learning_rate": rate})
-    return points + higher
+    adapters = sorted(space.adapter.ends(), key=lambda adapter: (adapter != "none", adapter))
+    ladder = [(adapter, length) for length in (MIDDLE, SHORT, WHOLE) for adapter in adapters[:2]]
+    ladder += [(adapters[0], LONG), *((adapter, MIDDLE) for adapter in adapters[2:])]
+    points: list[dict[str, Any]] = []
+    for adapter, (fraction, epochs) in ladder:
+        rate = usual_rate(adapter, width) * (1.0 if (fraction, epochs) == WHOLE else HIGHER_RATE)
+        point = _point(space, adapter, rate, fraction, epochs)
+        point |= _layout(space, point, limits, max_length)
+        if point not in points:
+            points.append(point)
+    return points
 
 
 def usual_rate(adapter: Adapter, width: int) -> float:
@@ -65,8 +69,8 @@ def usual_rate(adapter: Adapter, width: int) -> float:
     return float(RATE_FACTORS[adapter] * FULL_RATE * (RATE_WIDTH / width) ** RATE_EXPONENT)
 
 
-def _point(space: SpaceSpec, adapter: Adapter, rate: float) -> dict[str, Any]:
-    """Return the usual training, without a layout."""
+def _point(space: SpaceSpec, adapter: Adapter, rate: float, fraction: float, epochs: float) -> dict[str, Any]:
+    """Return a training, without a layout."""
     micro_batches = space.micro_batch_size.ends()
     micro_batch = "auto" if "auto" in micro_batches else min(micro_batches)
     point = {
@@ -75,8 +79,8 @@ def _point(space: SpaceSpec, adapter: Adapter, rate: float) -> dict[str, Any]:
         # A batch has at least one micro batch.
         "global_batch_size": _nearest(space.global_batch_size, BATCH_SIZE if micro_batch == "auto" else max(BATCH_SIZE, micro_batch)),
         "micro_batch_size": micro_batch,
-        "dataset_fraction": max(space.dataset_fraction.ends()),
-        "epochs": _nearest(space.epochs, EPOCHS),
+        "dataset_fraction": _nearest(space.dataset_fraction, fraction),
+        "epochs": _nearest(space.epochs, epochs),
     }
     if adapter != "none":
         targets, quantizations = space.lora_target_modules.ends(), space.quantization.ends()

@@ -208,7 +208,7 @@ class SamplerSpec(_Section):
     from its trials."""
     points_to_evaluate: tuple[dict[str, Any], ...] | None = None
     """Points that are known to be good, tried first: each gives values to some knobs; the sampler fills in the others. By default,
-    without a warm start, up to two for each adapter that are usual for the model's width; `[]` for none."""
+    without a warm start, usual trainings of several lengths; `[]` for none."""
 
 
 class SchedulerSpec(_Section):

@@ -119,7 +119,7 @@ def test_the_path_of_a_directory_is_a_name_and_without_a_warm_start_there_are_us
     assert len(earlier_trials(loaded, "abc")["trials"]) == 19
     spec, state = write(tmp_path, "cold").spec, replay([])
     study = new_study(spec, state, LIMITS, spec.resolved_objectives(), width=64)
-    assert [study.ask().params["learning_rate"] for _ in range(1)] == [pytest.approx(5e-4 * (2000 / 64) ** 0.781)]
+    assert study.ask().params["learning_rate"] == pytest.approx(0.01), "twice the usual rate lies above the range"
 
 
 @pytest.mark.parametrize(

@@ -51,25 +51,23 @@ def test_points_lie_in_the_space_and_are_few_and_distinct_and_the_same_every_tim
         space = some_space(random.Random(seed))
         points = starting_points(space, width=768, limits=Limits(num_workers=4, hidden_size=768), max_length=128)
         assert points == starting_points(space, width=768, limits=Limits(num_workers=4, hidden_size=768), max_length=128)
-        assert 1 <= len(points) <= 2 * len(space.adapter.ends())
+        assert 1 <= len(points) <= 7
         for point in points:
             assert space.problem_with_point(point) is None, (point, space)
             assert points.count(point) == 1
 
 
-def test_without_limits_the_rate_of_lora_is_ten_times_that_of_full_fine_tuning_and_falls_with_the_width() -> None:
+def test_without_limits_the_usual_rate_of_lora_is_ten_times_that_of_full_fine_tuning_and_falls_with_the_width() -> None:
     space = SpaceSpec.model_validate(
         {"adapter": {"choice": ["none", "lora"]}, "learning_rate": {"log_uniform": [1e-7, 1.0]}, "epochs": {"int": [1, 4]}}
     )
     rates = {}
     for width in (256, 1024, 4096):
         points = starting_points(space, width=width, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
-        lora, full = points[:2]
-        assert [(p["adapter"], p["epochs"]) for p in points[:2]] == [("lora", 1), ("none", 1)]
-        assert points[2:] == [
-            {"adapter": "lora", "learning_rate": pytest.approx(2 * lora["learning_rate"])},
-            {"adapter": "none", "learning_rate": pytest.approx(2 * full["learning_rate"])},
-        ]
+        whole = {p["adapter"]: p for p in points if (p["dataset_fraction"], p["epochs"]) == (1.0, 1)}
+        lora, full = whole["lora"], whole["none"]
+        others = [p for p in points if p not in (lora, full)]
+        assert all(p["learning_rate"] == pytest.approx(2 * whole[p["adapter"]]["learning_rate"]) for p in others)
         assert lora["learning_rate"] == pytest.approx(10 * full["learning_rate"])
         rates[width] = full["learning_rate"]
     assert rates[256] > rates[1024] > rates[4096]
@@ -89,17 +87,25 @@ def test_what_lies_outside_becomes_the_nearest_inside() -> None:
 @pytest.mark.parametrize(
     ("epochs", "fraction", "expected"),
     [
-        ({"int": [1, 4]}, {"log_uniform": [0.1, 1.0]}, (1, 1.0)),
-        ({"choice": [2, 8]}, 0.5, (2, 0.5)),
-        ({"uniform": [0.5, 2.0]}, 1.0, (1, 1.0)),
-        (2, {"log_uniform": [0.1, 0.9]}, (2, 0.9)),
+        ({"int": [1, 4]}, {"log_uniform": [0.1, 1.0]}, [(0.3, 3), (0.1, 1), (1.0, 1), (0.6, 4)]),
+        ({"choice": [2, 8]}, 0.5, [(0.5, 2)]),
+        (1, {"uniform": [0.2, 1.0]}, [(0.3, 1), (0.2, 1), (1.0, 1), (0.6, 1)]),
+        ({"int": [1, 2]}, {"choice": [0.25, 1.0]}, [(0.25, 2), (0.25, 1), (1.0, 1), (1.0, 2)]),
     ],
 )
-def test_a_usual_training_passes_once_over_all_the_data(epochs: Any, fraction: Any, expected: tuple[float, float]) -> None:
-    space = SpaceSpec.model_validate({"epochs": epochs, "dataset_fraction": fraction, "global_batch_size": {"choice": [8, 32, 16]}})
-    usual, higher = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
-    assert (usual["epochs"], usual["dataset_fraction"], usual["global_batch_size"]) == (*expected, 16)
-    assert set(higher) == {"adapter", "learning_rate"}, "all else is the sampler's"
+def test_the_first_trainings_are_of_several_lengths(epochs: Any, fraction: Any, expected: list[tuple[float, float]]) -> None:
+    knobs = {"epochs": epochs, "dataset_fraction": fraction, "global_batch_size": {"choice": [8, 32, 16]}}
+    space = SpaceSpec.model_validate({**knobs, "learning_rate": {"log_uniform": [1e-5, 1.0]}})
+    points = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
+    assert list(dict.fromkeys((p["dataset_fraction"], p["epochs"]) for p in points)) == expected
+    assert {p["global_batch_size"] for p in points} == {16}
+
+
+def test_full_fine_tuning_and_one_adapter_have_a_ladder_each_and_further_adapters_one_training() -> None:
+    space = SpaceSpec.model_validate({"adapter": {"choice": ["rslora", "lora", "none", "dora"]}, "epochs": {"int": [1, 4]}})
+    points = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
+    assert [p["adapter"] for p in points] == ["none", "dora", "none", "dora", "none", "dora", "none", "lora", "rslora"]
+    assert points[6]["epochs"] == 4
 
 
 @pytest.mark.parametrize(("micro_batch", "batch"), [(32, 32), (4, 16), ({"choice": [16, 8]}, 16), ({"choice": ["auto", 16]}, 16)])
@@ -108,7 +114,7 @@ def test_points_keep_to_the_micro_batch(micro_batch: Any, batch: int) -> None:
         {"micro_batch_size": micro_batch, "global_batch_size": {"choice": [8, 16, 32, 64]}, "world_size": {"choice": [1, 2, 4]}}
     )
     limits = Limits(num_workers=4, hidden_size=768)
-    point, _ = starting_points(space, width=768, limits=limits, max_length=128)
+    point, *_ = starting_points(space, width=768, limits=limits, max_length=128)
     assert (point["global_batch_size"], point["world_size"]) == (batch, 1)
     assert is_feasible(violations(TrialConfig.from_params(space.first(**point), max_length=128), limits))
 
@@ -160,7 +166,7 @@ def test_a_usual_training_has_the_smallest_layout_that_is_feasible_whatever_the_
         max_targets=128,
         memory_bytes=memory_bytes,
     )
-    point, _ = starting_points(space, width=4096, limits=limits, max_length=128)
+    point, *_ = starting_points(space, width=4096, limits=limits, max_length=128)
     assert (point["world_size"], point["strategy"]) == expected
     for left in itertools.product(space.quantization.ends(), space.strategy.ends()):
         params = space.first(**{"quantization": left[0], "strategy": left[1], **point})
