@@ -296,6 +296,8 @@ def compare_methods(
     from search.console import SearchView
 
     with _clear_errors():
+        if seeds < 1:
+            _fail(USAGE, f"--seeds {seeds}: at least one further seed; from 2 on there is an interval")
         try:
             chosen = compare.METHODS if methods is None else tuple(map(compare.Method.parse, methods.split(",")))
             loaded = compare.grid_spec(spec, set_ or (), chosen, compare.parse_fractions(fractions))

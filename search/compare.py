@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ from search.pareto import eligible, sign_of
 from search.picture import draw_methods
 from search.record import TrialRecord
 from search.results import Results, load_results
-from search.session import Emit, checked_model, resume, start
+from search.session import Emit, NoResult, checked_model, resume, start
 from search.store import Store, StoreError
-from spaces.config import Adapter, Quantization
+from spaces.config import Adapter, Quantization, TrialConfig
+from spaces.constraints import Limits, reason, violations
 from spaces.loading import LoadedSpec, load_spec
-from spaces.metrics import PEAK_MEMORY_BYTES, TRAIN_SECONDS
-from spaces.presets import BATCH_SIZE, LORA_RANK, usual_rate
+from spaces.metrics import METRICS, PEAK_MEMORY_BYTES, TRAIN_SECONDS
+from spaces.presets import BATCH_SIZE, LORA_ALPHA, LORA_RANK, nearest, usual_rate
 from spaces.space import SpaceSpec
 from spaces.spec import Objective
 
@@ -34,6 +36,9 @@ FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)
 # Times the usual one for all rows, once: with fewer tokens the best rate is higher (`spaces.presets.HIGHER_RATE`).
 RATES = (1.0, 2.0, 4.0)
 COSTS = (TRAIN_SECONDS, PEAK_MEMORY_BYTES)
+COMPARED = ("adapter", "learning_rate", "dataset_fraction", "lora_rank", "quantization")
+# More workers than any layout needs.
+EVERYWHERE = 4096
 
 
 class CompareError(Exception):
@@ -102,14 +107,29 @@ class Cell:
 
     method: Method
     fraction: float
-    record: TrialRecord
+    record: TrialRecord | None
+    """None where no trial is complete."""
     quality: Confirmed | None
-    """None where its further seeds failed."""
+    """None where there is no record, or its further seeds failed."""
+    why: str = ""
+    """Why there is no record, in words."""
 
     @property
     def num_rows(self) -> int | None:
-        rows = self.record.details.get("distinct_rows")
+        """Distinct training rows."""
+        rows = self.record.details.get("distinct_rows") if self.record else None
         return None if rows is None else int(rows)
+
+    @property
+    def learning_rate(self) -> float | None:
+        return self.record.trial_config.recipe.learning_rate if self.record else None
+
+    def cost(self, metric: str) -> float | None:
+        """Return a metric's mean over the further seeds, or else what the search measured."""
+        if self.record is None:
+            return None
+        found = confirmed(self.record, metric)
+        return found.estimate.mean if found is not None else self.record.values.get(metric)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,13 +152,15 @@ class Comparison:
         if not known:
             return []
         (best, quality), *others = sorted(known, key=lambda pair: sign_of(self.objective) * pair[1].estimate.mean)
-        return [best, *(cell for cell, other in others if not told_apart(quality, other))]
+        # Bonferroni's: of several comparisons one would else be wrong too often.
+        level = 1 - (1 - LEVEL) / max(1, len(others))
+        return [best, *(cell for cell, other in others if not told_apart(quality, other, level))]
 
     def verdict(self, cell: Cell) -> str:
         """Return in words where a cell stands among those of its share of the rows."""
         rivals = self.rivals(cell.fraction)
         if cell.quality is None:
-            return "no result"
+            return "no result" + (f": {cell.why}" if cell.why else "")
         return "best" if cell == rivals[0] else "not told apart" if cell in rivals else "behind"
 
 
@@ -163,7 +185,7 @@ def grid_spec(path: Path, overrides: Sequence[str], methods: Sequence[Method], f
     """Return the search that trains every method at every share of the rows with every rate, and nothing else.
 
     Knobs that the file leaves open and that are not compared get one value: batches of the usual size, the most epochs, and of all
-    others the first.
+    others the first. Limits in time and money stay.
 
     Args:
         path: the user's file.
@@ -173,15 +195,19 @@ def grid_spec(path: Path, overrides: Sequence[str], methods: Sequence[Method], f
 
     Raises:
         SpecError: the file or its model cannot be used.
+        CompareError: a method cannot be trained anywhere, or no objective is a score.
     """
     loaded = load_spec(path, overrides)
     spec, width = loaded.spec, checked_model(loaded)[1].hidden_size
+    if not any(METRICS[o.metric].section == "eval" for o in spec.resolved_objectives()):
+        raise CompareError("objectives: none says how good a model is; allowed: with accuracy, eval_loss or another score among them")
+    methods, fractions = list(dict.fromkeys(methods)), sorted(set(fractions))
     adapters = list(dict.fromkeys(method.adapter for method in methods))
     rates = {adapter: [factor * usual_rate(adapter, width) for factor in RATES] for adapter in adapters}
     fixed = _fixed_knobs(spec.space)
     points = [
         {**method.params, "dataset_fraction": fraction, "learning_rate": rate}
-        for fraction in sorted(fractions)
+        for fraction in fractions
         for method in methods
         for rate in rates[method.adapter]
     ]
@@ -189,24 +215,29 @@ def grid_spec(path: Path, overrides: Sequence[str], methods: Sequence[Method], f
     values: dict[str, Any] = {
         **{f"space.{knob}": value for knob, value in fixed.items()},
         "space.adapter": _choice(adapters),
-        "space.dataset_fraction": _choice(sorted(fractions)),
+        "space.dataset_fraction": _choice(fractions),
         "space.learning_rate": {"by_adapter": {adapter: {"choice": values} for adapter, values in rates.items()}},
         "sampler.points_to_evaluate": points,
         "scheduler.method": "none",
-        "budget": {"trials": len(points)},
-        "name": spec.name or f"{path.stem}-methods",
+        "sampler.method": "points",
+        "sampler.warm_start": None,
+        "budget.trials": len(points),
+        "budget.patience": None,
+        "name": f"{re.sub(r'[^A-Za-z0-9._-]', '-', spec.name or path.stem)[:40]}-methods",
     }
     if ranks:
         values["space.lora_rank"] = _choice(ranks)
         values["space.quantization"] = _choice([method.quantization for method in methods if method.rank is not None])
-    return load_spec(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in values.items())])
+    grid = load_spec(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in values.items())])
+    _check(grid, methods, width)
+    return grid
 
 
 def search(loaded: LoadedSpec, emit: Emit) -> Store:
     """Train the grid, or what is left of it, and return where it is.
 
     Raises:
-        StoreError: a search of another grid has the name.
+        StoreError: a search of another model, data set or grid has the name.
         What `search.session.start` and `resume` raise.
     """
     root = Path(loaded.spec.directory).absolute() / str(loaded.spec.name)
@@ -214,7 +245,7 @@ def search(loaded: LoadedSpec, emit: Emit) -> Store:
         return start(loaded, emit)
     store = Store(root=root)
     known = store.load_spec().spec
-    if (known.space, known.sampler) != (loaded.spec.space, loaded.spec.sampler):
+    if any(getattr(known, part) != getattr(loaded.spec, part) for part in ("model", "data", "space", "objectives", "sampler")):
         raise StoreError(f"a search named '{store.name}' is in {root.parent} already, of another grid; give this one --set name=...")
     return store if _results(store).state.finished else resume(store, emit)
 
@@ -225,15 +256,15 @@ def confirm_best(
     """Confirm the best trial of every method and share; return what was found, files, and a line for each seed without a result.
 
     Raises:
-        CompareError: no trial is complete.
+        NoResult: no trial is complete.
         What `search.confirm.confirm` raises.
     """
-    best = _best(_results(store), methods)
+    best = [cell.record.number for cell in _cells(_results(store), methods) if cell.record is not None]
     if not best:
-        raise CompareError(f"{store.name}: no trial is complete, so there is nothing to compare")
-    failures = confirm(store, num_seeds=num_seeds, trials=",".join(str(cell.record.number) for cell in best), say=say)
+        raise NoResult(f"{store.name}: no trial is complete, so there is nothing to compare")
+    failures = confirm(store, num_seeds=num_seeds, trials=",".join(map(str, best)), say=say)
     results = _results(store)
-    comparison = Comparison(name=store.name, objective=results.objectives[0], cells=tuple(_best(results, methods)))
+    comparison = Comparison(name=store.name, objective=_quality(results.objectives), cells=tuple(_cells(results, methods)))
     return comparison, write(comparison, store.report_path), failures
 
 
@@ -241,38 +272,57 @@ def _results(store: Store) -> Results:
     return load_results(str(store.root), store.root.parent)
 
 
-def _best(results: Results, methods: Sequence[Method]) -> list[Cell]:
-    objective = results.objectives[0]
-    cells: dict[tuple[float, str], TrialRecord] = {}
-    for record in eligible(list(results.state.records.values()), results.objectives):
-        place = (float(record.params["dataset_fraction"]), Method.of(record).name)
-        other = cells.get(place)
-        if other is None or sign_of(objective) * (record.values[objective.metric] - other.values[objective.metric]) < 0:
-            cells[place] = record
-    order = {method.name: index for index, method in enumerate(methods)}
-    found = sorted((place for place in cells if place[1] in order), key=lambda place: (place[0], order[place[1]]))
-    return [
-        Cell(
-            method=Method.of(cells[place]),
-            fraction=place[0],
-            record=cells[place],
-            quality=confirmed(cells[place], objective.metric),
-        )
-        for place in found
-    ]
+def _cells(results: Results, methods: Sequence[Method]) -> list[Cell]:
+    """Return the best trial of every method and share, and why there is none."""
+    objective, cells = _quality(results.objectives), []
+    records = list(results.state.records.values())
+    whole = eligible(records, results.objectives)
+    for fraction in sorted({float(record.params["dataset_fraction"]) for record in records}):
+        for method in methods:
+            own = [r for r in records if Method.of(r) == method and float(r.params["dataset_fraction"]) == fraction]
+            best = min((r for r in own if r in whole), key=lambda r: sign_of(objective) * r.values[objective.metric], default=None)
+            quality = None if best is None else confirmed(best, objective.metric)
+            why = "" if best is not None else ", ".join(sorted({_why(record) for record in own})) or "not trained"
+            cells.append(Cell(method=method, fraction=fraction, record=best, quality=quality, why=why))
+    return cells
+
+
+def _why(record: TrialRecord) -> str:
+    if not record.feasible_before_launch:
+        return ", ".join(name for name, value in record.constraints.items() if value > 0)
+    return record.error["kind"] if record.error else record.state.value
+
+
+def _quality(objectives: Sequence[Objective]) -> Objective:
+    """Return the first objective that says how good a model is."""
+    return next(o for o in objectives if METRICS[o.metric].section == "eval")
 
 
 def _fixed_knobs(space: SpaceSpec) -> dict[str, Any]:
-    """Return one value for each searched knob that is not compared."""
-    compared = ("adapter", "learning_rate", "dataset_fraction", "lora_rank", "quantization")
+    """Return one value for each knob that has several and is not compared."""
+    usual = {"global_batch_size": BATCH_SIZE, "lora_alpha": LORA_ALPHA}
     fixed: dict[str, Any] = {}
-    for knob in space.names_searched():
-        ends = getattr(space, knob).ends() if knob not in compared else []
-        if knob == "global_batch_size":
-            fixed[knob] = min(ends, key=lambda size: abs(size - BATCH_SIZE))
-        elif ends:
-            fixed[knob] = max(ends) if knob == "epochs" else ends[0]
+    for knob in type(space).model_fields:
+        domain = getattr(space, knob)
+        if knob not in COMPARED and domain.is_searched:
+            ends = domain.ends()
+            fixed[knob] = nearest(domain, usual[knob]) if knob in usual else max(ends) if knob == "epochs" else ends[0]
     return fixed
+
+
+def _check(loaded: LoadedSpec, methods: Sequence[Method], width: int) -> None:
+    """Check that every method can be trained somewhere.
+
+    Raises:
+        CompareError: one cannot.
+    """
+    limits = Limits(num_workers=EVERYWHERE, hidden_size=width)
+    for point in loaded.spec.sampler.points_to_evaluate or ():
+        config = TrialConfig.from_params(loaded.spec.space.first(**point), max_length=loaded.spec.model.max_length)
+        violated = [name for name, value in violations(config, limits).items() if value > 0]
+        if violated:
+            name = next(method.name for method in methods if method.params.items() <= point.items())
+            raise CompareError(f"--methods: {name}: {reason(violated[0], config, limits)}")
 
 
 def _choice(values: Sequence[Any]) -> Any:
@@ -282,29 +332,25 @@ def _choice(values: Sequence[Any]) -> Any:
 
 def rows_of(comparison: Comparison) -> list[dict[str, Any]]:
     """Return a row for each cell, ready for CSV and JSON."""
+    metric = comparison.objective.metric
     return [
         {
             "fraction": cell.fraction,
             "rows": cell.num_rows,
             "method": cell.method.name,
             "verdict": comparison.verdict(cell),
-            "trial": cell.record.number,
-            "learning_rate": cell.record.trial_config.recipe.learning_rate,
-            "metric": comparison.objective.metric,
-            "searched": cell.record.values[comparison.objective.metric],
+            "trial": cell.record.number if cell.record else None,
+            "learning_rate": cell.learning_rate,
+            "metric": metric,
+            "searched": cell.record.values[metric] if cell.record else None,
             "mean": cell.quality.estimate.mean if cell.quality else None,
             "half_width": cell.quality.estimate.half_width if cell.quality else None,
             "num_seeds": len(cell.quality.values) if cell.quality else 0,
             "split": cell.quality.split if cell.quality else None,
-            **{metric: _mean(cell.record, metric) for metric in COSTS},
+            **{cost: cell.cost(cost) for cost in COSTS},
         }
         for cell in comparison.cells
     ]
-
-
-def _mean(record: TrialRecord, metric: str) -> float | None:
-    found = confirmed(record, metric)
-    return found.estimate.mean if found is not None else record.values.get(metric)
 
 
 def render(comparison: Comparison) -> str:
@@ -314,15 +360,18 @@ def render(comparison: Comparison) -> str:
         rows = f"{cell.num_rows:,} ({cell.fraction:.3g})" if cell.num_rows else f"{cell.fraction:.3g}"
         quality = cell.quality.short_text if cell.quality else "-"
         costs = [number_text(metric, row[metric]) for metric in COSTS]
-        table.append([rows, row["method"], quality, row["verdict"], *costs, short_text(row["learning_rate"]), str(row["trial"])])
+        trial = "-" if row["trial"] is None else str(row["trial"])
+        table.append([rows, row["method"], quality, row["verdict"], *costs, short_text(row["learning_rate"]), trial])
     known = [cell.quality for cell in comparison.cells if cell.quality]
     seeds = "/".join(str(n) for n in sorted({len(quality.values) for quality in known}))
     on = " and ".join(sorted({quality.split for quality in known}))
-    lines = [*aligned(table), "", f"means and {LEVEL:.0%} intervals over {seeds} further seeds, on the {on} rows"]
+    intervals = f"means and {LEVEL:.0%} intervals" if min((len(q.values) for q in known), default=0) > 1 else "means"
+    lines = [*aligned(table), "", f"{intervals} over {seeds} further seeds, on the {on} rows"]
     for fraction in comparison.fractions:
         rivals = [cell.method.name for cell in comparison.rivals(fraction)]
-        if rivals:
-            tied = f"; not told apart: {', '.join(rivals[1:])}" if rivals[1:] else ", told apart from all others"
+        num_known = sum(cell.fraction == fraction and cell.quality is not None for cell in comparison.cells)
+        if num_known > 1:
+            tied = f"; not told apart: {', '.join(rivals[1:])}" if rivals[1:] else ", told apart from the rest"
             lines.append(f"{fraction:.3g} of the rows: {rivals[0]}{tied}")
     return "\n".join(lines)
 

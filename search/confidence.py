@@ -94,9 +94,9 @@ def confirmed(record: TrialRecord, metric: str) -> Confirmed | None:
     return Confirmed(metric=metric, estimate=estimate(values), values=values, split=split)
 
 
-def told_apart(a: Confirmed, b: Confirmed) -> bool:
+def told_apart(a: Confirmed, b: Confirmed, level: float = LEVEL) -> bool:
     """Whether the seeds say that two trials differ at all; not where there are too few to say."""
-    gap = difference(a.values, b.values)
+    gap = difference(a.values, b.values, level)
     return gap.half_width is not None and abs(gap.mean) > gap.half_width
 
 

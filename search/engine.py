@@ -131,7 +131,7 @@ class Engine:
     @property
     def is_handed_out(self) -> bool:
         """Whether nothing comes any more: what still trains may want to be timed under other layouts, and others may wait for it."""
-        return self.num_left == 0 and not (self._pending or self._live or self._known.has_returned)
+        return (self.num_left == 0 or self._study.is_over) and not (self._pending or self._live or self._known.has_returned)
 
     def next(self) -> Assignment | None:
         """Return the next trial to run, or None if there is none now; infeasible proposals are told and passed over.
@@ -254,7 +254,7 @@ class Engine:
         while num_asked < MAX_IDLE_IN_A_ROW:
             proposal = self._known.returned()
             if proposal is None:
-                if self.num_left == 0 or self._exhausted:
+                if self.num_left == 0 or self._study.is_over or self._exhausted:
                     return None
                 live = (self._state.records[n] for n in (*self._live, *self._pending))
                 proposal = self._study.ask(self._prospects, budget_left=1 - self._spending.share(live))

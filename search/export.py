@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from search.formatting import number_text
-from search.model_card import model_card
+from search.model_card import base_name, model_card
 from search.pareto import eligible
 from search.record import TrialRecord
 from search.results import Results, load_results
@@ -74,19 +77,38 @@ def export(store: Store, number: int, *, merge: bool, output: Path | None) -> Ex
     base = BaseModel.load(resolve_model(model.name, model.revision), model.revision, model.task, data.label_names)
     try:
         module = (weights.merged_module if merge else weights.trained_module)(config, base, _weights(store, record))
-    except ValueError as error:
-        raise ExportError(f"trial {number}: its weights cannot be read: {error}") from error
-    scores = weights.scores(module, config, data) if merge and config.recipe.quantization != "none" else {}
-    # Whole or not there.
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights.save(module, base, config, temporary)
-    (temporary / "README.md").write_text(model_card(results, record, is_merged=merge, scores=scores))
-    if target.exists():
-        target.rmdir()
-    temporary.rename(target)
+        module = weights.as_saved(module, config)
+        # Where rounding or a spread out base makes them other weights than those that were scored.
+        is_whole = merge or config.recipe.adapter == "none"
+        is_other = is_whole and (config.recipe.quantization, config.recipe.precision) != ("none", "fp32")
+        scores = weights.scores(module, config, data) if is_other else {}
+        is_plain = config.recipe.quantization == "none" or merge or model.task == "causal-lm"
+        card = model_card(
+            results, record, is_merged=merge, scores=scores, unquantized=[] if is_plain else weights.unquantized(module)
+        )
+        with _whole(target) as directory:
+            weights.save(module, base, config, directory, base_name(model.name))
+            (directory / "README.md").write_text(card)
+    except (ValueError, KeyError) as error:
+        raise ExportError(f"trial {number}: its weights cannot be exported: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise ExportError(f"{target}: cannot be written: {error.strerror or error}") from error
     return Exported(directory=target, is_merged=merge, scores=scores)
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """Give a directory that becomes the target once it is filled, and else is gone."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _chosen(number: int, store: Store, results: Results) -> TrialRecord:

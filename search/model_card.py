@@ -18,31 +18,34 @@ PIPELINES = {"sequence-classification": "text-classification", "causal-lm": "tex
 CLASSES = {"sequence-classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
 # Of bitsandbytes, as `trainables.quantize` holds the base.
 QUANTIZATIONS = {
-    "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="{dtype}")',
-    "int8": "BitsAndBytesConfig(load_in_8bit=True)",
+    "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="{dtype}"{skipped})',
+    "int8": "BitsAndBytesConfig(load_in_8bit=True{skipped})",
 }
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-def model_card(results: Results, record: TrialRecord, *, is_merged: bool, scores: Mapping[str, float]) -> str:
+def model_card(
+    results: Results, record: TrialRecord, *, is_merged: bool, scores: Mapping[str, float], unquantized: Sequence[str] = ()
+) -> str:
     """Return the `README.md` of an exported trial.
 
     Args:
         results: the search.
         record: the trial.
         is_merged: whether its adapter is in the weights.
-        scores: of the merged weights on the evaluation rows, where the base was quantised.
+        scores: of these weights on the evaluation rows, where they are not those that the trial was scored with.
+        unquantized: modules that stay as they are beside an adapter on a quantised base, and that transformers would not know.
     """
     recipe = record.trial_config.recipe
     is_adapter = recipe.adapter != "none" and not is_merged
     parts = [
         _head(results, record, is_adapter=is_adapter),
         f"# {results.name}, trial {record.number}",
-        _origin_text(results, recipe, is_merged=is_merged),
+        _origin_text(results, record, is_merged=is_merged),
         "## Scores",
         _scores(results, record, scores),
         "## Use",
-        _usage(results, recipe, is_adapter=is_adapter),
+        _usage(results, recipe, unquantized, is_adapter=is_adapter),
         "## Training",
         _table(("knob", "value"), ((f"`{knob}`", short_text(value)) for knob, value in record.trial_config.flat().items())),
         "## Provenance",
@@ -60,7 +63,7 @@ def _head(results: Results, record: TrialRecord, *, is_adapter: bool) -> str:
     measured += [(name, value, "evaluation") for name, value in record.values.items() if METRICS[name].section == "eval"]
     source = data.train.removeprefix("hf:")
     metadata = ModelCardData(
-        base_model=_base_name(results.spec.model.name),
+        base_model=base_name(results.spec.model.name),
         datasets=source.partition("@")[0].partition(":")[0] if data.train.startswith("hf:") else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=task,
@@ -81,19 +84,19 @@ def _head(results: Results, record: TrialRecord, *, is_adapter: bool) -> str:
     return f"---\n{metadata.to_yaml()}\n---"
 
 
-def _base_name(name: str) -> str | None:
+def base_name(name: str) -> str | None:
     """Return the model's name on the hub; a local directory has none."""
     if name == EMBEDDED_MODEL:
         return EMBEDDED_ORIGIN
     return None if Path(name).is_dir() else name
 
 
-def _origin_text(results: Results, recipe: Recipe, *, is_merged: bool) -> str:
-    model, summary = results.spec.model, (results.state.started or {}).get("data", {})
+def _origin_text(results: Results, record: TrialRecord, *, is_merged: bool) -> str:
+    model, recipe = results.spec.model, record.trial_config.recipe
     how = "every weight trained" if recipe.adapter == "none" else f"{recipe.adapter} of rank {recipe.adapter_rank}"
     merged = ", merged into the weights" if is_merged else ""
-    rows = f", {summary['train_rows']:,} training rows" if "train_rows" in summary else ""
-    return f"`{_base_name(model.name) or model.name}` on `{results.spec.data.train}`{rows}: {how}{merged}."
+    rows = f", {record.details['distinct_rows']:,} training rows" if "distinct_rows" in record.details else ""
+    return f"`{base_name(model.name) or model.name}` on `{results.spec.data.train}`{rows}: {how}{merged}."
 
 
 def _scores(results: Results, record: TrialRecord, merged: Mapping[str, float]) -> str:
@@ -117,20 +120,24 @@ def _scores(results: Results, record: TrialRecord, merged: Mapping[str, float]) 
         )
     ]
     if merged:
-        lines.append("The base was quantised in training. The adapter is added to the values that its quantised weights stand for.")
+        lines.append(
+            "These weights are not quite those that were scored in training: rounded to bf16, or of a base that was quantised then."
+        )
     if not record.confirmations:
         lines.append("One seed; the search chose this trial by the evaluation rows, so their scores are optimistic.")
     return "\n\n".join(lines)
 
 
-def _usage(results: Results, recipe: Recipe, *, is_adapter: bool) -> str:
+def _usage(results: Results, recipe: Recipe, unquantized: Sequence[str], *, is_adapter: bool) -> str:
     model = results.spec.model
     name, task = CLASSES[model.task], PIPELINES[model.task]
     if not is_adapter:
         return f'```python\nfrom transformers import pipeline\n\nmodel = pipeline("{task}", model="THIS_DIRECTORY")\n```'
     options, imports = "", f"AutoConfig, AutoTokenizer, {name}"
     if recipe.quantization != "none":
-        options = f", quantization_config={QUANTIZATIONS[recipe.quantization].format(dtype=DTYPES[recipe.precision])}"
+        skipped = f", llm_int8_skip_modules={list(unquantized)!r}" if unquantized else ""
+        how = QUANTIZATIONS[recipe.quantization].format(dtype=DTYPES[recipe.precision], skipped=skipped)
+        options = f", quantization_config={how}"
         imports += ", BitsAndBytesConfig"
     revision = f', revision="{model.revision}"' if model.revision else ""
     if model.task == "sequence-classification":
@@ -142,7 +149,7 @@ def _usage(results: Results, recipe: Recipe, *, is_adapter: bool) -> str:
             f"from transformers import {imports}",
             "",
             'config = AutoConfig.from_pretrained("THIS_DIRECTORY")',
-            f'base = {name}.from_pretrained("{_base_name(model.name) or model.name}"{revision}, config=config{options})',
+            f'base = {name}.from_pretrained("{base_name(model.name) or model.name}"{revision}, config=config{options})',
             'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")',
             'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
             "```",

@@ -60,13 +60,13 @@ def draw_methods(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> No
     drawing = Drawing(figsize=(11, 4.6), layout="constrained")
     FigureCanvasAgg(drawing)
     axes = drawing.subplots(1, 2, sharey=True)
-    known = [row for row in rows if row["mean"] is not None]
+    known = [row for row in rows if row["mean"] is not None and row["rows"] is not None]
     for method in dict.fromkeys(row["method"] for row in known):
         own = [row for row in known if row["method"] == method]
         bars = {"yerr": [row["half_width"] or 0.0 for row in own], "capsize": 2, "marker": "o", "markersize": 4, "linewidth": 1}
-        for part, x in zip(axes, ("fraction", TRAIN_SECONDS), strict=True):
+        for part, x in zip(axes, ("rows", TRAIN_SECONDS), strict=True):
             part.errorbar([row[x] for row in own], [row["mean"] for row in own], label=method, **bars)
-    for part, label in zip(axes, ("share of the training rows", axis_label(TRAIN_SECONDS)), strict=True):
+    for part, label in zip(axes, ("training rows", axis_label(TRAIN_SECONDS)), strict=True):
         _log_axis(part.xaxis, part)
         part.set(xlabel=label)
         part.grid(alpha=0.25)

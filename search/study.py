@@ -28,7 +28,7 @@ from spaces.space import SpaceSpec
 from spaces.spec import Objective
 
 Method = Literal["model", "tpe", "gp", "nsga2", "random"]
-SamplerName = Literal["auto", "tpe", "gp", "nsga2", "random"]
+SamplerName = Literal["auto", "tpe", "gp", "nsga2", "random", "points"]
 
 # A Gaussian process makes the most of few trials, and what it costs grows with their square and more; TPE's cost grows by little.
 MAX_MODEL_TRIALS = 64
@@ -72,7 +72,8 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = space
         self._objectives = tuple(objectives)
-        self._method = sampler
+        self._is_list = sampler == "points"
+        self._method: Method | Literal["auto"] = "random" if sampler == "points" else sampler
         self._seed = seed
         self._startup_trials = startup_trials
         self._points = tuple(points_to_evaluate)
@@ -122,6 +123,11 @@ class Study:
             if params is not None:
                 return self._take(*self._candidate("random", params))
         return self._take(*self._candidate(method))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all points were proposed, and nothing else is to be."""
+        return self._is_list and self._num_proposed >= len(self._points)
 
     def judge(self, objectives: Sequence[Objective]) -> None:
         """Take the objectives with references that were not known at the beginning."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from spaces.activations import is_wrapped
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
 from spaces.memory import RankMemory, rank_memory
@@ -70,8 +71,13 @@ def quantized_base_whole(config: TrialConfig, limits: Limits) -> float:
 
 
 def norms_whole(config: TrialConfig, limits: Limits) -> float:
-    """1 where DoRA could not take the norms of rows: tensor parallelism splits them, and of int8 weights PEFT loses the scales."""
+    """1 where DoRA could not take the norms of rows: tensor parallelism splits them, and of int8 weights PEFT loses the scales.
+
+    Nor does PEFT know norms of experts in one stacked weight.
+    """
     is_hidden = config.layout.tensor_parallel_size > 1 or config.recipe.quantization == "int8"
+    stacked = [] if limits.plan is None else [m for m in limits.plan.block if m.num_experts > 1 and is_wrapped(m, config.recipe)]
+    is_hidden = is_hidden or bool(stacked)
     return float(config.recipe.adapter == "dora" and is_hidden)
 
 
@@ -112,7 +118,7 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         matrices_split_evenly.__name__: _why_not_split(config, limits),
         adapter_rank_within_width.__name__: f"rank {recipe.adapter_rank} exceeds the model's width of {limits.hidden_size}",
         quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
-        norms_whole.__name__: "dora trains the norms of whole rows, which tp splits and int8 hides: ddp or fsdp, and none or nf4",
+        norms_whole.__name__: "dora trains the norms of whole rows: not of what tp splits, int8 holds, or experts share",
         memory_within_device.__name__: f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
     }
     return words[name]

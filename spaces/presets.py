@@ -75,18 +75,18 @@ def _point(space: SpaceSpec, adapter: Adapter, rate: float, fraction: float, epo
     micro_batch = "auto" if "auto" in micro_batches else min(micro_batches)
     point = {
         "adapter": adapter,
-        "learning_rate": _nearest(space.learning_rate_of(adapter), rate),
+        "learning_rate": nearest(space.learning_rate_of(adapter), rate),
         # A batch has at least one micro batch.
-        "global_batch_size": _nearest(space.global_batch_size, BATCH_SIZE if micro_batch == "auto" else max(BATCH_SIZE, micro_batch)),
+        "global_batch_size": nearest(space.global_batch_size, BATCH_SIZE if micro_batch == "auto" else max(BATCH_SIZE, micro_batch)),
         "micro_batch_size": micro_batch,
-        "dataset_fraction": _nearest(space.dataset_fraction, fraction),
-        "epochs": _nearest(space.epochs, epochs),
+        "dataset_fraction": nearest(space.dataset_fraction, fraction),
+        "epochs": nearest(space.epochs, epochs),
     }
     if adapter != "none":
         targets, quantizations = space.lora_target_modules.ends(), space.quantization.ends()
         point |= {
-            "lora_rank": _nearest(space.lora_rank, LORA_RANK),
-            "lora_alpha": _nearest(space.lora_alpha, LORA_ALPHA),
+            "lora_rank": nearest(space.lora_rank, LORA_RANK),
+            "lora_alpha": nearest(space.lora_alpha, LORA_ALPHA),
             "lora_target_modules": ALL_LAYERS if ALL_LAYERS in targets else targets[0],
             # A quantised base is not for every layout.
             "quantization": "none" if "none" in quantizations else quantizations[0],
@@ -110,7 +110,7 @@ def _layout(space: SpaceSpec, point: dict[str, Any], limits: Limits, max_length:
     return next(filter(fits, layouts), layouts[0])
 
 
-def _nearest(domain: Domain, wanted: float) -> Any:
+def nearest(domain: Domain, wanted: float) -> Any:
     """Return the value of a domain of positive numbers that is the nearest by ratio, the smaller one of two."""
     if isinstance(domain, IntRange | Uniform | LogUniform):
         low, high = domain.bounds

@@ -111,7 +111,7 @@ class SpaceSpec(BaseModel):
     lora_rank: IntDomain[Rank] = Choice[Rank](choice=(4, 8, 16, 32))
     """Width of the LoRA matrices; only with an adapter."""
     lora_alpha: FloatDomain[Alpha] = Fixed[Alpha](32.0)
-    """LoRA's scale is alpha / rank; only with an adapter."""
+    """LoRA's scale is alpha / rank, rsLoRA's alpha / sqrt(rank); only with an adapter."""
     lora_target_modules: NameDomain[ModuleNames] = Fixed[ModuleNames]("all-linear")
     """Module name suffixes that LoRA wraps, with commas between; only with an adapter."""
     quantization: NameDomain[Quantization] = Fixed[Quantization]("none")

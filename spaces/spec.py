@@ -194,10 +194,10 @@ class ResourcesSpec(_Section):
 class SamplerSpec(_Section):
     """What proposes trials."""
 
-    method: Literal["auto", "tpe", "gp", "nsga2", "random"] = "auto"
+    method: Literal["auto", "tpe", "gp", "nsga2", "random", "points"] = "auto"
     """Optuna's tree-structured Parzen estimator, Gaussian process, NSGA-II (many trials), or random points. `auto`: until 64 trials
     are known or running what is expected to widen the front the most for its device seconds, by Gaussian processes that know how
-    long a trial will take; then the estimator."""
+    long a trial will take; then the estimator. `points`: those of `points_to_evaluate`, and nothing else."""
     seed: AtLeastZero = 0
     """Seeds the proposals."""
     startup_trials: AtLeastZero = 3

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig
 
@@ -18,7 +19,7 @@ from trainables.evaluation import evaluate
 from trainables.loop import load_weights
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
-from trainables.quantize import pack_linears, spread_out
+from trainables.quantize import is_head, pack_linears, spread_out
 from trainables.tokenization import load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -45,14 +46,30 @@ def merged_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:
     Where the trial had the base quantised, the adapter learned beside weights that are a little off: it is added to those.
 
     Raises:
-        ValueError: the weights are damaged.
+        ValueError: the weights are damaged, or the adapter cannot be merged.
     """
     recipe = config.recipe
     # Of its own: merging changes weights that all trials share.
     own = replace(base, module=base.copy(is_frozen=False), _held={}, _packed={})
     packed = pack_linears(base.module, recipe.quantization, DTYPES[recipe.precision], torch.device("cpu"), base.new_parameters)
     spread_out(own.module, packed)
-    return trained_module(config, own, weights).merge_and_unload()
+    adapted = trained_module(config, own, weights)
+    head = adapted.get_output_embeddings()
+    if isinstance(head, LoraLayer) and head.get_base_layer().weight is adapted.get_input_embeddings().weight:
+        raise ValueError("its adapter is on the output embedding, whose weights are the input embedding's too: leave --merge out")
+    return adapted.merge_and_unload()
+
+
+def as_saved(module: Any, config: TrialConfig) -> Any:
+    """Return a whole model in the number format that the trial computed in; an adapter as it is."""
+    return module if isinstance(module, PeftModel) else module.to("cpu", DTYPES[config.recipe.precision])
+
+
+def unquantized(module: Any) -> list[str]:
+    """Return the names of the modules that stay as they are beside an adapter on a quantised base."""
+    heads = {name.removeprefix("base_model.model.") for name, _ in module.named_modules() if is_head(name)}
+    kept = {name.partition(".modules_to_save")[0].removesuffix(".original_module") for name in heads}
+    return sorted({name for name in kept if "." not in name} | set(module.peft_config["default"].modules_to_save or ()))
 
 
 def scores(module: nn.Module, config: TrialConfig, data: TaskData) -> dict[str, float]:
@@ -62,12 +79,18 @@ def scores(module: nn.Module, config: TrialConfig, data: TaskData) -> dict[str, 
     return evaluate(module.to(device), replace(config, layout=_one_rank(config)), data, data.evaluation, world)
 
 
-def save(module: Any, base: BaseModel, config: TrialConfig, directory: Path) -> None:
-    """Write safetensors, configuration and tokenizer: an adapter in fp32, a whole model in what the trial computed in."""
+def save(module: Any, base: BaseModel, config: TrialConfig, directory: Path, origin: str | None = None) -> None:
+    """Write safetensors, configuration and tokenizer: an adapter in fp32, a whole model in what the trial computed in.
+
+    Args:
+        origin: the base's name on the hub, which an adapter's files give; by default where it was loaded from.
+    """
     is_adapter = isinstance(module, PeftModel)
-    if not is_adapter:
-        module = module.to("cpu", DTYPES[config.recipe.precision])
+    module = as_saved(module.to("cpu"), config)
     _restore_settings(module.config, base)
+    if is_adapter:
+        settings = module.peft_config["default"]
+        settings.base_model_name_or_path, settings.revision = origin or base.name, base.revision
     module.save_pretrained(directory)
     if is_adapter:
         # It has the names of the labels, which PEFT's own files have not.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from synthetic import ACCURACY, confirmed_event, synthetic_events
+from synthetic import ACCURACY, SECONDS, confirmed_event, synthetic_events
 from tiny import make_spec
 
 from search.compare import (
@@ -16,6 +17,7 @@ from search.compare import (
     CompareError,
     Comparison,
     Method,
+    _cells,
     grid_spec,
     parse_fractions,
     render,
@@ -79,6 +81,28 @@ def test_full_fine_tuning_alone_is_a_grid_too(tmp_path: Path) -> None:
     assert spec.budget.max_trials == len(RATES)
 
 
+def test_other_knobs_have_the_usual_value_or_the_first_and_limits_in_time_stay(tmp_path: Path) -> None:
+    space = {"adapter": "none", "global_batch_size": {"int": [4, 64]}, "lora_alpha": {"log_uniform": [1, 64]}}
+    path = make_spec(tmp_path, space=space, budget={"minutes": 3, "patience": 5}, name="my")
+    spec = grid_spec(path, [], (METHODS[1], METHODS[1]), (1.0, 1.0)).spec
+    assert (spec.space.global_batch_size.ends(), spec.space.lora_alpha.ends()) == ([16], [32.0])
+    assert (spec.budget.max_trials, spec.budget.minutes, spec.budget.patience) == (len(RATES), 3, None)
+    assert (spec.name, spec.sampler.method) == ("my-methods", "points")
+
+
+@pytest.mark.parametrize("text", ["dora:16:int8", "lora:64"])
+def test_a_method_that_nothing_can_train_is_refused(tmp_path: Path, text: str) -> None:
+    """Of a model that is 32 wide."""
+    with pytest.raises(CompareError, match=r"--methods: (dora 16 int8: dora trains the norms|lora 64: rank 64 exceeds)"):
+        grid_spec(make_spec(tmp_path, space={}), [], (METHODS[0], Method.parse(text)), (1.0,))
+
+
+def test_objectives_without_a_score_are_refused(tmp_path: Path) -> None:
+    objectives = [{"metric": "train_seconds"}, {"metric": "peak_memory_bytes"}]
+    with pytest.raises(CompareError, match="none says how good a model is"):
+        grid_spec(make_spec(tmp_path, objectives=objectives), [], METHODS[:1], (1.0,))
+
+
 def cell(method: Method, number: int, values: list[float]) -> Cell:
     events = [
         *synthetic_events(12),
@@ -102,9 +126,25 @@ def test_the_best_is_named_with_what_the_seeds_do_not_tell_apart_from_it() -> No
     assert "0.1 of the rows: lora 4; not told apart: lora 16" in text
     assert "3 further seeds, on the test rows" in text
     alone = Comparison(name="c", objective=ACCURACY, cells=cells[:2])
-    assert "lora 4, told apart from all others" in render(alone)
+    assert "lora 4, told apart from the rest" in render(alone)
     worst = Comparison(name="c", objective=replace(ACCURACY, direction="minimize"), cells=cells[:2])
     assert worst.rivals(0.1) == [cells[0]]
+
+
+def test_a_method_without_a_result_is_told_with_the_reason() -> None:
+    events = synthetic_events(12)
+    records = replay(events).records
+    trained = {Method.of(record) for record in records.values()}
+    results = SimpleNamespace(objectives=(SECONDS, ACCURACY), state=SimpleNamespace(records=records))
+    never = Method(adapter="dora", rank=2)
+    cells = _cells(results, [*trained, never])  # type: ignore[arg-type]
+    assert {c.why for c in cells if c.method == never} == {"not trained"}
+    assert len({(c.method, c.fraction) for c in cells}) == len(cells) == len({c.fraction for c in cells}) * (len(trained) + 1)
+    infeasible = next(record for record in records.values() if not record.feasible)
+    own = next(c for c in cells if c.method == Method.of(infeasible) and c.fraction == infeasible.params["dataset_fraction"])
+    assert (own.record, own.why) == (None, "world_size_within_cluster")
+    comparison = Comparison(name="c", objective=ACCURACY, cells=tuple(cells))
+    assert "no result: world_size_within_cluster" in render(comparison)
 
 
 def test_table_and_picture_are_written(tmp_path: Path) -> None:

@@ -427,3 +427,17 @@ def test_a_resume_removes_what_a_driver_left_that_was_killed_before_it_swept(tmp
     make(tmp_path)
     left = sorted(str(p.relative_to(store.root / "trials")) for p in (store.root / "trials").glob("*/*"))
     assert left == ["0000/final", "0002/step-00000001"]
+
+
+def test_points_alone_are_trained_however_many_of_them_are_infeasible(tmp_path: Path) -> None:
+    points = [{"learning_rate": rate, "world_size": size} for rate, size in ((1e-3, 1), (2e-3, 4), (1e-3, 1))]
+    space = {"learning_rate": {"log_uniform": [1e-4, 1e-2]}, "world_size": {"choice": [1, 4]}, "global_batch_size": 16}
+    engine, _, _ = make(tmp_path, trials=10, sampler="points", points=points, dataset_fraction=1.0, lora_rank=4, **space)
+    assignment = engine.next()
+    assert assignment is not None
+    assert not engine.is_handed_out
+    engine.reported(assignment.number, report(0.5, 1.0))
+    engine.ended(assignment.number, {"state": "complete"})
+    assert engine.next() is None
+    assert engine.is_handed_out
+    assert [r.state for r in engine.state.records.values() if r.started_at is not None] == [TrialState.COMPLETE]

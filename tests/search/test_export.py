@@ -151,6 +151,6 @@ def test_the_card_names_test_scores_further_seeds_and_quantisation(tmp_path: Pat
     card = model_card(results, quantized, is_merged=True, scores={"accuracy": 0.123})
     assert "0.123" in card
     assert "One seed" in card
-    compile(
-        re.findall(r"```python\n(.*?)```", model_card(results, quantized, is_merged=False, scores={}), re.DOTALL)[0], "card", "exec"
-    )
+    card = model_card(results, quantized, is_merged=False, scores={}, unquantized=["classifier"])
+    assert "llm_int8_skip_modules=['classifier']" in card
+    compile(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], "card", "exec")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,19 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from families import make
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from tiny import make_model, make_rows
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, pipeline
 
 from spaces.config import TrialConfig
 from spaces.space import SpaceSpec
 from spaces.spec import DataSpec, ModelSpec
-from trainables.checkpoint import CheckpointStore, read_checkpoint
+from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from trainables.data import TaskData, prepare
 from trainables.evaluation import evaluate
-from trainables.export import merged_module, save, scores, trained_module
+from trainables.export import merged_module, save, scores, trained_module, unquantized
 from trainables.loop import Command, load_weights, train
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
@@ -150,3 +153,45 @@ def test_damaged_weights_are_refused(parts: Parts, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=r"weights\.safetensors"):
         trained_module(config_of(adapter="lora"), parts[1], weights)
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_an_adapter_of_a_quantised_base_loads_onto_one(parts: Parts, tmp_path: Path, method: str) -> None:
+    _, base = parts
+    config = config_of(adapter="lora", quantization=method, lora_rank=4)
+    weights, _ = finished(parts, tmp_path / "trial", config)
+    module = trained_module(config, base, weights)
+    save(module, base, config, tmp_path / "out")
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
+    how = BitsAndBytesConfig(**(four if method == "nf4" else {"load_in_8bit": True}), llm_int8_skip_modules=unquantized(module))
+    quantized = AutoModelForSequenceClassification.from_pretrained(
+        base.name,
+        config=AutoConfig.from_pretrained(tmp_path / "out"),
+        quantization_config=how,
+        ignore_mismatched_sizes=True,
+    )
+    loaded = PeftModel.from_pretrained(quantized, str(tmp_path / "out"))
+    for part in loaded.modules():
+        if isinstance(part, Linear4bit):
+            part.support_avx512bf16_for_cpu = False  # a kernel of some CPUs that knows no layers as small as these
+    torch.testing.assert_close(logits_of(loaded), logits_of(trained(base, weights, config)), rtol=1e-2, atol=1e-3)
+
+
+def test_an_adapter_on_a_tied_output_embedding_is_not_merged(tmp_path: Path) -> None:
+    make("gpt2", "causal-lm").save_pretrained(tmp_path / "model")
+    base = BaseModel.load(str(tmp_path / "model"), None, "causal-lm", ())
+    config = config_of(adapter="lora", lora_target_modules="c_attn, lm_head")
+    parameters = trainable(build(config, base, World.alone()))
+    state = {"config": config.to_dict(), "step": 0}
+    checkpoint = Checkpoint(weights={n: p.detach().contiguous() for n, p in parameters.items()}, optimizer={}, state=state)
+    weights = CheckpointStore(tmp_path / "trial").save_final(checkpoint)
+    with pytest.raises(ValueError, match="output embedding"):
+        merged_module(config, base, weights)
+
+
+def test_an_adapters_files_name_the_base_on_the_hub(parts: Parts, tmp_path: Path) -> None:
+    _, base = parts
+    config = config_of(adapter="lora")
+    weights, _ = finished(parts, tmp_path / "trial", config)
+    save(trained_module(config, base, weights), base, config, tmp_path / "out", "org/name")
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "org/name"
