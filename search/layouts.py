@@ -47,6 +47,7 @@ STEP_KNOBS = (
     "global_batch_size",
     "micro_batch_size",
     "recomputation",
+    "compile",
 )
 
 

@@ -26,7 +26,7 @@ from trainables.formats import DataError, read_rows
 
 # Of English text, for an estimate only: https://help.openai.com/en/articles/4936856
 CHARACTERS_PER_TOKEN = 4
-KNOB_COLUMNS = (*STEP_KNOBS[:-1], "num_grad_accum_steps", STEP_KNOBS[-1])
+KNOB_COLUMNS = (*STEP_KNOBS[:7], "num_grad_accum_steps", *STEP_KNOBS[7:])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,6 +145,7 @@ def layout_rows(
                 "micro_batch_size": config.layout.micro_batch_size,
                 "num_grad_accum_steps": config.num_grad_accum_steps,
                 "recomputation": config.layout.recomputation,
+                "compile": config.layout.compile,
                 "peak_memory_bytes": None if memory is None else sum(memory.values()),
                 "memory": memory,
                 "feasible": is_feasible(values),

@@ -159,6 +159,7 @@ def features(config: TrialConfig, width: int | None) -> tuple[Features, Features
         "micro_batch_size": math.log(layout.micro_batch_size),
         f"strategy={layout.strategy}": 1.0,
         f"recomputation={layout.recomputation}": 1.0,
+        f"compile={layout.compile}": 1.0,
     }
     return learned, timed
 

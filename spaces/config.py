@@ -13,6 +13,7 @@ Precision = Literal["fp32", "bf16"]
 Quantization = Literal["none", "nf4", "int8"]
 Strategy = Literal["ddp", "fsdp", "tp"]
 Recomputation = Literal["none", "full"]
+Compilation = Literal["none", "blocks"]
 
 # `micro_batch_size: auto` keeps one forward pass to at most this many padded tokens per rank.
 AUTO_MICRO_BATCH_TOKENS = 16_384
@@ -64,6 +65,8 @@ class Layout:
     """Rows per rank and forward pass."""
     recomputation: Recomputation = "none"
     """`full` keeps the input of each block alone, and computes the block again in the backward pass."""
+    compile: Compilation = "none"
+    """`blocks` has torch.compile fuse the operations of each block, and those of the loss."""
 
     @property
     def is_sharded(self) -> bool:
@@ -130,6 +133,7 @@ class TrialConfig:
             strategy=params["strategy"],
             micro_batch_size=1 if micro == "auto" else int(micro),
             recomputation=params["recomputation"],
+            compile=params.get("compile", "none"),
         )
         if micro == "auto":
             micro = auto_micro_batch_size(recipe.global_batch_size, layout.data_parallel_size, max_length)

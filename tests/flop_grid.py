@@ -20,7 +20,7 @@ from trainables.batching import Batch
 from trainables.evaluation import summed_loss
 from trainables.mesh import World
 from trainables.meter import FlopWatch
-from trainables.parallelize import parallelize
+from trainables.parallelize import parallelize, recompute
 
 ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
 # Around stacked experts PEFT's all-linear adds the whole product of its two matrices to the weight: an overhead, no model FLOPs.
@@ -102,7 +102,9 @@ def counted(module: nn.Module, task: str, batch: Batch, config: TrialConfig, *, 
     watch = FlopWatch(ModelShape.from_config(config_of(module)))
     if config.recipe.adapter != "none":
         module = add_lora(module, config.recipe, task, ())
-    module = parallelize(module, config, World.alone(), watch.recomputation)
+    module = parallelize(module, config, World.alone())
+    if config.layout.recomputation == "full":
+        recompute(module, watch.recomputation)
     module.train()
     counter = FlopCounterMode(display=False, custom_mapping=FLASH)
     with nullcontext() if is_hardware else sdpa_kernel(SDPBackend.MATH), counter:

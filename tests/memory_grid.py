@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from families import NUM_LABELS, SOME_TARGETS, batch_of, config_of, make
 
@@ -12,6 +13,7 @@ from spaces.blueprint import FAMILIES, Blueprint, blueprint
 from spaces.config import Layout, Recipe, TrialConfig
 from spaces.memory import rank_memory
 from spaces.tensor_parallel import PLANS
+from trainables.data import TaskData, TokenTable
 from trainables.evaluation import summed_loss
 from trainables.memory_meter import LiveBytes
 from trainables.mesh import World
@@ -19,6 +21,7 @@ from trainables.model import BaseModel, build, trainable
 from trainables.optim import clip_gradients, make_optimizer
 from trainables.parallelize import autocast, gradient_sync, summing
 from trainables.tensor_parallel import sum_partial_gradients
+from trainables.tokenization import Encoded
 
 ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
 # One of every modelling file that keeps something of its own; the others repeat one of these.
@@ -77,6 +80,26 @@ class Case:
         module.config.use_cache = False
         shape = ModelShape.from_config(config_of(module))
         return BaseModel(name="", revision=None, task=self.task, module=module, new_parameters=(), shape=shape)
+
+    def data(self, num_steps: int) -> TaskData:
+        """Return random rows for a causal model, all of one length, with as many targets as a prompt of one token leaves."""
+        rng = np.random.default_rng(0)
+        rows = [rng.integers(3, 97, size=self.length).tolist() for _ in range(num_steps * self.rows)]
+        table = TokenTable.build([Encoded(input_ids=ids, targets=ids) for ids in rows], None)
+        return TaskData(
+            task="causal-lm",
+            train=table,
+            evaluation=table,
+            test=None,
+            fraction_key=np.arange(len(rows)) / len(rows),
+            label_names=(),
+            answers=None,
+            answer_pattern=None,
+            pad_token_id=0,
+            eos_token_id=None,
+            fingerprint="",
+            summary={},
+        )
 
     def blueprint(self) -> Blueprint:
         return blueprint(config_of(make(self.family, self.task, **dict(self.changes))), self.task, NUM_LABELS)  # type: ignore[arg-type]

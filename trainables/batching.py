@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ class Batch:
 
     input_ids: torch.Tensor
     """int64 (rows, length)"""
-    attention_mask: torch.Tensor
-    """int64 (rows, length), 1 for real tokens"""
+    attention_mask: torch.Tensor | None
+    """int64 (rows, length), 1 for real tokens; None where all are: attention needs no mask, and is then faster"""
     positions: torch.Tensor
     """int64 (targets,): where a target is predicted; causal-lm: index into the flat (rows x length) positions, of the token before;
     classification: the row"""
@@ -39,8 +40,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        move = {name: getattr(self, name).to(device, non_blocking=True) for name in self.__slots__}
-        return Batch(**move)
+        parts: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        return Batch(**{name: None if part is None else part.to(device, non_blocking=True) for name, part in parts.items()})
 
 
 def collate(table: TokenTable, rows: np.ndarray, pad_token_id: int) -> Batch:
@@ -70,7 +71,7 @@ def collate(table: TokenTable, rows: np.ndarray, pad_token_id: int) -> Batch:
         positions, targets = np.arange(len(rows)), table.labels[rows]
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(mask),
+        attention_mask=None if mask.all() else torch.from_numpy(mask),
         positions=torch.from_numpy(positions),
         targets=torch.from_numpy(targets),
     )

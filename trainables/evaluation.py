@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,16 +19,26 @@ from trainables.batching import Batch, collate, evaluation_batches
 from trainables.data import TaskData, TokenTable
 from trainables.mesh import World
 from trainables.model import unwrapped
-from trainables.parallelize import autocast
+from trainables.parallelize import autocast, uncompiled
 from trainables.tokenization import IGNORE
 
 GENERATION_ROWS = 32
 
 
-def summed_loss(module: nn.Module, batch: Batch, task: str) -> tuple[torch.Tensor, torch.Tensor]:
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the summed cross entropy, in fp32 whatever the logits are in."""
+    return functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def summed_loss(
+    module: nn.Module, batch: Batch, task: str, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = cross_entropy
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed cross entropy of a batch, in fp32, and the logits where it has targets.
 
     Without a target it is zero, but connected to every parameter, so that the collectives of the backward pass run.
+
+    Args:
+        loss: `cross_entropy`, compiled or not.
 
     Returns:
         loss (), logits (targets, classes or vocabulary)
@@ -39,8 +49,7 @@ def summed_loss(module: nn.Module, batch: Batch, task: str) -> tuple[torch.Tenso
         logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     if task != "causal-lm":
         logits = logits[batch.positions]
-    logits = logits.float()
-    return functional.cross_entropy(logits, batch.targets, reduction="sum"), logits
+    return loss(logits, batch.targets), logits
 
 
 @contextmanager
@@ -69,7 +78,7 @@ def evaluate(module: nn.Module, config: TrialConfig, data: TaskData, table: Toke
     training_tokens = config.layout.micro_batch_size * int(data.train.lengths.max())
     for rows in evaluation_batches(table, rows_world, training_tokens=training_tokens, vocab_size=vocab_size):
         batch = collate(table, rows, data.pad_token_id).to(world.device)
-        with autocast(config, world):
+        with autocast(config, world), uncompiled(config):
             loss, logits = summed_loss(module, batch, data.task)
         predicted, targets = logits.argmax(-1), batch.targets
         right = (predicted == targets).sum()
@@ -118,7 +127,7 @@ def exact_match(module: nn.Module, config: TrialConfig, data: TaskData, world: W
         # Padding at the left: the completion must follow its prompt.
         ids = torch.tensor([[data.pad_token_id] * (width - len(p)) + p for p in prompts], device=world.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=world.device)
-        with autocast(config, world):
+        with autocast(config, world), uncompiled(config):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -21,13 +21,13 @@ from spaces.flops import StepFlops
 from trainables.batching import Batch, BatchPlan
 from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from trainables.data import TaskData
-from trainables.evaluation import evaluate, exact_match, summed_loss
+from trainables.evaluation import cross_entropy, evaluate, exact_match, summed_loss
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.meter import FlopWatch, StepTimer, details, speed
-from trainables.model import BaseModel, build, trainable
+from trainables.model import BaseModel, build, trainable, unwrapped
 from trainables.optim import clip_gradients, learning_rate, make_optimizer
-from trainables.parallelize import autocast, gradient_sync, summing
+from trainables.parallelize import autocast, gradient_sync, recompute, summing, uncompiled
 from trainables.report import Diverged, OutOfMemory, TrialReport
 from trainables.tensor_parallel import piece_of, sum_partial_gradients
 from trainables.tokenization import load_tokenizer
@@ -135,9 +135,10 @@ class Trainer:
         self._watch = FlopWatch(base.shape)
         saved = checkpoints.latest_valid() if checkpoints else None
         self._timer = StepTimer(world.device, saved.state["step_parts"] if saved else [])
-        self.module = build(config, base, world, self._watch.recomputation, self._timer)
+        self.module = build(config, base, world, self._timer)
         self.module.train()
         self._parameters = trainable(self.module)
+        self._cross_entropy = cross_entropy if config.layout.compile == "none" else torch.compile(cross_entropy)
         self._optimizer = make_optimizer(self._parameters, config.recipe)
         if checkpoints is not None:
             checkpoints.save_seconds = sum(p.nbytes for p in self._parameters.values()) * STATES / SAVED_BYTES_PER_SECOND
@@ -148,7 +149,7 @@ class Trainer:
         self.step = 0
         self._losses = torch.zeros(self.num_steps, device=world.device)
         self._global_losses: list[float] = []
-        self._flops: StepFlops | None = None
+        self.flops: StepFlops | None = None
         self.memory = MemoryMeter(world.device, self.module, self._optimizer)
         if saved is not None:
             self._restore(saved)
@@ -157,7 +158,7 @@ class Trainer:
         """Train one global batch: this rank's micro batches, one exchange of gradients, one update."""
         recipe = self.config.recipe
         followed = self.memory.follow() if self.step >= self.largest_step else nullcontext(False)
-        with followed as is_disturbed, self._timer.step(is_disturbed=is_disturbed) as mark:
+        with followed as is_disturbed, self._timer.step(is_disturbed=is_disturbed) as mark, self._as_written(is_disturbed):
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, self.step, self.num_steps)
             # DDP and FSDP2 average gradients over the ranks; the loss is a mean over the whole global batch.
@@ -216,12 +217,12 @@ class Trainer:
             weights[name] = _whole(parameter, parameter)
             for key, value in self._optimizer.state[parameter].items():
                 optimizer[f"{name}/{key}"] = _whole(value, parameter)
-        assert self._flops is not None  # a step was trained
+        assert self.flops is not None  # a step was trained
         state = {
             "step": self.step,
             "losses": self._global_losses,
             "step_parts": self.step_parts(),
-            "flops": asdict(self._flops),
+            "flops": asdict(self.flops),
             "layout": self.config.layout.key(),
             "memory_by_rank": self.world.gather(self.memory.state()),
         }
@@ -240,17 +241,29 @@ class Trainer:
 
     def _backward(self, batch: Batch, scale: float, mark: Callable[[str], None]) -> torch.Tensor:
         """Run one micro batch forward and backward; return its part of the step's loss."""
-        watched = self._watch.forward(batch) if self._flops is None else nullcontext()
-        with autocast(self.config, self.world), watched:
-            loss = summed_loss(self.module, batch, self.data.task)[0]  # a name for the logits would keep them to the end
+        is_first = self.flops is None
+        if is_first:
+            self._watch_recomputation(self._watch.recomputation)
+        with autocast(self.config, self.world), self._watch.forward(batch) if is_first else nullcontext():
+            # A name for the logits would keep them to the end.
+            loss = summed_loss(self.module, batch, self.data.task, self._cross_entropy)[0]
         mark("forward")
         loss = loss * scale
         loss.backward()
         self._timer.end_exchange()
         mark("backward")
-        if self._flops is None:
-            self._flops = self._watch.flops()
+        if is_first:
+            self.flops = self._watch.flops()
+            self._watch_recomputation(None)
         return loss.detach() / self._rows_world.world_size
+
+    def _watch_recomputation(self, watch: Callable[[], AbstractContextManager[object]] | None) -> None:
+        if self.config.layout.recomputation == "full":
+            recompute(unwrapped(self.module), watch)
+
+    def _as_written(self, is_followed: bool) -> AbstractContextManager[object]:
+        """Return what has a step that is watched run uncompiled: what torch compiles is seen by nobody."""
+        return uncompiled(self.config) if is_followed or self.flops is None else nullcontext()
 
     def _collect_losses(self) -> None:
         """Sum the ranks' parts of the losses since the last time, and stop a trial that has none any more."""
@@ -269,8 +282,8 @@ class Trainer:
         self._collect_losses()
         # The same window, whether or not a trial reports at the rungs before its end.
         earlier = max((rung for rung in rung_steps(rung_shares(), self.num_steps) if rung < self.step), default=0)
-        assert self._flops is not None  # a step was trained, here or before the checkpoint
-        cost = speed(self.step_parts(), self.sizes, self.world, self._flops, self.config.recipe.precision)
+        assert self.flops is not None  # a step was trained, here or before the checkpoint
+        cost = speed(self.step_parts(), self.sizes, self.world, self.flops, self.config.recipe.precision)
         recent = self._global_losses[earlier : self.step]
         tokens = self.sizes.tokens
         return TrialReport(
@@ -290,7 +303,7 @@ class Trainer:
     def _restore(self, saved: Checkpoint) -> None:
         self.step = saved.state["step"]
         self._global_losses = list(saved.state["losses"])
-        self._flops = StepFlops.from_dict(saved.state["flops"])
+        self.flops = StepFlops.from_dict(saved.state["flops"])
         if saved.state.get("layout") == self.config.layout.key():  # under another one, ranks hold something else
             self.memory.restore(saved.state["memory_by_rank"][self.world.rank])
         load_weights(self._parameters, saved.weights)

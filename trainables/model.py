@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -113,13 +111,12 @@ def build(
     config: TrialConfig,
     base: BaseModel,
     world: World,
-    recompute_context: Callable[[], AbstractContextManager[object]] = nullcontext,
     timer: StepTimer | None = None,
 ) -> nn.Module:
     """Return the model that a trial trains: the base with the trial's adapter, parallelised over its ranks.
 
     Args:
-        recompute_context, timer: see `parallelize`.
+        timer: see `parallelize`.
 
     Raises:
         TrialError: the adapter does not fit the model.
@@ -139,7 +136,7 @@ def build(
         if recipe.adapter != "none":
             module = add_lora(module, recipe, base.task, base.new_parameters)
             base.hold_frozen(module, frozen, device)
-    return parallelize(module.to(device), config, world, recompute_context, timer)
+    return parallelize(module.to(device), config, world, timer)
 
 
 def unwrapped(module: nn.Module) -> Any:

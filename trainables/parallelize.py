@@ -24,28 +24,27 @@ def parallelize(
     module: nn.Module,
     config: TrialConfig,
     world: World,
-    recompute_context: Callable[[], AbstractContextManager[object]] = nullcontext,
     timer: StepTimer | None = None,
 ) -> nn.Module:
-    """Split matrices, switch recomputation on, then wrap in DDP or shard with FSDP2: every block by itself, then what is left.
+    """Split matrices, switch recomputation on, compile, then wrap in DDP or shard with FSDP2: each block, then what is left.
 
-    Splitting comes first: what is computed again is a block as this rank has it, with its sums over the ranks. Recomputation comes
-    before sharding: what is computed again is the block without its gathering of weights. The blocks come
-    before the root: what that then shards is only what no block holds (embeddings, head), so that no more than one block is
-    gathered at a time. One process has nothing to share and is left as it is.
+    Splitting comes first: what is computed again is a block as this rank has it, with its sums over the ranks. Recomputation and
+    compilation come before sharding: what is computed again, or compiled, is the block without its gathering of weights. One
+    compilation serves all blocks, which are alike. They come before the root: what that then shards is only what no block holds
+    (embeddings, head), so that no more than one block is gathered at a time. One process has nothing to share and is left as it is.
 
     Args:
-        recompute_context: called in every block's forward pass; what it returns is entered around the block's recomputation.
         timer: is told where the computation waits for other ranks.
     """
     if config.layout.tensor_parallel_size > 1:
         module = split(module, world, summing(timer))
     if config.layout.recomputation == "full":
-        # The reentrant form needs an input that requires a gradient, which a frozen embedding does not give.
-        options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), recompute_context())}
-        cast("Any", module).gradient_checkpointing_enable(options)
-        # Beside an adapter transformers makes the look-up require one, and the first block then computes gradients of nothing.
-        cast("Any", module).disable_input_require_grads()
+        recompute(module)
+    if config.layout.compile == "blocks":
+        # What was compiled for earlier trials counts against torch's limit of recompilations, beyond which it compiles no more.
+        torch.compiler.reset()
+        for block in _blocks(module):
+            block.compile()
     if config.layout.data_parallel_size == 1:
         return module
     if config.layout.strategy == "ddp":
@@ -60,9 +59,8 @@ def parallelize(
     if config.recipe.precision == "bf16":
         # Gradients are summed in fp32: a sum over many ranks in bf16 loses the small ones.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in module.modules():
-        if isinstance(block, GradientCheckpointingLayer):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+    for block in _blocks(module):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
     # On a GPU the exchange is on streams of its own, and what the computation waits for it is not to be seen from here.
     if timer is not None and world.device.type == "cpu":
@@ -71,6 +69,27 @@ def parallelize(
                 part.set_custom_all_gather(cast("Any", _TimedExchange(timer, dist.all_gather_into_tensor)))
                 part.set_custom_reduce_scatter(cast("Any", _TimedExchange(timer, dist.reduce_scatter_tensor)))
     return module
+
+
+def recompute(module: nn.Module, watch: Callable[[], AbstractContextManager[object]] | None = None) -> None:
+    """Have the backward pass compute every block again.
+
+    Args:
+        module: not wrapped in DDP.
+        watch: called in every block's forward pass; what it returns is entered around the block's recomputation. No block that is
+            compiled can run with it.
+    """
+    # The reentrant form needs an input that requires a gradient, which a frozen embedding does not give.
+    options: dict[str, Any] = {"use_reentrant": False}
+    if watch is not None:
+        options["context_fn"] = lambda: (nullcontext(), watch())
+    cast("Any", module).gradient_checkpointing_enable(options)
+    # Beside an adapter transformers makes the look-up require one, and the first block then computes gradients of nothing.
+    cast("Any", module).disable_input_require_grads()
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
 
 
 def summing(timer: StepTimer | None) -> Exchange:
@@ -115,6 +134,12 @@ def autocast(config: TrialConfig, world: World) -> AbstractContextManager[object
     if config.recipe.precision != "bf16" or config.layout.is_sharded:
         return nullcontext()
     return torch.autocast(world.device.type, dtype=torch.bfloat16)
+
+
+def uncompiled(config: TrialConfig) -> AbstractContextManager[object]:
+    """Return what has compiled blocks run as they were written: where something watches them, or every batch has another shape."""
+    # Asking torch costs a second of imports.
+    return torch.compiler.set_stance("force_eager") if config.layout.compile == "blocks" else nullcontext()
 
 
 @contextmanager

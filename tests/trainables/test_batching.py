@@ -101,9 +101,11 @@ def test_the_sizes_are_those_of_the_batches() -> None:
         assert sizes.rows[step] == sum(len(b.input_ids) for b in real)
         assert sizes.targets[step] == sum(len(b.targets) for b in real) == plan.num_targets(step)
         assert sizes.micro_targets[step] == max(len(b.targets) for b in real)
-        assert sizes.tokens[step] == sum(int(b.attention_mask.sum()) for b in real)
+        masks = [torch.ones_like(b.input_ids) if b.attention_mask is None else b.attention_mask for b in real]
+        lengths = [mask.sum(1) for mask in masks]
+        assert sizes.tokens[step] == sum(int(each.sum()) for each in lengths)
         assert sizes.padded_tokens[step] == sum(b.input_ids.numel() for b in real)
-        assert sizes.squared_lengths[step] == sum(float((b.attention_mask.sum(1).double() ** 2).sum()) for b in real)
+        assert sizes.squared_lengths[step] == sum(float((each.double() ** 2).sum()) for each in lengths)
 
 
 def test_buckets_by_length_save_most_of_the_padding() -> None:

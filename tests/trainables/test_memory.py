@@ -6,7 +6,6 @@ import statistics
 from dataclasses import replace
 
 import distributed
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,14 +32,12 @@ from spaces.blueprint import FAMILIES
 from spaces.memory import ADAMW_STATES, num_trained, rank_memory
 from spaces.tensor_parallel import PLANS, local_blueprint
 from trainables.adapters import add_lora
-from trainables.data import TaskData, TokenTable
 from trainables.evaluation import summed_loss
 from trainables.loop import Trainer
 from trainables.memory_meter import LiveBytes
 from trainables.mesh import World
 from trainables.model import build, trainable
 from trainables.parallelize import autocast, parallelize
-from trainables.tokenization import Encoded
 
 # What the grids have; what is too low is worse, since it then does not fit.
 LEAST, MOST = -0.06, 0.08
@@ -135,24 +132,7 @@ def test_the_rest_of_the_replicated_grid_is_predicted() -> None:
 def test_the_loop_itself_holds_no_more_than_the_steps_of_the_grid(recomputation: str) -> None:
     """With a wide vocabulary, where one name too many for the logits is most of the memory."""
     case = Case(family="llama", adapter="all-linear", recomputation=recomputation, changes=(("vocab_size", 1000),))
-    rng = np.random.default_rng(0)
-    rows = [rng.integers(3, 97, size=case.length).tolist() for _ in range(3 * case.rows)]
-    table = TokenTable.build([Encoded(input_ids=ids, targets=ids) for ids in rows], None)
-    data = TaskData(
-        task=case.task,
-        train=table,
-        evaluation=table,
-        test=None,
-        fraction_key=np.arange(len(rows)) / len(rows),
-        label_names=(),
-        answers=None,
-        answer_pattern=None,
-        pad_token_id=0,
-        eos_token_id=None,
-        fingerprint="",
-        summary={},
-    )
-    trainer = Trainer(case.config(1), data, case.base(), World.alone(), checkpoints=None)
+    trainer = Trainer(case.config(1), case.data(3), case.base(), World.alone(), checkpoints=None)
     for _ in range(trainer.num_steps):
         trainer.train_step()
     held = trainer.memory.measured()

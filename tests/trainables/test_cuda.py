@@ -1,0 +1,68 @@
+"""What a GPU computes against what a CPU does, and what it holds against what is predicted; without a GPU all of it is skipped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from memory_grid import Case
+
+from spaces.config import TrialConfig
+from spaces.memory import rank_memory
+from trainables.loop import Trainer
+from trainables.mesh import World
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+GPU = World(rank=0, world_size=1, device=torch.device("cuda", 0), control_group=None)
+STEPS = 6
+# Some gigabytes, beside which the workspaces of cuBLAS (a tenth of one) are little.
+WIDE = (("hidden_size", 1024), ("intermediate_size", 2816), ("head_dim", 64), ("vocab_size", 16_000), ("num_hidden_layers", 8))
+
+
+def losses(case: Case, config: TrialConfig, world: World) -> list[float]:
+    torch.manual_seed(0)
+    trainer = Trainer(config, case.data(STEPS), case.base(), world, checkpoints=None)
+    for _ in range(trainer.num_steps):
+        trainer.train_step()
+    report = trainer.final_report(0)
+    return [*report.details["train_losses"], report.metrics["eval_loss"]]
+
+
+def with_layout(case: Case, **changes: str) -> TrialConfig:
+    config = case.config(1)
+    return replace(config, layout=replace(config.layout, **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"recomputation": "full"}, {"compile": "blocks"}, {"recomputation": "full", "compile": "blocks"}]
+)
+@pytest.mark.parametrize(("adapter", "method"), [("none", "lora"), ("all-linear", "lora"), ("all-linear", "dora")])
+def test_a_gpu_learns_what_a_cpu_learns(adapter: str, method: str, changes: dict[str, str]) -> None:
+    case = Case(family="llama", adapter=adapter, method=method)
+    expected = losses(case, case.config(1), World.alone())
+    assert losses(case, with_layout(case, **changes), GPU) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("quantization", "tolerance"), [("nf4", 1e-3), ("int8", 1e-2)])
+def test_a_gpu_learns_what_a_cpu_learns_over_a_quantised_base(quantization: str, tolerance: float) -> None:
+    case = Case(family="llama", adapter="all-linear", quantization=quantization)
+    assert losses(case, case.config(1), GPU) == pytest.approx(losses(case, case.config(1), World.alone()), rel=tolerance)
+
+
+@pytest.mark.parametrize("recomputation", ["none", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("adapter", ["none", "all-linear"])
+def test_what_a_gpu_holds_is_predicted(adapter: str, precision: str, recomputation: str) -> None:
+    case = Case(family="llama", adapter=adapter, precision=precision, rows=8, length=512, recomputation=recomputation, changes=WIDE)
+    config = case.config(1)
+    trainer = Trainer(config, case.data(3), case.base(), GPU, checkpoints=None)
+    for _ in range(trainer.num_steps):
+        trainer.train_step()
+    with trainer.memory.pause():
+        held = trainer.memory.measured()
+    assert held is not None
+    predicted = rank_memory(case.blueprint(), config, case.length, case.rows * (case.length - 1), is_on_gpu=True).peak_bytes
+    error = predicted / held.tensor_bytes - 1
+    print(f"{adapter} {precision} {recomputation}: predicted {error:+.1%} of {held.tensor_bytes / 2**20:.0f} MiB")
+    assert -0.1 < error < 0.1
