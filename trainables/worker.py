@@ -73,6 +73,8 @@ def work(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     torch.set_num_threads(config["threads"])
     device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     world_size = context.get_world_size()
     world = World(
         rank=context.get_world_rank(),

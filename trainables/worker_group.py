@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._common.network_utils import build_address  # type: ignore[attr-defined]
 from ray.exceptions import OutOfMemoryError
-from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import ControllerError, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train._internal.base_worker_group import BaseWorkerGroup
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.callback import RayTrainCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from trainables.report import OutOfMemory
 
@@ -38,16 +45,72 @@ class _Placed(WorkerGroupCallback):
         ray.get(self._dispatcher.placed.remote(self._group_id, place))
 
 
-class _Trainer(TorchTrainer):
+def _join(**group: Any) -> None:
+    """Join the process group of all workers; each of them runs it."""
+    from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
+
+    _set_torch_distributed_env_vars()
+    _setup_torch_process_group(**group)
+
+
+class _Torch(Backend):
+    """What Ray Train's backend for torch does, but torch is imported by the workers alone: it takes a second of each process."""
+
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
+        """Form the process group; who cannot join in time fails the start."""
+        assert isinstance(backend_config, _TorchConfig)
+        host, port = worker_group.execute_single(0, get_address_and_port)
+        joining: Any = [
+            worker_group.execute_single_async(
+                rank,
+                _join,
+                backend=backend_config.backend,
+                world_rank=rank,
+                world_size=len(worker_group),
+                init_method=f"tcp://{build_address(host, port)}",
+                timeout_s=COLLECTIVE_TIMEOUT_SECONDS,
+            )
+            for rank in range(len(worker_group))
+        ]
+        ray.get(joining)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TorchConfig(BackendConfig):
+    backend: str
+    """Of `torch.distributed`."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Torch
+
+
+class _Placing(FixedScalingPolicy):
+    """Gets its workers by their placement group alone: the dispatcher starts no more than the cluster holds."""
+
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        """Do not tell the actor that coordinates what several runs ask of an autoscaler."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Nor later."""
+
+
+class _Trainer(DataParallelTrainer):
     """Starts no actor that a group has no use for: each is a process that takes more than a second of a core.
 
     There are no Ray Data sets here. What a killed controller leaves taken the dispatcher gives back, which learns of it at once;
     Ray's own cleaner asks the dashboard every second, which a laptop need not have.
     """
 
+    def _initialize_and_run_controller(self, **controller: Any) -> Result:
+        # These annotations are those of Train V1.
+        scaling: Any = self.scaling_config
+        return super()._initialize_and_run_controller(**{**controller, "scaling_policy": _Placing(scaling)})
+
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        # The annotations are those of Train V1, which has no such method.
-        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+        callbacks = super()._create_default_callbacks()
         return [c for c in callbacks if not isinstance(c, DatasetsCallback | PlacementGroupCleanerCallback)]
 
 
@@ -75,7 +138,7 @@ def run_worker_group(
     trainer = _Trainer(
         _work,
         train_loop_config={"dispatcher": dispatcher, "group_id": group_id, "threads": cpus_per_worker},
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
+        backend_config=_TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(num_workers=world_size, use_gpu=bool(gpus_per_worker), resources_per_worker=resources),
         run_config=RunConfig(
             name=group_id,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from trainables.report import OutOfMemory
 from trainables.worker_group import run_worker_group
@@ -22,7 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch, directory: Path, error: Exception) -> N
         # As it comes from the process of Train's controller.
         raise pickle.loads(pickle.dumps(error))
 
-    monkeypatch.setattr(TorchTrainer, "fit", fit)
+    monkeypatch.setattr(DataParallelTrainer, "fit", fit)
     run_worker_group(dispatcher=None, group_id="g", world_size=1, cpus_per_worker=1, gpus_per_worker=0, storage=directory)
 
 
