@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from families import NUM_LABELS, SOME_TARGETS, batch_of, config_of, make
+from torch.distributed.fsdp import FSDPModule
 
 from spaces.architecture import ModelShape
 from spaces.blueprint import FAMILIES, Blueprint, blueprint
@@ -243,7 +244,7 @@ def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
     trained = trainable(module)
     optimizer = make_optimizer(trained, config.recipe)
     # The optimizer's state is there from the second step on.
-    with LiveBytes() as tensors:
+    with LiveBytes(is_resized=isinstance(module, FSDPModule)) as tensors:
         for part in (*module.parameters(), *module.buffers()):
             tensors.hold(part)
         peaks = []

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,29 +41,46 @@ class MeasuredMemory:
 class LiveBytes(TorchDispatchMode):
     """Follows storages from the operation that makes them to their end; what was there before is given to `hold`.
 
-    Sizes are looked up anew after every operation: FSDP2 empties and refills storages without one.
+    Args:
+        is_resized: whether storages change their sizes without an operation, as FSDP2 empties and refills them: all are then looked
+            up after every operation, which takes the longer the more are there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_resized: bool = False) -> None:
         super().__init__()
         self.peak = 0
+        self._is_resized = is_resized
         self._held: dict[int, weakref.ref[Any]] = {}
+        self._sizes: dict[int, int] = {}
+        self._total = 0
 
     def hold(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage from now on, once."""
+        """Count a tensor's storage from now on, once, with the size that it has now."""
         storage = _storage(tensor)
         key = storage._cdata
         if key not in self._held:
-            self._held[key] = weakref.ref(storage)
-            weakref.finalize(storage, self._held.pop, key, None)
+            self._held[key] = weakref.ref(storage, lambda _: self._drop(key))
+        self._weigh(key, storage)
+
+    def _weigh(self, key: int, storage: Any) -> None:
+        size = storage.nbytes()
+        self._total += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+
+    def _drop(self, key: int) -> None:
+        del self._held[key]
+        self._total -= self._sizes.pop(key, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, out)):
             if isinstance(leaf, torch.Tensor):
                 self.hold(leaf)
-        storages = [reference() for reference in list(self._held.values())]
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in storages if storage is not None))
+        if self._is_resized:
+            for key, reference in list(self._held.items()):
+                if (storage := reference()) is not None:
+                    self._weigh(key, storage)
+        self.peak = max(self.peak, self._total)
         return out
 
 
@@ -90,7 +108,7 @@ class MemoryMeter:
             yield False
             return
         self._is_followed = True
-        with LiveBytes() as tensors:
+        with LiveBytes(is_resized=isinstance(self._module, FSDPModule)) as tensors:
             for tensor in (*self._weights(), *self._optimizer_state()):
                 tensors.hold(tensor)
             yield True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,14 @@ class _Placed(WorkerGroupCallback):
 
 
 def _join(**group: Any) -> None:
-    """Join the process group of all workers; each of them runs it."""
+    """Import what a worker needs and join the process group of all; each of them runs it."""
+    # A sixth of the time would go into the search for garbage among modules, which all stay.
+    gc.disable()
     from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
 
+    import trainables.worker  # noqa: F401
+
+    gc.enable()
     _set_torch_distributed_env_vars()
     _setup_torch_process_group(**group)
 
