@@ -31,8 +31,6 @@ GROUP_ENVIRONMENT = {
     # The dispatcher holds each run in a thread of its own; Ray warns as if that thread were the event loop.
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     "TOKENIZERS_PARALLELISM": "false",
-    # Nothing here is compiled, but bitsandbytes offers functions to the compiler at its import, which takes a second to be there.
-    "TORCHDYNAMO_DISABLE": "1",
 }
 
 

@@ -41,7 +41,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
         parts: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
-        return Batch(**{name: None if part is None else part.to(device, non_blocking=True) for name, part in parts.items()})
+        moved: dict[str, Any] = {n: None if part is None else part.to(device, non_blocking=True) for n, part in parts.items()}
+        return Batch(**moved)
 
 
 def collate(table: TokenTable, rows: np.ndarray, pad_token_id: int) -> Batch:

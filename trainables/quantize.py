@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,10 @@ from spaces.quantization import NF4_BLOCK
 # that int8 goes through fp16.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+# At its import it offers functions to torch's compiler, which takes a second to be there; nobody here has them compiled.
+_is_compiler_off = "TORCHDYNAMO_DISABLE" in os.environ
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
 from bitsandbytes.functional import (  # noqa: E402  # after its logger was told
     dequantize_4bit,
     int8_vectorwise_dequant,
@@ -28,6 +33,9 @@ from bitsandbytes.functional import (  # noqa: E402  # after its logger was told
     quantize_4bit,
 )
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit  # noqa: E402
+
+if not _is_compiler_off:
+    del os.environ["TORCHDYNAMO_DISABLE"]
 
 # Inputs beyond it int8 leaves to fp16: what transformers' configuration has.
 OUTLIER_THRESHOLD = 6.0
