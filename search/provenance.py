@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
     """Return the versions that a result depends on: those of its trials, and what searches with them."""
     from trainables.device import package_versions  # with torch, which most commands do without
 
-    names = ("paretune", "ray", "optuna", "mlflow-skinny", "numpy")
+    names = ("paretune", "ray", "optuna", "mlflow", "numpy")
     return {**package_versions(), **{name: version(name) for name in names}}
 
 
