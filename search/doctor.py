@@ -39,7 +39,7 @@ def _python(_: Path) -> tuple[str, str]:
 
 
 def _packages(_: Path) -> tuple[str, str]:
-    names = ("torch", "transformers", "peft", "bitsandbytes", "ray", "optuna", "mlflow-skinny", "datasets")
+    names = ("torch", "transformers", "peft", "bitsandbytes", "ray", "optuna", "mlflow", "datasets")
     found, missing = [], []
     for name in names:
         try:

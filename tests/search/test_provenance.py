@@ -44,7 +44,7 @@ def test_a_command_names_the_directory_where_it_is_not_the_default(
 def test_the_versions_of_a_search_are_those_of_its_trials_and_of_what_searches() -> None:
     ours = versions()
     assert package_versions().items() <= ours.items()
-    assert {"paretune", "ray", "optuna", "mlflow-skinny", "numpy"} <= ours.keys()
+    assert {"paretune", "ray", "optuna", "mlflow", "numpy"} <= ours.keys()
 
 
 def searched(directory: Path, runs: str) -> Store:
