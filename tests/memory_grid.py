@@ -14,6 +14,7 @@ from spaces.blueprint import FAMILIES, Blueprint, blueprint
 from spaces.config import Layout, Recipe, TrialConfig
 from spaces.memory import rank_memory
 from spaces.tensor_parallel import PLANS
+from trainables.batching import Batch
 from trainables.data import TaskData, TokenTable
 from trainables.evaluation import summed_loss
 from trainables.memory_meter import LiveBytes
@@ -81,6 +82,10 @@ class Case:
         module.config.use_cache = False
         shape = ModelShape.from_config(config_of(module))
         return BaseModel(name="", revision=None, task=self.task, module=module, new_parameters=(), shape=shape)
+
+    def batch(self) -> Batch:
+        """Return one micro batch without padding."""
+        return batch_of(self.task, torch.randint(3, 97, (self.rows, self.length)), num_prompt=self.num_prompt)
 
     def data(self, num_steps: int) -> TaskData:
         """Return random rows for a causal model, all of one length, with as many targets as a prompt of one token leaves."""
@@ -239,8 +244,7 @@ def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
     """
     module = build(config, case.base(), world)
     module.train()
-    ids = torch.randint(3, 97, (case.rows, case.length))
-    batch = batch_of(case.task, ids, num_prompt=case.num_prompt)
+    batch = case.batch()
     trained = trainable(module)
     optimizer = make_optimizer(trained, config.recipe)
     # The optimizer's state is there from the second step on.
