@@ -149,6 +149,8 @@ def train_once(case: Case, text: str, tokenizer: str, length: int) -> dict[str, 
     # Frozen weights compute in bf16, and trained ones are fp32; made where they are used, because a CPU draws 8B numbers in a minute.
     with device:
         module = AutoModelForCausalLM.from_config(settings, dtype=torch.float32 if case.adapter == "none" else torch.bfloat16)
+    if case.adapter == "none":
+        module = module.to("cpu")  # as a search has it: the trial trains a copy, beside which this one would count
     described = {**settings.to_dict(), "architectures": ["LlamaForCausalLM"]}
     shape = ModelShape.from_config(described)
     base = BaseModel(name=tokenizer, revision=None, task="causal-lm", module=module, new_parameters=(), shape=shape)

@@ -26,7 +26,8 @@ from trainables.formats import DataError, read_rows
 
 # Of English text, for an estimate only: https://help.openai.com/en/articles/4936856
 CHARACTERS_PER_TOKEN = 4
-KNOB_COLUMNS = (*STEP_KNOBS[:7], "num_grad_accum_steps", *STEP_KNOBS[7:])
+_AT = STEP_KNOBS.index("recomputation")
+KNOB_COLUMNS = (*STEP_KNOBS[:_AT], "num_grad_accum_steps", *STEP_KNOBS[_AT:])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ class Batch:
     input_ids: torch.Tensor
     """int64 (rows, length)"""
     attention_mask: torch.Tensor | None
-    """int64 (rows, length), 1 for real tokens; None where all are: attention needs no mask, and is then faster"""
+    """int64 (rows, length), 1 for real tokens; None where all are: attention then needs none"""
     positions: torch.Tensor
     """int64 (targets,): where a target is predicted; causal-lm: index into the flat (rows x length) positions, of the token before;
     classification: the row"""

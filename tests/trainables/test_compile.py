@@ -45,7 +45,8 @@ def test_compiled_blocks_learn_the_same_and_count_the_same(adapter: str, recompu
     losses, compiled_twice = trained(case, "blocks")
     assert losses == pytest.approx(expected, rel=1e-4)
     assert compiled_twice == pytest.approx(twice)
-    assert 1 <= counters["stats"]["unique_graphs"] <= 3
+    # One of the loss, the others of blocks: the first one's input may need no gradient.
+    assert 2 <= counters["stats"]["unique_graphs"] <= 3
     assert not counters["graph_break"]
 
 

@@ -65,5 +65,5 @@ def test_what_a_gpu_holds_is_predicted(adapter: str, precision: str, recomputati
     predicted = rank_memory(case.blueprint(), config, case.length, case.rows * (case.length - 1), is_on_gpu=True).peak_bytes
     error = predicted / held.tensor_bytes - 1
     print(f"{adapter} {precision} {recomputation}: predicted {error:+.1%} of {held.tensor_bytes / 2**20:.0f} MiB")
-    # Not predicted: the workspaces of cuBLAS, some 100 MiB.
+    # No formula has the workspaces of cuBLAS.
     assert -0.12 < error < 0.1
