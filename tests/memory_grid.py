@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from families import NUM_LABELS, SOME_TARGETS, batch_of, config_of, make
+from synthetic_data import task_data
 from torch.distributed.fsdp import FSDPModule
 
 from spaces.architecture import ModelShape
@@ -92,20 +93,7 @@ class Case:
         rng = np.random.default_rng(0)
         rows = [rng.integers(3, 97, size=self.length).tolist() for _ in range(num_steps * self.rows)]
         table = TokenTable.build([Encoded(input_ids=ids, targets=ids) for ids in rows], None)
-        return TaskData(
-            task="causal-lm",
-            train=table,
-            evaluation=table,
-            test=None,
-            fraction_key=np.arange(len(rows)) / len(rows),
-            label_names=(),
-            answers=None,
-            answer_pattern=None,
-            pad_token_id=0,
-            eos_token_id=None,
-            fingerprint="",
-            summary={},
-        )
+        return task_data("causal-lm", table, table)
 
     def blueprint(self) -> Blueprint:
         return blueprint(config_of(make(self.family, self.task, **dict(self.changes))), self.task, NUM_LABELS)  # type: ignore[arg-type]

@@ -16,13 +16,18 @@ def token_data(num_rows: int = 90) -> TaskData:
         encoded = [Encoded(input_ids=rng.integers(1, 30, size=rng.integers(4, 30)).tolist(), targets=None) for _ in range(rows)]
         return TokenTable.build(encoded, rng.integers(0, 3, size=rows).tolist())
 
+    return task_data("sequence-classification", table(num_rows), table(23), ("a", "b", "c"))
+
+
+def task_data(task: str, train: TokenTable, evaluation: TokenTable, label_names: tuple[str, ...] = ()) -> TaskData:
+    """Return tables as prepared data, whose subsets are their first rows."""
     return TaskData(
-        task="sequence-classification",
-        train=table(num_rows),
-        evaluation=table(23),
+        task=task,
+        train=train,
+        evaluation=evaluation,
         test=None,
-        fraction_key=np.arange(num_rows) / num_rows,
-        label_names=("a", "b", "c"),
+        fraction_key=np.arange(train.num_rows) / train.num_rows,
+        label_names=label_names,
         answers=None,
         answer_pattern=None,
         pad_token_id=0,

@@ -16,6 +16,7 @@ import distributed
 import numpy as np
 import pytest
 import torch
+from synthetic_data import task_data
 
 from spaces.config import Layout, Recipe, TrialConfig
 from trainables.checkpoint import CheckpointStore, read_checkpoint
@@ -66,20 +67,8 @@ def make_data(task: str, num_rows: int = 90) -> TaskData:
             encoded.append(Encoded(input_ids=ids, targets=targets))
         return TokenTable.build(encoded, None if task == "causal-lm" else rng.integers(0, 3, size=rows).tolist())
 
-    return TaskData(
-        task=task,
-        train=table(num_rows),
-        evaluation=table(23),  # a prime: no world size and no batch divides it
-        test=None,
-        fraction_key=np.arange(num_rows) / num_rows,
-        label_names=() if task == "causal-lm" else ("a", "b", "c"),
-        answers=None,
-        answer_pattern=None,
-        pad_token_id=0,
-        eos_token_id=None,
-        fingerprint="",
-        summary={},
-    )
+    # 23 is a prime: no world size and no batch divides it.
+    return task_data(task, table(num_rows), table(23), () if task == "causal-lm" else ("a", "b", "c"))
 
 
 def config(

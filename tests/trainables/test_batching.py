@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from synthetic_data import task_data
 
 from spaces.config import Layout, Recipe, TrialConfig
 from trainables.batching import BatchPlan, collate, evaluation_batches
@@ -22,20 +23,7 @@ def data(num_rows: int = NUM_ROWS) -> TaskData:
     # Each row's first token is its own number, so that rows can be told apart after collation.
     rows = [Encoded(input_ids=[i + 1, *rng.integers(100, 200, size=rng.integers(2, 40))], targets=None) for i in range(num_rows)]
     table = TokenTable.build(rows, [i % 2 for i in range(num_rows)])
-    return TaskData(
-        task="sequence-classification",
-        train=table,
-        evaluation=table,
-        test=None,
-        fraction_key=np.arange(num_rows) / num_rows,
-        label_names=("a", "b"),
-        answers=None,
-        answer_pattern=None,
-        pad_token_id=0,
-        eos_token_id=None,
-        fingerprint="",
-        summary={},
-    )
+    return task_data("sequence-classification", table, table, ("a", "b"))
 
 
 def config(world_size: int, micro: int, *, epochs: float = 2.0, fraction: float = 1.0, seed: int = 0) -> TrialConfig:
