@@ -104,7 +104,7 @@ class Case:
             "learning_rate": 1e-5,
             "global_batch_size": self.micro_batch * self.num_passes,
             "dataset_fraction": 1.0,
-            "epochs": 1,
+            "epochs": 4,  # a megabyte is too little for the steps of several passes
             "lora_rank": 16,
             "precision": "bf16",
             "quantization": self.quantization,

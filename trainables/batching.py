@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,16 @@ LEAST_TOKENS, LEAST_LOGITS_BYTES = 768, 32 * 1024**2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """What a batch looks like to the model."""
+
+    rows: int
+    width: int
+    """Tokens of the longest row."""
+    is_padded: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """Rows padded to the longest."""
 
@@ -37,6 +48,11 @@ class Batch:
     classification: the row"""
     targets: torch.Tensor
     """int64 (targets,): the token or class that is expected there"""
+
+    @property
+    def form(self) -> Form:
+        rows, width = self.input_ids.shape
+        return Form(rows=rows, width=width, is_padded=self.attention_mask is not None)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
@@ -111,6 +127,16 @@ class BatchPlan:
     def micro_batches(self, step: int, rank: int) -> list[Batch]:
         """Return a rank's micro batches of a step, as many on every rank."""
         return [collate(self._table, part[rank], self._pad) for part in self._dealt(step)]
+
+    def forms(self) -> Counter[Form]:
+        """Return how many micro batches of every form there are, over all steps and ranks."""
+        found: Counter[Form] = Counter()
+        for step in range(self.num_steps):
+            for part in (part for parts in self._dealt(step) for part in parts if len(part)):
+                lengths = self._lengths[part]
+                width = int(lengths.max())
+                found[Form(rows=len(part), width=width, is_padded=bool(lengths.min() < width))] += 1
+        return found
 
     def sizes(self) -> StepSizes:
         """Return what every step works on, over all ranks."""

@@ -16,10 +16,11 @@ from torch.nn import functional
 from spaces import metrics
 from spaces.config import TrialConfig
 from trainables.batching import Batch, collate, evaluation_batches
+from trainables.compilation import as_written
 from trainables.data import TaskData, TokenTable
 from trainables.mesh import World
 from trainables.model import unwrapped
-from trainables.parallelize import autocast, uncompiled
+from trainables.parallelize import autocast
 from trainables.tokenization import IGNORE
 
 GENERATION_ROWS = 32
@@ -78,7 +79,7 @@ def evaluate(module: nn.Module, config: TrialConfig, data: TaskData, table: Toke
     training_tokens = config.layout.micro_batch_size * int(data.train.lengths.max())
     for rows in evaluation_batches(table, rows_world, training_tokens=training_tokens, vocab_size=vocab_size):
         batch = collate(table, rows, data.pad_token_id).to(world.device)
-        with autocast(config, world), uncompiled(config):
+        with autocast(config, world), as_written(config.layout.compile == "blocks"):
             loss, logits = summed_loss(module, batch, data.task)
         predicted, targets = logits.argmax(-1), batch.targets
         right = (predicted == targets).sum()
@@ -127,7 +128,7 @@ def exact_match(module: nn.Module, config: TrialConfig, data: TaskData, world: W
         # Padding at the left: the completion must follow its prompt.
         ids = torch.tensor([[data.pad_token_id] * (width - len(p)) + p for p in prompts], device=world.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=world.device)
-        with autocast(config, world), uncompiled(config):
+        with autocast(config, world), as_written(config.layout.compile == "blocks"):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,

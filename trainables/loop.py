@@ -20,6 +20,7 @@ from spaces.fidelity import rung_shares, rung_steps
 from spaces.flops import StepFlops
 from trainables.batching import Batch, BatchPlan
 from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from trainables.compilation import Compilation, as_written
 from trainables.data import TaskData
 from trainables.evaluation import cross_entropy, evaluate, exact_match, summed_loss
 from trainables.memory_meter import MemoryMeter
@@ -27,7 +28,7 @@ from trainables.mesh import World
 from trainables.meter import FlopWatch, StepTimer, details, speed
 from trainables.model import BaseModel, build, trainable, unwrapped
 from trainables.optim import clip_gradients, learning_rate, make_optimizer
-from trainables.parallelize import autocast, gradient_sync, recompute, summing, uncompiled
+from trainables.parallelize import autocast, gradient_sync, recompute, summing
 from trainables.report import Diverged, OutOfMemory, TrialReport
 from trainables.tensor_parallel import piece_of, sum_partial_gradients
 from trainables.tokenization import load_tokenizer
@@ -135,14 +136,15 @@ class Trainer:
         self._watch = FlopWatch(base.shape)
         saved = checkpoints.latest_valid() if checkpoints else None
         self._timer = StepTimer(world.device, saved.state["step_parts"] if saved else [])
-        self.module = build(config, base, world, self._timer)
+        self._plan = BatchPlan(config, data)
+        self._compilation = Compilation.of(self._plan.forms()) if config.layout.compile == "blocks" else None
+        self.module = build(config, base, world, self._timer, self._compilation)
         self.module.train()
         self._parameters = trainable(self.module)
-        self._cross_entropy = cross_entropy if config.layout.compile == "none" else torch.compile(cross_entropy)
+        self._cross_entropy = cross_entropy if self._compilation is None else self._compilation.function(cross_entropy)
         self._optimizer = make_optimizer(self._parameters, config.recipe)
         if checkpoints is not None:
             checkpoints.save_seconds = sum(p.nbytes for p in self._parameters.values()) * STATES / SAVED_BYTES_PER_SECOND
-        self._plan = BatchPlan(config, data)
         self.sizes = self._plan.sizes()
         self.num_steps = self._plan.num_steps
         self.rungs = {*rung_steps(rungs, self.num_steps), self.num_steps}
@@ -158,7 +160,7 @@ class Trainer:
         """Train one global batch: this rank's micro batches, one exchange of gradients, one update."""
         recipe = self.config.recipe
         followed = self.memory.follow() if self.step >= self.largest_step else nullcontext(False)
-        with followed as is_disturbed, self._timer.step(is_disturbed=is_disturbed) as mark, self._as_written(is_disturbed):
+        with followed as is_disturbed, self._timer.step(is_disturbed=is_disturbed) as mark:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, self.step, self.num_steps)
             # DDP and FSDP2 average gradients over the ranks; the loss is a mean over the whole global batch.
@@ -166,7 +168,8 @@ class Trainer:
             micro_batches = [b.to(self.world.device) for b in self._plan.micro_batches(self.step, self._rows_world.rank)]
             mark("data")
             for i, batch in enumerate(micro_batches, start=1):
-                with gradient_sync(self.module, i == len(micro_batches)):
+                runs_as_written = as_written(self._runs_as_written(batch, is_disturbed))
+                with gradient_sync(self.module, i == len(micro_batches)), runs_as_written:
                     self._losses[self.step] += self._backward(batch, scale, mark)
             sum_partial_gradients(self._parameters.values(), summing(self._timer))
             clip_gradients(self._parameters.values())
@@ -261,9 +264,10 @@ class Trainer:
         if self.config.layout.recomputation == "full":
             recompute(unwrapped(self.module), watch)
 
-    def _as_written(self, is_followed: bool) -> AbstractContextManager[object]:
-        """Return what has a step that is watched run uncompiled: what torch compiles is seen by nobody."""
-        return uncompiled(self.config) if is_followed or self.flops is None else nullcontext()
+    def _runs_as_written(self, batch: Batch, is_followed: bool) -> bool:
+        """Return whether compiled blocks run uncompiled: what torch compiles is seen by nobody."""
+        compilation = self._compilation
+        return compilation is not None and (is_followed or self.flops is None or not compilation.covers(batch.form))
 
     def _collect_losses(self) -> None:
         """Sum the ranks' parts of the losses since the last time, and stop a trial that has none any more."""

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from spaces.architecture import ModelShape
 from spaces.config import Quantization, TrialConfig
 from trainables.adapters import add_lora
+from trainables.compilation import Compilation
 from trainables.mesh import World
 from trainables.meter import StepTimer
 from trainables.parallelize import parallelize
@@ -112,11 +113,13 @@ def build(
     base: BaseModel,
     world: World,
     timer: StepTimer | None = None,
+    compilation: Compilation | None = None,
 ) -> nn.Module:
     """Return the model that a trial trains: the base with the trial's adapter, parallelised over its ranks.
 
     Args:
         timer: see `parallelize`.
+        compilation: see `parallelize`.
 
     Raises:
         TrialError: the adapter does not fit the model.
@@ -136,7 +139,7 @@ def build(
         if recipe.adapter != "none":
             module = add_lora(module, recipe, base.task, base.new_parameters)
             base.hold_frozen(module, frozen, device)
-    return parallelize(module.to(device), config, world, timer)
+    return parallelize(module.to(device), config, world, timer, compilation)
 
 
 def unwrapped(module: nn.Module) -> Any:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spaces.config import TrialConfig
+from trainables.compilation import Compilation
 from trainables.mesh import World
 from trainables.meter import StepTimer
 from trainables.tensor_parallel import Exchange, split
@@ -25,6 +26,7 @@ def parallelize(
     config: TrialConfig,
     world: World,
     timer: StepTimer | None = None,
+    compilation: Compilation | None = None,
 ) -> nn.Module:
     """Split matrices, switch recomputation on, compile, then wrap in DDP or shard with FSDP2: each block, then what is left.
 
@@ -35,16 +37,14 @@ def parallelize(
 
     Args:
         timer: is told where the computation waits for other ranks.
+        compilation: how blocks are compiled; without one they are not.
     """
     if config.layout.tensor_parallel_size > 1:
         module = split(module, world, summing(timer))
     if config.layout.recomputation == "full":
         recompute(module)
-    if config.layout.compile == "blocks":
-        # What was compiled for earlier trials counts against torch's limit of recompilations, beyond which it compiles no more.
-        torch.compiler.reset()
-        for block in _blocks(module):
-            block.compile()
+    if compilation is not None:
+        compilation.blocks(_blocks(module))
     if config.layout.data_parallel_size == 1:
         return module
     if config.layout.strategy == "ddp":
@@ -134,12 +134,6 @@ def autocast(config: TrialConfig, world: World) -> AbstractContextManager[object
     if config.recipe.precision != "bf16" or config.layout.is_sharded:
         return nullcontext()
     return torch.autocast(world.device.type, dtype=torch.bfloat16)
-
-
-def uncompiled(config: TrialConfig) -> AbstractContextManager[object]:
-    """Return what has compiled blocks run as they were written: where something watches them, or every batch has another shape."""
-    # Asking torch costs a second of imports.
-    return torch.compiler.set_stance("force_eager") if config.layout.compile == "blocks" else nullcontext()
 
 
 @contextmanager

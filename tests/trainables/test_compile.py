@@ -1,28 +1,42 @@
-"""Compiled blocks learn what blocks as they are written learn."""
+"""Compiled blocks learn what blocks as they are written learn, and nothing is compiled twice."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from memory_grid import Case
+from synthetic_data import task_data
 from torch._dynamo.utils import counters
 
+from trainables.batching import BatchPlan, Form
+from trainables.compilation import Compilation
+from trainables.data import TaskData, TokenTable
 from trainables.evaluation import summed_loss
 from trainables.loop import Trainer
 from trainables.mesh import World
 from trainables.model import build
 from trainables.parallelize import autocast
+from trainables.tokenization import Encoded
 
 STEPS = 5
 
 
-def trained(case: Case, compile: str) -> tuple[list[float], float]:
+def rows_of(lengths: list[int]) -> TaskData:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(3, 97, size=length).tolist() for length in lengths]
+    table = TokenTable.build([Encoded(input_ids=ids, targets=ids) for ids in rows], None)
+    return task_data("causal-lm", table, table)
+
+
+def trained(case: Case, compile: str, data: TaskData | None = None) -> tuple[list[float], float]:
     """Return the losses of all steps and of the evaluation, and the hardware FLOPs of a step."""
     config = case.config(1)
     config = replace(config, layout=replace(config.layout, compile=compile))  # type: ignore[arg-type]
-    trainer = Trainer(config, case.data(STEPS), case.base(), World.alone(), checkpoints=None)
+    trainer = Trainer(config, data or case.data(STEPS), case.base(), World.alone(), checkpoints=None)
     for _ in range(trainer.num_steps):
         trainer.train_step()
     report = trainer.final_report(0)
@@ -48,6 +62,47 @@ def test_compiled_blocks_learn_the_same_and_count_the_same(adapter: str, recompu
     # One of the loss, the others of blocks: the first one's input may need no gradient.
     assert 2 <= counters["stats"]["unique_graphs"] <= 3
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_graphs"),
+    [
+        # Two rows a step, the last one alone. The first block is a graph of its own where its input needs no gradient.
+        ([32] * 41, 3),
+        # Every length from 9 on, no two rows alike.
+        pytest.param([*range(9, 41)], 3, marks=pytest.mark.slow),
+    ],
+)
+def test_batches_of_other_forms_compile_nothing_again(lengths: list[int], num_graphs: int) -> None:
+    case = Case(family="llama", adapter="all-linear", rows=2)
+    expected, _ = trained(case, "none", rows_of(lengths))
+    counters.clear()
+    losses, _ = trained(case, "blocks", rows_of(lengths))
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert counters["stats"]["unique_graphs"] <= num_graphs
+
+
+def test_the_forms_of_a_plan_are_those_of_its_batches() -> None:
+    case = Case(family="llama", rows=3)
+    config = replace(case.config(2), recipe=replace(case.config(2).recipe, epochs=1.7))
+    plan = BatchPlan(config, rows_of([5, 9, 9, 12, 7, 7, 7, 31, 8, 20, 21]))
+    dealt = Counter(
+        b.form for step in range(plan.num_steps) for rank in range(2) for b in plan.micro_batches(step, rank) if len(b.targets)
+    )
+    assert plan.forms() == dealt
+
+
+def test_what_is_compiled_covers_what_is_common() -> None:
+    packed, rest = Form(rows=8, width=256, is_padded=False), Form(rows=3, width=256, is_padded=False)
+    text = Compilation.of(Counter({packed: 99, rest: 1}))
+    assert (text.dynamic, text.covers(packed), text.covers(rest)) == (None, True, False)
+    padded = {Form(rows=8, width=width, is_padded=True): 1 for width in range(20, 60)}
+    even = Form(rows=8, width=30, is_padded=False)
+    prompts = Compilation.of(Counter({**padded, even: 2}))
+    assert prompts.dynamic
+    assert all(prompts.covers(form) for form in padded)
+    assert not prompts.covers(even), "as rare as two in 42"
+    assert Compilation.of(Counter({**padded, even: 20})).covers(even)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])

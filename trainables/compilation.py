@@ -1,0 +1,67 @@
+"""What torch compiles of a trial, and which batches run it: a compilation takes longer than many steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trainables.batching import Form
+
+# Of the micro batches, the share that fewer of do not repay a compilation of their own.
+RARE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compilation:
+    """For which batches a trial's blocks and its loss are compiled; the others run them as they are written."""
+
+    dynamic: bool | None
+    """Whether lengths are variables of what is compiled. None: it is compiled for one form, and again where that changes."""
+    _covered: frozenset[Form | tuple[bool, bool]]
+
+    @classmethod
+    def of(cls, forms: Counter[Form]) -> Compilation:
+        """Decide, from how often a trial has batches of every form.
+
+        Where nearly all have one form, as packed text has all but the last, that form alone. Else lengths are variables from the
+        start, because to compile for the first form and then again for all takes twice as long; torch still compiles padded
+        batches apart from others, whose attention has no mask, and those of one row apart from others.
+        """
+        enough = (1 - RARE) * forms.total()
+        usual, count = forms.most_common(1)[0]
+        if count >= enough:
+            return cls(dynamic=None, _covered=frozenset([usual]))
+        kinds: Counter[tuple[bool, bool]] = Counter()
+        for form, count in forms.items():
+            kinds[_kind(form)] += count
+        return cls(dynamic=True, _covered=frozenset(kind for kind, count in kinds.items() if count >= RARE * forms.total()))
+
+    def covers(self, form: Form) -> bool:
+        """Return whether a batch of this form runs what is compiled."""
+        return (_kind(form) if self.dynamic else form) in self._covered
+
+    def blocks(self, blocks: Iterable[nn.Module]) -> None:
+        """Have torch compile modules when they first run."""
+        # What was compiled for earlier trials counts against torch's limit of recompilations, beyond which it compiles no more.
+        torch.compiler.reset()
+        for block in blocks:
+            block.compile(dynamic=self.dynamic)
+
+    def function(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Return what torch compiles when it first runs."""
+        return torch.compile(function, dynamic=self.dynamic)
+
+
+def _kind(form: Form) -> tuple[bool, bool]:
+    return form.rows == 1, form.is_padded
+
+
+def as_written(is_compiled: bool) -> AbstractContextManager[object]:
+    """Return what has compiled blocks run as they were written: where something watches them, or they have an unusual batch."""
+    # Asking torch costs a second of imports.
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
