@@ -122,7 +122,7 @@ CASES = [
     Case(shape="8B", adapter="lora", micro_batch=1, compile="blocks", goal=0.45),
     Case(shape="1B", adapter="lora", micro_batch=4, compile="none"),
     Case(shape="1B", adapter="lora", micro_batch=4, compile="blocks", goal=0.40),
-    Case(shape="1B", adapter="none", micro_batch=2, num_passes=8, compile="none"),
+    Case(shape="1B", adapter="none", micro_batch=4, num_passes=4, compile="none"),
     Case(shape="1B", adapter="none", micro_batch=4, num_passes=4, compile="blocks", goal=0.50),
     Case(shape="1B", adapter="none", micro_batch=4, compile="blocks"),
     Case(shape="8B", adapter="lora", micro_batch=1, compile="blocks", quantization="nf4"),

@@ -115,6 +115,14 @@ class Activations:
         pooled = sum(m.num_outputs for m in plan.head[:-1]) * self.num_targets
         return kept * self.num_tokens + picked + FP32_BYTES * pooled
 
+    def inside_last_norm(self) -> int:
+        """Return what the backward pass of the last normalisation holds beside what is kept, less what the head has let go of."""
+        plan, hidden = self.plan, self.plan.shape.hidden_size
+        if plan.norm != "rms":
+            return 0
+        picked = self.width.products * hidden * self.num_targets if self._is_full and plan.head[-1].is_output else 0
+        return (RMS_BACKWARD_BYTES + self.width.stream) * hidden * self.num_tokens - picked
+
     def block_inputs(self) -> int:
         """Return what one block keeps that is computed again."""
         return self.num_tokens * self.width.stream * self.plan.shape.hidden_size

@@ -16,6 +16,9 @@ from spaces.tensor_parallel import local_blueprint, num_partial_params
 
 # Scores of the cross entropy, the gradient of the picked one, and that of all; in fp32 whatever the model computes in.
 LOGITS_COPIES = 3
+# Where head and loss are one operation, what its logits may take with what is made of them: enough targets at a time that to add the
+# gradient of the head for each such part takes little of a step (a GPU's 16,384 targets of 128,256 tokens: eight parts).
+LOGITS_BYTES, BYTES_PER_LOGIT = 2 * 1024**3, 8
 ADAMW_STATES = 2
 # While FSDP2 gathers a block, it holds the flat buffer of it and that of the one before beside the weights themselves.
 GATHERED_BLOCKS = 3
@@ -96,22 +99,62 @@ def rank_memory(
         # DDP's buckets are a second copy of all gradients, made before the first step.
         communication_bytes=FP32_BYTES * trained if shards == 1 and config.layout.data_parallel_size > 1 else 0,
     )
-    head = plan.head[-1]
-    per_logit = LOGITS_COPIES * FP32_BYTES + (step.width.products if plan.are_logits_capped else 0)  # a cap keeps its tanh
-    logits = per_logit * head.num_outputs * (targets if head.per == "target" else rows * length)
     at_loss, in_last_block, in_first_block = _while_computing(step, state)
-    at_loss = replace(at_loss, logits_bytes=logits)
+    in_last_norm = replace(
+        at_loss,
+        activations_bytes=at_loss.activations_bytes + step.inside_last_norm(),
+        gradients_bytes=FP32_BYTES * _num_trained_of(plan.head, recipe),
+    )
+    at_loss = replace(at_loss, logits_bytes=_logits_bytes(step))
     at_update = replace(state, gradients_bytes=FP32_BYTES * trained // shards)
     if num_partial:
         at_update = replace(at_update, communication_bytes=FP32_BYTES * num_partial)
-    moments = [at_loss, in_last_block, in_first_block, at_update]
+    at_embedding = at_update
+    if plan.is_head_tied and recipe.adapter == "none":
+        # The gradients that the shared matrix gets as head and as embedding are there beside their sum.
+        shared = 2 * FP32_BYTES * plan.head[-1].num_weights
+        at_embedding = replace(at_update, gradients_bytes=at_update.gradients_bytes + shared)
+    moments = [at_loss, in_last_norm, in_last_block, in_first_block, at_embedding, at_update]
     if shards > 1:
-        moments = _while_sharded(step, shards, is_on_gpu, *moments)
+        moments = _while_sharded(step, shards, is_on_gpu, at_loss, in_last_block, in_first_block, at_update)
     if config.num_grad_accum_steps > 1:
         # Those of the micro batches before are all there, beside that of the product whose backward pass runs.
         summed = at_update.gradients_bytes + FP32_BYTES * _num_trained_of(plan.feed_forward_out, recipe)
         moments = [replace(m, gradients_bytes=summed) if m is not at_update else m for m in moments]
     return max(moments, key=_peak)
+
+
+def targets_at_once(vocab_size: int) -> int:
+    """Return for how many targets a head and its loss compute logits together."""
+    return max(1, LOGITS_BYTES // (BYTES_PER_LOGIT * vocab_size))
+
+
+def _logits_bytes(step: Activations) -> int:
+    """Return what is held beside the activations while the loss is computed.
+
+    Head and loss as one (`trainables.head_loss`): of as many targets as are computed together, the logits and their softmax, which is
+    in fp32, or its gradient and the head's; of all of them what goes into the head, where the backward pass does not need it anyway,
+    and the gradient of that.
+    """
+    plan, width, head, targets = step.plan, step.width, step.plan.head[-1], step.num_targets
+    if not head.is_output or plan.are_logits_capped:
+        per_logit = LOGITS_COPIES * FP32_BYTES + (width.products if plan.are_logits_capped else 0)  # a cap keeps its tanh
+        return per_logit * head.num_outputs * (targets if head.per == "target" else step.num_tokens)
+    trains, products = step.recipe.adapter == "none", width.products
+    at_once = min(targets, targets_at_once(head.num_outputs))
+    logits, given = at_once * head.num_outputs, targets * head.num_inputs
+    softmax = (FP32_BYTES + (products if products != FP32_BYTES else 0)) * logits
+    # Fed with fp32 under autocast, as layer normalisation always does there, the head casts what it computes together.
+    stream = FP32_BYTES if width.is_autocast and plan.norm == "layer" else width.stream
+    cast = products * at_once * head.num_inputs if stream != products else 0
+    inputs = stream * given * 2 - (products * given if trains else 0) + cast  # what trains is counted among the activations
+    if not trains:
+        return inputs + softmax
+    held = FP32_BYTES if width.is_autocast else products
+    if at_once < targets:
+        total = FP32_BYTES * head.num_weights
+        return inputs + total + max(softmax, products * (logits + (head.num_weights if products != FP32_BYTES else 0)))
+    return inputs + max(softmax, products * logits + (products + (held if held != products else 0)) * head.num_weights)
 
 
 def _while_computing(step: Activations, state: RankMemory) -> tuple[RankMemory, RankMemory, RankMemory]:

@@ -17,7 +17,7 @@ from spaces.config import Layout, Recipe, TrialConfig
 from spaces.flops import StepFlops, TrainingFlops
 from trainables.adapters import add_lora
 from trainables.batching import Batch
-from trainables.evaluation import summed_loss
+from trainables.loss import TrainingLoss
 from trainables.mesh import World
 from trainables.meter import FlopWatch
 from trainables.parallelize import parallelize, recompute
@@ -109,7 +109,7 @@ def counted(module: nn.Module, task: str, batch: Batch, config: TrialConfig, *, 
     counter = FlopCounterMode(display=False, custom_mapping=FLASH)
     with nullcontext() if is_hardware else sdpa_kernel(SDPBackend.MATH), counter:
         with watch.forward(batch):
-            loss, _ = summed_loss(module, batch, task)
+            loss = TrainingLoss(task)(module, batch)
         loss.backward()
     return float(counter.get_total_flops()), watch.flops()
 

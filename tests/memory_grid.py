@@ -17,7 +17,7 @@ from spaces.memory import rank_memory
 from spaces.tensor_parallel import PLANS
 from trainables.batching import Batch
 from trainables.data import TaskData, TokenTable
-from trainables.evaluation import summed_loss
+from trainables.loss import TrainingLoss
 from trainables.memory_meter import LiveBytes
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
@@ -245,7 +245,7 @@ def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
             for i in range(1, case.num_micro_batches + 1):
                 with gradient_sync(module, i == case.num_micro_batches):
                     with autocast(config, world):
-                        loss = summed_loss(module, batch, case.task)[0]
+                        loss = TrainingLoss(case.task)(module, batch)
                     loss.backward()
                     del loss
             sum_partial_gradients(trained.values(), summing(None))

@@ -6,12 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from trainables.batching import Form
 
+P = ParamSpec("P")
+R = TypeVar("R")
 # Of the micro batches, the share that fewer of do not repay a compilation of their own.
 RARE = 0.1
 
@@ -52,7 +55,7 @@ class Compilation:
         for block in blocks:
             block.compile(dynamic=self.dynamic)
 
-    def function(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def function(self, function: Callable[P, R]) -> Callable[P, R]:
         """Return what torch compiles when it first runs."""
         return torch.compile(function, dynamic=self.dynamic)
 

@@ -3,68 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn import functional
 
 from spaces import metrics
 from spaces.config import TrialConfig
-from trainables.batching import Batch, collate, evaluation_batches
+from trainables.batching import collate, evaluation_batches
 from trainables.compilation import as_written
 from trainables.data import TaskData, TokenTable
+from trainables.loss import scored_loss
 from trainables.mesh import World
 from trainables.model import unwrapped
 from trainables.parallelize import autocast
 from trainables.tokenization import IGNORE
 
 GENERATION_ROWS = 32
-
-
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the summed cross entropy, in fp32 whatever the logits are in."""
-    return functional.cross_entropy(logits.float(), targets, reduction="sum")
-
-
-def summed_loss(
-    module: nn.Module, batch: Batch, task: str, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = cross_entropy
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed cross entropy of a batch, in fp32, and the logits where it has targets.
-
-    Without a target it is zero, but connected to every parameter, so that the collectives of the backward pass run.
-
-    Args:
-        loss: `cross_entropy`, compiled or not.
-
-    Returns:
-        loss (), logits (targets, classes or vocabulary)
-    """
-    # Over a large vocabulary the head is the most expensive layer, and of a prompt nobody asks what comes next.
-    picked = picking(unwrapped(module).get_output_embeddings(), batch.positions) if task == "causal-lm" else nullcontext()
-    with picked:
-        logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    if task != "causal-lm":
-        logits = logits[batch.positions]
-    return loss(logits, batch.targets), logits
-
-
-@contextmanager
-def picking(head: nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Have a head compute some positions alone: of what it is given, (rows, length, width), it sees (positions, width)."""
-
-    def pick(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0].flatten(0, 1).index_select(0, positions),)
-
-    handle = head.register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()
@@ -80,7 +37,7 @@ def evaluate(module: nn.Module, config: TrialConfig, data: TaskData, table: Toke
     for rows in evaluation_batches(table, rows_world, training_tokens=training_tokens, vocab_size=vocab_size):
         batch = collate(table, rows, data.pad_token_id).to(world.device)
         with autocast(config, world), as_written(config.layout.compile == "blocks"):
-            loss, logits = summed_loss(module, batch, data.task)
+            loss, logits = scored_loss(module, batch, data.task)
         predicted, targets = logits.argmax(-1), batch.targets
         right = (predicted == targets).sum()
         totals += torch.stack([loss.double(), right.double(), torch.tensor(float(len(targets))).to(loss)]).cpu()

@@ -22,7 +22,8 @@ from trainables.batching import Batch, BatchPlan
 from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from trainables.compilation import Compilation, as_written
 from trainables.data import TaskData
-from trainables.evaluation import cross_entropy, evaluate, exact_match, summed_loss
+from trainables.evaluation import evaluate, exact_match
+from trainables.loss import TrainingLoss
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.meter import FlopWatch, StepTimer, details, speed
@@ -141,7 +142,7 @@ class Trainer:
         self.module = build(config, base, world, self._timer, self._compilation)
         self.module.train()
         self._parameters = trainable(self.module)
-        self._cross_entropy = cross_entropy if self._compilation is None else self._compilation.function(cross_entropy)
+        self._loss = TrainingLoss(data.task, self._compilation)
         self._optimizer = make_optimizer(self._parameters, config.recipe)
         if checkpoints is not None:
             checkpoints.save_seconds = sum(p.nbytes for p in self._parameters.values()) * STATES / SAVED_BYTES_PER_SECOND
@@ -248,8 +249,7 @@ class Trainer:
         if is_first:
             self._watch_recomputation(self._watch.recomputation)
         with autocast(self.config, self.world), self._watch.forward(batch) if is_first else nullcontext():
-            # A name for the logits would keep them to the end.
-            loss = summed_loss(self.module, batch, self.data.task, self._cross_entropy)[0]
+            loss = self._loss(self.module, batch)
         mark("forward")
         loss = loss * scale
         loss.backward()

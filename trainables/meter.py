@@ -21,6 +21,7 @@ from spaces.config import TrialConfig
 from spaces.flops import CONVENTION, AttentionUse, LinearUse, StepFlops, attention_products, recomputed_flops, training_flops
 from trainables.batching import Batch, StepSizes
 from trainables.device import device_peak, package_versions
+from trainables.head_loss import head_loss
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.quantize import quantized_product
@@ -219,6 +220,8 @@ class CountingPass(TorchFunctionMode):
             self._note(args[0], args[1] if len(args) > 1 else named["weight"])
         elif func is quantized_product:
             self._note_product(args[0], args[1].in_features * args[1].out_features)
+        elif func is head_loss:
+            self._note(args[0], args[1])
         elif func is torch.addmm:
             self._note(args[1], args[2])
         elif func is functional.scaled_dot_product_attention:

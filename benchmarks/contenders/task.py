@@ -209,14 +209,14 @@ class _Loop:
         """Train one batch; return the seconds that it took."""
         import torch
 
-        from trainables.evaluation import summed_loss
+        from trainables.loss import TrainingLoss
         from trainables.optim import MAX_GRAD_NORM, learning_rate
 
         started = time.perf_counter()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._recipe, step, self.num_steps)
         for batch in self.plan.micro_batches(step, 0):
-            loss, _ = summed_loss(self.module, batch, self._task)
+            loss = TrainingLoss(self._task)(self.module, batch)
             (loss / self.plan.num_targets(step)).backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, MAX_GRAD_NORM)
         self._optimizer.step()

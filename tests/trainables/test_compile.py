@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 from trainables.batching import BatchPlan, Form
 from trainables.compilation import Compilation
 from trainables.data import TaskData, TokenTable
-from trainables.evaluation import summed_loss
 from trainables.loop import Trainer
+from trainables.loss import scored_loss
 from trainables.mesh import World
 from trainables.model import build
 from trainables.parallelize import autocast
@@ -115,6 +115,6 @@ def test_rows_without_padding_need_no_mask(family: str, precision: str) -> None:
     assert batch.attention_mask is not None
     assert batch.attention_mask.all()
     with torch.no_grad(), autocast(config, world):
-        masked, _ = summed_loss(module, batch, case.task)
-        bare, _ = summed_loss(module, replace(batch, attention_mask=None), case.task)
+        masked, _ = scored_loss(module, batch, case.task)
+        bare, _ = scored_loss(module, replace(batch, attention_mask=None), case.task)
     assert bare.item() == pytest.approx(masked.item(), rel=1e-5 if precision == "fp32" else 1e-2)

@@ -32,8 +32,8 @@ from spaces.blueprint import FAMILIES
 from spaces.memory import ADAMW_STATES, num_trained, rank_memory
 from spaces.tensor_parallel import PLANS, local_blueprint
 from trainables.adapters import add_lora
-from trainables.evaluation import summed_loss
 from trainables.loop import Trainer
+from trainables.loss import scored_loss
 from trainables.memory_meter import LiveBytes
 from trainables.mesh import World
 from trainables.model import build, trainable
@@ -187,6 +187,6 @@ def test_evaluation_takes_less_than_training_on_as_many_tokens() -> None:
             for part in (*module.parameters(), *module.buffers()):
                 tensors.hold(part)
             with autocast(config, world):
-                summed_loss(module, batch, case.task)[1].argmax(-1)
+                scored_loss(module, batch, case.task)[1].argmax(-1)
         state = ADAMW_STATES * FP32_BYTES * sum(p.numel() for p in trainable(module).values())
         assert tensors.peak + state < 0.95 * measured(case, config, world)[0], case

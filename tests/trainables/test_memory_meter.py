@@ -8,7 +8,7 @@ from families import batch_of
 from memory_grid import Case
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from trainables.evaluation import summed_loss
+from trainables.loss import TrainingLoss
 from trainables.memory_meter import LiveBytes, MemoryMeter
 from trainables.mesh import World
 from trainables.model import build, trainable
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def train_step(case: Case, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     ids = torch.arange(case.rows * case.length).reshape(case.rows, case.length) % 90 + 3
-    loss = summed_loss(module, batch_of(case.task, ids), case.task)[0]
+    loss = TrainingLoss(case.task)(module, batch_of(case.task, ids))
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -9,7 +9,7 @@ import torch
 from families import batch_of, make
 from memory_grid import Case
 
-from trainables.evaluation import summed_loss
+from trainables.loss import TrainingLoss
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
 from trainables.optim import make_optimizer
@@ -51,7 +51,7 @@ def test_training_leaves_the_base_as_it_was(family: str, adapter: str) -> None:
     before = {name: value.clone() for name, value in base.module.state_dict().items()}
     module = build(case.config(1), base, World.alone())
     optimizer = make_optimizer(trainable(module), case.config(1).recipe)
-    summed_loss(module, batch_of(case.task, torch.randint(3, 97, (4, 16))), case.task)[0].backward()
+    TrainingLoss(case.task)(module, batch_of(case.task, torch.randint(3, 97, (4, 16)))).backward()
     optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in base.module.state_dict().items())
     assert all(p.requires_grad for p in base.module.parameters()), "the next trial may train all of it"

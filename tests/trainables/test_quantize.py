@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from spaces.quantization import is_quantized, packed_bytes
-from trainables.evaluation import summed_loss
+from trainables.loss import TrainingLoss
 from trainables.mesh import World
 from trainables.meter import FlopWatch
 from trainables.model import BaseModel, build, trainable
@@ -102,7 +102,7 @@ def trained(trial: Case, base: BaseModel, num_steps: int = 3) -> tuple[list[floa
     for _ in range(num_steps):
         optimizer.zero_grad()
         with autocast(trial.config(1), World.alone()):
-            loss = summed_loss(module, batch_of(trial.task, ids()), trial.task)[0]
+            loss = TrainingLoss(trial.task)(module, batch_of(trial.task, ids()))
         loss.backward()
         losses.append(loss.item())
         optimizer.step()
@@ -221,7 +221,7 @@ def test_model_flops_are_those_of_a_base_that_is_not_quantised(family: str, adap
         module.train()
         batch = batch_of(trial.task, ids())
         with watch.forward(batch):
-            loss = summed_loss(module, batch, trial.task)[0]
+            loss = TrainingLoss(trial.task)(module, batch)
         loss.backward()
         counts.append(watch.flops())
     assert counts[1] == counts[0]

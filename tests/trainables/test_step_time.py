@@ -22,7 +22,7 @@ from spaces.fidelity import PROFILE_STEPS as NUM_STEPS
 from spaces.space import SpaceSpec
 from trainables.batching import BatchPlan, StepSizes
 from trainables.data import TaskData, TokenTable
-from trainables.evaluation import summed_loss
+from trainables.loss import TrainingLoss
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.model import BaseModel
@@ -207,12 +207,14 @@ def of_two_ranks(world: World, model: str) -> dict[str, Any]:
     base = BaseModel.load(model, None, data.task, data.label_names)
     params = {**SpaceSpec().first(), "dataset_fraction": 0.5, "global_batch_size": 8, "lora_rank": 2, "world_size": 2}
 
+    plain = TrainingLoss.__call__
+
     def slow(*given: Any) -> Any:
         clock[0] += 1 + 0.5 * world.rank
-        return summed_loss(*given)
+        return plain(*given)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("trainables.loop.summed_loss", slow)
+        patched.setattr(TrainingLoss, "__call__", slow)
         patched.setattr("trainables.meter.time.perf_counter", lambda: clock[0])
         config = TrialConfig.from_params(params, max_length=32)
         return measure_step(config, data, base, replace(world, node_id=f"node {world.rank}"))

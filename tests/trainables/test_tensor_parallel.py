@@ -13,7 +13,7 @@ from families import batch_of
 from memory_grid import Case
 
 from spaces.estimate import exchanged_bytes
-from trainables.evaluation import summed_loss
+from trainables.loss import TrainingLoss
 from trainables.mesh import World
 from trainables.model import build, trainable
 from trainables.parallelize import autocast, summing
@@ -46,7 +46,7 @@ def exchanged(world: World, cases: list[Case]) -> list[int]:
             module.train()
             totals.append(0)
             with autocast(config, world):
-                loss = summed_loss(module, batch_of(case.task, torch.randint(3, 97, (case.rows, case.length))), case.task)[0]
+                loss = TrainingLoss(case.task)(module, batch_of(case.task, torch.randint(3, 97, (case.rows, case.length))))
             loss.backward()
             sum_partial_gradients(trainable(module).values(), summing(None))
     finally:

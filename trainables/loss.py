@@ -1,0 +1,103 @@
+"""The cross entropy of a batch: with its logits for scores, and without all of them at once for training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from spaces.architecture import DECODERS
+from trainables.batching import Batch
+from trainables.compilation import Compilation
+from trainables.head_loss import Differentiate, differentiate, head_loss
+from trainables.model import unwrapped
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the summed cross entropy, in fp32 whatever the logits are in."""
+    return functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def scored_loss(module: nn.Module, batch: Batch, task: str, loss: Any = cross_entropy) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed cross entropy of a batch, in fp32, and the logits where it has targets.
+
+    Without a target it is zero, but connected to every parameter, so that the collectives of the backward pass run.
+
+    Args:
+        loss: `cross_entropy`, compiled or not.
+
+    Returns:
+        loss (), logits (targets, classes or vocabulary)
+    """
+    # Over a large vocabulary the head is the most expensive layer, and of a prompt nobody asks what comes next.
+    picked = _picking(unwrapped(module).get_output_embeddings(), batch.positions) if task == "causal-lm" else nullcontext()
+    with picked:
+        logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    if task != "causal-lm":
+        logits = logits[batch.positions]
+    return loss(logits, batch.targets), logits
+
+
+class TrainingLoss:
+    """The summed cross entropy of a batch in training, in fp32.
+
+    A language model's head and its loss are one operation: see `trainables.head_loss`.
+    """
+
+    def __init__(self, task: str, compilation: Compilation | None = None) -> None:
+        self._task = task
+        self._cross_entropy: Callable[..., torch.Tensor] = cross_entropy
+        self._differentiate: Differentiate = differentiate
+        if compilation is not None:
+            self._cross_entropy, self._differentiate = compilation.function(cross_entropy), compilation.function(differentiate)
+
+    def __call__(self, module: nn.Module, batch: Batch) -> torch.Tensor:
+        """Run the model forward and return the loss (); without a target it is zero, but connected to every parameter."""
+        head = _plain_head(unwrapped(module)) if self._task == "causal-lm" else None
+        if head is None:
+            return scored_loss(module, batch, self._task, self._cross_entropy)[0]
+        with _losing(head, batch, self._differentiate):
+            loss: torch.Tensor = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return loss
+
+
+def _plain_head(model: Any) -> nn.Linear | None:
+    """Return the head if the scores are what it computes: known families do nothing after it, unless they cap them."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    is_known = config.model_type in DECODERS and not getattr(config, "final_logit_softcapping", None)
+    return head if is_known and type(head) is nn.Linear and head.bias is None else None
+
+
+@contextmanager
+def _losing(head: nn.Linear, batch: Batch, differentiate: Differentiate) -> Iterator[None]:
+    """Have a head return the loss in the place of the logits.
+
+    Inside the model's forward pass, because only there a sharded weight is whole.
+    """
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        return head_loss(hidden.flatten(0, 1).index_select(0, batch.positions), head.weight, batch.targets, differentiate)
+
+    head.forward = forward  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+@contextmanager
+def _picking(head: nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Have a head compute some positions alone: of what it is given, (rows, length, width), it sees (positions, width)."""
+
+    def pick(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0].flatten(0, 1).index_select(0, positions),)
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
