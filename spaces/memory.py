@@ -134,7 +134,7 @@ def _logits_bytes(step: Activations) -> int:
 
     Head and loss as one (`trainables.head_loss`): of as many targets as are computed together, the logits and their softmax, which is
     in fp32, or its gradient and the head's; of all of them what goes into the head, where the backward pass does not need it anyway,
-    and the gradient of that.
+    and the gradient of that; and what that was picked from.
     """
     plan, width, head, targets = step.plan, step.width, step.plan.head[-1], step.num_targets
     if not head.is_output or plan.are_logits_capped:
@@ -148,6 +148,9 @@ def _logits_bytes(step: Activations) -> int:
     stream = FP32_BYTES if width.is_autocast and plan.norm == "layer" else width.stream
     cast = products * at_once * head.num_inputs if stream != products else 0
     inputs = stream * given * 2 - (products * given if trains else 0) + cast  # what trains is counted among the activations
+    # The last normalisation's result, of which the targets are picked; and what it is computed from, where that is counted nowhere.
+    is_input_counted = trains or (plan.norm == "rms" and products != FP32_BYTES)
+    inputs += stream * head.num_inputs * step.num_tokens * (1 if is_input_counted else 2)
     if not trains:
         return inputs + softmax
     held = FP32_BYTES if width.is_autocast else products
