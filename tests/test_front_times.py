@@ -75,7 +75,9 @@ def test_ratios_are_pair_by_pair():
 
 def settings(directory: Path, **changes: Any) -> argparse.Namespace:
     known = {"out": directory / "runs.jsonl", "minutes": 1.0, "rows_per_class": 16, "seeds": 1, "contenders": "a", "results": None}
-    return argparse.Namespace(**known, syne_python=Path(sys.executable), logs=None, data=None, **changes)
+    return argparse.Namespace(
+        **known, syne_python=Path(sys.executable), logs=None, figure=directory / "growth.png", data=None, **changes
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,3 +186,4 @@ def test_a_report_before_its_time_says_what_comes_first(tmp_path: Path) -> None:
             time_to_front.report(arguments)
         time_to_front.append(arguments.out, {"measured": time_to_front.key_of(row), "train_seconds": 2.0})
     time_to_front.report(arguments)
+    assert arguments.figure.stat().st_size > 0
