@@ -14,7 +14,8 @@ The rules:
 - The task: MiniLM (embedded weights) tells 77 intents apart; 16 training rows of each class of banking77 and 4 others to evaluate on.
 - The space: full fine-tuning or LoRA of rank 4 to 16, learning rate, batch size, dataset fraction, epochs; one core a trial.
 - The clock runs from the start of the process: imports, Ray and all. Nothing is carried over from an earlier run, caches included.
-- After `--minutes` nothing is started any more, and what ends later does not count.
+- After `--minutes` nothing is started any more, and what ends later does not count. Others than (a), which plans for its time, may be
+  given longer (`--longer b=12,c=6`), to see when they reach what (a) has; all else is compared after `--minutes`.
 - A trial counts when it was trained to its end; one that was stopped early leaves no model. Every contender trains with the loop in
   `contenders/task.py` or one of the same batches and optimizer; only (c) has transformers' own.
 - Each contender has both cores: (a), (b), (e) two trials of one thread at once, (c), (d) one trial of two threads.
@@ -22,7 +23,7 @@ The rules:
   again, alone, on one core, by the plain loop, once for each configuration, so that the same configuration is as fast for all.
 - Hypervolume: over accuracy, from 0, and the logarithm of training seconds, up to 120 s.
 - Who misses the target is given the limit as time; the ratios are then bounds, and say which. So there is a second ratio: of the
-  limit to the time after which (a) has the hypervolume that the other has at the limit.
+  `--minutes` to the time after which (a) has the hypervolume that the other has then.
 - CPU seconds are those of all processes that descend from the contender's, sampled twice a second.
 """
 
@@ -75,7 +76,7 @@ def run_one(contender: str, seed: int, arguments: argparse.Namespace, data: Path
     Raises:
         RunFailed: what it found is not what it would have found.
     """
-    limit = arguments.minutes * 60
+    limit = limit_of(contender, arguments)
     with tempfile.TemporaryDirectory(prefix=f"ttf-{contender}-") as scratch:
         rows, told, log = Path(scratch) / "rows.jsonl", Path(scratch) / "run.json", Path(scratch) / "log.txt"
         environment = {
@@ -120,6 +121,25 @@ def run_one(contender: str, seed: int, arguments: argparse.Namespace, data: Path
     }
 
 
+def limit_of(contender: str, arguments: argparse.Namespace) -> float:
+    """Return the seconds that a contender is given.
+
+    Raises:
+        SystemExit: `--longer` is no list of contenders with minutes.
+    """
+    minutes = {name: arguments.minutes for name in CONTENDERS}
+    for part in filter(None, arguments.longer.split(",")):
+        name, _, number = part.partition("=")
+        try:
+            longer = float(number)
+        except ValueError:
+            longer = 0.0
+        if name not in GOALS or longer < arguments.minutes:
+            raise SystemExit(f"--longer {part}: allowed: one of {', '.join(GOALS)}, and minutes from {arguments.minutes:g}, as b=12")
+        minutes[name] = longer
+    return minutes[contender] * 60
+
+
 def fingerprint(rows_per_class: int) -> str:
     """Return what tells one task from another; rows of different tasks must not be compared."""
     what = [shared.MODEL, shared.SPACE, shared.FIXED, rows_per_class, shared.EVALUATION_ROWS_PER_CLASS]
@@ -142,8 +162,8 @@ def read_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         SystemExit: one is of another task or another time limit.
     """
     runs = [row for row in read_rows(arguments.out) if "contender" in row]
-    asked = (fingerprint(arguments.rows_per_class), arguments.minutes * 60)
-    if any((run["task"], run["limit_seconds"]) != asked for run in runs):
+    task = fingerprint(arguments.rows_per_class)
+    if any((run["task"], run["limit_seconds"]) != (task, limit_of(run["contender"], arguments)) for run in runs):
         raise SystemExit(f"{arguments.out}: holds runs of another task or another time limit; name another file")
     return runs
 
@@ -228,12 +248,15 @@ class Outcome:
     curve: list[tuple[float, float]] = field(repr=False)
     """(seconds, hypervolume)"""
     limit_seconds: float
+    common_seconds: float
+    """What all contenders were given at least."""
     cpu: list[tuple[float, float]] = field(repr=False)
     num_trials: int
 
     @property
     def final(self) -> float:
-        return at(self.curve, self.limit_seconds)
+        """The hypervolume after what all contenders were given."""
+        return at(self.curve, self.common_seconds)
 
     def seconds_to(self, target: float) -> float:
         """Return when the target was reached; the time limit where it was not, which is less than it would have taken."""
@@ -272,8 +295,9 @@ def outcomes(arguments: argparse.Namespace) -> list[Outcome]:
                 seed=run["seed"],
                 curve=growth([row["seconds"] for row in members], points, shared.LAST_SECONDS),
                 limit_seconds=run["limit_seconds"],
+                common_seconds=arguments.minutes * 60,
                 cpu=run["cpu"],
-                num_trials=sum(row["seconds"] <= run["limit_seconds"] for row in run["trials"]),
+                num_trials=sum(row["seconds"] <= arguments.minutes * 60 for row in run["trials"]),
             )
         )
     return found
@@ -303,7 +327,7 @@ def compared(found: list[Outcome]) -> dict[str, Any]:
             continue
         row["times_as_long"] = ratios([p.seconds_to(target) for p, _ in pairs], [q.seconds_to(target) for _, q in pairs])
         row["seconds_until_a_has_theirs"] = [q.seconds_to(p.final) for p, q in pairs]
-        row["times_sooner_a_has_theirs"] = ratios([p.limit_seconds for p, _ in pairs], row["seconds_until_a_has_theirs"])
+        row["times_sooner_a_has_theirs"] = ratios([p.common_seconds for p, _ in pairs], row["seconds_until_a_has_theirs"])
         row["hypervolume_of_a_to_theirs"] = ratios([q.final for _, q in pairs], [p.final for p, _ in pairs])
         cpu = [(p.cpu_seconds_at(p.seconds_to(target)), q.cpu_seconds_at(q.seconds_to(target))) for p, q in pairs]
         row["times_the_cpu_seconds"] = ratios([p for p, _ in cpu], [q for _, q in cpu])
@@ -355,7 +379,8 @@ def report(arguments: argparse.Namespace) -> None:
             f"{psutil.cpu_count()} cores, no GPU",
             ("ray", "torch", "transformers", "optuna", "mlflow", "peft"),
         ),
-        "limit_seconds": found[0].limit_seconds,
+        "limit_seconds": {o.contender: o.limit_seconds for o in found},
+        "common_seconds": found[0].common_seconds,
         **compared(found),
         "curves": [{"contender": o.contender, "seed": o.seed, "seconds_and_hypervolume": o.curve} for o in found],
     }
@@ -371,7 +396,7 @@ def draw(found: list[Outcome], target: float, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    limit = found[0].limit_seconds
+    limit = found[0].common_seconds
     times = np.linspace(0, limit, 481)
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -399,6 +424,7 @@ def main() -> None:
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=4.0, help="of one search")
+    parser.add_argument("--longer", default="", help="minutes of single contenders but (a), as b=12,c=6")
     parser.add_argument("--rows-per-class", type=int, default=ROWS_PER_CLASS, help="to train on; fewer to see whether all works")
     parser.add_argument("--syne-python", type=Path, default=Path(sys.executable), help="Python with syne-tune, if it is not this one")
     parser.add_argument("--logs", type=Path, help="directory for what the contenders print")

@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def test_ratios_are_pair_by_pair():
 def settings(directory: Path, **changes: Any) -> argparse.Namespace:
     known = {"out": directory / "runs.jsonl", "minutes": 1.0, "rows_per_class": 16, "seeds": 1, "contenders": "a", "results": None}
     return argparse.Namespace(
-        **known, syne_python=Path(sys.executable), logs=None, figure=directory / "growth.png", data=None, **changes
+        **known, longer="", syne_python=Path(sys.executable), logs=None, figure=directory / "growth.png", data=None, **changes
     )
 
 
@@ -129,7 +130,9 @@ def outcome(contender: str, seed: int, reached_at: float | None) -> time_to_fron
     """Return a run of 100 s that has a hypervolume of 10 from some time on, or only ever half of it."""
     curve = [(5.0, 5.0)] if reached_at is None else [(5.0, 5.0), (reached_at, 10.0)]
     cpu = [(0.0, 0.0), (100.0, 200.0)]
-    return time_to_front.Outcome(contender=contender, seed=seed, curve=curve, limit_seconds=100.0, cpu=cpu, num_trials=2)
+    return time_to_front.Outcome(
+        contender=contender, seed=seed, curve=curve, limit_seconds=100.0, common_seconds=100.0, cpu=cpu, num_trials=2
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,3 +190,34 @@ def test_a_report_before_its_time_says_what_comes_first(tmp_path: Path) -> None:
         time_to_front.append(arguments.out, {"measured": time_to_front.key_of(row), "train_seconds": 2.0})
     time_to_front.report(arguments)
     assert arguments.figure.stat().st_size > 0
+
+
+def test_who_is_given_longer_is_compared_at_the_same_time() -> None:
+    """(b) has after 100 s what (a) has after 10, and in the time that only (b) is given the target, after 150."""
+    cpu = [(0.0, 0.0), (200.0, 200.0)]
+    ours = time_to_front.Outcome(
+        contender="a", seed=0, curve=[(10.0, 1.0), (50.0, 2.0)], limit_seconds=100.0, common_seconds=100.0, cpu=cpu, num_trials=2
+    )
+    theirs = replace(ours, contender="b", curve=[(100.0, 1.0), (150.0, 2.0)], limit_seconds=200.0)
+    row = time_to_front.compared([ours, theirs])["contenders"]["b"]
+    assert row["final_hypervolume"] == [1.0]
+    assert row["seconds_to_target"] == [150.0]
+    assert row["times_as_long"]["mean"] == pytest.approx(3.0)
+    assert row["ratios_of_times_are"] == "exact"
+    assert row["times_sooner_a_has_theirs"]["mean"] == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(("longer", "seconds"), [("", 60.0), ("b=12", 720.0), ("c=6.5,b=2", 120.0)])
+def test_minutes_of_single_contenders(tmp_path: Path, longer: str, seconds: float) -> None:
+    arguments = settings(tmp_path)
+    arguments.longer = longer
+    assert time_to_front.limit_of("b", arguments) == seconds
+    assert time_to_front.limit_of("a", arguments) == 60.0
+
+
+@pytest.mark.parametrize("longer", ["a=12", "x=3", "b", "b=0.5", "b=soon"])
+def test_minutes_that_are_none(tmp_path: Path, longer: str) -> None:
+    arguments = settings(tmp_path)
+    arguments.longer = longer
+    with pytest.raises(SystemExit, match=f"--longer {longer}: allowed: one of b, c, d, e, and minutes from 1, as b=12"):
+        time_to_front.limit_of("b", arguments)
