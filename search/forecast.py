@@ -12,7 +12,7 @@ from search.budget import limits_of
 from search.layouts import STEP_KNOBS, layout_to_train, layouts_of, timed_knobs
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
-from spaces.constraints import Limits
+from spaces.constraints import Limits, config_within
 from spaces.draws import Draw
 from spaces.estimate import (
     ASSUMED_UTILISATION,
@@ -58,6 +58,11 @@ class Forecaster:
     limits: Limits
     num_rows: int | None
     """Training rows; None where they are not known here."""
+
+    @property
+    def device_limits(self) -> Limits:
+        """What a config is held against, the memory of the cluster's GPUs too."""
+        return replace(self.limits, memory_bytes=self.cluster.usable_bytes, max_length=self.spec.model.max_length)
 
     @property
     def price(self) -> float | None:
@@ -118,7 +123,7 @@ class Forecaster:
         known: dict[str, dict[str, float]] = {}
         for _ in range(NUM_DRAWS):
             params = self.spec.space.suggest(suggester)
-            config = TrialConfig.from_params(params, max_length=length)
+            config = config_within(params, max_length=length, limits=self.device_limits)
             knobs = str(timed_knobs(config))
             if knobs not in known:
                 known[knobs] = self._hours_of_steps(params)
@@ -133,8 +138,7 @@ class Forecaster:
     def _hours_of_steps(self, params: Mapping[str, Any]) -> dict[str, float]:
         """Return the device hours of a step under every layout that a search has of a proposal; the one that it trains first."""
         length = self.spec.model.max_length
-        limits = replace(self.limits, memory_bytes=self.cluster.usable_bytes, max_length=length)
-        candidates = layouts_of(params, self.spec, limits)
+        candidates = layouts_of(params, self.spec, self.device_limits)
         trained = layout_to_train(candidates, None)
         hours = {}
         for each in (trained, *candidates):

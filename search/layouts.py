@@ -68,7 +68,7 @@ def layouts_of(params: Mapping[str, Any], spec: SearchSpec, limits: Limits) -> l
     """Return a proposed recipe under every layout that is to be measured; under its own, where none is."""
     candidates = []
     for each in spec.space.measured_layouts(params):
-        config = TrialConfig.from_params(each, max_length=spec.model.max_length)
+        config = constraints.config_within(each, max_length=spec.model.max_length, limits=limits)
         candidates.append(Candidate(params=each, config=config, constraints=constraints.violations(config, limits)))
     return candidates
 

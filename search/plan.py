@@ -14,8 +14,7 @@ from search.formatting import aligned, plain
 from search.layouts import STEP_KNOBS
 from spaces.architecture import ShapeError
 from spaces.blueprint import Blueprint, blueprint
-from spaces.config import TrialConfig
-from spaces.constraints import Limits, is_feasible, reason, violations
+from spaces.constraints import Limits, config_within, is_feasible, reason, violations
 from spaces.domains import Profile
 from spaces.estimate import GpuCluster
 from spaces.loading import LoadedSpec, SpecError, dump_spec
@@ -130,7 +129,7 @@ def layout_rows(
     """
     rows = []
     for params in space.corners():
-        config = TrialConfig.from_params(params, max_length=max_length)
+        config = config_within(params, max_length=max_length, limits=limits if forecaster is None else forecaster.device_limits)
         if isinstance(space.world_size, Profile) and config.layout.world_size > limits.num_workers:
             continue  # of those that `profile` names, a search takes what the cluster holds
         values = violations(config, limits)

@@ -19,7 +19,7 @@ from search.record import noise_of
 from search.session import check_fit, examine, prepare
 from search.store import Store
 from spaces.config import TrialConfig
-from spaces.constraints import is_feasible, violations
+from spaces.constraints import Limits, config_within, is_feasible, violations
 from spaces.loading import LoadedSpec, check_local_data
 from spaces.metrics import RANK_SPREAD, TIME_DRIFT
 from spaces.space import SpaceSpec
@@ -54,7 +54,7 @@ def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[s
             device = examine(dispatcher, store, spec, limits, interruption)
             limits = replace(limits, memory_bytes=device["usable_bytes"])
             outlook = Outlook(spec, prepared.data, model=prepared.model, plan=prepared.plan, device=device, profiles=profiles)
-            configs = [c for c in timed_configs(spec.space, spec.model.max_length) if is_feasible(violations(c, limits))]
+            configs = [c for c in timed_configs(spec.space, spec.model.max_length, limits) if is_feasible(violations(c, limits))]
             kept = [(config, profiles.get(outlook.key(config))) for config in configs]
             known = {config: profile for config, profile in kept if profile is not None and not noise_of(profile)}
             parts: dict[TrialConfig, list[dict[str, Any]]] = {config: [] for config in configs if config not in known}
@@ -92,15 +92,16 @@ def mean_profile(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def timed_configs(space: SpaceSpec, max_length: int) -> Iterator[TrialConfig]:
+def timed_configs(space: SpaceSpec, max_length: int, limits: Limits) -> Iterator[TrialConfig]:
     """Yield one config for each step of the space that takes a time of its own; of a range its two ends."""
     for corner in space.corners():
         if corner["adapter"] == "none":
-            yield TrialConfig.from_params(corner, max_length=max_length)
+            yield config_within(corner, max_length=max_length, limits=limits)
             continue
         for rank in space.lora_rank.ends():
             for targets in space.lora_target_modules.ends():
-                yield TrialConfig.from_params({**corner, "lora_rank": rank, "lora_target_modules": targets}, max_length=max_length)
+                params = {**corner, "lora_rank": rank, "lora_target_modules": targets}
+                yield config_within(params, max_length=max_length, limits=limits)
 
 
 def render_profiles(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from search.acquisition import Features, Prospect
 from search.layouts import Candidate, Forecaster, layout_to_train, layouts_of, timed_knobs
 from search.record import TrialRecord
 from spaces.config import TrialConfig
-from spaces.constraints import Limits, memory_within_device, predicted_memory
+from spaces.constraints import Limits, config_within, memory_within_device, predicted_memory
 from spaces.metrics import TRAIN_SECONDS
 from spaces.presets import HIGHER_RATE, usual_rate
 from spaces.spec import SearchSpec
@@ -92,7 +92,8 @@ class Prospects:
     def trial(self, number: int | None, params: Mapping[str, Any]) -> Prospect:
         """Return what is known of a trial, by its number; of one of an earlier search, which has none, by its params."""
         record = None if number is None else self._records.get(number)
-        config = record.trial_config if record else TrialConfig.from_params(params, max_length=self._spec.model.max_length)
+        length = self._spec.model.max_length
+        config = record.trial_config if record else config_within(params, max_length=length, limits=self.limits)
         return self._prospect(config, is_open=False)
 
     def _exclude(self, record: TrialRecord) -> None:

@@ -29,7 +29,7 @@ from search.warm_start import earlier_trials, new_study, on_device
 from spaces.architecture import ModelShape, ShapeError
 from spaces.blueprint import Blueprint, blueprint
 from spaces.config import TrialConfig
-from spaces.constraints import Limits, is_feasible, violations, why_none_trains
+from spaces.constraints import Limits, config_within, is_feasible, violations, why_none_trains
 from spaces.estimate import usable_bytes
 from spaces.loading import OPTIONS, LoadedSpec, SpecError, check_local_data
 from spaces.spec import SearchSpec
@@ -233,7 +233,7 @@ def check_fit(prepared: Prepared, capacity: int) -> Limits:
     sizes = sorted({world_size for world_size, _ in prepared.spec.space.layouts()})
     if min(sizes) > capacity:
         raise NothingFits(prepared.loaded.locate(cluster.why_too_small(prepared.spec.resources, capacity, sizes)))
-    why = why_none_trains(_corners(prepared.spec), limits)
+    why = why_none_trains(_corners(prepared.spec, limits), limits)
     if why:
         raise NothingFits(prepared.loaded.locate(f"space.strategy: no layout of the space can train this model: {why}"))
     return limits
@@ -346,7 +346,7 @@ def examine(dispatcher: Any, store: Store, spec: SearchSpec, limits: Limits, int
 
 def _first_config(spec: SearchSpec, limits: Limits) -> TrialConfig:
     """Return the smallest layout that is feasible, with the first value of every other knob."""
-    configs = sorted(_corners(spec), key=lambda config: config.layout.world_size)
+    configs = sorted(_corners(spec, limits), key=lambda config: config.layout.world_size)
     return next((config for config in configs if is_feasible(violations(config, limits))), configs[0])
 
 
@@ -355,8 +355,8 @@ def _first_job(kind: str, store: Store, spec: SearchSpec, limits: Limits) -> Job
     return Job(job_id=f"{store.name}/{kind}", kind=kind, config=config.to_dict(), directory=str(store.root))
 
 
-def _corners(spec: SearchSpec) -> Iterator[TrialConfig]:
-    return (TrialConfig.from_params(params, max_length=spec.model.max_length) for params in spec.space.corners())
+def _corners(spec: SearchSpec, limits: Limits) -> Iterator[TrialConfig]:
+    return (config_within(params, max_length=spec.model.max_length, limits=limits) for params in spec.space.corners())
 
 
 def _score_on_test(engine: Engine, dispatcher: Any, store: Store, interruption: Interruption) -> None:

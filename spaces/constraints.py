@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from spaces.activations import is_wrapped
 from spaces.blueprint import Blueprint
@@ -95,6 +96,26 @@ def predicted_memory(config: TrialConfig, limits: Limits) -> RankMemory | None:
         return None
     most = None if limits.max_targets is None else limits.max_targets * config.layout.micro_batch_size
     return rank_memory(limits.plan, config, limits.max_length, most, is_on_gpu=limits.is_on_gpu)
+
+
+def config_within(params: Mapping[str, Any], *, max_length: int, limits: Limits) -> TrialConfig:
+    """Translate the params of a space as `TrialConfig.from_params` does; `micro_batch_size: auto` also fits the device.
+
+    Where more is predicted to be held than fits, it is the next smaller divisor of a rank's rows, down to one row: the global batch
+    stays, and what is learned with it.
+
+    Raises:
+        KeyError: a param is missing.
+    """
+    config = TrialConfig.from_params(params, max_length=max_length)
+    layout = config.layout
+    if params["micro_batch_size"] == "auto":
+        rows = config.recipe.global_batch_size // layout.data_parallel_size
+        for size in (size for size in range(layout.micro_batch_size, 0, -1) if rows % size == 0):
+            config = replace(config, layout=replace(layout, micro_batch_size=size))
+            if memory_within_device(config, limits) <= 0:
+                break
+    return config
 
 
 CONSTRAINTS = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from spaces.config import Adapter, TrialConfig
-from spaces.constraints import Limits, is_feasible, violations
+from spaces.config import Adapter
+from spaces.constraints import Limits, config_within, is_feasible, violations
 from spaces.domains import Domain, IntRange, LogUniform, Uniform
 from spaces.space import SpaceSpec
 
@@ -104,7 +104,7 @@ def _layout(space: SpaceSpec, point: dict[str, Any], limits: Limits, max_length:
     layouts = [{"world_size": world_size, "strategy": strategy} for world_size in sizes for strategy in strategies]
 
     def fits(layout: dict[str, Any]) -> bool:
-        config = TrialConfig.from_params(space.first(**point, **layout), max_length=max_length)
+        config = config_within(space.first(**point, **layout), max_length=max_length, limits=limits)
         return is_feasible(violations(config, limits))
 
     return next(filter(fits, layouts), layouts[0])

@@ -131,7 +131,8 @@ class SpaceSpec(BaseModel):
     strategy: LayoutNameDomain[Strategy] = Fixed[Strategy]("ddp")
     """`ddp` replicates the weights, `fsdp` shards them, `tp` splits the matrices of every block; `profile`: all three."""
     micro_batch_size: LayoutNameDomain[MicroBatch] = Fixed[MicroBatch]("auto")
-    """Rows per rank and forward pass; `auto` takes what fits a fixed number of tokens."""
+    """Rows per rank and forward pass; `auto` takes what fits a fixed number of tokens, and fewer where the device has too little
+    memory for them: the rows of a step stay."""
     recomputation: LayoutNameDomain[Recomputation] = Fixed[Recomputation]("none")
     """`full` computes the activations of each block again in the backward pass: less memory, about a third more work."""
     compile: LayoutNameDomain[Compilation] = Fixed[Compilation]("none")

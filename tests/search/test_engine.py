@@ -89,6 +89,20 @@ def test_where_a_trial_ran_out_of_memory_nothing_as_large_is_started_again_not_e
         resumed.ended(assignment.number, {"state": "stopped"})
 
 
+def test_where_a_trial_ran_out_of_memory_an_automatic_micro_batch_becomes_smaller(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 97}
+    plan = blueprint({"model_type": "bert", **sizes}, "sequence-classification", 3)
+    limits = Limits(num_workers=1, hidden_size=64, plan=plan, max_length=32, memory_bytes=10**9)
+    engine, seen, _ = make(tmp_path, limits=limits, trials=8, global_batch_size=8, lora_rank=4)
+    tried = []
+    while (assignment := engine.next()) is not None:
+        tried.append(assignment.config.layout.micro_batch_size)
+        failed = {"state": "failed", "kind": "out_of_memory", "message": "x"}
+        engine.ended(assignment.number, failed if tried[-1] > 2 else {"state": "stopped"})
+    assert tried == [8, 4, 2, 2, 2, 2, 2, 2]
+    assert not [e for e in seen if e["event"] == "trial_infeasible"]
+
+
 def test_a_job_says_how_long_it_is_predicted_to_take_also_after_a_resume(tmp_path: Path) -> None:
     class Seconds(Profiles):
         def __call__(self, config: TrialConfig) -> dict[str, Any]:

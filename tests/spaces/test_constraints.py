@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from spaces.blueprint import blueprint
 from spaces.config import TrialConfig
-from spaces.constraints import Limits, is_feasible, reason, violations, why_none_trains
+from spaces.constraints import Limits, config_within, is_feasible, memory_within_device, reason, violations, why_none_trains
 from spaces.memory import rank_memory
 from spaces.space import SpaceSpec
 from spaces.tensor_parallel import PLANS
@@ -119,3 +119,25 @@ def test_a_space_where_no_layout_trains_says_why():
     assert why_none_trains([sharded, config(strategy="tp", world_size=2)], ROOMY) == reason("quantized_base_whole", sharded, ROOMY)
     assert why_none_trains([sharded, whole], ROOMY) == ""
     assert why_none_trains([whole, config(world_size=16)], replace(ROOMY, num_workers=1)) == "", "that is said elsewhere"
+
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 96, "vocab_size": 97}
+
+
+@pytest.mark.parametrize("megabytes", [0.1, 2, 3, 4, 6, 10, 100])
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "tp")])
+def test_an_automatic_micro_batch_is_the_largest_that_fits(megabytes: float, world_size: int, strategy: str) -> None:
+    plan = blueprint({"model_type": "llama", **SIZES}, "causal-lm")
+    limits = replace(ROOMY, plan=plan, max_length=128, memory_bytes=int(megabytes * 1e6))
+    params = {**SpaceSpec().first(), "global_batch_size": 24, "world_size": world_size, "strategy": strategy, "adapter": "none"}
+    chosen = config_within(params, max_length=128, limits=limits)
+    usual = TrialConfig.from_params(params, max_length=128)
+    rows = 24 if strategy == "tp" else 24 // world_size
+    every = [replace(usual, layout=replace(usual.layout, micro_batch_size=d)) for d in (1, 2, 3, 4, 6, 8, 12, 24) if rows % d == 0]
+    fitting = [c for c in every if memory_within_device(c, limits) <= 0]
+    assert chosen == (fitting[-1] if fitting else every[0])
+    assert chosen.recipe == usual.recipe
+    assert violations(chosen, limits)["global_batch_divisible"] == 0
+    given_size = {**params, "micro_batch_size": 6}
+    assert config_within(given_size, max_length=128, limits=limits).layout.micro_batch_size == 6
+    assert config_within(params, max_length=128, limits=replace(limits, memory_bytes=None)) == usual
