@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from spaces.activations import FP32_BYTES, Activations, adapter_params, widths
+from spaces.activations import FP32_BYTES, Activations, adapter_params, is_wrapped, widths
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe, TrialConfig
 from spaces.quantization import frozen_bytes
@@ -99,20 +99,15 @@ def rank_memory(
         # DDP's buckets are a second copy of all gradients, made before the first step.
         communication_bytes=FP32_BYTES * trained if shards == 1 and config.layout.data_parallel_size > 1 else 0,
     )
-    at_loss, in_last_block, in_first_block = _while_computing(step, state)
-    in_last_norm = replace(
-        at_loss,
-        activations_bytes=at_loss.activations_bytes + step.inside_last_norm(),
-        gradients_bytes=FP32_BYTES * _num_trained_of(plan.head, recipe),
-    )
-    at_loss = replace(at_loss, logits_bytes=_logits_bytes(step))
+    at_loss, in_last_norm, in_last_block, in_first_block = _while_computing(step, state)
     at_update = replace(state, gradients_bytes=FP32_BYTES * trained // shards)
     if num_partial:
         at_update = replace(at_update, communication_bytes=FP32_BYTES * num_partial)
     at_embedding = at_update
     if plan.is_head_tied and recipe.adapter == "none":
-        # The gradients that the shared matrix gets as head and as embedding are there beside their sum.
-        shared = 2 * FP32_BYTES * plan.head[-1].num_weights
+        # The gradients that the shared matrix gets as head and as embedding are there beside their sum, and beside that of the micro
+        # batches before.
+        shared = (3 if config.num_grad_accum_steps > 1 else 2) * FP32_BYTES * plan.head[-1].num_weights
         at_embedding = replace(at_update, gradients_bytes=at_update.gradients_bytes + shared)
     moments = [at_loss, in_last_norm, in_last_block, in_first_block, at_embedding, at_update]
     if shards > 1:
@@ -120,7 +115,7 @@ def rank_memory(
     if config.num_grad_accum_steps > 1:
         # Those of the micro batches before are all there, beside that of the product whose backward pass runs.
         summed = at_update.gradients_bytes + FP32_BYTES * _num_trained_of(plan.feed_forward_out, recipe)
-        moments = [replace(m, gradients_bytes=summed) if m is not at_update else m for m in moments]
+        moments = [replace(m, gradients_bytes=max(m.gradients_bytes, summed)) if m is not at_update else m for m in moments]
     return max(moments, key=_peak)
 
 
@@ -137,7 +132,7 @@ def _logits_bytes(step: Activations) -> int:
     and the gradient of that; and what that was picked from.
     """
     plan, width, head, targets = step.plan, step.width, step.plan.head[-1], step.num_targets
-    if not head.is_output or plan.are_logits_capped:
+    if not head.is_output or plan.are_logits_capped or is_wrapped(head, step.recipe):
         per_logit = LOGITS_COPIES * FP32_BYTES + (width.products if plan.are_logits_capped else 0)  # a cap keeps its tanh
         return per_logit * head.num_outputs * (targets if head.per == "target" else step.num_tokens)
     trains, products = step.recipe.adapter == "none", width.products
@@ -160,8 +155,8 @@ def _logits_bytes(step: Activations) -> int:
     return inputs + max(softmax, products * logits + (products + (held if held != products else 0)) * head.num_weights)
 
 
-def _while_computing(step: Activations, state: RankMemory) -> tuple[RankMemory, RankMemory, RankMemory]:
-    """Return the moments of the loss and of the backward pass of the last and of the first block.
+def _while_computing(step: Activations, state: RankMemory) -> tuple[RankMemory, RankMemory, RankMemory, RankMemory]:
+    """Return the moments of the loss and of the backward pass of the last normalisation, of the last and of the first block.
 
     In between, activations go and gradients come at an even pace, so one of the two ends is the largest. With recomputation a block
     keeps its input, and all of it lives again while its own backward pass runs.
@@ -183,8 +178,10 @@ def _while_computing(step: Activations, state: RankMemory) -> tuple[RankMemory, 
     trained_head, trained_last = _num_trained_of(plan.head, recipe), _num_trained_of(plan.feed_forward_out, recipe)
     tables = plan.num_embedding_params if recipe.adapter == "none" and not plan.is_head_tied else 0
     after_first = num_trained(plan, recipe) - num_trained_of_block(plan, recipe) - tables
+    kept = ends + blocks + num_layers * casts
     return (
-        replace(state, activations_bytes=ends + blocks + num_layers * casts),
+        replace(state, activations_bytes=kept, logits_bytes=_logits_bytes(step)),
+        replace(state, activations_bytes=kept + step.inside_last_norm(), gradients_bytes=FP32_BYTES * trained_head),
         replace(state, activations_bytes=last + inside, gradients_bytes=FP32_BYTES * (trained_head + trained_last)),
         replace(state, activations_bytes=first + inside, gradients_bytes=FP32_BYTES * (after_first + trained_last)),
     )

@@ -24,7 +24,7 @@ class Compilation:
     """For which batches a trial's blocks and its loss are compiled; the others run them as they are written."""
 
     dynamic: bool | None
-    """Whether lengths are variables of what is compiled. None: it is compiled for one form, and again where that changes."""
+    """Whether lengths are variables of the compiled blocks. None: they are compiled for the one form that is covered."""
     _covered: frozenset[Form | tuple[bool, bool]]
 
     @classmethod
@@ -56,8 +56,8 @@ class Compilation:
             block.compile(dynamic=self.dynamic)
 
     def function(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Return what torch compiles when it first runs."""
-        return torch.compile(function, dynamic=self.dynamic)
+        """Return what torch compiles when it first runs; how many targets there are is always a variable of it."""
+        return torch.compile(function, dynamic=True)
 
 
 def _kind(form: Form) -> tuple[bool, bool]:

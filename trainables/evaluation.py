@@ -15,7 +15,7 @@ from spaces.config import TrialConfig
 from trainables.batching import collate, evaluation_batches
 from trainables.compilation import as_written
 from trainables.data import TaskData, TokenTable
-from trainables.loss import scored_loss
+from trainables.loss import evaluated
 from trainables.mesh import World
 from trainables.model import unwrapped
 from trainables.parallelize import autocast
@@ -37,8 +37,8 @@ def evaluate(module: nn.Module, config: TrialConfig, data: TaskData, table: Toke
     for rows in evaluation_batches(table, rows_world, training_tokens=training_tokens, vocab_size=vocab_size):
         batch = collate(table, rows, data.pad_token_id).to(world.device)
         with autocast(config, world), as_written(config.layout.compile == "blocks"):
-            loss, logits = scored_loss(module, batch, data.task)
-        predicted, targets = logits.argmax(-1), batch.targets
+            loss, predicted = evaluated(module, batch, data.task)
+        targets = batch.targets
         right = (predicted == targets).sum()
         totals += torch.stack([loss.double(), right.double(), torch.tensor(float(len(targets))).to(loss)]).cpu()
         if num_classes:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from spaces.memory import targets_at_once
@@ -48,6 +49,26 @@ def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
         return handle_torch_function(head_loss, (hidden,), hidden, weight, targets, differentiate)
     loss: torch.Tensor = _HeadLoss.apply(hidden, weight, targets, differentiate)
     return loss
+
+
+@torch.no_grad()
+def head_scores(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed cross entropy of `hidden @ weight.T`, in fp32, and for each target the output with the highest score.
+
+    Args:
+        hidden: (targets, width)
+        weight: (outputs, width)
+        targets: (targets,)
+    """
+    loss = hidden.new_zeros((), dtype=torch.float32)
+    at_once, predicted = targets_at_once(len(weight)), torch.empty_like(targets)
+    for start in range(0, len(targets), at_once):
+        chunk = slice(start, start + at_once)
+        logits = functional.linear(hidden[chunk], weight)
+        predicted[chunk] = logits.argmax(-1)
+        loss += differentiate(logits, targets[chunk])[0]
+        del logits  # before there are the next ones
+    return loss, predicted
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional
 from spaces.architecture import DECODERS
 from trainables.batching import Batch
 from trainables.compilation import Compilation
-from trainables.head_loss import Differentiate, differentiate, head_loss
+from trainables.head_loss import Differentiate, differentiate, head_loss, head_scores
 from trainables.model import unwrapped
 
 
@@ -42,6 +43,31 @@ def scored_loss(module: nn.Module, batch: Batch, task: str, loss: Any = cross_en
     return loss(logits, batch.targets), logits
 
 
+@torch.no_grad()
+def evaluated(module: nn.Module, batch: Batch, task: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed cross entropy of a batch, in fp32, and the token or class that is predicted for every target.
+
+    Of a language model as many logits are there together as in training.
+
+    Returns:
+        loss (), predictions (targets,)
+    """
+    head = plain_head(unwrapped(module)) if task == "causal-lm" else None
+    if head is None:
+        loss, logits = scored_loss(module, batch, task)
+        return loss, logits.argmax(-1)
+    found: list[torch.Tensor] = []
+
+    def scores(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss, predicted = head_scores(hidden, weight, targets)
+        found.append(predicted)
+        return loss
+
+    with _losing(head, batch, scores):
+        loss = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return loss, found[0]
+
+
 class TrainingLoss:
     """The summed cross entropy of a batch in training, in fp32.
 
@@ -57,15 +83,15 @@ class TrainingLoss:
 
     def __call__(self, module: nn.Module, batch: Batch) -> torch.Tensor:
         """Run the model forward and return the loss (); without a target it is zero, but connected to every parameter."""
-        head = _plain_head(unwrapped(module)) if self._task == "causal-lm" else None
+        head = plain_head(unwrapped(module)) if self._task == "causal-lm" else None
         if head is None:
             return scored_loss(module, batch, self._task, self._cross_entropy)[0]
-        with _losing(head, batch, self._differentiate):
+        with _losing(head, batch, partial(head_loss, differentiate=self._differentiate)):
             loss: torch.Tensor = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return loss
 
 
-def _plain_head(model: Any) -> nn.Linear | None:
+def plain_head(model: Any) -> nn.Linear | None:
     """Return the head if the scores are what it computes: known families do nothing after it, unless they cap them."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     is_known = config.model_type in DECODERS and not getattr(config, "final_logit_softcapping", None)
@@ -73,14 +99,14 @@ def _plain_head(model: Any) -> nn.Linear | None:
 
 
 @contextmanager
-def _losing(head: nn.Linear, batch: Batch, differentiate: Differentiate) -> Iterator[None]:
-    """Have a head return the loss in the place of the logits.
+def _losing(head: nn.Linear, batch: Batch, loss: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Have a head return the loss in the place of the logits: of its input where targets are, its weight, and the targets.
 
     Inside the model's forward pass, because only there a sharded weight is whole.
     """
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        return head_loss(hidden.flatten(0, 1).index_select(0, batch.positions), head.weight, batch.targets, differentiate)
+        return loss(hidden.flatten(0, 1).index_select(0, batch.positions), head.weight, batch.targets)
 
     head.forward = forward  # type: ignore[assignment,method-assign]
     try:

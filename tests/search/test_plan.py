@@ -223,7 +223,7 @@ def plan(*args: str) -> Any:
 # Every recipe costs the same here, on one GPU and with full fine-tuning too little memory.
 PROFILED = {
     "adapter": "none",
-    "world_size": "profile",
+    "world_size": "{profile: [1, 4, 8]}",
     "strategy": "{profile: [ddp, fsdp]}",
     "recomputation": "full",
 }

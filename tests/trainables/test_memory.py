@@ -33,7 +33,7 @@ from spaces.memory import ADAMW_STATES, num_trained, rank_memory
 from spaces.tensor_parallel import PLANS, local_blueprint
 from trainables.adapters import add_lora
 from trainables.loop import Trainer
-from trainables.loss import scored_loss
+from trainables.loss import evaluated
 from trainables.memory_meter import LiveBytes
 from trainables.mesh import World
 from trainables.model import build, trainable
@@ -179,7 +179,14 @@ def test_evaluation_takes_less_than_training_on_as_many_tokens() -> None:
     world = World.alone()
     cases = [c for c in ALONE if c.rows == 2 and c.length == 120 and c.family == "mixtral" and c.recomputation == "full"]
     assert len(cases) == 6
-    for case in [*cases, Case(family="llama", num_prompt=24, recomputation="full", changes=(("vocab_size", 2000),))]:
+    wide = [
+        Case(family=f, adapter=a, precision=p, num_prompt=n, recomputation="full", changes=(("vocab_size", 8000),))
+        for f in ("llama", "gemma2")
+        for a in ("none", "all-linear")
+        for p in ("fp32", "bf16")
+        for n in (1, 24)
+    ]
+    for case in [*cases, *wide]:
         config = case.config(1)
         module = build(config, case.base(), world).eval()
         batch = batch_of(case.task, torch.randint(3, 97, (case.rows, case.length)), num_prompt=case.num_prompt)
@@ -187,6 +194,6 @@ def test_evaluation_takes_less_than_training_on_as_many_tokens() -> None:
             for part in (*module.parameters(), *module.buffers()):
                 tensors.hold(part)
             with autocast(config, world):
-                scored_loss(module, batch, case.task)[1].argmax(-1)
+                evaluated(module, batch, case.task)
         state = ADAMW_STATES * FP32_BYTES * sum(p.numel() for p in trainable(module).values())
-        assert tensors.peak + state < 0.95 * measured(case, config, world)[0], case
+        assert tensors.peak + state < measured(case, config, world)[0], case
