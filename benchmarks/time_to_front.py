@@ -22,8 +22,8 @@ The rules:
 - A contender's front is by the times that it saw itself. For the hypervolume the time of every trial that was ever on it is measured
   again, alone, on one core, by the plain loop, once for each configuration, so that the same configuration is as fast for all.
 - Hypervolume: over accuracy, from 0, and the logarithm of training seconds, up to 120 s.
-- Who misses the target is given the limit as time; the ratios are then bounds, and say which. So there is a second ratio: of the
-  `--minutes` to the time after which (a) has the hypervolume that the other has then.
+- Who misses the target is given the limit as time; the ratios are then bounds, and say which. So there is a second ratio: what
+  another has after `--minutes`, of the time after which it had that to the time after which (a) had as much.
 - CPU seconds are those of all processes that descend from the contender's, sampled twice a second.
 """
 
@@ -327,7 +327,8 @@ def compared(found: list[Outcome]) -> dict[str, Any]:
             continue
         row["times_as_long"] = ratios([p.seconds_to(target) for p, _ in pairs], [q.seconds_to(target) for _, q in pairs])
         row["seconds_until_a_has_theirs"] = [q.seconds_to(p.final) for p, q in pairs]
-        row["times_sooner_a_has_theirs"] = ratios([p.common_seconds for p, _ in pairs], row["seconds_until_a_has_theirs"])
+        row["seconds_until_they_have_it"] = [p.seconds_to(p.final) for p, _ in pairs]
+        row["times_sooner_a_has_theirs"] = ratios(row["seconds_until_they_have_it"], row["seconds_until_a_has_theirs"])
         row["hypervolume_of_a_to_theirs"] = ratios([q.final for _, q in pairs], [p.final for p, _ in pairs])
         cpu = [(p.cpu_seconds_at(p.seconds_to(target)), q.cpu_seconds_at(q.seconds_to(target))) for p, q in pairs]
         row["times_the_cpu_seconds"] = ratios([p for p, _ in cpu], [q for _, q in cpu])
@@ -375,7 +376,7 @@ def report(arguments: argparse.Namespace) -> None:
     found = outcomes(arguments)
     result = {
         **heading(
-            "python benchmarks/time_to_front.py all --data banking77/train.csv --out runs.jsonl --results FILE",
+            "python benchmarks/time_to_front.py all --data banking77/train.csv --out runs.jsonl --results FILE --figure FILE",
             f"{psutil.cpu_count()} cores, no GPU",
             ("ray", "torch", "transformers", "optuna", "mlflow", "peft"),
         ),
