@@ -168,9 +168,14 @@ class TrialConfig:
 
 def auto_micro_batch_size(global_batch_size: int, data_parallel_size: int, max_length: int) -> int:
     """Return the largest divisor of the rows per rank whose padded tokens fit `AUTO_MICRO_BATCH_TOKENS`."""
-    per_rank = max(1, global_batch_size // data_parallel_size)
     limit = max(1, AUTO_MICRO_BATCH_TOKENS // max_length)
-    return max(d for d in range(1, per_rank + 1) if per_rank % d == 0 and d <= limit)
+    return next(size for size in micro_batch_sizes(global_batch_size, data_parallel_size) if size <= limit)
+
+
+def micro_batch_sizes(global_batch_size: int, data_parallel_size: int) -> list[int]:
+    """Return the divisors of the rows per rank, descending."""
+    per_rank = max(1, global_batch_size // data_parallel_size)
+    return [size for size in range(per_rank, 0, -1) if per_rank % size == 0]
 
 
 def _fingerprint(data: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from spaces.activations import is_wrapped
 from spaces.blueprint import Blueprint
-from spaces.config import TrialConfig
+from spaces.config import TrialConfig, micro_batch_sizes
 from spaces.memory import RankMemory, rank_memory
 from spaces.tensor_parallel import PLANS, left_over
 
@@ -110,8 +110,8 @@ def config_within(params: Mapping[str, Any], *, max_length: int, limits: Limits)
     config = TrialConfig.from_params(params, max_length=max_length)
     layout = config.layout
     if params["micro_batch_size"] == "auto":
-        rows = config.recipe.global_batch_size // layout.data_parallel_size
-        for size in (size for size in range(layout.micro_batch_size, 0, -1) if rows % size == 0):
+        sizes = micro_batch_sizes(config.recipe.global_batch_size, layout.data_parallel_size)
+        for size in (size for size in sizes if size <= layout.micro_batch_size):
             config = replace(config, layout=replace(layout, micro_batch_size=size))
             if memory_within_device(config, limits) <= 0:
                 break

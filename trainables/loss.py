@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +22,9 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def scored_loss(module: nn.Module, batch: Batch, task: str, loss: Any = cross_entropy) -> tuple[torch.Tensor, torch.Tensor]:
+def scored_loss(
+    module: nn.Module, batch: Batch, task: str, loss: Callable[..., torch.Tensor] = cross_entropy
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed cross entropy of a batch, in fp32, and the logits where it has targets.
 
     Without a target it is zero, but connected to every parameter, so that the collectives of the backward pass run.
@@ -52,7 +53,7 @@ def evaluated(module: nn.Module, batch: Batch, task: str) -> tuple[torch.Tensor,
     Returns:
         loss (), predictions (targets,)
     """
-    head = plain_head(unwrapped(module)) if task == "causal-lm" else None
+    head = _plain_head(module, task)
     if head is None:
         loss, logits = scored_loss(module, batch, task)
         return loss, logits.argmax(-1)
@@ -83,7 +84,7 @@ class TrainingLoss:
 
     def __call__(self, module: nn.Module, batch: Batch) -> torch.Tensor:
         """Run the model forward and return the loss (); without a target it is zero, but connected to every parameter."""
-        head = plain_head(unwrapped(module)) if self._task == "causal-lm" else None
+        head = _plain_head(module, self._task)
         if head is None:
             return scored_loss(module, batch, self._task, self._cross_entropy)[0]
         with _losing(head, batch, partial(head_loss, differentiate=self._differentiate)):
@@ -91,8 +92,11 @@ class TrainingLoss:
         return loss
 
 
-def plain_head(model: Any) -> nn.Linear | None:
-    """Return the head if the scores are what it computes: known families do nothing after it, unless they cap them."""
+def _plain_head(module: nn.Module, task: str) -> nn.Linear | None:
+    """Return a language model's head if the scores are what it computes: known families do nothing after it, unless they cap them."""
+    if task != "causal-lm":
+        return None
+    model = unwrapped(module)
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     is_known = config.model_type in DECODERS and not getattr(config, "final_logit_softcapping", None)
     return head if is_known and type(head) is nn.Linear and head.bias is None else None
