@@ -27,14 +27,14 @@ class EngineSearcher(Searcher):
         self,
         engine: Engine,
         *,
-        num_relays: int,
+        max_concurrent: int,
         submit_job: Callable[[Job], Any],
         stop_job: Callable[[str], Any],
         interrupted: Callable[[], bool],
     ) -> None:
         super().__init__()
         self._engine = engine
-        self._num_relays = num_relays
+        self._max_concurrent = max_concurrent
         self._submit_job, self._stop_job = submit_job, stop_job
         self._interrupted = interrupted
         self._assignments: dict[str, Assignment] = {}
@@ -43,17 +43,15 @@ class EngineSearcher(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """Return the next trial's job, None while there is none to hand out, or FINISHED when there never will be."""
         # By Tune's own count: a trial that has told its end still has its actor, and Tune would start another for the next one.
-        if len(self._assignments) > self._num_relays:
+        if len(self._assignments) >= self._max_concurrent:
             return None
         assignment = self._engine.next()
         if assignment is None:
             return Searcher.FINISHED if self._engine.is_handed_out else None
         self._assignments[trial_id] = assignment
         job = self._engine.job(assignment)
-        # At once, and not only when its relay is there: at the beginning that takes seconds, in which workers would wait. One more is
-        # handed out than have a relay, for the next that comes free; it is not begun before, or nobody would hear of it.
-        if len(self._assignments) <= self._num_relays:
-            self._submit_job(job)
+        # At once, and not only when its relay is there: workers would wait for it. What a job reports waits in the dispatcher.
+        self._submit_job(job)
         return {JOB: job, NUMBER: assignment.number}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def relay_resources(num_relays: int) -> tune.PlacementGroupFactory:
     """Return what a relay holds; on a cluster of our own, so that no more than these fit at once.
 
     Tune keeps the actor of a trial that ends for the next one only if that one is waiting for resources; else every other trial
-    starts a process. A cluster that was there before has nothing to count relays by.
+    starts a process. So one trial more is handed out than relays fit. A cluster that was there before has nothing to count relays by.
     """
     if cluster.RELAY_RESOURCE not in ray.cluster_resources():
         return tune.PlacementGroupFactory([RELAY_ON_HEAD])
@@ -81,7 +81,7 @@ def run(
         engine: proposes the trials and records what becomes of them.
         dispatcher: handle of the dispatcher actor.
         rungs: decides which trials are stopped early.
-        max_concurrent: trials that are handed out at once.
+        max_concurrent: trials that are handed out at once: all that can run, and at least one to go on with.
         storage: directory for Tune's own files, which are removed at the end.
         interrupted: asked all the time; once it is true, nothing more is started and what runs stays in flight.
 
@@ -99,13 +99,13 @@ def run(
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"
     searcher = EngineSearcher(
         engine,
-        num_relays=max_concurrent,
+        max_concurrent=max_concurrent,
         submit_job=dispatcher.submit.remote,
         stop_job=dispatcher.stop.remote,
         interrupted=interrupted,
     )
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(relay, dispatcher=dispatcher), relay_resources(max_concurrent)),
+        tune.with_resources(tune.with_parameters(relay, dispatcher=dispatcher), relay_resources(max_concurrent - 1)),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=RungScheduler(engine, rungs),

@@ -23,10 +23,13 @@ HIGHER_RATE = 2.0
 # (Marek et al. 2025, arXiv 2507.07101). With MiniLM on 1,232 short rows of banking77 three epochs with 16 rows instead of 32 give
 # 0.73 instead of 0.63 in full, 0.71 instead of 0.59 with LoRA; with 8 they give 0.81 and 0.74 in 1.4 and 1.2 times the seconds.
 BATCH_SIZE = 16
-# Shares of the rows and passes over them. The front is over time, so trainings of several lengths come first: a middle one, in which
-# rows repeat, since up to four passes teach about as much as new rows (Muennighoff et al. 2023, arXiv 2305.16264); a short one; all
-# rows once, as are 29 of the 34 on the fronts of a random grid (benchmarks/results/learning_curves.json); and one of more passes.
-MIDDLE, SHORT, WHOLE, LONG = (0.3, 3), (0.1, 1), (1.0, 1), (0.6, 4)
+# How much is trained: passes over all rows, and epochs in which they are made. The front is over time, so trainings of several
+# lengths come first, each about twice as long as the one before: up to half a pass with every row once, as new rows teach the most;
+# one pass and more in several epochs over fewer rows, which teach about as much up to the fourth (Muennighoff et al. 2023, arXiv
+# 2305.16264).
+LENGTHS = ((0.1, 1), (0.25, 1), (0.5, 1), (1.0, 3), (2.4, 4))
+# Of each further adapter, to see whether it is better at all.
+ONE_LENGTH = LENGTHS[3]
 # LoRA of 4 to 64 differ little where the data are few (Hu et al. 2021, arXiv 2106.09685, section 7.2).
 LORA_RANK = 16
 # Relative to full fine-tuning. rsLoRA's scale is larger by the square root of the rank (Kalajdzievski 2023, arXiv 2312.03732), and an
@@ -38,11 +41,12 @@ STRATEGIES = ("ddp", "fsdp", "tp")
 
 
 def starting_points(space: SpaceSpec, *, width: int, limits: Limits, max_length: int) -> list[dict[str, Any]]:
-    """Return what to try first: usual trainings of several lengths, those of full fine-tuning and of one adapter in turn.
+    """Return what to try first: usual trainings of several lengths in full or else with one adapter, and one with each other adapter.
 
-    All rows once at the usual rate, the others at a higher one. The long one is of full fine-tuning where the space has that: with
-    much to train it learns the most (Biderman et al. 2024, arXiv 2405.09673). Further adapters have one training each. Values outside
-    the user's ranges become the nearest inside, and points that are then the same are one.
+    Full fine-tuning has the lengths where it can run: with much to train it learns the most (Biderman et al. 2024, arXiv 2405.09673).
+    The shortest comes first, so that there is something to see; but where several can train at once, the longest does, which all
+    would else wait for in the end (Graham 1969, "Bounds on Multiprocessing Timing Anomalies"). Values outside the user's ranges
+    become the nearest inside, and points that are then the same are one.
 
     Args:
         space: the user's.
@@ -51,17 +55,22 @@ def starting_points(space: SpaceSpec, *, width: int, limits: Limits, max_length:
             first such strategy.
         max_length: tokens per row.
     """
+
+    def point(adapter: Adapter, length: tuple[float, int]) -> dict[str, Any]:
+        training = _training(space, adapter, HIGHER_RATE * usual_rate(adapter, width), *length)
+        return training | _layout(space, training, limits, max_length)
+
+    def can_run(adapter: Adapter) -> bool:
+        config = config_within(space.first(**point(adapter, ONE_LENGTH)), max_length=max_length, limits=limits)
+        return is_feasible(violations(config, limits))
+
     adapters = sorted(space.adapter.ends(), key=lambda adapter: (adapter != "none", adapter))
-    ladder = [(adapter, length) for length in (MIDDLE, SHORT, WHOLE) for adapter in adapters[:2]]
-    ladder += [(adapters[0], LONG), *((adapter, MIDDLE) for adapter in adapters[2:])]
-    points: list[dict[str, Any]] = []
-    for adapter, (fraction, epochs) in ladder:
-        rate = usual_rate(adapter, width) * (1.0 if (fraction, epochs) == WHOLE else HIGHER_RATE)
-        point = _point(space, adapter, rate, fraction, epochs)
-        point |= _layout(space, point, limits, max_length)
-        if point not in points:
-            points.append(point)
-    return points
+    main = next(filter(can_run, adapters), adapters[0])
+    points = [point(main, length) for length in LENGTHS]
+    if limits.num_workers >= 2 * points[-1]["world_size"]:
+        points = [points[-1], *points[:-1]]
+    points += [point(adapter, ONE_LENGTH) for adapter in adapters if adapter != main]
+    return [each for i, each in enumerate(points) if each not in points[:i]]
 
 
 def usual_rate(adapter: Adapter, width: int) -> float:
@@ -69,18 +78,19 @@ def usual_rate(adapter: Adapter, width: int) -> float:
     return float(RATE_FACTORS[adapter] * FULL_RATE * (RATE_WIDTH / width) ** RATE_EXPONENT)
 
 
-def _point(space: SpaceSpec, adapter: Adapter, rate: float, fraction: float, epochs: float) -> dict[str, Any]:
+def _training(space: SpaceSpec, adapter: Adapter, rate: float, passes: float, epochs: int) -> dict[str, Any]:
     """Return a training, without a layout."""
     micro_batches = space.micro_batch_size.ends()
     micro_batch = "auto" if "auto" in micro_batches else min(micro_batches)
+    epochs = nearest(space.epochs, epochs)
     point = {
         "adapter": adapter,
         "learning_rate": nearest(space.learning_rate_of(adapter), rate),
         # A batch has at least one micro batch.
         "global_batch_size": nearest(space.global_batch_size, BATCH_SIZE if micro_batch == "auto" else max(BATCH_SIZE, micro_batch)),
         "micro_batch_size": micro_batch,
-        "dataset_fraction": nearest(space.dataset_fraction, fraction),
-        "epochs": nearest(space.epochs, epochs),
+        "dataset_fraction": nearest(space.dataset_fraction, round(passes / epochs, 4)),
+        "epochs": epochs,
     }
     if adapter != "none":
         targets, quantizations = space.lora_target_modules.ends(), space.quantization.ends()

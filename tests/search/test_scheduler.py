@@ -32,7 +32,7 @@ class Tune:
         self.submitted: list[Job] = []
         self.searcher = EngineSearcher(
             self.engine,
-            num_relays=3,
+            max_concurrent=4,
             submit_job=self.submitted.append,
             stop_job=self.stopped_jobs.append,
             interrupted=lambda: False,
@@ -155,12 +155,12 @@ def test_the_engine_of_these_tests_stops_early_by_default(tmp_path: Path) -> Non
     assert [o.metric for o in engine._spec.rung_objectives()] == ["eval_loss", "train_seconds"]
 
 
-def test_one_more_is_handed_out_than_have_a_relay_and_begun_only_by_its_relay(tmp_path: Path) -> None:
+def test_what_is_handed_out_is_begun_at_once_and_no_more_is_before_one_ends(tmp_path: Path) -> None:
     tune = Tune(tmp_path, trials=8)
     for trial_id in "abcd":
         tune.start(trial_id)
-    assert len(tune.submitted) == 3
+    assert len(tune.submitted) == 4
     assert tune.searcher.suggest("e") is None
     tune.searcher.on_trial_complete("a", {})
     tune.start("e")
-    assert len(tune.submitted) == 3
+    assert len(tune.submitted) == 5

@@ -58,19 +58,13 @@ def test_points_lie_in_the_space_and_are_few_and_distinct_and_the_same_every_tim
 
 
 def test_without_limits_the_usual_rate_of_lora_is_ten_times_that_of_full_fine_tuning_and_falls_with_the_width() -> None:
-    space = SpaceSpec.model_validate(
-        {"adapter": {"choice": ["none", "lora"]}, "learning_rate": {"log_uniform": [1e-7, 1.0]}, "epochs": {"int": [1, 4]}}
-    )
-    rates = {}
+    space = SpaceSpec.model_validate({"adapter": {"choice": ["none", "lora"]}, "learning_rate": {"log_uniform": [1e-7, 1.0]}})
     for width in (256, 1024, 4096):
         points = starting_points(space, width=width, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
-        whole = {p["adapter"]: p for p in points if (p["dataset_fraction"], p["epochs"]) == (1.0, 1)}
-        lora, full = whole["lora"], whole["none"]
-        others = [p for p in points if p not in (lora, full)]
-        assert all(p["learning_rate"] == pytest.approx(2 * whole[p["adapter"]]["learning_rate"]) for p in others)
-        assert lora["learning_rate"] == pytest.approx(10 * full["learning_rate"])
-        rates[width] = full["learning_rate"]
-    assert rates[256] > rates[1024] > rates[4096]
+        # Trainings that are shorter than what the rate is usual for have twice the rate.
+        assert {(p["adapter"], p["learning_rate"]) for p in points} == {(a, 2 * usual_rate(a, width)) for a in ("none", "lora")}
+        assert usual_rate("lora", width) == pytest.approx(10 * usual_rate("none", width))
+        assert usual_rate("none", width) > usual_rate("none", 2 * width)
     # What the authors' own function gives: 5e-5 at a width of 2000, and about 2.8e-4 for LoRA on Llama-3.1-8B, which is 4096 wide.
     assert usual_rate("none", 2000) == pytest.approx(5e-5)
     assert usual_rate("lora", 4096) == pytest.approx(2.8e-4, rel=0.03)
@@ -87,10 +81,15 @@ def test_what_lies_outside_becomes_the_nearest_inside() -> None:
 @pytest.mark.parametrize(
     ("epochs", "fraction", "expected"),
     [
-        ({"int": [1, 4]}, {"log_uniform": [0.1, 1.0]}, [(0.3, 3), (0.1, 1), (1.0, 1), (0.6, 4)]),
+        (
+            {"int": [1, 4]},
+            {"log_uniform": [0.1, 1.0]},
+            [(0.1, 1), (0.25, 1), (0.5, 1), (0.3333, 3), (0.6, 4)],
+        ),
         ({"choice": [2, 8]}, 0.5, [(0.5, 2)]),
-        (1, {"uniform": [0.2, 1.0]}, [(0.3, 1), (0.2, 1), (1.0, 1), (0.6, 1)]),
-        ({"int": [1, 2]}, {"choice": [0.25, 1.0]}, [(0.25, 2), (0.25, 1), (1.0, 1), (1.0, 2)]),
+        # However the epochs are limited, as many passes over all rows are made.
+        (1, {"uniform": [0.2, 1.0]}, [(0.2, 1), (0.25, 1), (0.5, 1), (1.0, 1)]),
+        ({"int": [1, 2]}, {"choice": [0.25, 1.0]}, [(0.25, 1), (0.25, 2), (1.0, 2)]),
     ],
 )
 def test_the_first_trainings_are_of_several_lengths(epochs: Any, fraction: Any, expected: list[tuple[float, float]]) -> None:
@@ -101,11 +100,31 @@ def test_the_first_trainings_are_of_several_lengths(epochs: Any, fraction: Any, 
     assert {p["global_batch_size"] for p in points} == {16}
 
 
-def test_full_fine_tuning_and_one_adapter_have_a_ladder_each_and_further_adapters_one_training() -> None:
+def test_full_fine_tuning_has_all_lengths_and_every_adapter_one_training() -> None:
     space = SpaceSpec.model_validate({"adapter": {"choice": ["rslora", "lora", "none", "dora"]}, "epochs": {"int": [1, 4]}})
     points = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
-    assert [p["adapter"] for p in points] == ["none", "dora", "none", "dora", "none", "dora", "none", "lora", "rslora"]
-    assert points[6]["epochs"] == 4
+    assert [p["adapter"] for p in points] == ["none"] * 5 + ["dora", "lora", "rslora"]
+    assert [p["epochs"] for p in points] == [1, 1, 1, 3, 4, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "world_size", "expected"), [(1, 1, [1, 1, 1, 3, 4]), (2, 1, [4, 1, 1, 1, 3]), (3, 2, [1, 1, 1, 3, 4])]
+)
+def test_the_longest_comes_first_where_others_train_beside_it_and_else_last(
+    num_workers: int, world_size: int, expected: list[int]
+) -> None:
+    space = SpaceSpec.model_validate({"adapter": "none", "epochs": {"int": [1, 4]}, "world_size": world_size})
+    points = starting_points(space, width=768, limits=Limits(num_workers=num_workers, hidden_size=768), max_length=128)
+    assert [p["epochs"] for p in points] == expected
+
+
+def test_where_full_fine_tuning_does_not_fit_an_adapter_has_all_lengths() -> None:
+    space = SpaceSpec.model_validate({"adapter": {"choice": ["none", "lora"]}, "epochs": {"int": [1, 4]}, "precision": "bf16"})
+    plan = blueprint(LLAMA, "causal-lm")
+    # 8.03e9 weights in bf16 are 15 GiB, in full with gradients and moments in fp32 120.
+    limits = Limits(num_workers=1, hidden_size=4096, plan=plan, max_length=128, max_targets=128, memory_bytes=40 * 2**30)
+    points = starting_points(space, width=4096, limits=limits, max_length=128)
+    assert [p["adapter"] for p in points] == ["lora"] * 5 + ["none"]
 
 
 @pytest.mark.parametrize(("micro_batch", "batch"), [(32, 32), (4, 16), ({"choice": [16, 8]}, 16), ({"choice": ["auto", 16]}, 16)])
