@@ -6,6 +6,7 @@ import itertools
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from spaces.blueprint import blueprint
@@ -61,8 +62,7 @@ def test_without_limits_the_usual_rate_of_lora_is_ten_times_that_of_full_fine_tu
     space = SpaceSpec.model_validate({"adapter": {"choice": ["none", "lora"]}, "learning_rate": {"log_uniform": [1e-7, 1.0]}})
     for width in (256, 1024, 4096):
         points = starting_points(space, width=width, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
-        # Trainings that are shorter than what the rate is usual for have twice the rate.
-        assert {(p["adapter"], p["learning_rate"]) for p in points} == {(a, 2 * usual_rate(a, width)) for a in ("none", "lora")}
+        assert all(usual_rate(p["adapter"], width) < p["learning_rate"] < 3 * usual_rate(p["adapter"], width) for p in points)
         assert usual_rate("lora", width) == pytest.approx(10 * usual_rate("none", width))
         assert usual_rate("none", width) > usual_rate("none", 2 * width)
     # What the authors' own function gives: 5e-5 at a width of 2000, and about 2.8e-4 for LoRA on Llama-3.1-8B, which is 4096 wide.
@@ -97,14 +97,22 @@ def test_the_first_trainings_are_of_several_lengths(epochs: Any, fraction: Any, 
     space = SpaceSpec.model_validate({**knobs, "learning_rate": {"log_uniform": [1e-5, 1.0]}})
     points = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
     assert list(dict.fromkeys((p["dataset_fraction"], p["epochs"]) for p in points)) == expected
-    assert {p["global_batch_size"] for p in points} == {16}
+    assert {p["global_batch_size"] for p in points[:5]} <= {16, 32}
 
 
-def test_full_fine_tuning_has_all_lengths_and_every_adapter_one_training() -> None:
+def test_no_knob_of_the_first_trainings_follows_from_the_others() -> None:
+    """Or a model of them could not say which of two knobs does something: on a line through the points every knob would do."""
+    space = SpaceSpec.model_validate({"adapter": "none", "epochs": {"int": [1, 4]}, "global_batch_size": {"choice": [8, 16, 32]}})
+    points = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
+    table = np.log([[p["dataset_fraction"] * p["epochs"], p["learning_rate"], p["global_batch_size"]] for p in points])
+    assert np.linalg.svd(table - table.mean(axis=0), compute_uv=False).min() > 0.05
+
+
+def test_full_fine_tuning_has_all_lengths_and_every_adapter_a_short_training() -> None:
     space = SpaceSpec.model_validate({"adapter": {"choice": ["rslora", "lora", "none", "dora"]}, "epochs": {"int": [1, 4]}})
     points = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
     assert [p["adapter"] for p in points] == ["none"] * 5 + ["dora", "lora", "rslora"]
-    assert [p["epochs"] for p in points] == [1, 1, 1, 3, 4, 3, 3, 3]
+    assert [p["epochs"] for p in points] == [1, 1, 1, 3, 4, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
