@@ -52,8 +52,7 @@ class Training:
 # with every row once, as new rows teach the most; one pass and more in several epochs over fewer rows, which teach about as much up
 # to the fourth (Muennighoff et al. 2023, arXiv 2305.16264). What is best for a length is not the same for another, and a model of the
 # trials learns nothing of a knob that never changes: shorter ones have a higher rate, though less so than the best one rises, or
-# rate and length could not be told apart; and two have a larger batch. On what five searches had trained of banking77, replayed, 90 %
-# of the best front so comes after 87 s, and 113 s where rate and batch are the same for all.
+# rate and length could not be told apart; and two have a larger batch. What that makes of a search: docs/results.md.
 TRAININGS = (
     Training(passes=0.1, epochs=1, rate=2.5, batch=2),
     Training(passes=0.25, epochs=1, rate=2.0),
