@@ -168,7 +168,7 @@ def features(config: TrialConfig, width: int | None) -> tuple[Features, Features
 def belief(config: TrialConfig, width: int | None) -> float:
     """Return the logarithm of how likely a config is held to be good, relative to the likeliest.
 
-    A rate far from the usual ones learns nothing, or diverges; the two that are tried first are equally likely.
+    A rate far from the usual ones learns nothing, or diverges; the usual one and that for a tenth of the tokens are alike.
     """
     if not width:
         return 0.0
