@@ -30,9 +30,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.heading import heading  # noqa: E402
 from spaces.blueprint import blueprint  # noqa: E402
 from spaces.config import TrialConfig  # noqa: E402
+from spaces.inputs import DataSpec, ModelSpec  # noqa: E402
 from spaces.memory import rank_memory  # noqa: E402
 from spaces.space import SpaceSpec  # noqa: E402
-from spaces.spec import DataSpec, ModelSpec  # noqa: E402
 
 # https://huggingface.co/meta-llama/Llama-3.1-8B and Llama-3.2-1B, config.json; `tiny` is to try this file on a CPU.
 LLAMA: dict[str, dict[str, Any]] = {
@@ -135,12 +135,12 @@ def train_once(case: Case, text: str, tokenizer: str, length: int) -> dict[str, 
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from spaces.architecture import ModelShape
-    from trainables.data import prepare
     from trainables.device import device_peak
     from trainables.loop import Trainer
     from trainables.mesh import World
     from trainables.meter import speed
     from trainables.model import BaseModel
+    from trainables.preparation import prepare
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(rank=0, world_size=1, device=device, control_group=None)

@@ -37,7 +37,7 @@ from spaces import metrics  # noqa: E402
 from spaces.config import TrialConfig  # noqa: E402
 from spaces.loading import load_spec  # noqa: E402
 from spaces.spec import SearchSpec  # noqa: E402
-from trainables import data as task_data  # noqa: E402
+from trainables import preparation  # noqa: E402
 from trainables.data import TaskData  # noqa: E402
 from trainables.hub import resolve_model  # noqa: E402
 from trainables.loop import Trainer, evaluate_untrained  # noqa: E402
@@ -119,7 +119,7 @@ class Recorder:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.spec: SearchSpec = load_spec(ROOT / "examples" / f"{task.name}.yaml", list(task.overrides)).spec
-        data: TaskData = task_data.prepare(self.spec.model, self.spec.data)
+        data: TaskData = preparation.prepare(self.spec.model, self.spec.data)
         self.data = replace(data, evaluation=thinned(data.evaluation, task.evaluation_rows), answers=None, test=None)
         model = self.spec.model
         self.base = BaseModel.load(resolve_model(model.name, model.revision), model.revision, model.task, data.label_names)

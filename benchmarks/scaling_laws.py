@@ -37,7 +37,7 @@ from spaces import metrics  # noqa: E402
 from spaces.config import TrialConfig  # noqa: E402
 from spaces.loading import load_spec  # noqa: E402
 from spaces.spec import SearchSpec  # noqa: E402
-from trainables import data as task_data  # noqa: E402
+from trainables import preparation  # noqa: E402
 from trainables.data import TaskData, TokenTable  # noqa: E402
 from trainables.hub import resolve_model  # noqa: E402
 from trainables.loop import Trainer  # noqa: E402
@@ -98,7 +98,7 @@ def train(config: TrialConfig, data: TaskData, base: BaseModel) -> dict[str, Any
 def run_grid(arguments: argparse.Namespace) -> None:
     """Train what is not yet among the rows."""
     spec = load_spec(arguments.spec, arguments.set).spec
-    data = task_data.prepare(spec.model, spec.data)
+    data = preparation.prepare(spec.model, spec.data)
     data = replace(data, evaluation=thinned(data.evaluation, arguments.evaluation_rows), answers=None)
     base = BaseModel.load(resolve_model(spec.model.name, spec.model.revision), spec.model.revision, spec.model.task, data.label_names)
     known = {(row["fingerprint"], row["config"], row["evaluation_rows"]) for row in read_rows(arguments.rows)}

@@ -38,8 +38,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.front_times import ratios  # noqa: E402
 from benchmarks.heading import heading  # noqa: E402
 from spaces.config import TrialConfig  # noqa: E402
+from spaces.inputs import DataSpec, ModelSpec  # noqa: E402
 from spaces.space import SpaceSpec  # noqa: E402
-from spaces.spec import DataSpec, ModelSpec  # noqa: E402
 
 CONTENDERS = {"paretune": "paretune's loop", "trainer": "transformers' Trainer", "trl": "TRL's SFTTrainer"}
 GOALS = {"trainer": 1.5, "trl": 1.0}
@@ -95,11 +95,11 @@ def train_once(case: Case, contender: str, data_path: str, causal_model: str, th
     """Train in this process; return seconds, real tokens and the loss on the evaluation rows."""
     import torch
 
-    from trainables.data import prepare
     from trainables.evaluation import evaluate
     from trainables.hub import resolve_model
     from trainables.mesh import World
     from trainables.model import BaseModel
+    from trainables.preparation import prepare
 
     torch.set_num_threads(threads)
     model, config = case.model(causal_model), case.config()

@@ -27,7 +27,7 @@ from search.store import Store, StoreError
 from spaces.config import Adapter, Quantization, TrialConfig
 from spaces.constraints import Limits, reason, violations
 from spaces.loading import LoadedSpec, load_spec
-from spaces.metrics import METRICS, PEAK_MEMORY_BYTES, TRAIN_SECONDS
+from spaces.metrics import PEAK_MEMORY_BYTES, TRAIN_SECONDS, metric_of
 from spaces.presets import BATCH_SIZE, LORA_ALPHA, LORA_RANK, nearest, usual_rate
 from spaces.space import SpaceSpec
 from spaces.spec import Objective
@@ -199,7 +199,7 @@ def grid_spec(path: Path, overrides: Sequence[str], methods: Sequence[Method], f
     """
     loaded = load_spec(path, overrides)
     spec, width = loaded.spec, checked_model(loaded)[1].hidden_size
-    if not any(METRICS[o.metric].section == "eval" for o in spec.resolved_objectives()):
+    if not any(metric_of(o.metric).section == "eval" for o in spec.resolved_objectives()):
         raise CompareError("objectives: none says how good a model is; allowed: with accuracy, eval_loss or another score among them")
     methods, fractions = list(dict.fromkeys(methods)), sorted(set(fractions))
     adapters = list(dict.fromkeys(method.adapter for method in methods))
@@ -295,7 +295,7 @@ def _why(record: TrialRecord) -> str:
 
 def _quality(objectives: Sequence[Objective]) -> Objective:
     """Return the first objective that says how good a model is."""
-    return next(o for o in objectives if METRICS[o.metric].section == "eval")
+    return next(o for o in objectives if metric_of(o.metric).section == "eval")
 
 
 def _fixed_knobs(space: SpaceSpec) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from search.formatting import interval_text
 from search.record import TrialRecord, TrialState
 from search.scaling import student_t
-from spaces.metrics import METRICS
+from spaces.metrics import in_order, metric_of
 from spaces.spec import Objective
 
 LEVEL = 0.95
@@ -85,7 +85,7 @@ def difference(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> 
 def confirmed(record: TrialRecord, metric: str) -> Confirmed | None:
     """Return what the further seeds of a trial say of a metric, on the test rows where it is scored there; None without any."""
     done = [c for c in record.confirmations if c.state is TrialState.COMPLETE]
-    is_quality = metric in METRICS and METRICS[metric].section == "eval"
+    is_quality = bool(in_order([metric])) and metric_of(metric).section == "eval"
     on_test = is_quality and any(metric in c.test for c in done)
     values = tuple(scores[metric] for c in done if metric in (scores := c.test if on_test else c.values))
     if not values:

@@ -27,7 +27,7 @@ from search.session import Prepared, check_same_data, connected_tracker, prepare
 from search.store import Store
 from search.tracking import Tracker
 from spaces.config import TrialConfig
-from spaces.metrics import METRICS, TRAIN_SECONDS
+from spaces.metrics import TRAIN_SECONDS, metric_of
 from spaces.spec import Objective
 from trainables.job import Job
 
@@ -264,7 +264,7 @@ def progress_text(record: TrialRecord, done: Confirmation, objectives: Sequence[
     parts = []
     for metric in (o.metric for o in objectives):
         scores, rows = (done.test, "on test rows, ") if metric in done.test else (done.values, "")
-        is_test = METRICS[metric].section == "eval" and bool(rows)
+        is_test = metric_of(metric).section == "eval" and bool(rows)
         value = scores[metric] if is_test else done.values[metric]
         searched = number_text(metric, record.values.get(metric))
         parts.append(f"{metric} {number_text(metric, value)} ({rows if is_test else ''}{searched} in the search)")

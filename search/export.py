@@ -130,11 +130,11 @@ def _weights(store: Store, record: TrialRecord) -> Path:
 
 
 def _data(loaded: LoadedSpec) -> Any:
-    from trainables import data as task_data
+    from trainables import preparation
     from trainables.formats import DataError
     from trainables.hub import ModelError
 
     try:
-        return task_data.prepare(loaded.spec.model, loaded.spec.data)
+        return preparation.prepare(loaded.spec.model, loaded.spec.data)
     except (DataError, ModelError) as error:
         raise SpecError([loaded.locate(str(error))]) from error

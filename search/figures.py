@@ -14,7 +14,7 @@ from search.formatting import number_text, short_text
 from search.ledger import SearchState
 from search.pareto import cost_objective, eligible, front, hypervolume_of, knee
 from search.record import TrialRecord, TrialState
-from spaces.metrics import METRICS
+from spaces.metrics import in_order, metric_of
 from spaces.spec import Objective
 
 FRONT_COLOR, OTHER_COLOR, KNEE_COLOR, CONFIRMED_COLOR = "#d7191c", "#b8b8b8", "#2c7bb6", "#333333"
@@ -72,7 +72,7 @@ class FrontFigure:
     @property
     def is_log(self) -> bool:
         """Whether x is shown by its logarithm: time and memory trade by factors, so that shows the small end too."""
-        return METRICS[self.x_metric].unit in ("s", "B") and all(p.x > 0 for p in self.points) and bool(self.points)
+        return metric_of(self.x_metric).unit in ("s", "B") and all(p.x > 0 for p in self.points) and bool(self.points)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +122,7 @@ class Axis:
 
 def axis_label(metric: str) -> str:
     """Return a metric's name with its unit, for an axis."""
-    unit = METRICS[metric].unit
+    unit = metric_of(metric).unit
     return f"{metric.replace('_', ' ')} [{unit}]" if unit else metric.replace("_", " ")
 
 
@@ -192,8 +192,8 @@ def _confirmed_point(record: TrialRecord, x: str, y: str) -> ConfirmedPoint | No
 
 
 def _hover(record: TrialRecord, knobs: Sequence[str]) -> tuple[str, ...]:
-    measured = [f"{m} {number_text(m, v)}" for m, v in record.values.items() if m in METRICS]
-    tested = [f"test {m} {number_text(m, v)}" for m, v in record.test.items() if m in METRICS]
+    measured = [f"{m} {number_text(m, v)}" for m, v in record.values.items() if in_order([m])]
+    tested = [f"test {m} {number_text(m, v)}" for m, v in record.test.items() if in_order([m])]
     chosen = [f"{k} = {short_text(record.params[k])}" for k in knobs if k in record.params]
     noisy = [f"noisy: {record.noise}"] if record.noise else []
     return (f"trial {record.number}", *noisy, *measured, *tested, *chosen)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spaces.metrics import METRICS
+from spaces.metrics import metric_of
 
 
 def number_text(metric: str, value: float | None) -> str:
@@ -17,7 +17,7 @@ def number_text(metric: str, value: float | None) -> str:
         return "-"
     if metric in ("mfu", "hfu"):
         return f"{value:.1%}"
-    match METRICS[metric].unit:
+    match metric_of(metric).unit:
         case "B":
             return f"{value / 2**30:.2f} GiB"
         case "1/s":
@@ -34,7 +34,7 @@ def interval_text(metric: str, mean: float, half_width: float | None) -> str:
     if half_width == 0:
         return f"{number_text(metric, mean)} ± 0"
     units = {"B": (2**-30, " GiB"), "1/s": (1, "/s"), "s": (1, " s")}
-    factor, unit = (100, "%") if metric in ("mfu", "hfu") else units.get(METRICS[metric].unit, (1, ""))
+    factor, unit = (100, "%") if metric in ("mfu", "hfu") else units.get(metric_of(metric).unit, (1, ""))
     decimals = min(6, max(0, 1 - math.floor(math.log10(half_width * factor))))
     return f"{mean * factor:,.{decimals}f} ± {half_width * factor:,.{decimals}f}{unit}"
 

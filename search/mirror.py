@@ -21,7 +21,7 @@ from search.record import TrialRecord, TrialState
 from search.saved_view import FRONT_COLOR, OTHER_COLOR, saved_view
 from search.spool import Event
 from spaces.config import TrialConfig
-from spaces.metrics import METRICS, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, TRAIN_SECONDS
+from spaces.metrics import METRICS, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, TRAIN_SECONDS, in_order, metric_of
 
 SEARCH_TAG, TRIAL_TAG, RECORD_TAG = "paretune.search", "paretune.trial", "paretune.record"
 # Of a run that confirms a trial: its seed, and the event of the ledger.
@@ -158,7 +158,7 @@ class Mirror:
             knobs=knobs,
             # MLflow leaves a run out of the parallel coordinates that lacks one, such as the rank where there is no adapter.
             numeric_knobs=[k for k in knobs if all(isinstance(row.get(k), int | float) for row in rows)],
-            is_ascending=METRICS[objectives[0]].direction == "minimize",
+            is_ascending=metric_of(objectives[0]).direction == "minimize",
             time_ms=int(time.time() * 1000),
         )
         self._runs.tag_experiment(key, value)
@@ -255,7 +255,7 @@ class Mirror:
 
 def tracked_name(metric: str) -> str:
     """Return a metric's name in MLflow."""
-    return METRICS[metric].tracked_name if metric in METRICS else metric
+    return metric_of(metric).tracked_name if in_order([metric]) else metric
 
 
 def record_tag(record: TrialRecord) -> str:

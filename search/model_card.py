@@ -11,7 +11,7 @@ from search.formatting import number_text, short_text
 from search.record import TrialRecord
 from search.results import Results
 from spaces.config import Recipe
-from spaces.metrics import METRICS
+from spaces.metrics import in_order, metric_of
 from trainables.hub import EMBEDDED_MODEL, EMBEDDED_ORIGIN
 
 PIPELINES = {"sequence-classification": "text-classification", "causal-lm": "text-generation"}
@@ -60,11 +60,14 @@ def _head(results: Results, record: TrialRecord, *, is_adapter: bool) -> str:
 
     task, data = PIPELINES[results.spec.model.task], results.spec.data
     measured = [(name, value, "test") for name, value in record.test.items()]
-    measured += [(name, value, "evaluation") for name, value in record.values.items() if METRICS[name].section == "eval"]
-    source = data.train.removeprefix("hf:")
+    measured += [(name, value, "evaluation") for name, value in record.values.items() if metric_of(name).section == "eval"]
+    hub = [
+        s.train.removeprefix("hf:").partition("@")[0].partition(":")[0] for s in data.sources.values() if s.train.startswith("hf:")
+    ]
+    source = data.name.removeprefix("hf:")
     metadata = ModelCardData(
         base_model=base_name(results.spec.model.name),
-        datasets=source.partition("@")[0].partition(":")[0] if data.train.startswith("hf:") else None,
+        datasets=hub or None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=task,
         tags=["paretune", record.trial_config.recipe.adapter] if is_adapter else ["paretune"],
@@ -96,7 +99,7 @@ def _origin_text(results: Results, record: TrialRecord, *, is_merged: bool) -> s
     how = "every weight trained" if recipe.adapter == "none" else f"{recipe.adapter} of rank {recipe.adapter_rank}"
     merged = ", merged into the weights" if is_merged else ""
     rows = f", {record.details['distinct_rows']:,} training rows" if "distinct_rows" in record.details else ""
-    return f"`{base_name(model.name) or model.name}` on `{results.spec.data.train}`{rows}: {how}{merged}."
+    return f"`{base_name(model.name) or model.name}` on `{results.spec.data.name}`{rows}: {how}{merged}."
 
 
 def _scores(results: Results, record: TrialRecord, merged: Mapping[str, float]) -> str:
@@ -107,8 +110,8 @@ def _scores(results: Results, record: TrialRecord, merged: Mapping[str, float]) 
         columns.append(("test rows", record.test))
     if results.state.reference:
         columns.append(("untrained, evaluation rows", results.state.reference))
-    sure = {m: c.text for m in METRICS if (c := confirmed(record, m)) is not None}
-    names = [name for name in METRICS if METRICS[name].section == "eval" and any(name in column for _, column in columns)]
+    names = [name for name in in_order(name for _, column in columns for name in column) if metric_of(name).section == "eval"]
+    sure = {name: c.text for name in names if (c := confirmed(record, name)) is not None}
     headings = ("metric", *(heading for heading, _ in columns), *(["further seeds"] if sure else []))
     lines = [
         _table(
@@ -162,7 +165,7 @@ def _provenance(results: Results, record: TrialRecord) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(started.get("versions", {}).items()))
     rows = [
         ("search", f"`{results.name}`, trial {record.number}"),
-        ("data", f"`{results.spec.data.train}`, fingerprint `{started.get('data_fingerprint')}`"),
+        ("data", f"`{results.spec.data.name}`, fingerprint `{started.get('data_fingerprint')}`"),
         ("config", f"`{record.trial_config.key()}`"),
         ("machine", started.get("machine")),
         ("versions", versions),

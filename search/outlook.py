@@ -13,6 +13,7 @@ from spaces import metrics
 from spaces.config import TrialConfig
 from spaces.estimate import MeasuredMachine, NoPeak, estimate_step
 from spaces.memory import rank_memory
+from spaces.packing import packing_of
 from spaces.spec import SearchSpec
 from trainables.batching import BatchPlan, StepSizes
 from trainables.step_time import StepTime
@@ -57,7 +58,7 @@ class Outlook:
         `time_source` is `profile` where such a step was measured, and `estimate` where its time is one over an assumed share of the
         peak.
         """
-        sizes = BatchPlan(config, self._data).sizes()
+        sizes = self._sizes(config)
         predicted: dict[str, Any] = {}
         memory = self._memory(config, sizes)
         if memory is not None:
@@ -100,7 +101,11 @@ class Outlook:
         profile = self._profile(config)
         if profile is None:
             raise KeyError(f"no step profile of {config}")
-        return values_under(config, trained, values, profile, BatchPlan(config, self._data).sizes())
+        return values_under(config, trained, values, profile, self._sizes(config))
+
+    def _sizes(self, config: TrialConfig) -> StepSizes:
+        packing = packing_of(self._model, self._spec.model.task, config.layout, self._data.longest)
+        return BatchPlan(config, self._data, packing).sizes()
 
     def _profile(self, config: TrialConfig) -> dict[str, Any] | None:
         """Return the step profile of such a trial: measured alone before this search, or else in it."""
@@ -125,7 +130,9 @@ class Outlook:
         if self._plan is None:
             return None
         largest = sizes.padded_tokens.argmax()
-        length, num_targets = int(sizes.longest[largest]), int(sizes.micro_targets[largest])
+        # Rows of unequal length that are laid end to end hold what as many tokens in equal rows do.
+        length = math.ceil(int(sizes.micro_tokens[largest]) / config.layout.micro_batch_size)
+        num_targets = int(sizes.micro_targets[largest])
         return asdict(rank_memory(self._plan, config, length, num_targets, is_on_gpu=self._device["type"] == "cuda"))
 
     def _estimated_seconds(self, config: TrialConfig, sizes: StepSizes) -> float | None:
@@ -170,7 +177,7 @@ def values_under(
     """
     seconds = seconds_of(profile, sizes)
     device_seconds = seconds * config.layout.world_size
-    result = {name: value for name, value in values.items() if name in metrics.LEARNED}
+    result = {name: value for name, value in values.items() if metrics.is_learned(name)}
     result |= {
         metrics.TRAIN_SECONDS: seconds,
         metrics.DEVICE_SECONDS: device_seconds,

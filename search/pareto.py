@@ -15,7 +15,7 @@ import numpy as np
 
 from search.hypervolume import Points, hypervolume
 from search.record import TrialRecord, TrialState
-from spaces.metrics import METRICS
+from spaces.metrics import metric_of
 
 if TYPE_CHECKING:
     from spaces.spec import Objective
@@ -93,7 +93,7 @@ def front(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> li
 def cost_objective(objectives: Sequence[Objective]) -> Objective:
     """Return the first objective that is a price (time, memory), or the first of all if there is none."""
     for objective in objectives:
-        if METRICS[objective.metric].section in ("perf", "cost"):
+        if metric_of(objective.metric).section in ("perf", "cost"):
             return objective
     return objectives[0]
 

@@ -106,17 +106,19 @@ def _rental_text(cluster: GpuCluster) -> str:
 
 def _num_rows(spec: SearchSpec) -> int | None:
     """Return the training rows of local data, or None; of plain text, those that four characters a token make."""
-    source = spec.data.train
-    if source.startswith(("hf:", "embedded:")):
-        return None
-    try:
-        rows = read_rows(source, split="train")
-    except DataError:
-        return None
-    num_rows = len(rows)
-    if source.endswith(".txt"):
-        num_rows = max(1, len(rows[0]["text"]) // (CHARACTERS_PER_TOKEN * spec.model.max_length))
-    return num_rows if spec.data.evaluation else round(num_rows * (1 - spec.data.holdout))
+    total = 0
+    for source in spec.data.sources.values():
+        if source.train.startswith(("hf:", "embedded:")):
+            return None
+        try:
+            rows = read_rows(source.train, split="train")
+        except DataError:
+            return None
+        num_rows = len(rows)
+        if source.train.endswith(".txt"):
+            num_rows = max(1, len(rows[0]["text"]) // (CHARACTERS_PER_TOKEN * spec.model.max_length))
+        total += num_rows if source.evaluation else round(num_rows * (1 - spec.data.holdout))
+    return total
 
 
 def layout_rows(

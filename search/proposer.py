@@ -12,7 +12,7 @@ import numpy as np
 from search.acquisition import Evaluated, Prospect, choose
 from search.pareto import front_indices
 from spaces.draws import Draw
-from spaces.metrics import LEARNED
+from spaces.metrics import is_learned
 from spaces.space import SpaceSpec
 from spaces.spec import Objective
 
@@ -48,7 +48,7 @@ class Proposer:
 
     def __init__(self, space: SpaceSpec, objectives: Sequence[Objective], seed: int) -> None:
         self._space = space
-        self._is_learned = [o.metric in LEARNED for o in objectives]
+        self._is_learned = [is_learned(o.metric) for o in objectives]
         self._rng, self._draws = random.Random(seed), np.random.default_rng(seed)
 
     def propose(

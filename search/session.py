@@ -27,7 +27,7 @@ from search.store import Store
 from search.tracking import Tracker, TrackingError
 from search.warm_start import earlier_trials, new_study, on_device
 from spaces.architecture import ModelShape, ShapeError
-from spaces.blueprint import Blueprint, blueprint
+from spaces.blueprint import Blueprint, blueprint, with_idle_rows
 from spaces.config import TrialConfig
 from spaces.constraints import Limits, config_within, is_feasible, violations, why_none_trains
 from spaces.estimate import usable_bytes
@@ -73,19 +73,20 @@ def prepare(loaded: LoadedSpec) -> Prepared:
     Raises:
         SpecError: with one line for the user.
     """
-    from trainables import data as task_data
+    from trainables import preparation
     from trainables.formats import DataError
     from trainables.hub import ModelError
 
     config, shape = checked_model(loaded)
     tracker = connected_tracker(loaded)
     try:
-        data = task_data.prepare(loaded.spec.model, loaded.spec.data)
+        data = preparation.prepare(loaded.spec.model, loaded.spec.data)
     except (DataError, ModelError) as error:
         raise SpecError([loaded.locate(str(error))]) from error
     plan = None
     with suppress(ShapeError):  # a family without formulas
         plan = blueprint(config, loaded.spec.model.task, len(data.label_names))
+        plan = with_idle_rows(plan, len(data.tokens()))
     return Prepared(loaded=loaded, data=data, model=config, shape=shape, plan=plan, tracker=tracker)
 
 

@@ -23,7 +23,7 @@ from optuna.trial import TrialState as OptunaState
 
 from search.pareto import sign_of
 from search.proposer import Look, Params, Proposer, Seen
-from spaces.metrics import LEARNED, METRICS
+from spaces.metrics import METRICS, is_learned
 from spaces.space import SpaceSpec
 from spaces.spec import Objective
 
@@ -267,7 +267,7 @@ class Study:
         """
         if not self._worst:
             return []
-        worst = [v if o.metric in LEARNED else math.nan for o, v in zip(self._objectives, self._worst, strict=True)]
+        worst = [v if is_learned(o.metric) else math.nan for o, v in zip(self._objectives, self._worst, strict=True)]
         known = []
         for trial in self._study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE, OptunaState.PRUNED)):
             is_complete = trial.state is OptunaState.COMPLETE

@@ -16,7 +16,7 @@ from search.formatting import number_text, short_text
 from search.ledger import SearchState
 from search.pareto import front, hypervolume_of
 from search.record import TrialRecord
-from spaces.metrics import METRICS
+from spaces.metrics import in_order, metric_of
 from spaces.spec import Objective, SearchSpec
 
 
@@ -55,8 +55,8 @@ def write_tables(
 
 def _write_csv(path: Path, records: Sequence[TrialRecord]) -> None:
     knobs = list(dict.fromkeys(k for r in records for k in r.params))
-    metrics = [m for m in METRICS if any(m in r.values for r in records)]
-    tested = [m for m in METRICS if any(m in r.test for r in records)]
+    metrics = in_order(m for r in records for m in r.values)
+    tested = in_order(m for r in records for m in r.test)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["trial", "outcome", "stopped", *metrics, *(f"test_{m}" for m in tested), *knobs])
@@ -90,8 +90,8 @@ def _write_scaling(path: Path, curves: Sequence[DataCurve]) -> None:
 def _write_confirmations(path: Path, records: Sequence[TrialRecord]) -> None:
     """Write every further seed of every trial, with what it gave."""
     rows = [(r, c) for r in records for c in r.confirmations]
-    metrics = [m for m in METRICS if any(m in c.values for _, c in rows)]
-    tested = [m for m in METRICS if any(m in c.test for _, c in rows)]
+    metrics = in_order(m for _, c in rows for m in c.values)
+    tested = in_order(m for _, c in rows for m in c.test)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["trial", "seed", "state", *metrics, *(f"test_{m}" for m in tested), "error"])
@@ -117,7 +117,7 @@ def stopped_table(
 ) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows of the trials that were stopped at a rung, with what they had reached there."""
     knobs = spec.space.names_searched()
-    metrics = [o.metric for o in objectives if METRICS[o.metric].is_interim]
+    metrics = [o.metric for o in objectives if metric_of(o.metric).is_interim]
     heading = ["trial", "stopped at", "place", "front", *metrics, *knobs]
     rows = [
         [

@@ -19,7 +19,7 @@ from spaces import constraints
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
 from spaces.loading import LoadedSpec, SpecError, parse_spec
-from spaces.metrics import METRICS
+from spaces.metrics import metric_of
 from spaces.presets import starting_points
 from spaces.spec import Objective, SearchSpec
 
@@ -172,7 +172,7 @@ def _difference(spec: SearchSpec, earlier: _Earlier, data_fingerprint: str) -> s
 
 def _has_times(spec: SearchSpec) -> bool:
     """Return whether an objective is one of time or bytes."""
-    return any(METRICS[o.metric].section in ("perf", "cost") for o in spec.resolved_objectives())
+    return any(metric_of(o.metric).section in ("perf", "cost") for o in spec.resolved_objectives())
 
 
 def _other_workers(spec: SearchSpec, other: SearchSpec) -> str:

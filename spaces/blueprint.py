@@ -7,7 +7,7 @@ tests compare every count with the model that transformers builds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from spaces.architecture import DECODERS, ENCODERS, ModelShape, ShapeError
@@ -93,6 +93,8 @@ class Blueprint:
     """Whether the scores of the tokens go through a tanh."""
     is_norm_weighed_in_fp32: bool = False
     """Whether normalisation returns to the model's number format after its weight and not before."""
+    num_idle_params: int = 0
+    """Of the embedding, in rows that no token of the training data has; known once there are data."""
     are_experts_weighed_in_fp32: bool = False
     """Whether the router's probabilities stay in fp32 whatever the model computes in."""
 
@@ -129,6 +131,16 @@ class Blueprint:
     def num_params(self) -> int:
         blocks = self.shape.num_layers * self.num_block_params
         return self.num_embedding_params + blocks + self.num_final_vector_params + self.num_head_params
+
+
+def with_idle_rows(plan: Blueprint, num_used_tokens: int) -> Blueprint:
+    """Return a model whose data have some of its tokens alone; of the others' rows of the embedding none trains.
+
+    A tied table has gradients everywhere, and Gemma's embedding, which scales what it looks up, is left as it is.
+    """
+    if plan.is_head_tied or plan.family.startswith("gemma"):
+        return plan
+    return replace(plan, num_idle_params=(plan.shape.vocab_size - num_used_tokens) * plan.shape.hidden_size)
 
 
 def blueprint(config: Mapping[str, Any], task: Task, num_labels: int = 0) -> Blueprint:

@@ -39,11 +39,13 @@ def dotted(path: Iterable[str | int]) -> str:
 
 
 def _explain_one(loc: Path, kind: str, message: str, given: Any, context: Mapping[str, Any]) -> tuple[Path, str]:
-    path = tuple(step for step in loc if not str(step).startswith(TAG_PREFIX))
+    path = tuple(step for step in loc if not str(step).startswith(TAG_PREFIX) and step != "[key]")
     names: list[str] = []
     match kind:
         case "missing":
             return path, f"required, but missing; allowed: {_allowed_for(loc)}"
+        case "no_data":
+            return (*path, "train"), f"required, but missing; allowed: {_allowed_for((*loc, 'train'))}; or {context['allowed']}"
         case "extra_forbidden":
             model = model_at(loc[:-1])
             names = list(model.model_fields) if model else []
@@ -131,10 +133,15 @@ def model_at(loc: Path) -> type[BaseModel] | None:
         elif isinstance(step, str) and isinstance(annotation, type) and issubclass(annotation, BaseModel):
             field = annotation.model_fields.get(step)
             annotation = field.annotation if field else None
-        elif isinstance(step, int):
+        elif isinstance(step, int) or _is_mapping(annotation):
             models = [m for m in _parts(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
             annotation = models[0] if models else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _is_mapping(annotation: Any) -> bool:
+    """Return whether keys of the user's own lead into it: `dict[str, X] | None`."""
+    return any(typing.get_origin(part) is dict for part in (annotation, *typing.get_args(annotation)))
 
 
 def _parts(annotation: Any) -> list[Any]:

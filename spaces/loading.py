@@ -18,7 +18,6 @@ from spaces.spec import SearchSpec
 
 MAX_BYTES = 1_000_000
 
-DATA_ROLES = ("train", "evaluation", "test")
 
 # The options that change what the file says.
 OPTIONS = ("--set", "--budget")
@@ -52,11 +51,10 @@ class LoadedSpec:
         Args:
             message: one line, `key: ...` with a dotted key in it, or `data file: ...`.
         """
-        parts = message.split(": ")
-        key = next((part for part in parts if _is_key(part)), None)
+        parts, files = message.split(": "), self.spec.data.files
+        key = next((part for part in parts if _is_key(part) or part in files), None)
         if key is None:
-            named = (f"data.{role}" for role in DATA_ROLES if getattr(self.spec.data, role) == parts[0])
-            key = next(named, None)
+            key = next((name for name, file in files.items() if file == parts[0]), None)
             message = message if key is None else f"{key}: {message}"
         return f"{self.origins.get(key or '', str(self.path))}: {message}"
 
@@ -93,15 +91,14 @@ def check_local_data(loaded: LoadedSpec) -> None:
         SpecError: with a line for each that is not.
     """
     lines = []
-    for role in DATA_ROLES:
-        name = getattr(loaded.spec.data, role)
-        if name is None or name.startswith(("hf:", "embedded:")) or Path(name).is_file():
+    for key, name in loaded.spec.data.files.items():
+        if name.startswith(("hf:", "embedded:")) or Path(name).is_file():
             continue
         folder = Path(name).parent
         beside = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
         close = difflib.get_close_matches(Path(name).name, beside, n=1)
         hint = f"; did you mean '{folder / close[0]}'?" if close else ""
-        lines.append(loaded.locate(f"data.{role}: no such file '{name}'; paths are relative to the working directory{hint}"))
+        lines.append(loaded.locate(f"{key}: no such file '{name}'; paths are relative to the working directory{hint}"))
     if lines:
         raise SpecError(lines)
 

@@ -63,6 +63,12 @@ def num_adapter_params(plan: Blueprint, recipe: Recipe) -> int:
     return plan.shape.num_layers * adapter_params(plan.block, recipe) + adapter_params(plan.head, recipe)
 
 
+def leaves_rows_alone(config: TrialConfig) -> bool:
+    """Return whether rows of the embedding that no token has are left alone: all weights train, and a rank holds the whole table."""
+    layout = config.layout
+    return config.recipe.adapter == "none" and not layout.is_sharded and layout.tensor_parallel_size == 1
+
+
 def rank_memory(
     plan: Blueprint, config: TrialConfig, length: int, num_targets: int | None = None, *, is_on_gpu: bool = False
 ) -> RankMemory:
@@ -90,8 +96,9 @@ def rank_memory(
         num_targets=targets,
         recomputes=recomputes,
     )
-    trained = num_trained(plan, recipe)
-    frozen = 0 if recipe.adapter == "none" else frozen_bytes(plan, recipe, step.width.frozen)
+    idle = plan.num_idle_params if leaves_rows_alone(config) else 0
+    trained = num_trained(plan, recipe) - idle
+    frozen = FP32_BYTES * idle if recipe.adapter == "none" else frozen_bytes(plan, recipe, step.width.frozen)
     shards = config.layout.world_size if config.layout.is_sharded else 1
     state = RankMemory(
         weights_bytes=(FP32_BYTES * trained + frozen) // shards,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Direction = Literal["minimize", "maximize"]
@@ -30,6 +31,7 @@ EVAL_LOSS = "eval_loss"
 ACCURACY = "accuracy"
 MACRO_F1 = "macro_f1"
 EXACT_MATCH = "exact_match"
+CUSTOM = "custom"
 TRAIN_LOSS = "train_loss"
 TRAIN_SECONDS = "train_seconds"
 DEVICE_SECONDS = "device_seconds"
@@ -75,6 +77,14 @@ _TABLE = (
         unit="",
         direction="maximize",
         description="share of evaluation rows whose greedy completion gives the expected answer",
+        is_interim=False,
+    ),
+    Metric(
+        name=CUSTOM,
+        section="eval",
+        unit="",
+        direction="maximize",
+        description="what the function of data.metric makes of predictions and references",
         is_interim=False,
     ),
     Metric(
@@ -193,5 +203,39 @@ NOT_FROM_PROFILE = frozenset({TOTAL_SECONDS, HFU})
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
 
-# What follows from the recipe alone, however it is spread over devices.
-LEARNED = frozenset(name for name, metric in METRICS.items() if metric.section in ("eval", "train"))
+# Of the rows of one of several domains: `accuracy.NAME`.
+_DOMAIN = f"{ACCURACY}."
+
+
+def domain_accuracy(domain: str) -> str:
+    """Return the name of the accuracy on the evaluation rows of one domain of the data."""
+    return f"{_DOMAIN}{domain}"
+
+
+def domain_of(metric: str) -> str | None:
+    """Return the domain whose accuracy a metric is; None for all others."""
+    return metric.removeprefix(_DOMAIN) if metric.startswith(_DOMAIN) else None
+
+
+def metric_of(name: str) -> Metric:
+    """Return what is known of a reported metric.
+
+    Raises:
+        KeyError: there is no such metric.
+    """
+    domain = domain_of(name)
+    return METRICS[name] if domain is None else replace(METRICS[ACCURACY], name=name, description=f"accuracy on the rows of {domain}")
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return names of metrics, each once, in the order of the table; accuracies of domains come last, by name."""
+    found = set(names)
+    return [name for name in METRICS if name in found] + sorted(name for name in found if domain_of(name) is not None)
+
+
+def is_learned(name: str) -> bool:
+    """Return whether a metric follows from the recipe alone, however it is spread over devices."""
+    return name in _LEARNED or domain_of(name) is not None
+
+
+_LEARNED = frozenset(name for name, metric in METRICS.items() if metric.section in ("eval", "train"))

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     StrictBool,
-    StrictStr,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
@@ -23,14 +18,22 @@ from pydantic_core import PydanticCustomError
 from spaces.budget import BudgetSpec
 from spaces.domains import Within
 from spaces.fidelity import GRACE_PERIOD, REDUCTION_FACTOR, rung_shares
-from spaces.metrics import ACCURACY, EVAL_LOSS, EXACT_MATCH, MACRO_F1, METRICS, NOT_FROM_PROFILE, TRAIN_SECONDS, Direction
+from spaces.inputs import AtLeastOne, AtLeastZero, DataSpec, ModelSpec, SafeName, Section, Task, Text
+from spaces.metrics import (
+    ACCURACY,
+    CUSTOM,
+    EVAL_LOSS,
+    EXACT_MATCH,
+    MACRO_F1,
+    METRICS,
+    NOT_FROM_PROFILE,
+    TRAIN_SECONDS,
+    Direction,
+    domain_accuracy,
+    domain_of,
+    metric_of,
+)
 from spaces.space import SpaceSpec
-
-Task = Literal["sequence-classification", "causal-lm"]
-
-EMBEDDED = "embedded:"
-EMBEDDED_MODELS = ("embedded:all-MiniLM-L6-v2",)
-EMBEDDED_DATA = ("embedded:stdlib-docstrings",)
 
 # train/ and test/ metrics are no objectives: the first does not generalise, the second must not be searched on.
 OBJECTIVE_METRICS = tuple(m.name for m in METRICS.values() if m.section in ("eval", "perf", "cost"))
@@ -39,56 +42,16 @@ _TASK_OF_METRIC: dict[str, Task] = {MACRO_F1: "sequence-classification", EXACT_M
 # Without a time budget, an hour is the time beyond which a trial adds nothing to the hypervolume.
 DEFAULT_REFERENCE_SECONDS = 3600.0
 
-_SAFE_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_HUB_DATA = re.compile(r"hf:[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?")
-
-
-def _not_empty(value: str) -> str:
-    if not value.strip():
-        raise PydanticCustomError("empty", "empty", {"allowed": "a text that is not empty"})
-    return value
-
-
-def _safe_name(value: str) -> str:
-    # `.` and `..` are directories that exist already.
-    if not _SAFE_NAME.fullmatch(value) or not value.strip("."):
-        allowed = {"allowed": "1 to 64 letters, digits, '.', '_' and '-'"}
-        raise PydanticCustomError("unsafe_name", "not a safe name for a directory", allowed)
-    return value
-
-
-def _known_embedded_model(value: str) -> str:
-    return _known_embedded(value, EMBEDDED_MODELS)
-
-
-def _known_data(value: str) -> str:
-    if value.startswith("hf:") and not _HUB_DATA.fullmatch(value):
-        allowed = {"allowed": "hf:org/name, hf:org/name:config, hf:org/name@revision"}
-        raise PydanticCustomError("hub_data", "not the name of a hub data set", allowed)
-    return _known_embedded(value, EMBEDDED_DATA)
-
-
-def _known_embedded(value: str, known: tuple[str, ...]) -> str:
-    if value.startswith(EMBEDDED) and value not in known:
-        allowed = {"allowed": ", ".join(known), "names": list(known)}
-        raise PydanticCustomError("embedded", "not an embedded one", allowed)
-    return value
-
 
 def _known_metric(value: Any) -> Any:
-    if value not in OBJECTIVE_METRICS:
+    if value not in OBJECTIVE_METRICS and not (isinstance(value, str) and domain_of(value)):
         names = list(OBJECTIVE_METRICS)
         raise PydanticCustomError("metric", "not a metric", {"allowed": ", ".join(names), "names": names})
     return value
 
 
-Text = Annotated[StrictStr, AfterValidator(_not_empty)]
-SafeName = Annotated[StrictStr, AfterValidator(_safe_name)]
-ModelName = Annotated[Text, AfterValidator(_known_embedded_model)]
-DataName = Annotated[Text, AfterValidator(_known_data)]
-MetricName = Annotated[str, BeforeValidator(_known_metric), WithJsonSchema({"enum": list(OBJECTIVE_METRICS)})]
-AtLeastOne = Annotated[int, Within(ge=1, le=1_000_000)]
-AtLeastZero = Annotated[int, Within(ge=0, le=1_000_000)]
+_METRIC_SCHEMA = {"anyOf": [{"enum": list(OBJECTIVE_METRICS)}, {"type": "string", "pattern": r"^accuracy\..+$"}]}
+MetricName = Annotated[str, BeforeValidator(_known_metric), WithJsonSchema(_METRIC_SCHEMA)]
 Finite = Annotated[float, Within()]
 
 
@@ -103,82 +66,28 @@ class Objective:
 
 
 def _is_interim_quality(metric: str) -> bool:
-    return METRICS[metric].section == "eval" and METRICS[metric].is_interim
+    return metric_of(metric).section == "eval" and metric_of(metric).is_interim
 
 
 def _before_the_end(objective: Objective) -> Objective:
     """Return what an objective is judged by at a rung."""
-    if METRICS[objective.metric].section != "eval" or objective.direction != "maximize":
+    if metric_of(objective.metric).section != "eval" or objective.direction != "maximize":
         return objective
     return Objective(metric=EVAL_LOSS, direction="minimize", reference=None)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class ModelSpec(_Section):
-    """The model that is fine-tuned."""
-
-    name: ModelName
-    """A hub name, a local directory, or `embedded:all-MiniLM-L6-v2`."""
-    task: Task
-    """What the model learns: labels of rows, or the next token."""
-    revision: Text | None = None
-    """Branch, tag or commit on the hub."""
-    max_length: Annotated[int, Within(ge=8, le=131_072)] = 128
-    """Tokens per row; longer rows are cut."""
-
-
-class DataSpec(_Section):
-    """The rows to train and to evaluate on. Columns are found by their names unless they are given."""
-
-    train: DataName
-    """A csv, tsv, jsonl, json, parquet or txt file, `hf:org/name[:config][@revision]`, `embedded:stdlib-docstrings`."""
-    evaluation: DataName | None = None
-    """Rows that every trial is evaluated on; without it, a part of the training rows is held out."""
-    test: DataName | None = None
-    """Rows that the search never sees; members of the front are scored on them at the end, and `paretune confirm` scores on them."""
-    holdout: Annotated[float, Within(gt=0, le=0.5)] = 0.1
-    """Share of the training rows that is held out when there is no evaluation file."""
-    text: Text | None = None
-    """Column of the text."""
-    label: Text | None = None
-    """Column of the label (classification)."""
-    prompt: Text | None = None
-    """Column of the prompt (causal-lm)."""
-    completion: Text | None = None
-    """Column of the completion, the only part that the loss counts (causal-lm)."""
-    messages: Text | None = None
-    """Column of the chat messages (causal-lm)."""
-    answer_pattern: Text | None = None
-    """Regular expression whose first group is the answer in a completion; exact_match compares it."""
-    exact_match_rows: AtLeastZero = 64
-    """Evaluation rows that are completed greedily for exact_match; 0 turns it off."""
-
-    @field_validator("answer_pattern")
-    @classmethod
-    def _compiles(cls, pattern: str | None) -> str | None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            context = {"error": str(error), "allowed": "a regular expression of Python"}
-            raise PydanticCustomError("pattern", "not a regular expression ({error})", context) from error
-        return pattern
-
-
-class ObjectiveSpec(_Section):
+class ObjectiveSpec(Section):
     """One thing to make better."""
 
     metric: MetricName
-    """Name of a reported metric."""
+    """Name of a reported metric; `accuracy.NAME` for one of `data.domains`."""
     direction: Direction | None = None
     """`minimize` or `maximize`; by default what is better for the metric."""
     reference: Finite | None = None
     """The worst value that is still worth anything; the hypervolume is measured from there."""
 
 
-class ResourcesSpec(_Section):
+class ResourcesSpec(Section):
     """What one worker, that is one rank, takes."""
 
     workers: AtLeastOne | None = None
@@ -191,7 +100,7 @@ class ResourcesSpec(_Section):
     """Dollars for an hour of one worker; the search then says what it cost."""
 
 
-class SamplerSpec(_Section):
+class SamplerSpec(Section):
     """What proposes trials."""
 
     method: Literal["auto", "tpe", "gp", "nsga2", "random", "points"] = "auto"
@@ -211,7 +120,7 @@ class SamplerSpec(_Section):
     without a warm start, usual trainings of several lengths; `[]` for none."""
 
 
-class SchedulerSpec(_Section):
+class SchedulerSpec(Section):
     """What stops trials before their end: asynchronous successive halving over several objectives."""
 
     method: Literal["asha", "none"] = "none"
@@ -241,7 +150,7 @@ class SchedulerSpec(_Section):
         return brackets
 
 
-class TrackingSpec(_Section):
+class TrackingSpec(Section):
     """Where MLflow is."""
 
     uri: Text | None = None
@@ -250,7 +159,7 @@ class TrackingSpec(_Section):
     """MLflow experiment."""
 
 
-class SearchSpec(_Section):
+class SearchSpec(Section):
     """A search."""
 
     name: SafeName | None = None
@@ -302,9 +211,19 @@ class SearchSpec(_Section):
             if model is not None and task is not None and model.task != task:
                 context = {"metric": metric, "task": model.task, "allowed": f"{metric} only with {task}"}
                 raise PydanticCustomError("metric_of_task", "{metric} is not reported for {task}", context)
-        if EXACT_MATCH in metrics and data is not None and data.exact_match_rows == 0:
-            context = {"allowed": "data.exact_match_rows at least 1"}
-            raise PydanticCustomError("metric_off", "exact_match is turned off by data.exact_match_rows", context)
+        domains = [domain_accuracy(name) for name in (data.domains or {})] if data is not None else []
+        unknown = [m for m in metrics if domain_of(m) is not None and m not in domains]
+        if unknown and data is not None:
+            context = {"metric": unknown[0], "allowed": ", ".join(domains) or "with data.domains", "names": domains}
+            raise PydanticCustomError("no_such_domain", "{metric} is of no domain of the data", context)
+        completed = [m for m in metrics if m == EXACT_MATCH or (m == CUSTOM and model is not None and model.task == "causal-lm")]
+        if completed and data is not None and data.exact_match_rows == 0:
+            context = {"metric": completed[0], "allowed": "data.exact_match_rows at least 1"}
+            raise PydanticCustomError("metric_off", "{metric} is turned off by data.exact_match_rows", context)
+        if CUSTOM in metrics and data is not None and data.metric is None:
+            raise PydanticCustomError(
+                "no_metric", "custom without data.metric", {"allowed": "custom with data.metric: module:function"}
+            )
         return objectives
 
     @field_validator("objectives")
@@ -368,11 +287,11 @@ class SearchSpec(_Section):
         """
         if self.scheduler.method != "asha":
             return ()
-        known = [o for o in self.resolved_objectives() if METRICS[o.metric].is_interim]
+        known = [o for o in self.resolved_objectives() if metric_of(o.metric).is_interim]
         return tuple({o.metric: o for o in map(_before_the_end, known)}.values())
 
     def _resolve(self, objective: ObjectiveSpec) -> Objective:
-        metric = METRICS[objective.metric]
+        metric = metric_of(objective.metric)
         direction = objective.direction or metric.direction
         reference = objective.reference
         if reference is None and direction == "maximize":

@@ -11,7 +11,7 @@ from synthetic_data import task_data
 from torch.distributed.fsdp import FSDPModule
 
 from spaces.architecture import ModelShape
-from spaces.blueprint import FAMILIES, Blueprint, blueprint
+from spaces.blueprint import FAMILIES, Blueprint, blueprint, with_idle_rows
 from spaces.config import Layout, Recipe, TrialConfig
 from spaces.memory import rank_memory
 from spaces.tensor_parallel import PLANS
@@ -48,6 +48,8 @@ class Case:
     method: str = "lora"
     """Of those with an adapter."""
     changes: tuple[tuple[str, int], ...] = ()
+    num_used: int | None = None
+    """Tokens that the data have; None: all of the vocabulary."""
 
     @property
     def task(self) -> str:
@@ -96,7 +98,8 @@ class Case:
         return task_data("causal-lm", table, table)
 
     def blueprint(self) -> Blueprint:
-        return blueprint(config_of(make(self.family, self.task, **dict(self.changes))), self.task, NUM_LABELS)  # type: ignore[arg-type]
+        plan = blueprint(config_of(make(self.family, self.task, **dict(self.changes))), self.task, NUM_LABELS)  # type: ignore[arg-type]
+        return plan if self.num_used is None else with_idle_rows(plan, self.num_used)
 
 
 ALONE = [
@@ -167,6 +170,13 @@ VARIANTS = [
     for r, n in ((2, 16), (8, 32), (16, 48))
 ]
 ALONE += VARIANTS
+IDLE = [
+    Case(family=f, precision=p, changes=WIDE, num_used=97, num_micro_batches=n)
+    for f in ("llama", "gemma2", "bert", "gpt2", "distilbert")
+    for p in PRECISIONS
+    for n in (1, 2)
+]
+ALONE += IDLE
 REPLICATED = [
     Case(family=f, adapter=a, precision=p, num_micro_batches=n, recomputation=c)
     for f in ("llama", "bert")
@@ -213,7 +223,9 @@ SPLIT += [Case(family="llama", adapter=a, changes=(("attention_bias", True), ("m
 # Of the grids what a test run has time for: every family in every precision, every modelling file with every adapter and
 # recomputation; on two ranks every kind of block, and either precision.
 ALONE_IN_SHORT = [
-    c for c in ALONE if (c.rows == 8 and c.family in DISTINCT) or (c.rows == 16 and c.recomputation == c.adapter == "none")
+    c
+    for c in ALONE
+    if c.num_used is None and ((c.rows == 8 and c.family in DISTINCT) or (c.rows == 16 and c.recomputation == c.adapter == "none"))
 ]
 ALONE_IN_SHORT += [c for c in ALONE if c.length == 120 and c.adapter != "some" and c.recomputation == "none"]
 _REPLICATED_IN_SHORT = (("llama", "fp32", 2), ("bert", "bf16", 1))
@@ -230,7 +242,8 @@ def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
     Between ranks, gloo's threads let go of a collective's buffers some time after it, and in one step of about ten one more is there
     at the peak; so it is the smallest of several equal steps.
     """
-    module = build(config, case.base(), world)
+    used = None if case.num_used is None else np.arange(case.num_used)
+    module = build(config, case.base(), world, used_tokens=used)
     module.train()
     batch = case.batch()
     trained = trainable(module)

@@ -9,9 +9,9 @@ import numpy as np
 
 from search.profiling import NUM_ROUNDS, mean_profile
 from spaces.config import TrialConfig
+from spaces.inputs import DataSpec, ModelSpec
 from spaces.space import SpaceSpec
-from spaces.spec import DataSpec, ModelSpec
-from trainables import data as task_data
+from trainables import preparation
 from trainables.data import TaskData
 from trainables.hub import EMBEDDED_MODEL, resolve_model
 from trainables.loop import Trainer
@@ -79,7 +79,7 @@ def predicted_and_measured(world: World, cases: list[Case]) -> list[dict[str, fl
 
 def _load(max_length: int) -> tuple[TaskData, BaseModel]:
     model = ModelSpec(name=EMBEDDED_MODEL, task=TASK, max_length=max_length)
-    data = task_data.prepare(model, DataSpec(train="embedded:stdlib-docstrings"))
+    data = preparation.prepare(model, DataSpec(train="embedded:stdlib-docstrings"))
     return data, BaseModel.load(resolve_model(EMBEDDED_MODEL, None), None, TASK, data.label_names)
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from spaces.config import TrialConfig
+from spaces.packing import Packing
 from trainables.data import TaskData, TokenTable
 from trainables.mesh import World
+from trainables.packed_rows import PackedRows
 from trainables.tokenization import IGNORE
 
 # Rows are sorted by length within this many global batches: long enough to save most padding, short enough to stay random.
@@ -37,22 +39,41 @@ class Form:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Rows padded to the longest."""
+    """Rows padded to the longest, or laid end to end as one."""
 
     input_ids: torch.Tensor
-    """int64 (rows, length)"""
+    """int64 (rows, length), or (1, tokens)"""
     attention_mask: torch.Tensor | None
     """int64 (rows, length), 1 for real tokens; None where all are: attention then needs none"""
     positions: torch.Tensor
-    """int64 (targets,): where a target is predicted; causal-lm: index into the flat (rows x length) positions, of the token before;
-    classification: the row"""
+    """int64 (targets,): where a target is predicted; causal-lm: index into the flat positions, of the token before; classification:
+    the row"""
     targets: torch.Tensor
     """int64 (targets,): the token or class that is expected there"""
+    packed: PackedRows | None = None
+    """Where rows lie that are laid end to end; None: they are padded, or of one length"""
 
     @property
     def form(self) -> Form:
         rows, width = self.input_ids.shape
         return Form(rows=rows, width=width, is_padded=self.attention_mask is not None)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.input_ids) if self.packed is None else self.packed.num_rows
+
+    def inputs(self) -> dict[str, Any]:
+        """Return the model's arguments."""
+        tokens = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return tokens if self.packed is None else tokens | self.packed.inputs()
+
+    def row_of_targets(self, task: str) -> torch.Tensor:
+        """Return the row of every target: int64 (targets,)."""
+        if task != "causal-lm":
+            return self.positions
+        if self.packed is None:
+            return self.positions // self.input_ids.shape[1]
+        return torch.searchsorted(self.packed.starts, self.positions, right=True) - 1
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
@@ -61,44 +82,60 @@ class Batch:
         return Batch(**moved)
 
 
-def collate(table: TokenTable, rows: np.ndarray, pad_token_id: int) -> Batch:
-    """Pad rows at the right to the longest of them.
+def collate(table: TokenTable, rows: np.ndarray, pad_token_id: int, packing: Packing | None = None) -> Batch:
+    """Lay rows end to end, or pad them at the right to the longest of them.
 
     No rows at all become one row without targets: a rank without work must still take part in the collectives.
+
+    Args:
+        table: the rows.
+        rows: indices into it.
+        pad_token_id: what they are padded with.
+        packing: how they are laid end to end; None: they are padded. Rows of one length need neither.
     """
     is_dummy = len(rows) == 0
     indices = np.zeros(1, dtype=np.int64) if is_dummy else rows
     # Of these rows alone: all lengths of a large table, for every micro batch, would take longer than the step.
     lengths = table.offsets[indices + 1] - table.offsets[indices]
     width = int(lengths.max())
-    input_ids = np.full((len(indices), width), pad_token_id, dtype=np.int64)
-    mask = np.zeros((len(indices), width), dtype=np.int64)
-    # The token at i is predicted from the tokens before it.
-    expected = np.full((len(indices), width), IGNORE, dtype=np.int64)
-    for i, index in enumerate(indices):
-        ids, row_targets = table.row(int(index))
-        input_ids[i, : len(ids)] = ids
-        mask[i, : len(ids)] = 1
-        if row_targets is not None and not is_dummy:
-            expected[i, : len(ids) - 1] = row_targets[1:]
+    is_real = np.arange(width) < lengths[:, None]
+    tokens = np.concatenate([np.arange(table.offsets[i], table.offsets[i + 1]) for i in indices])
+    input_ids = np.full(is_real.shape, pad_token_id, dtype=np.int64)
+    input_ids[is_real] = table.input_ids[tokens]
+    is_packed = packing is not None and not is_real.all()
     if table.labels is None:
-        positions = np.flatnonzero(expected != IGNORE)
-        targets = expected.ravel()[positions]
+        assert table.targets is not None  # of a language model
+        # The token at i is predicted from the tokens before it.
+        expected = np.full(is_real.shape, IGNORE, dtype=np.int64)
+        if not is_dummy:
+            expected[is_real] = table.targets[tokens]
+            expected = np.concatenate([expected[:, 1:], np.full((len(indices), 1), IGNORE)], axis=1)
+        flat = expected[is_real] if is_packed else expected.ravel()
+        positions = np.flatnonzero(flat != IGNORE)
+        targets = flat[positions]
     else:
         positions, targets = np.arange(len(rows)), table.labels[rows]
     return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=None if mask.all() else torch.from_numpy(mask),
+        input_ids=torch.from_numpy(input_ids[is_real][None] if is_packed else input_ids),
+        attention_mask=None if is_packed or is_real.all() else torch.from_numpy(is_real.astype(np.int64)),
         positions=torch.from_numpy(positions),
         targets=torch.from_numpy(targets),
+        packed=PackedRows.of(lengths, packing) if is_packed and packing is not None else None,
     )
 
 
 class BatchPlan:
     """All global batches of a trial, and how each is dealt to ranks and accumulation steps."""
 
-    def __init__(self, config: TrialConfig, data: TaskData) -> None:
-        self._table = data.train
+    def __init__(self, config: TrialConfig, data: TaskData, packing: Packing | None = None) -> None:
+        """Plan them.
+
+        Args:
+            config: the trial's.
+            data: its data.
+            packing: see `collate`.
+        """
+        self._table, self._packing = data.train, packing
         self._lengths, self._num_targets = data.train.lengths, data.train.num_targets
         self._pad = data.pad_token_id
         self._layout = config.layout
@@ -126,7 +163,7 @@ class BatchPlan:
 
     def micro_batches(self, step: int, rank: int) -> list[Batch]:
         """Return a rank's micro batches of a step, as many on every rank."""
-        return [collate(self._table, part[rank], self._pad) for part in self._dealt(step)]
+        return [collate(self._table, part[rank], self._pad, self._packing) for part in self._dealt(step)]
 
     def forms(self) -> Counter[Form]:
         """Return how many micro batches of every form there are, over all steps and ranks."""
@@ -145,19 +182,22 @@ class BatchPlan:
         rows = np.array([len(batch) for batch in self._batches])
         tokens = np.array([lengths[batch].sum() for batch in self._batches])
         squares = np.array([(lengths[batch].astype(np.float64) ** 2).sum() for batch in self._batches])
-        padded = np.array([sum(len(part) * int(lengths[part].max()) for part in parts) for parts in dealt])
-        longest = np.array([int(lengths[batch].max()) for batch in self._batches])
+        computed = [[self._computed(lengths[part]) for part in parts] for parts in dealt]
         targets = np.array([num_targets[batch].sum() for batch in self._batches])
         micro_targets = np.array([max(int(num_targets[part].sum()) for part in parts) for parts in dealt])
         return StepSizes(
             rows=rows,
             tokens=tokens,
             targets=targets,
-            padded_tokens=padded,
+            padded_tokens=np.array([sum(step) for step in computed]),
+            micro_tokens=np.array([max(step) for step in computed]),
             squared_lengths=squares,
-            longest=longest,
             micro_targets=micro_targets,
         )
+
+    def _computed(self, lengths: np.ndarray) -> int:
+        """Return the tokens of a micro batch, with padding where there is any."""
+        return int(lengths.sum() if self._packing is not None else len(lengths) * lengths.max())
 
     def _dealt(self, step: int) -> list[list[np.ndarray]]:
         """Return rows by accumulation step and rank.
@@ -180,9 +220,10 @@ class StepSizes:
     targets: np.ndarray
     """Positions that the loss counts."""
     padded_tokens: np.ndarray
+    """Of tokens and padding; without padding the tokens."""
+    micro_tokens: np.ndarray
+    """Of the micro batch that has the most of these."""
     squared_lengths: np.ndarray
-    longest: np.ndarray
-    """Tokens of the longest row."""
     micro_targets: np.ndarray
     """Positions that the loss counts, in the micro batch that has the most of them."""
 
@@ -219,7 +260,10 @@ def _global_batches(config: TrialConfig, data: TaskData) -> list[np.ndarray]:
     rng = np.random.default_rng(recipe.seed)
     rows = data.subset(recipe.dataset_fraction)
     total = max(1, round(recipe.epochs * len(rows)))
-    order = np.concatenate([rng.permutation(rows) for _ in range(-(-total // len(rows)))])[:total]
+    if data.domain_weights is None:
+        order = _epochs(rows, total, rng)
+    else:
+        order = _mixed(rows, total, data.train.domains, data.domain_weights, rng)
     bucket = BUCKET_BATCHES * recipe.global_batch_size
     batches: list[np.ndarray] = []
     for start in range(0, total, bucket):
@@ -229,3 +273,24 @@ def _global_batches(config: TrialConfig, data: TaskData) -> list[np.ndarray]:
         # Without this, long rows would always be trained last in their bucket.
         batches += [cut[i] for i in rng.permutation(len(cut))]
     return batches
+
+
+def _epochs(rows: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:
+    """Return so many rows: all of them in one random order after the other."""
+    return np.concatenate([rng.permutation(rows) for _ in range(-(-total // len(rows)))])[:total]
+
+
+def _mixed(
+    rows: np.ndarray, total: int, domains: np.ndarray | None, weights: tuple[float, ...], rng: np.random.Generator
+) -> np.ndarray:
+    """Return so many rows of which every domain has the share that its weight says, spread evenly over the whole."""
+    assert domains is not None  # where there are weights, there are domains
+    shares = np.array(weights) / sum(weights)
+    # Rounded so that they add up; a domain that would have none has one.
+    ends = np.rint(np.cumsum(shares) * total).astype(np.int64)
+    counts = np.maximum(1, np.diff(ends, prepend=0))
+    chosen, places = [], []
+    for domain, count in enumerate(counts):
+        chosen.append(_epochs(rows[domains[rows] == domain], int(count), rng))
+        places.append((np.arange(count) + rng.random(count)) / count)
+    return np.concatenate(chosen)[np.argsort(np.concatenate(places), kind="stable")][:total]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from spaces import metrics
 from spaces.config import TrialConfig
-from trainables.batching import collate, evaluation_batches
+from trainables.batching import Batch, collate, evaluation_batches
 from trainables.compilation import as_written
-from trainables.data import TaskData, TokenTable
+from trainables.data import TaskData, TokenTable, expected_text
 from trainables.loss import evaluated
 from trainables.mesh import World
 from trainables.model import unwrapped
+from trainables.packed import packing_for
 from trainables.parallelize import autocast
 from trainables.tokenization import IGNORE
 
@@ -26,30 +28,74 @@ GENERATION_ROWS = 32
 
 @torch.no_grad()
 def evaluate(module: nn.Module, config: TrialConfig, data: TaskData, table: TokenTable, world: World) -> dict[str, float]:
-    """Return eval_loss and accuracy, and macro_f1 for classification; every rank must call it."""
+    """Return eval_loss and accuracy; for classification macro_f1 and the user's own score; the accuracy of every domain.
+
+    Every rank must call it.
+
+    Raises:
+        TrialError: the user's own score failed.
+    """
     module.eval()
     rows_world = world.data_parallel(config.layout)
-    num_classes = len(data.label_names)
-    totals = torch.zeros(3, dtype=torch.float64)  # loss, right, counted
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.float64)
+    tally = _Tally(data, table)
     vocab_size = unwrapped(module).config.get_text_config().vocab_size if data.task == "causal-lm" else 0
     training_tokens = config.layout.micro_batch_size * int(data.train.lengths.max())
+    packing = packing_for(unwrapped(module), config, data)
     for rows in evaluation_batches(table, rows_world, training_tokens=training_tokens, vocab_size=vocab_size):
-        batch = collate(table, rows, data.pad_token_id).to(world.device)
+        batch = collate(table, rows, data.pad_token_id, packing).to(world.device)
         with autocast(config, world), as_written(config.layout.compile == "blocks"):
             loss, predicted = evaluated(module, batch, data.task)
-        targets = batch.targets
-        right = (predicted == targets).sum()
-        totals += torch.stack([loss.double(), right.double(), torch.tensor(float(len(targets))).to(loss)]).cpu()
-        if num_classes:
-            confusion += torch.bincount((targets * num_classes + predicted).cpu(), minlength=num_classes**2)
+        tally.add(rows, batch, loss, predicted)
     module.train()
-    summed = rows_world.sum(torch.cat([totals, confusion])).cpu()
-    loss_sum, num_right, num_counted = summed[:3].tolist()
-    result = {metrics.EVAL_LOSS: loss_sum / num_counted, metrics.ACCURACY: num_right / num_counted}
-    if num_classes:
-        result[metrics.MACRO_F1] = _macro_f1(summed[3:].reshape(num_classes, num_classes))
-    return result
+    return tally.scores(rows_world)
+
+
+class _Tally:
+    """What the scores are made of, summed over a rank's batches."""
+
+    def __init__(self, data: TaskData, table: TokenTable) -> None:
+        self._data, self._table = data, table
+        num_classes = len(data.label_names)
+        self._totals = torch.zeros(3, dtype=torch.float64)  # loss, right, counted
+        self._confusion = torch.zeros(num_classes * num_classes, dtype=torch.float64)
+        self._domains = torch.zeros(2, len(data.domains), dtype=torch.float64)  # right, counted
+        # The class of every row, plus one.
+        self._predicted = torch.zeros(table.num_rows if num_classes and data.metric else 0, dtype=torch.float64)
+
+    def add(self, rows: np.ndarray, batch: Batch, loss: torch.Tensor, predicted: torch.Tensor) -> None:
+        """Add the rows of a batch; of one without rows nothing counts."""
+        data, table, num_classes = self._data, self._table, len(self._data.label_names)
+        right = predicted == batch.targets
+        self._totals += torch.stack([loss.double(), right.sum().double(), torch.tensor(float(len(right))).to(loss)]).cpu()
+        predicted, right = predicted.cpu(), right.cpu()
+        if num_classes:
+            self._confusion += torch.bincount(batch.targets.cpu() * num_classes + predicted, minlength=num_classes**2)
+        if len(self._predicted):
+            self._predicted[torch.from_numpy(rows)] = predicted.double() + 1
+        if table.domains is not None and len(rows):
+            domains = torch.from_numpy(table.domains[rows])[batch.row_of_targets(data.task).cpu()]
+            self._domains += torch.stack([torch.bincount(d, minlength=len(data.domains)) for d in (domains[right], domains)])
+
+    def scores(self, world: World) -> dict[str, float]:
+        """Return the scores over all ranks.
+
+        Raises:
+            TrialError: the user's own score failed.
+        """
+        data, num_classes = self._data, len(self._data.label_names)
+        parts = (self._totals, self._confusion, self._domains.flatten(), self._predicted)
+        totals, confusion, domains, predicted = world.sum(torch.cat(parts)).cpu().split([len(part) for part in parts])
+        loss, right, counted = totals.tolist()
+        found = {metrics.EVAL_LOSS: loss / counted, metrics.ACCURACY: right / counted}
+        if num_classes:
+            found[metrics.MACRO_F1] = _macro_f1(confusion.reshape(num_classes, num_classes))
+        for name, right, counted in zip(data.domains, *domains.reshape(2, -1).tolist(), strict=True):
+            if counted:  # not every domain has test rows
+                found[metrics.domain_accuracy(name)] = right / counted
+        if data.metric is not None and self._table.labels is not None:
+            names = data.label_names
+            found[metrics.CUSTOM] = data.metric([names[int(i) - 1] for i in predicted], [names[i] for i in self._table.labels])
+        return found
 
 
 def _macro_f1(confusion: torch.Tensor) -> float:
@@ -60,14 +106,38 @@ def _macro_f1(confusion: torch.Tensor) -> float:
     return float((2 * hits[there] / total[there]).mean())
 
 
+def completion_scores(
+    module: nn.Module, config: TrialConfig, data: TaskData, world: World, tokenizer: Any, num_rows: int
+) -> dict[str, float]:
+    """Return what is judged by greedy completions of the first evaluation rows: exact_match, and the user's own score.
+
+    Every rank must call it.
+
+    Raises:
+        TrialError: the user's own score failed.
+    """
+    texts = completions(module, config, data, world, tokenizer, num_rows)
+    scores = {}
+    if data.answers is not None and data.answer_pattern is not None:
+        scores[metrics.EXACT_MATCH] = _exact_match(texts, data.answers, data.answer_pattern)
+    if data.metric is not None:
+        scores[metrics.CUSTOM] = data.metric(texts, [expected_text(data.evaluation, i, tokenizer) for i in range(len(texts))])
+    return scores
+
+
+def _exact_match(texts: list[str], answers: Sequence[str], pattern: str) -> float:
+    """Return the share of completions that give the expected answer."""
+    found = [re.search(pattern, text) for text in texts]
+    right = [match is not None and match.group(1).strip() == answer for match, answer in zip(found, answers, strict=False)]
+    return sum(right) / len(texts)
+
+
 @torch.no_grad()
-def exact_match(module: nn.Module, config: TrialConfig, data: TaskData, world: World, tokenizer: Any, num_rows: int) -> float:
-    """Return the share of the first evaluation rows whose greedy completion gives the expected answer.
+def completions(module: nn.Module, config: TrialConfig, data: TaskData, world: World, tokenizer: Any, num_rows: int) -> list[str]:
+    """Return the greedy completions of the first evaluation rows, on every rank.
 
     Every rank generates its own rows, or all where it sees all, and must call this; with FSDP2 all step on until the last is done.
     """
-    assert data.answers is not None  # the caller asks only for data with answers
-    assert data.answer_pattern is not None
     model = unwrapped(module)
     model.eval()
     if isinstance(module, FSDPModule):
@@ -77,7 +147,7 @@ def exact_match(module: nn.Module, config: TrialConfig, data: TaskData, world: W
     rows_world = world.data_parallel(config.layout)
     mine = np.arange(num_rows)[rows_world.rank :: rows_world.world_size]
     per_rank = -(-num_rows // rows_world.world_size)
-    right = 0
+    texts: dict[int, str] = {}
     for start in range(0, per_rank, GENERATION_ROWS):
         rows = mine[start : start + GENERATION_ROWS]
         prompts = [_prompt(data.evaluation, int(i)) for i in rows] or [_prompt(data.evaluation, 0)]
@@ -97,10 +167,10 @@ def exact_match(module: nn.Module, config: TrialConfig, data: TaskData, world: W
                 synced_gpus=rows_world.world_size > 1,
             )
         for i, completion in zip(rows, out[:, width:], strict=False):
-            found = re.search(data.answer_pattern, tokenizer.decode(completion, skip_special_tokens=True))
-            right += found is not None and found.group(1).strip() == data.answers[int(i)]
+            texts[int(i)] = tokenizer.decode(completion, skip_special_tokens=True)
     model.train()
-    return float(rows_world.sum(torch.tensor([float(right)]))[0]) / num_rows
+    gathered = {i: text for part in rows_world.gather(texts) for i, text in part.items()}
+    return [gathered[i] for i in range(num_rows)]
 
 
 def _prompt(table: TokenTable, index: int) -> list[int]:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from spaces.architecture import DECODERS
-from spaces.spec import ModelSpec
+from spaces.inputs import ModelSpec
 
 EMBEDDED_MODEL, EMBEDDED_ORIGIN = "embedded:all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"
 # The hash of the original weights: model.safetensors on the hub.

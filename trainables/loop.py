@@ -22,17 +22,19 @@ from trainables.batching import Batch, BatchPlan
 from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from trainables.compilation import Compilation, as_written
 from trainables.data import TaskData
-from trainables.evaluation import evaluate, exact_match
+from trainables.evaluation import completion_scores, evaluate
 from trainables.loss import TrainingLoss
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.meter import FlopWatch, StepTimer, details, speed
 from trainables.model import BaseModel, build, trainable, unwrapped
 from trainables.optim import clip_gradients, learning_rate, make_optimizer
+from trainables.packed import packing_for
 from trainables.parallelize import autocast, gradient_sync, recompute, summing
 from trainables.report import Diverged, OutOfMemory, TrialReport
 from trainables.tensor_parallel import piece_of, sum_partial_gradients
 from trainables.tokenization import load_tokenizer
+from trainables.trained_rows import rows_of
 
 # Whether the loss is still finite is looked at this often: every look makes a GPU wait.
 CHECK_STEPS = 16
@@ -137,11 +139,12 @@ class Trainer:
         self._watch = FlopWatch(base.shape)
         saved = checkpoints.latest_valid() if checkpoints else None
         self._timer = StepTimer(world.device, saved.state["step_parts"] if saved else [])
-        self._plan = BatchPlan(config, data)
+        self._plan = BatchPlan(config, data, packing_for(base.module, config, data))
         self._compilation = Compilation.of(self._plan.forms()) if config.layout.compile == "blocks" else None
-        self.module = build(config, base, world, self._timer, self._compilation)
+        self.module = build(config, base, world, self._timer, self._compilation, data.tokens())
         self.module.train()
         self._parameters = trainable(self.module)
+        self._idle_rows = [rows for p in self._parameters.values() if (rows := rows_of(p)) is not None]
         self._loss = TrainingLoss(data.task, self._compilation)
         self._optimizer = make_optimizer(self._parameters, config.recipe)
         if checkpoints is not None:
@@ -162,8 +165,9 @@ class Trainer:
         recipe = self.config.recipe
         followed = self.memory.follow() if self.step >= self.largest_step else nullcontext(False)
         with followed as is_disturbed, self._timer.step(is_disturbed=is_disturbed) as mark:
+            rate = learning_rate(recipe, self.step, self.num_steps)
             for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, self.step, self.num_steps)
+                group["lr"] = rate
             # DDP and FSDP2 average gradients over the ranks; the loss is a mean over the whole global batch.
             scale = self._rows_world.world_size / self._plan.num_targets(self.step)
             micro_batches = [b.to(self.world.device) for b in self._plan.micro_batches(self.step, self._rows_world.rank)]
@@ -176,6 +180,8 @@ class Trainer:
             clip_gradients(self._parameters.values())
             self._optimizer.step()
             self._optimizer.zero_grad()
+            for rows in self._idle_rows:
+                rows.scale *= 1 - rate * recipe.weight_decay
             mark("optimizer")
         self.step += 1
         if self.step % CHECK_STEPS == 0 or self.step in self.rungs:
@@ -192,11 +198,10 @@ class Trainer:
     def final_report(self, exact_match_rows: int) -> TrialReport:
         """Evaluate all that is asked for, save the weights, and report what the trial cost."""
         scores = self._evaluate()
-        if self.data.answers is not None and exact_match_rows:
+        if self.data.judges_completions and exact_match_rows:
             tokenizer = load_tokenizer(self.base.name, self.base.revision)
             with self.memory.pause():
-                score = exact_match(self.module, self.config, self.data, self.world, tokenizer, exact_match_rows)
-            scores[metrics.EXACT_MATCH] = score
+                scores |= completion_scores(self.module, self.config, self.data, self.world, tokenizer, exact_match_rows)
         if self.checkpoints is not None:
             weights = {name: _whole(p, p) for name, p in self._parameters.items()}
             if self.world.rank == 0:
@@ -311,6 +316,9 @@ class Trainer:
         if saved.state.get("layout") == self.config.layout.key():  # under another one, ranks hold something else
             self.memory.restore(saved.state["memory_by_rank"][self.world.rank])
         load_weights(self._parameters, saved.weights)
+        for rows in self._idle_rows:
+            rates = (learning_rate(self.config.recipe, step, self.num_steps) for step in range(self.step))
+            rows.scale = math.prod(1 - rate * self.config.recipe.weight_decay for rate in rates)
         for name, parameter in self._parameters.items():
             prefix = f"{name}/"
             values = {k.removeprefix(prefix): v for k, v in saved.optimizer.items() if k.startswith(prefix)}
@@ -347,17 +355,19 @@ def load_weights(parameters: dict[str, torch.nn.Parameter], weights: dict[str, t
 
 def _whole(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Gather a parameter, or what the optimizer keeps of it, on every rank; on the CPU, apart from the original."""
-    piece = piece_of(parameter)
+    piece, rows = piece_of(parameter), rows_of(parameter)
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    if piece is not None and whole.dim():  # a count of steps is no tensor of the parameter's shape
+    if whole.dim() and piece is not None:  # a count of steps is no tensor of the parameter's shape
         whole = piece.gathered(whole.detach())
+    if whole.dim() and rows is not None:
+        return rows.whole(whole, is_weight=tensor is parameter)
     return whole.detach().cpu().clone().contiguous()
 
 
 def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Put a whole tensor where a parameter is, sharded or split as it is."""
-    piece = piece_of(parameter)
-    whole = (whole if piece is None else piece.of(whole)).to(parameter.device)
+    """Put a whole tensor where a parameter is, sharded, split or chosen from as it is."""
+    part = piece_of(parameter) or rows_of(parameter)
+    whole = (whole if part is None else part.of(whole)).to(parameter.device)
     if isinstance(parameter, DTensor):
         return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
     return whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from trainables.batching import Batch
 from trainables.compilation import Compilation
 from trainables.head_loss import Differentiate, differentiate, head_loss, head_scores
 from trainables.model import unwrapped
+from trainables.packed import packed
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -38,7 +40,7 @@ def scored_loss(
     # Over a large vocabulary the head is the most expensive layer, and of a prompt nobody asks what comes next.
     picked = _picking(unwrapped(module).get_output_embeddings(), batch.positions) if task == "causal-lm" else nullcontext()
     with picked:
-        logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits = _outputs(module, batch).logits
     if task != "causal-lm":
         logits = logits[batch.positions]
     return loss(logits, batch.targets), logits
@@ -65,7 +67,7 @@ def evaluated(module: nn.Module, batch: Batch, task: str) -> tuple[torch.Tensor,
         return loss
 
     with _losing(head, batch, scores):
-        loss = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        loss = _outputs(module, batch).logits
     return loss, found[0]
 
 
@@ -88,8 +90,13 @@ class TrainingLoss:
         if head is None:
             return scored_loss(module, batch, self._task, self._cross_entropy)[0]
         with _losing(head, batch, partial(head_loss, differentiate=self._differentiate)):
-            loss: torch.Tensor = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            loss: torch.Tensor = _outputs(module, batch).logits
         return loss
+
+
+def _outputs(module: nn.Module, batch: Batch) -> Any:
+    with packed(batch.packed):
+        return module(**batch.inputs())
 
 
 def _plain_head(module: nn.Module, task: str) -> nn.Linear | None:

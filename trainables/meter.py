@@ -24,6 +24,7 @@ from trainables.device import device_peak, package_versions
 from trainables.head_loss import head_loss
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
+from trainables.packed import attention_by_rows
 from trainables.quantize import quantized_product
 from trainables.step_time import fit, fit_steady, steady_steps
 from trainables.tensor_parallel import piece_of
@@ -203,12 +204,12 @@ class CountingPass(TorchFunctionMode):
 
     def __init__(self, batch: Batch) -> None:
         super().__init__()
-        num_rows, self._num_positions = len(batch.input_ids), batch.input_ids.numel()
+        num_rows, self._num_positions = batch.num_rows, batch.input_ids.numel()
         # The head of a classifier is applied to every row, that of a language model to every target.
         self._num_targets = {num_rows, len(batch.targets)}
         self.linears: list[LinearUse] = []
         self.attention: list[int] = []
-        """Of every call of `scaled_dot_product_attention`, the products forward and backward."""
+        """Of every layer's attention, the products forward and backward."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -224,7 +225,7 @@ class CountingPass(TorchFunctionMode):
             self._note(args[0], args[1])
         elif func is torch.addmm:
             self._note(args[1], args[2])
-        elif func is functional.scaled_dot_product_attention:
+        elif func in (functional.scaled_dot_product_attention, attention_by_rows):
             self.attention.append(attention_products(*(x.requires_grad for x in args[:3])))
         elif getattr(func, "__name__", "") == "_grouped_mm":  # `functional.grouped_mm` calls it and is not seen itself
             self._note(args[0], args[1], num_experts=args[1].shape[0])

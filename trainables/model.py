@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -17,8 +18,10 @@ from trainables.adapters import add_lora
 from trainables.compilation import Compilation
 from trainables.mesh import World
 from trainables.meter import StepTimer
-from trainables.parallelize import parallelize
+from trainables.packed import attend_by_rows, keep_first_tokens
+from trainables.parallelize import blocks_of, parallelize
 from trainables.quantize import Packed, pack_linears, quantize
+from trainables.trained_rows import train_used_rows
 
 CLASSES = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 
@@ -64,6 +67,7 @@ class BaseModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+        attend_by_rows(module)
         new = {*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))}
         return BaseModel(
             name=name,
@@ -114,12 +118,14 @@ def build(
     world: World,
     timer: StepTimer | None = None,
     compilation: Compilation | None = None,
+    used_tokens: np.ndarray | None = None,
 ) -> nn.Module:
     """Return the model that a trial trains: the base with the trial's adapter, parallelised over its ranks.
 
     Args:
         timer: see `parallelize`.
         compilation: see `parallelize`.
+        used_tokens: see `train_used_rows`; None: the whole embedding trains.
 
     Raises:
         TrialError: the adapter does not fit the model.
@@ -131,6 +137,8 @@ def build(
     # Products of a bf16 recipe are in bf16 anyway, and an fp32 copy beside would be most of the memory.
     frozen = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     module = base.copy(is_frozen=recipe.adapter != "none")
+    if base.task == "sequence-classification" and not base.shape.causal:
+        keep_first_tokens(blocks_of(module)[-1])
     if recipe.adapter != "none":
         base.quantize(module, recipe.quantization, frozen, device)
     with torch.random.fork_rng(devices=[]):
@@ -139,6 +147,8 @@ def build(
         if recipe.adapter != "none":
             module = add_lora(module, recipe, base.task, base.new_parameters)
             base.hold_frozen(module, frozen, device)
+    if used_tokens is not None:
+        train_used_rows(module, config, used_tokens)
     return parallelize(module.to(device), config, world, timer, compilation)
 
 

@@ -44,7 +44,7 @@ def parallelize(
     if config.layout.recomputation == "full":
         recompute(module)
     if compilation is not None:
-        compilation.blocks(_blocks(module))
+        compilation.blocks(blocks_of(module))
     if config.layout.data_parallel_size == 1:
         return module
     if config.layout.strategy == "ddp":
@@ -59,7 +59,7 @@ def parallelize(
     if config.recipe.precision == "bf16":
         # Gradients are summed in fp32: a sum over many ranks in bf16 loses the small ones.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in _blocks(module):
+    for block in blocks_of(module):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
     # On a GPU the exchange is on streams of its own, and what the computation waits for it is not to be seen from here.
@@ -88,7 +88,8 @@ def recompute(module: nn.Module, watch: Callable[[], AbstractContextManager[obje
     cast("Any", module).disable_input_require_grads()
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """Return a model's equal blocks, in their order."""
     return [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
 
 

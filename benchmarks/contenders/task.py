@@ -22,7 +22,7 @@ import numpy as np
 
 from spaces import metrics
 from spaces.config import TrialConfig
-from spaces.spec import DataSpec, ModelSpec
+from spaces.inputs import DataSpec, ModelSpec
 
 # What a user's file says; `paretune` takes it as it is. Layouts are left out: none but paretune has any.
 MODEL = {"name": "embedded:all-MiniLM-L6-v2", "task": "sequence-classification", "max_length": 32}
@@ -148,10 +148,10 @@ class Task:
     """Data and model, loaded once in a process."""
 
     def __init__(self, directory: str) -> None:
-        from trainables.data import prepare
         from trainables.hub import resolve_model
         from trainables.mesh import World
         from trainables.model import BaseModel
+        from trainables.preparation import prepare
 
         self.data = prepare(ModelSpec(**MODEL), DataSpec(**data_spec(directory)))
         self.base = BaseModel.load(resolve_model(MODEL["name"], None), None, MODEL["task"], self.data.label_names)

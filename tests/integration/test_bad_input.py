@@ -120,7 +120,7 @@ def test_all_errors_of_a_file_come_at_once(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["validate", str(path)])
     assert result.exit_code == 2
     lines = result.stderr.splitlines()
-    assert len(lines) == 4  # task, data.trian, data.train missing, space.lora_rankk
+    assert len(lines) == 3  # task, data.trian, space.lora_rankk
     assert all(f"{path}:" in line for line in lines)
 
 

@@ -18,8 +18,9 @@ from search.jobs import DispatcherSession, run_job
 from search.store import Store
 from spaces.config import TrialConfig
 from spaces.loading import load_spec
-from trainables.data import TaskData, prepare
+from trainables.data import TaskData
 from trainables.job import Job
+from trainables.preparation import prepare
 
 pytestmark = pytest.mark.slow
 

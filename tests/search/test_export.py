@@ -24,10 +24,10 @@ from search.store import Store
 from spaces.config import TrialConfig
 from spaces.loading import load_spec
 from trainables.checkpoint import CheckpointStore
-from trainables.data import prepare
 from trainables.loop import Command, train
 from trainables.mesh import World
 from trainables.model import BaseModel
+from trainables.preparation import prepare
 
 MEMBER, OTHER = 0, 1
 

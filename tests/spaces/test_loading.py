@@ -275,6 +275,42 @@ LINES = {
         "",
         r"spec.yaml:1: model.task: required, but missing; allowed: sequence-classification, causal-lm",
     ),
+    "no rows": (
+        "  train: t.txt",
+        "  holdout: 0.2",
+        r"spec.yaml:4: data.train: required, but missing; allowed: a csv, tsv, .*; or domains: {NAME: {train: FILE}}",
+    ),
+    "rows beside domains": (
+        "  train: t.txt",
+        "  train: t.txt\n  domains: {law: {train: law.csv}}",
+        r"spec.yaml:4: data: train stands beside domains, got .*; allowed: domains, each with its own train",
+    ),
+    "key of a domain": (
+        "  train: t.txt",
+        "  domains:\n    law: {train: law.csv, wieght: 2}",
+        r"spec.yaml:6: data.domains.law.wieght: unknown key, got 2; allowed: train, evaluation, test, weight; "
+        r"did you mean 'weight'\?",
+    ),
+    "name of a domain": (
+        "  train: t.txt",
+        "  domains:\n    a/b: {train: law.csv}",
+        r"spec.yaml:6: data.domains.a/b: not a safe name for a directory, got .*; allowed: 1 to 64 letters, .*",
+    ),
+    "weight of one domain": (
+        "  train: t.txt",
+        "  domains:\n    law: {train: law.csv, weight: 2}\n    art: {train: art.csv}",
+        r"spec.yaml:5: data.domains: 'art' has no weight, and others have, got .*; allowed: a weight for every domain, or for none",
+    ),
+    "accuracy of no domain": (
+        "{metric: eval_loss}",
+        "{metric: accuracy.law}",
+        r"spec.yaml:8: objectives: accuracy.law is of no domain of the data, got .*; allowed: with data.domains",
+    ),
+    "import path": (
+        "  train: t.txt",
+        "  train: t.txt\n  metric: my_scores.f1",
+        r'spec.yaml:6: data.metric: not an import path, got "my_scores.f1"; allowed: module:function, as my_scores:weighted_f1',
+    ),
     "number for a text": (
         "name: m",
         "name: 7",

@@ -209,3 +209,23 @@ def test_objectives_of_a_profiled_space_follow_from_profiles():
     with pytest.raises(ValidationError, match=r"total_seconds does not follow from a profile of space\.world_size"):
         spec(objectives=[{"metric": "accuracy"}, {"metric": "total_seconds"}], space={"world_size": "profile"})
     spec(objectives=[{"metric": "accuracy"}, {"metric": "peak_memory_bytes"}], space={"world_size": "profile"})
+
+
+def test_a_score_of_ones_own_needs_its_function():
+    wanted = [{"metric": "custom"}, {"metric": "train_seconds"}]
+    spec(objectives=wanted, data={"train": "t", "metric": "my.scores:f1"})
+    with pytest.raises(ValidationError, match=r"custom without data\.metric"):
+        spec(objectives=wanted)
+    with pytest.raises(ValidationError, match="custom is turned off"):
+        spec("causal-lm", objectives=wanted, data={"train": "t", "metric": "my.scores:f1", "exact_match_rows": 0})
+
+
+def test_the_accuracy_of_a_domain_may_be_an_objective():
+    domains = {"law": {"train": "law.csv"}, "art": {"train": "art.csv"}}
+    both = [{"metric": "accuracy.law"}, {"metric": "accuracy.art", "reference": 0.1}]
+    assert spec(objectives=both, data={"domains": domains}).resolved_objectives() == (
+        Objective(metric="accuracy.law", direction="maximize", reference=0.0),
+        Objective(metric="accuracy.art", direction="maximize", reference=0.1),
+    )
+    with pytest.raises(ValidationError, match="of no domain"):
+        spec(objectives=[{"metric": "accuracy.war"}, {"metric": "train_seconds"}], data={"domains": domains})

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from tiny import make_model, make_rows
 
-from spaces.spec import DataSpec, ModelSpec
-from trainables.data import TaskData, prepare
+from spaces.inputs import DataSpec, ModelSpec
+from trainables.data import TaskData
 from trainables.docstrings import load_docstrings
 from trainables.formats import DataError
 from trainables.hub import EMBEDDED_MODEL, ModelError, model_config, resolve_model
+from trainables.preparation import prepare
 from trainables.tokenization import IGNORE, load_tokenizer
 
 

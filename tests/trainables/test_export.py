@@ -17,15 +17,16 @@ from tiny import make_model, make_rows
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, pipeline
 
 from spaces.config import TrialConfig
+from spaces.inputs import DataSpec, ModelSpec
 from spaces.space import SpaceSpec
-from spaces.spec import DataSpec, ModelSpec
 from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
-from trainables.data import TaskData, prepare
+from trainables.data import TaskData
 from trainables.evaluation import evaluate
 from trainables.export import merged_module, save, scores, trained_module, unquantized
 from trainables.loop import Command, load_weights, train
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
+from trainables.preparation import prepare
 from trainables.quantize import pack_linears
 
 Parts = tuple[TaskData, BaseModel]

@@ -13,6 +13,7 @@ from families import batch_of, make
 from memory_grid import (
     ALONE,
     ALONE_IN_SHORT,
+    IDLE,
     REPLICATED,
     REPLICATED_IN_SHORT,
     SHARDED,
@@ -55,7 +56,7 @@ def check_alone(cases: list[Case]) -> None:
     for case in cases:
         config, plan = case.config(1), case.blueprint()
         peak, trained = measured(case, config, World.alone())
-        assert trained == num_trained(plan, config.recipe), case
+        assert trained == num_trained(plan, config.recipe) - plan.num_idle_params, case
         errors[case] = error(case, 1, peak)
     check(errors)
 
@@ -126,6 +127,16 @@ def test_the_rest_of_the_sharded_grid_is_predicted() -> None:
 @pytest.mark.slow
 def test_the_rest_of_the_replicated_grid_is_predicted() -> None:
     check_on_two([case for case in REPLICATED if case not in REPLICATED_IN_SHORT], "ddp")
+
+
+def test_rows_of_the_embedding_that_the_data_never_read_are_held_once() -> None:
+    assert {c.family for c in IDLE if c.blueprint().num_idle_params} == {"llama", "bert", "distilbert"}
+    check_alone(IDLE)
+    sharded = replace(next(c for c in IDLE if c.family == "bert"), num_micro_batches=1)
+    whole = replace(sharded, num_used=None)
+    assert rank_memory(sharded.blueprint(), sharded.config(2, "fsdp"), 32) == rank_memory(
+        whole.blueprint(), whole.config(2, "fsdp"), 32
+    )
 
 
 @pytest.mark.parametrize("recomputation", ["none", "full"])

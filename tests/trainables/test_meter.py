@@ -27,8 +27,8 @@ def sizes(padded: list[int]) -> StepSizes:
         targets=array,
         padded_tokens=array,
         squared_lengths=array.astype(float) ** 2,
-        longest=array,
         micro_targets=array,
+        micro_tokens=array,
     )
 
 

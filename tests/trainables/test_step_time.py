@@ -40,8 +40,8 @@ def sizes(padded: np.ndarray) -> StepSizes:
         targets=padded,
         padded_tokens=padded,
         squared_lengths=padded**2.0,
-        longest=padded,
         micro_targets=padded,
+        micro_tokens=padded,
     )
 
 

@@ -15,14 +15,15 @@ import torch
 from tiny import make_model, make_rows
 
 from spaces.config import TrialConfig
+from spaces.inputs import DataSpec, ModelSpec
 from spaces.metrics import METRICS
 from spaces.space import SpaceSpec
-from spaces.spec import DataSpec, ModelSpec
 from trainables.checkpoint import Checkpoint, CheckpointStore
-from trainables.data import TaskData, prepare
+from trainables.data import TaskData
 from trainables.job import Ask, Job, Task
 from trainables.mesh import World
 from trainables.model import BaseModel
+from trainables.preparation import prepare
 from trainables.report import TrialReport
 from trainables.worker import _execute
 

@@ -1,0 +1,44 @@
+"""Whether rows of unequal length are laid end to end, without padding: a function of model, task and layout, so that all agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spaces.architecture import DECODERS, ENCODERS
+from spaces.config import Layout
+
+# Gemma 2 caps its scores, so that its attention is written out; most layers of Gemma 3 see a short window alone.
+NOT_PACKED = ("gemma2", "gemma3_text")
+# Their table of positions begins behind the padding token's number.
+LATER_POSITIONS = ("roberta", "xlm-roberta")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packing:
+    """How the rows of a micro batch are laid end to end."""
+
+    first_position: int
+    """The position of every row's first token."""
+
+
+def packing_of(model: Mapping[str, Any], task: str, layout: Layout, longest: int) -> Packing | None:
+    """Return how rows are laid end to end; None where they are padded.
+
+    A language model's loss is at single tokens, and an encoder's class is at the first token of a row. What decodes and classifies
+    looks for the last token of a padded row. What is compiled wants few shapes.
+
+    Args:
+        model: its `config.json`.
+        task: the task.
+        layout: the trial's.
+        longest: tokens of the longest row of the data.
+    """
+    family = str(model.get("model_type"))
+    families = DECODERS if task == "causal-lm" else ENCODERS
+    window = model.get("sliding_window") if model.get("use_sliding_window", True) else None
+    is_windowed = window is not None and longest > int(window)
+    if family not in families or family in NOT_PACKED or is_windowed or layout.compile != "none":
+        return None
+    return Packing(first_position=int(model.get("pad_token_id") or 0) + 1 if family in LATER_POSITIONS else 0)

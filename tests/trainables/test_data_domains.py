@@ -1,0 +1,169 @@
+"""Data of several domains: what is trained of each, and how well each is predicted."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import make_model, make_rows
+
+from spaces.config import TrialConfig
+from spaces.inputs import DataSpec, ModelSpec
+from spaces.space import SpaceSpec
+from trainables.batching import BatchPlan
+from trainables.data import TaskData, TokenTable
+from trainables.evaluation import evaluate
+from trainables.formats import DataError
+from trainables.mesh import World
+from trainables.model import BaseModel, build
+from trainables.preparation import prepare
+from trainables.tokenization import Encoded
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    return ModelSpec(name=str(make_model(tmp_path_factory.mktemp("model"))), task="sequence-classification", max_length=32)
+
+
+def rows_of(directory: Path, name: str, num_rows: int, label: str | None = None) -> str:
+    """Write rows of the three labels of `make_rows`, or all of one label."""
+    path = make_rows(directory / f"{name}.csv", num_rows=num_rows, seed=num_rows)
+    if label is not None:
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([lines[0], *(f"{line.rsplit(',', 1)[0]},{label}" for line in lines[1:])]) + "\n")
+    return str(path)
+
+
+def two(model: ModelSpec, directory: Path, *weights: float, **fields: Any) -> TaskData:
+    """90 rows of three labels, and 30 of a fourth; a tenth of each is held out."""
+    domains: dict[str, Any] = {
+        "news": {"train": rows_of(directory, "news", 90)},
+        "law": {"train": rows_of(directory, "law", 30, "court")},
+    }
+    for domain, weight in zip(domains.values(), weights, strict=False):
+        domain["weight"] = weight
+    return prepare(model, DataSpec(domains=domains, **fields))
+
+
+def test_labels_rows_and_held_out_shares_are_those_of_all_domains(model: ModelSpec, tmp_path: Path) -> None:
+    data = two(model, tmp_path)
+    assert data.domains == ("news", "law")
+    assert data.label_names == ("court", "food", "sport", "weather")
+    assert data.train.domains is not None
+    assert data.evaluation.domains is not None
+    assert np.bincount(data.train.domains).tolist() == [81, 27]
+    assert np.bincount(data.evaluation.domains).tolist() == [9, 3]
+    assert data.summary["domains"] == {"news": {"train": 81, "evaluation": 9}, "law": {"train": 27, "evaluation": 3}}
+    # The first rows are of all domains: of them alone some scores are made.
+    assert set(data.evaluation.domains[:4].tolist()) == {0, 1}
+    for fraction in (0.2, 0.5):
+        rows = data.subset(fraction)
+        assert np.bincount(data.train.domains[rows]).tolist() == [3 * np.ceil(fraction * 27), np.ceil(fraction * 27)]
+
+
+def test_the_rows_of_a_domain_are_those_that_it_has_alone(model: ModelSpec, tmp_path: Path) -> None:
+    data = two(model, tmp_path)
+    alone = prepare(model, DataSpec(train=str(tmp_path / "news.csv")))
+
+    def texts(table: TokenTable, domain: int | None) -> Counter[tuple[int, ...]]:
+        rows = [i for i in range(table.num_rows) if domain is None or (table.domains is not None and table.domains[i] == domain)]
+        return Counter(tuple(table.row(i)[0].tolist()) for i in rows)
+
+    assert texts(data.train, 0) == texts(alone.train, None)
+    assert texts(data.evaluation, 0) == texts(alone.evaluation, None)
+    assert alone.domains == ()
+    assert alone.fingerprint != data.fingerprint
+
+
+def config(**knobs: Any) -> TrialConfig:
+    return TrialConfig.from_params(SpaceSpec.model_validate({"global_batch_size": 4} | knobs).first(), max_length=32)
+
+
+def trained_rows(data: TaskData, epochs: float) -> list[np.ndarray]:
+    return BatchPlan(config(epochs=epochs, dataset_fraction=1.0), data)._batches
+
+
+@pytest.mark.parametrize(("weights", "shares"), [((1.0, 1.0), [0.5, 0.5]), ((3.0, 1.0), [0.75, 0.25]), ((1.0, 4.0), [0.2, 0.8])])
+def test_weights_say_how_many_of_the_trained_rows_are_of_each_domain(
+    model: ModelSpec, tmp_path: Path, weights: tuple[float, ...], shares: list[float]
+) -> None:
+    data = two(model, tmp_path, *weights)
+    assert data.train.domains is not None
+    batches = trained_rows(data, 2.0)
+    rows = np.concatenate(batches)
+    assert len(rows) == 2 * data.train.num_rows
+    counts = np.bincount(data.train.domains[rows])
+    assert counts == pytest.approx(np.array(shares) * len(rows), abs=1)
+    # No row is trained a third time before each of its domain was trained twice.
+    for domain in (0, 1):
+        times = Counter(rows[data.train.domains[rows] == domain].tolist()).values()
+        assert max(times) - min([*times, *([0] if len(times) < (data.train.domains == domain).sum() else [])]) <= 1
+
+
+def test_the_mix_is_the_same_at_the_beginning_and_at_the_end() -> None:
+    # Rows of one length, so that no bucket sorts them.
+    encoded = [Encoded(input_ids=[5, 6, 7], targets=None)] * 3000
+    table = TokenTable.build(encoded, [i % 2 for i in range(3000)], [int(i >= 2700) for i in range(3000)])
+    data = TaskData(
+        task="sequence-classification",
+        train=table,
+        evaluation=table,
+        test=None,
+        fraction_key=np.arange(3000) / 3000,
+        label_names=("a", "b"),
+        answers=None,
+        answer_pattern=None,
+        pad_token_id=0,
+        eos_token_id=None,
+        fingerprint="",
+        summary={},
+        domains=("big", "small"),
+        domain_weights=(1.0, 1.0),
+    )
+    rows = np.concatenate(trained_rows(data, 1.0))
+    assert table.domains is not None
+    for quarter in np.split(table.domains[rows], 4):
+        assert quarter.mean() == pytest.approx(0.5, abs=0.02)
+    # Without weights: a tenth, as many as there are.
+    rows = np.concatenate(trained_rows(replace(data, domain_weights=None), 1.0))
+    assert table.domains[rows].mean() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "causal-lm"])
+def test_the_accuracy_of_a_domain_is_that_of_its_rows_alone(model: ModelSpec, tmp_path: Path, task: str, shared: Path) -> None:
+    if task == "causal-lm":
+        model = ModelSpec(name=str(shared / "models/stories260k/hf"), task="causal-lm", max_length=64)
+        texts = {"a": ["Once upon a time there was a girl."] * 12, "b": ["The quick brown fox is 7 x 8."] * 8}
+        for name, lines in texts.items():
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{line} {i}"}) for i, line in enumerate(lines)))
+        data = prepare(model, DataSpec(domains={n: {"train": str(tmp_path / f"{n}.jsonl")} for n in texts}, holdout=0.5))
+    else:
+        data = two(model, tmp_path, holdout=0.5)
+    base = BaseModel.load(model.name, None, model.task, data.label_names)
+    module, world = build(config(), base, World.alone()), World.alone()
+    found = evaluate(module, config(), data, data.evaluation, world)
+    table = data.evaluation
+    assert table.domains is not None
+    values = []
+    for index, name in enumerate(data.domains):
+        rows = np.flatnonzero(table.domains == index)
+        ids = [Encoded(input_ids=table.row(int(i))[0], targets=table.row(int(i))[1]) for i in rows]
+        part = TokenTable.build(ids, None if table.labels is None else table.labels[rows].tolist())
+        alone = evaluate(module, config(), replace(data, domains=()), part, world)
+        assert found[f"accuracy.{name}"] == pytest.approx(alone["accuracy"])
+        values.append(alone["accuracy"])
+    assert values[0] != values[1], "a comparison of equals"
+
+
+def test_rows_of_another_kind_are_no_domain_beside(shared: Path, tmp_path: Path) -> None:
+    model = ModelSpec(name=str(shared / "models/stories260k/hf"), task="causal-lm", max_length=64)
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "one", "completion": "two"}\n')
+    domains = {name: {"train": str(tmp_path / f"{name}.jsonl")} for name in "ab"}
+    with pytest.raises(DataError, match=r"data.domains.b.train: holds prompt and completion, and a holds text; all must be alike"):
+        prepare(model, DataSpec(domains=domains))

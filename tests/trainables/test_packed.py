@@ -1,0 +1,167 @@
+"""Rows laid end to end: each has the loss and the gradients that it has alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import config_of
+from memory_grid import Case
+from synthetic_data import task_data
+
+from spaces.blueprint import FAMILIES
+from spaces.config import Layout
+from spaces.flops import flops_of_blueprint
+from spaces.packing import NOT_PACKED, packing_of
+from trainables.batching import BatchPlan, collate
+from trainables.data import TaskData, TokenTable
+from trainables.loss import TrainingLoss, evaluated
+from trainables.mesh import World
+from trainables.meter import FlopWatch
+from trainables.model import BaseModel, build, trainable
+from trainables.packed import ATTENTION, attend_by_rows, packing_for
+from trainables.tokenization import IGNORE, Encoded
+
+PACKED = [family for family in FAMILIES if family not in NOT_PACKED]
+LENGTHS = (3, 7, 7, 7, 12, 12, 19)
+
+
+def data_of(task: str, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> TaskData:
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(3, 97, size=length).tolist() for length in lengths]
+    is_causal = task == "causal-lm"
+    # The first two tokens are a prompt.
+    encoded = [Encoded(input_ids=ids, targets=[IGNORE, IGNORE, *ids[2:]] if is_causal else None) for ids in rows]
+    table = TokenTable.build(encoded, None if is_causal else [i % 3 for i in range(len(rows))])
+    return task_data(task, table, table, () if is_causal else ("a", "b", "c"))
+
+
+def base_of(case: Case) -> BaseModel:
+    base = case.base()
+    attend_by_rows(base.module)
+    return base
+
+
+def gradients(module: Any, batches: list[Any], task: str) -> tuple[float, dict[str, torch.Tensor]]:
+    total = 0.0
+    for batch in batches:
+        loss = TrainingLoss(task)(module, batch)
+        loss.backward()
+        total += float(loss.detach())
+    found = {name: p.grad.clone() for name, p in trainable(module).items() if p.grad is not None}
+    for p in module.parameters():
+        p.grad = None
+    return total, found
+
+
+@pytest.mark.parametrize("recomputation", ["none", "full"])
+@pytest.mark.parametrize("adapter", ["none", "all-linear"])
+@pytest.mark.parametrize("family", PACKED)
+def test_a_row_has_the_loss_and_the_gradients_that_it_has_alone(family: str, adapter: str, recomputation: str) -> None:
+    case = Case(family=family, adapter=adapter, recomputation=recomputation)
+    config, base, data = case.config(1), base_of(case), data_of(case.task)
+    packing = packing_for(base.module, config, data)
+    assert packing is not None
+    module = build(config, base, World.alone()).train()
+    together = collate(data.train, np.arange(len(LENGTHS)), 0, packing)
+    assert together.input_ids.shape == (1, sum(LENGTHS))
+    assert together.attention_mask is None
+    loss, found = gradients(module, [together], case.task)
+    alone, expected = gradients(module, [collate(data.train, np.array([i]), 0) for i in range(len(LENGTHS))], case.task)
+    assert loss == pytest.approx(alone, rel=1e-5)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_no_row_sees_another(family: str) -> None:
+    case = Case(family=family)
+    base = base_of(case)
+    first, other = data_of(case.task), data_of(case.task, seed=1)
+    packing = packing_for(base.module, case.config(1), first)
+    module = build(case.config(1), base, World.alone()).eval()
+    num_tokens = sum(LENGTHS)
+    # All rows but the third are others.
+    ids = [other.train.row(i)[0] for i in range(len(LENGTHS))]
+    ids[2] = first.train.row(2)[0]
+    mixed = replace(first.train, input_ids=np.concatenate(ids))
+    assert not np.array_equal(mixed.input_ids, first.train.input_ids)
+    scores = []
+    for table in (first.train, mixed):
+        batch = collate(table, np.arange(len(LENGTHS)), 0, packing)
+        assert batch.input_ids.numel() == num_tokens
+        with torch.no_grad():
+            logits = module(**batch.inputs()).logits
+        scores.append(logits[2] if family == "bert" else logits[0, 10:17])
+    assert torch.allclose(scores[0], scores[1], atol=1e-5)
+    assert not torch.allclose(scores[0], scores[0].roll(1, 0)), "nothing to tell apart"
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "roberta"])
+def test_padded_batches_and_those_of_one_length_are_computed_as_ever(family: str) -> None:
+    case = Case(family=family)
+    plain, ours, data = case.base(), base_of(case), data_of(case.task)
+    assert ours.module.config._attn_implementation == ATTENTION
+    assert packing_for(plain.module, case.config(1), data) is None
+    for rows in (np.arange(len(LENGTHS)), np.array([1, 2, 3])):
+        batch = collate(data.train, rows, 0)
+        assert batch.packed is None
+        assert (batch.attention_mask is None) == (len(rows) == 3)
+        (loss, predicted), (expected, expected_predicted) = (
+            evaluated(build(case.config(1), base, World.alone()).eval(), batch, case.task) for base in (ours, plain)
+        )
+        assert float(loss) == float(expected)
+        assert torch.equal(predicted, expected_predicted)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "distilbert"])
+@pytest.mark.parametrize("adapter", ["none", "all-linear"])
+def test_its_flops_are_those_of_the_formula(family: str, adapter: str) -> None:
+    case = Case(family=family, adapter=adapter)
+    config, base, data = case.config(1), base_of(case), data_of(case.task)
+    batch = collate(data.train, np.arange(len(LENGTHS)), 0, packing_for(base.module, config, data))
+    module = build(config, base, World.alone()).train()
+    watch = FlopWatch(base.shape)
+    with watch.forward(batch):
+        loss = TrainingLoss(case.task)(module, batch)
+    loss.backward()
+    found, expected = watch.flops().model, flops_of_blueprint(case.blueprint(), config.recipe)
+    assert found.per_token == pytest.approx(expected.per_token)
+    assert found.per_target == pytest.approx(expected.per_target)
+    assert found.per_squared_length == pytest.approx(expected.per_squared_length)
+
+
+def test_which_rows_are_packed() -> None:
+    llama, bert = ({"model_type": family} for family in ("llama", "bert"))
+    layout = Layout(world_size=1, strategy="ddp", micro_batch_size=1)
+    assert packing_of(llama, "causal-lm", layout, 100) is not None
+    assert packing_of(llama, "sequence-classification", layout, 100) is None
+    assert packing_of(bert, "sequence-classification", layout, 100) is not None
+    assert packing_of(llama, "causal-lm", replace(layout, compile="blocks"), 100) is None
+    assert packing_of({"model_type": "stablelm"}, "causal-lm", layout, 100) is None
+    windowed = {"model_type": "mistral", "sliding_window": 64}
+    assert packing_of(windowed, "causal-lm", layout, 64) is not None
+    assert packing_of(windowed, "causal-lm", layout, 65) is None
+    assert packing_of(windowed | {"use_sliding_window": False}, "causal-lm", layout, 65) is not None
+    roberta = packing_of({"model_type": "roberta", "pad_token_id": 1}, "sequence-classification", layout, 100)
+    assert roberta is not None
+    assert roberta.first_position == 2
+    assert config_of(Case(family="llama").base().module)["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_a_plan_knows_that_there_is_no_padding(task: str) -> None:
+    case = Case(family="llama" if task == "causal-lm" else "bert", rows=4)
+    data = data_of(task, lengths=(3, 9, 12, 5, 30, 8, 8, 8))
+    packing = packing_for(base_of(case).module, case.config(1), data)
+    packed, padded = BatchPlan(case.config(1), data, packing), BatchPlan(case.config(1), data)
+    assert packed.sizes().padded_tokens.tolist() == packed.sizes().tokens.tolist()
+    assert padded.sizes().padded_tokens.sum() > packed.sizes().padded_tokens.sum()
+    for step in range(packed.num_steps):
+        for ours, theirs in zip(packed.micro_batches(step, 0), padded.micro_batches(step, 0), strict=True):
+            assert ours.targets.tolist() == theirs.targets.tolist()
+            assert ours.row_of_targets(task).tolist() == theirs.row_of_targets(task).tolist()

@@ -1,0 +1,122 @@
+"""Attention between rows that are laid end to end, without padding: every token sees its own row alone.
+
+The model is one row of tokens long; what is between the attentions computes no padding. (Krell et al. 2021,
+https://arxiv.org/abs/2107.02027; "padding-free" in transformers and TRL, where it takes flash attention's kernels.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function_unary
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from spaces.config import TrialConfig
+from spaces.packing import Packing, packing_of
+from trainables.data import TaskData
+from trainables.packed_rows import KEY, PackedRows
+
+# Under this name transformers finds what is below. Where rows are padded, it is `scaled_dot_product_attention` as ever.
+ATTENTION = "sdpa_of_rows"
+_is_packed: ContextVar[bool] = ContextVar("is_packed", default=False)
+
+
+def packing_for(module: Any, config: TrialConfig, data: TaskData) -> Packing | None:
+    """Return how a model's rows are laid end to end; None where they are padded.
+
+    Args:
+        module: transformers' model, or PEFT's around it.
+        config: the trial's.
+        data: its data.
+    """
+    if module.config._attn_implementation != ATTENTION:
+        return None
+    return packing_of(module.config.to_dict(), data.task, config.layout, data.longest)
+
+
+def attend_by_rows(module: Any) -> None:
+    """Have a model whose attention is `scaled_dot_product_attention` know rows that are laid end to end."""
+    if module.config._attn_implementation == "sdpa":
+        module.set_attn_implementation(ATTENTION)
+
+
+def keep_first_tokens(block: nn.Module) -> None:
+    """Have an encoder's last block return the first token of every row alone, (rows, 1, width): the class is predicted from it."""
+
+    def pick(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        rows: PackedRows | None = kwargs.get(KEY)
+        return output if rows is None else output.index_select(1, rows.starts).transpose(0, 1)
+
+    block.register_forward_hook(pick, with_kwargs=True)
+
+
+@contextmanager
+def packed(rows: PackedRows | None) -> Iterator[None]:
+    """Have the model make no masks where rows are laid end to end."""
+    token = _is_packed.set(rows is not None)
+    try:
+        yield
+    finally:
+        _is_packed.reset(token)
+
+
+def attention_by_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, runs: tuple[tuple[int, int], ...], **options: Any
+) -> torch.Tensor:
+    """Return every row's attention to itself, (tokens, heads, head width); a function of its own, because `trainables.meter` sees it.
+
+    Args:
+        query: (1, heads, tokens, head width)
+        key: the same, of fewer heads where queries share them
+        value: the same
+        runs: `PackedRows.runs`
+        options: of `scaled_dot_product_attention`
+    """
+    if has_torch_function_unary(query):
+        return handle_torch_function(attention_by_rows, (query,), query, key, value, runs, **options)
+    results, start = [], 0
+    for num_rows, length in runs:
+        end = start + num_rows * length
+        parts = (x[0, :, start:end].unflatten(1, (num_rows, length)).transpose(0, 1) for x in (query, key, value))
+        results.append(functional.scaled_dot_product_attention(*parts, **options).transpose(1, 2).flatten(0, 1))
+        start = end
+    return torch.cat(results)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    packed_rows: PackedRows | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    if packed_rows is None:
+        found: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+        return found
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    shares = key.shape[1] != query.shape[1]
+    result = attention_by_rows(query, key, value, packed_rows.runs, is_causal=causal, scale=scaling, enable_gqa=shares)
+    return result[None], None
+
+
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    return None if _is_packed.get() else sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, _mask)

@@ -1,0 +1,370 @@
+"""From the user's rows to token tables: read, split, tokenised and fingerprinted once, domain by domain."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from spaces.inputs import DATA_ROLES, DataSpec, DomainSpec, ModelSpec
+from trainables.data import TaskData, TokenTable, expected_text
+from trainables.docstrings import load_docstrings
+from trainables.formats import Columns, DataError, Row, detect, field, read_rows
+from trainables.report import TrialError
+from trainables.tokenization import Encoded, encode_classification, encode_rows, encode_text, load_tokenizer
+from trainables.user_metric import UserMetric
+
+EMBEDDED_DATA = "embedded:stdlib-docstrings"
+# Holding out must not depend on the search's seed: two searches on the same data then compare.
+SPLIT_SEED = 20_240_901
+# An answer after this mark is GSM8K's convention; other data name theirs with data.answer_pattern.
+DEFAULT_ANSWER_PATTERN = r"####\s*(.+)"
+SHARE_WITH_ANSWER = 0.9
+# What the hub calls the rows of a role.
+HUB_SPLITS = {"train": "train", "evaluation": "validation", "test": "test"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Split:
+    """Raw rows of one role and the source that error messages name."""
+
+    rows: list[Row]
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Domain:
+    """What was read of one domain."""
+
+    columns: Columns
+    splits: Mapping[str, _Split]
+    """By role; that of evaluation may be missing, and that of test."""
+
+    @property
+    def train(self) -> _Split:
+        return self.splits["train"]
+
+    def source(self, role: str) -> str:
+        """Return where the rows of a role are from; those that are held out are training rows."""
+        return self.splits.get(role, self.train).source
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Raw:
+    """What was read, and what is needed to turn it into tokens."""
+
+    model: ModelSpec
+    data: DataSpec
+    tokenizer: Any
+    domains: Mapping[str, _Domain]
+
+    @property
+    def columns(self) -> Columns:
+        """Of the first domain; all are of one kind."""
+        return next(iter(self.domains.values())).columns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """The rows of one role, of one domain or of all."""
+
+    encoded: list[Encoded]
+    labels: list[str] | None
+    rows: list[Hashable]
+    """What a row is, to count those that are twice."""
+    domains: list[int]
+    answers: list[str | None]
+    """What `data.answer_pattern` finds in a row's completion; none where rows have no completions, or some were left out."""
+    num_cut: int = 0
+    num_dropped: int = 0
+
+    @classmethod
+    def join(cls, parts: Sequence[_Part]) -> _Part:
+        """Deal the rows of several domains evenly, so that the first of them are of all."""
+        place = np.concatenate([np.arange(len(p.encoded)) / max(1, len(p.encoded)) for p in parts])
+        order = np.argsort(place, kind="stable")
+
+        def dealt(lists: Sequence[Sequence[Any]]) -> list[Any]:
+            together = [item for items in lists for item in items]
+            return [together[i] for i in order] if len(together) == len(order) else []
+
+        return cls(
+            encoded=dealt([p.encoded for p in parts]),
+            labels=None if parts[0].labels is None else dealt([p.labels or [] for p in parts]),
+            rows=dealt([p.rows for p in parts]),
+            domains=dealt([p.domains for p in parts]),
+            answers=dealt([p.answers for p in parts]),
+            num_cut=sum(p.num_cut for p in parts),
+            num_dropped=sum(p.num_dropped for p in parts),
+        )
+
+
+def prepare(model: ModelSpec, data: DataSpec) -> TaskData:
+    """Read, split and tokenise the data.
+
+    Raises:
+        DataError: with one line for the user.
+        trainables.hub.ModelError: the model has no tokenizer that can be loaded.
+    """
+    domains = {name: _read(source, data, model.task) for name, source in data.sources.items()}
+    kinds = {name: domain.columns.kind for name, domain in domains.items()}
+    first = next(iter(kinds))
+    for name, kind in kinds.items():
+        if kind != kinds[first]:
+            words, other = kind.replace("_", " and "), kinds[first].replace("_", " and ")
+            raise DataError(f"data.domains.{name}.train: holds {words}, and {first} holds {other}; all must be alike")
+    raw = _Raw(model=model, data=data, tokenizer=load_tokenizer(model.name, model.revision), domains=domains)
+    parts = _classified(raw) if model.task == "sequence-classification" else _completed(raw)
+    return _assemble(raw, {role: _Part.join(list(of_role.values())) for role, of_role in parts.items()})
+
+
+def _read(source: DomainSpec, data: DataSpec, task: str) -> _Domain:
+    if source.train == EMBEDDED_DATA:
+        train_rows, evaluation_rows = load_docstrings()
+        rows = {"train": train_rows, "evaluation": evaluation_rows}
+        splits = {role: _Split(rows=part, source=source.train) for role, part in rows.items()}
+    else:
+        files = {role: file for role in DATA_ROLES if (file := getattr(source, role)) is not None}
+        splits = {role: _Split(rows=read_rows(file, split=HUB_SPLITS[role]), source=file) for role, file in files.items()}
+    train = splits["train"]
+    return _Domain(columns=detect(train.rows, data, train.source, task), splits=splits)
+
+
+def _classified(raw: _Raw) -> dict[str, dict[str, _Part]]:
+    """Return the rows of every role and domain: texts with labels."""
+    found: dict[str, dict[str, _Part]] = {role: {} for role in DATA_ROLES}
+    read = {name: {role: _texts_and_labels(split, raw) for role, split in d.splits.items()} for name, d in raw.domains.items()}
+    known = {label for pairs in read.values() for label in pairs["train"][1]}
+    if len(known) < 2:
+        (label,), domain = known, next(iter(raw.domains.values()))
+        column = domain.columns.label
+        raise DataError(f"{domain.train.source}: a single class, '{label}', in column '{column}'; at least two are needed")
+    for index, (name, domain) in enumerate(raw.domains.items()):
+        pairs = read[name]
+        texts, labels = pairs["train"]
+        if "evaluation" not in pairs:
+            held = _held_out(labels, raw.data.holdout)
+            if not held.any():
+                share = f"{raw.data.holdout:g} of {len(texts)} rows"
+                raise DataError(f"{domain.train.source}: data.holdout: {share} leaves no row to evaluate on")
+            for role, mask in (("train", ~held), ("evaluation", held)):
+                rows = np.flatnonzero(mask)
+                pairs[role] = [texts[i] for i in rows], [labels[i] for i in rows]
+        for role, (role_texts, role_labels) in pairs.items():
+            encoded, cut = encode_classification(raw.tokenizer, role_texts, raw.model.max_length)
+            found[role][name] = _Part(
+                encoded=encoded,
+                labels=role_labels,
+                rows=list(zip(role_texts, role_labels, strict=True)),
+                domains=[index] * len(encoded),
+                answers=[],
+                num_cut=cut,
+            )
+    for role in ("evaluation", "test"):
+        for name, part in found[role].items():
+            unknown = sorted(set(part.labels or ()) - known)
+            if unknown:
+                source = raw.domains[name].source(role)
+                raise DataError(f"{source}: label '{unknown[0]}' is in the {role} rows, but in no training row")
+    return {role: parts for role, parts in found.items() if parts}
+
+
+def _texts_and_labels(split: _Split, raw: _Raw) -> tuple[list[str], list[str]]:
+    columns = detect(split.rows, raw.data, split.source, raw.model.task)
+
+    def column(name: str | None) -> list[str]:
+        return [field(row, name or "", split.source, i) for i, row in enumerate(split.rows, start=1)]
+
+    return column(columns.text), column(columns.label)
+
+
+def _completed(raw: _Raw) -> dict[str, dict[str, _Part]]:
+    """Return the rows of every role and domain: plain text, prompts with completions, or chats."""
+    found: dict[str, dict[str, _Part]] = {role: {} for role in DATA_ROLES}
+    for index, (name, domain) in enumerate(raw.domains.items()):
+        for role, rows in _rows_by_role(domain, raw.data.holdout).items():
+            found[role][name] = part = _encoded(raw, domain, role, rows, index)
+            if not part.encoded:
+                raise DataError(
+                    f"{domain.source(role)}: no {role} row has a token to learn from within model.max_length "
+                    f"{raw.model.max_length}; raise model.max_length or give more text"
+                )
+    return {role: parts for role, parts in found.items() if parts}
+
+
+def _rows_by_role(domain: _Domain, holdout: float) -> dict[str, list[Row]]:
+    columns, train = domain.columns, domain.train
+    splits = {role: split.rows for role, split in domain.splits.items()}
+    if "evaluation" in splits:
+        return splits
+    if columns.kind == "text" and len(train.rows) == 1:
+        # Plain text is held out in one piece, its last: random windows would leak their neighbours.
+        column = columns.text or ""
+        whole = field(train.rows[0], column, train.source, 1)
+        cut = round(len(whole) * (1 - holdout))
+        return splits | {"train": [{column: whole[:cut]}], "evaluation": [{column: whole[cut:]}]}
+    held = _held_out([""] * len(train.rows), holdout)
+    masks = {"train": ~held, "evaluation": held}
+    return splits | {role: [row for row, chosen in zip(train.rows, mask, strict=True) if chosen] for role, mask in masks.items()}
+
+
+def _encoded(raw: _Raw, domain: _Domain, role: str, rows: list[Row], index: int) -> _Part:
+    columns, source = domain.columns, domain.source(role)
+    cut, lost = 0, 0
+    answers: list[str | None] = []
+    if columns.kind == "text":
+        texts = [field(row, columns.text or "", source, i) for i, row in enumerate(rows, start=1)]
+        encoded = encode_text(raw.tokenizer, texts, raw.model.max_length)
+    else:
+        encoded, cut, lost = encode_rows(raw.tokenizer, rows, columns, source, raw.model.max_length)
+        if columns.kind == "prompt_completion" and not lost:
+            matches = [re.search(_pattern(raw.data), str(row[columns.completion or ""])) for row in rows]
+            answers = [match.group(1).strip() if match else None for match in matches]
+    return _Part(
+        encoded=encoded,
+        labels=None,
+        rows=[tuple(e.input_ids) for e in encoded],
+        domains=[index] * len(encoded),
+        answers=answers,
+        num_cut=cut,
+        num_dropped=lost,
+    )
+
+
+def _pattern(data: DataSpec) -> str:
+    return data.answer_pattern or DEFAULT_ANSWER_PATTERN
+
+
+def _answers(data: DataSpec, part: _Part) -> tuple[str, ...] | None:
+    """Return the expected answers, if the completions have answers that can be extracted."""
+    num_found = sum(answer is not None for answer in part.answers)
+    if data.exact_match_rows == 0 or not part.answers or num_found < SHARE_WITH_ANSWER * len(part.answers):
+        return None
+    return tuple(answer or "" for answer in part.answers)
+
+
+def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
+    model, data, tokenizer, train = raw.model, raw.data, raw.tokenizer, parts["train"]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise DataError(f"model.name: the tokenizer of {model.name} has neither a padding nor an end-of-text token")
+    names = tuple(sorted(set(train.labels or ())))
+    tables = {role: _table(part, names, has_domains=data.domains is not None) for role, part in parts.items()}
+    digest = hashlib.sha256(json.dumps([model.task, names]).encode())
+    for role, table in sorted(tables.items()):
+        digest.update(role.encode())
+        for array in (table.input_ids, table.offsets, table.targets, table.labels):
+            digest.update(b"-" if array is None else array.tobytes())
+        if table.domains is not None:
+            digest.update(table.domains.tobytes())
+    weights = [source.weight for source in data.sources.values() if source.weight is not None]
+    answers = _answers(data, parts["evaluation"])
+    return TaskData(
+        task=model.task,
+        train=tables["train"],
+        evaluation=tables["evaluation"],
+        test=tables.get("test"),
+        fraction_key=_stratified_key(list(zip(train.labels or [""] * len(train.domains), train.domains, strict=True))),
+        label_names=names,
+        answers=answers,
+        answer_pattern=None if answers is None else _pattern(data),
+        pad_token_id=int(pad),
+        eos_token_id=tokenizer.eos_token_id,
+        fingerprint=digest.hexdigest(),
+        summary=_summary(raw, tables, parts),
+        metric=_checked_metric(raw, tables["evaluation"], names),
+        domains=tuple(data.domains or ()),
+        domain_weights=tuple(weights) or None,
+    )
+
+
+def _table(part: _Part, label_names: Sequence[str], *, has_domains: bool) -> TokenTable:
+    index = {name: i for i, name in enumerate(label_names)}
+    labels = None if part.labels is None else [index[label] for label in part.labels]
+    return TokenTable.build(part.encoded, labels, part.domains if has_domains else None)
+
+
+def _checked_metric(raw: _Raw, evaluation: TokenTable, label_names: tuple[str, ...]) -> UserMetric | None:
+    """Return the user's own score, which was tried on perfect predictions: better now than at the end of the first trial."""
+    data = raw.data
+    if data.metric is None:
+        return None
+    metric = UserMetric.load(data.metric)
+    if evaluation.labels is not None:
+        references = [label_names[label] for label in evaluation.labels]
+    elif raw.columns.kind == "prompt_completion":
+        references = [expected_text(evaluation, i, raw.tokenizer) for i in range(min(data.exact_match_rows, evaluation.num_rows))]
+    else:
+        raise DataError("data.metric: scores labels, or completions of prompts; these rows have neither")
+    try:
+        if references:
+            metric(references, references)
+    except TrialError as error:
+        raise DataError(f"{error} (given the references as predictions)") from error
+    return metric
+
+
+def _held_out(labels: Sequence[str], share: float) -> np.ndarray:
+    """Return a mask of the held-out rows, bool (num_rows,): the share of every class, and never its last row."""
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
+    members: dict[str, list[int]] = {}
+    for i in order:
+        members.setdefault(labels[i], []).append(int(i))
+    held = np.zeros(len(labels), dtype=bool)
+    for rows in members.values():
+        held[rows[: min(len(rows) - 1, round(len(rows) * share))]] = True
+    return held
+
+
+def _stratified_key(classes: Sequence[Hashable]) -> np.ndarray:
+    """Return each row's place in a random order of its class, as a share of the class: float64 (num_rows,).
+
+    Rows with a key below f are then f of every class, rounded up, and every class keeps a row.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for row in np.random.default_rng(SPLIT_SEED).permutation(len(classes)):
+        members.setdefault(classes[row], []).append(int(row))
+    key = np.empty(len(classes))
+    for rows in members.values():
+        key[rows] = np.arange(len(rows)) / len(rows)
+    return key
+
+
+def _summary(raw: _Raw, tables: Mapping[str, TokenTable], parts: Mapping[str, _Part]) -> dict[str, Any]:
+    """Count what a user should know before the search: sizes, cuts, duplicates, leaks into evaluation and test."""
+    train, is_classified = tables["train"], parts["train"].labels is not None
+    seen: Callable[[Any], Hashable] = (lambda row: row[0]) if is_classified else (lambda row: row)
+    texts = {role: [seen(row) for row in part.rows] for role, part in parts.items()}
+    summary: dict[str, Any] = {
+        "format": raw.columns.describe(),
+        "train_rows": train.num_rows,
+        "evaluation_rows": tables["evaluation"].num_rows,
+        "train_tokens": int(train.lengths.sum()),
+        "length_percentiles": {str(p): int(np.percentile(train.lengths, p)) for p in (50, 90, 99, 100)},
+        "truncated_rows": parts["train"].num_cut,
+        "duplicate_train_rows": len(parts["train"].rows) - len(set(parts["train"].rows)),
+        "example": _example(raw, parts["train"])[:300],
+    }
+    for role, earlier in (("evaluation", "train"), ("test", "train"), ("test", "evaluation")):
+        if role in parts:
+            known = set(texts[earlier])
+            summary[f"{role}_rows_also_in_{earlier}"] = sum(text in known for text in texts[role])
+    if "test" in tables:
+        summary["test_rows"] = tables["test"].num_rows
+    if not is_classified:
+        summary |= {"dropped_rows": parts["train"].num_dropped, "target_tokens": int(train.num_targets.sum())}
+    if raw.data.domains is not None:
+        counts = {role: np.bincount(part.domains, minlength=len(raw.domains)).tolist() for role, part in parts.items()}
+        summary["domains"] = {name: {role: count[i] for role, count in counts.items()} for i, name in enumerate(raw.domains)}
+    return summary
+
+
+def _example(raw: _Raw, train: _Part) -> str:
+    if train.labels is None:
+        return str(raw.tokenizer.decode(train.encoded[0].input_ids[:64]))
+    return "  ->  ".join(cast("tuple[str, str]", train.rows[0]))
