@@ -376,7 +376,8 @@ def report(arguments: argparse.Namespace) -> None:
     found = outcomes(arguments)
     result = {
         **heading(
-            "python benchmarks/time_to_front.py all --data banking77/train.csv --out runs.jsonl --results FILE --figure FILE",
+            "python benchmarks/time_to_front.py all --data banking77/train.csv --out runs.jsonl --results FILE --figure FILE"
+            + (f" --longer {arguments.longer}" if arguments.longer else ""),
             f"{psutil.cpu_count()} cores, no GPU",
             ("ray", "torch", "transformers", "optuna", "mlflow", "peft"),
         ),

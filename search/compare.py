@@ -24,7 +24,7 @@ from search.record import TrialRecord
 from search.results import Results, load_results
 from search.session import Emit, NoResult, checked_model, resume, start
 from search.store import Store, StoreError
-from spaces.config import Adapter, Quantization, TrialConfig
+from spaces.config import ADAPTER_KNOBS, Adapter, Quantization, TrialConfig
 from spaces.constraints import Limits, reason, violations
 from spaces.loading import LoadedSpec, load_spec
 from spaces.metrics import PEAK_MEMORY_BYTES, TRAIN_SECONDS, metric_of
@@ -55,21 +55,21 @@ class Method:
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        """Read `none`, `lora:16` or `lora:16:nf4`.
+        """Read `none`, `lora:16`, `lora:16:nf4` or `ia3`.
 
         Raises:
             CompareError: it is none of these.
         """
         adapter, *rest = text.strip().split(":")
+        knobs = ADAPTER_KNOBS.get(adapter, ())  # type: ignore[call-overload]
+        most = ("lora_rank" in knobs) + ("quantization" in knobs)
         rank = rest[0] if rest else str(LORA_RANK)
         quantization = rest[1] if len(rest) > 1 else "none"
-        is_known = adapter in get_args(Adapter) and quantization in get_args(Quantization) and rank.isdecimal() and int(rank) > 0
-        if not is_known or len(rest) > 2 or (adapter == "none" and rest):
-            forms = f"{' '.join(get_args(Adapter))}; with an adapter its rank and {' '.join(get_args(Quantization))}, as lora:16:nf4"
+        is_known = adapter in ADAPTER_KNOBS and quantization in get_args(Quantization) and rank.isdecimal() and int(rank) > 0
+        if not is_known or len(rest) > most:
+            forms = f"{' '.join(ADAPTER_KNOBS)}; with a rank lora:16, and quantised lora:16:nf4 ({' '.join(get_args(Quantization))})"
             raise CompareError(f"--methods: '{text}' is no method; allowed: {forms}")
-        if adapter == "none":
-            return cls(adapter="none")
-        return cls(adapter=adapter, rank=int(rank), quantization=quantization)  # type: ignore[arg-type]
+        return cls(adapter=adapter, rank=int(rank) if "lora_rank" in knobs else None, quantization=quantization)  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, record: TrialRecord) -> Method:
@@ -80,16 +80,15 @@ class Method:
     @property
     def name(self) -> str:
         """What people call it."""
-        if self.adapter == "none":
-            return "full"
-        return f"{self.adapter} {self.rank}" + ("" if self.quantization == "none" else f" {self.quantization}")
+        rank = "" if self.rank is None else f" {self.rank}"
+        quantization = "" if self.quantization == "none" else f" {self.quantization}"
+        return "full" if self.adapter == "none" else f"{self.adapter}{rank}{quantization}"
 
     @property
     def params(self) -> dict[str, Any]:
         """The knobs that it is."""
-        if self.adapter == "none":
-            return {"adapter": "none"}
-        return {"adapter": self.adapter, "lora_rank": self.rank, "quantization": self.quantization}
+        said = {"lora_rank": self.rank, "quantization": self.quantization}
+        return {"adapter": self.adapter} | {knob: value for knob, value in said.items() if knob in ADAPTER_KNOBS[self.adapter]}
 
 
 METHODS = (

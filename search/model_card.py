@@ -96,7 +96,8 @@ def base_name(name: str) -> str | None:
 
 def _origin_text(results: Results, record: TrialRecord, *, is_merged: bool) -> str:
     model, recipe = results.spec.model, record.trial_config.recipe
-    how = "every weight trained" if recipe.adapter == "none" else f"{recipe.adapter} of rank {recipe.adapter_rank}"
+    rank = "" if recipe.adapter_rank is None else f" of rank {recipe.adapter_rank}"
+    how = "every weight trained" if recipe.adapter == "none" else f"{recipe.adapter}{rank}"
     merged = ", merged into the weights" if is_merged else ""
     rows = f", {record.details['distinct_rows']:,} training rows" if "distinct_rows" in record.details else ""
     return f"`{base_name(model.name) or model.name}` on `{results.spec.data.name}`{rows}: {how}{merged}."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from spaces.adapters import adapter_params, is_wrapped, keeps_input, trains_factors
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe, TrialConfig
 from spaces.quantization import is_quantized
@@ -39,30 +40,6 @@ def widths(config: TrialConfig) -> Widths:
     # The embedding's number format goes through the residual stream: fp32 where it trains under autocast.
     stream = FP32_BYTES if is_autocast and config.recipe.adapter == "none" else BF16_BYTES
     return Widths(frozen=BF16_BYTES, stream=stream, products=BF16_BYTES, is_autocast=is_autocast)
-
-
-def is_wrapped(matrix: Matrix, recipe: Recipe) -> bool:
-    """Return whether an adapter wraps a matrix; `all-linear` finds the router and the stacked experts too, a name only the router."""
-    targets = recipe.adapter_target_modules or ()
-    if recipe.adapter == "none" or matrix.trains_with_adapter:
-        return False
-    if matrix.is_module:
-        return matrix.is_wrapped_by(targets)
-    return targets == ("all-linear",) or (matrix.num_experts == 1 and matrix.is_named_by(targets))
-
-
-def adapter_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
-    """Return the parameters that an adapter adds.
-
-    One pair of factors for each expert, and of twice the rank for gate and up in one; with DoRA a norm for each output.
-    """
-    rank, params = recipe.adapter_rank or 0, 0
-    for m in matrices:
-        if is_wrapped(m, recipe):
-            is_fused_pair = m.num_experts > 1 and m.name.endswith(".gate_up_proj")
-            params += rank * m.num_experts * (m.num_inputs + m.num_outputs) * (2 if is_fused_pair else 1)
-            params += m.num_outputs if recipe.adapter == "dora" else 0
-    return params
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +107,9 @@ class Activations:
     def again(self) -> int:
         """Return what lives beside its input while a block is computed again; what keeps that input too has no copy of it."""
         if self.plan.is_post_norm:
-            shares = not self.width.is_autocast and (self._is_full or any(is_wrapped(m, self.recipe) for m in self.plan.attention_in))
+            shares = not self.width.is_autocast and (
+                self._is_full or any(keeps_input(m, self.recipe) for m in self.plan.attention_in)
+            )
         else:
             shares = self.plan.norm == "layer" or self.width.stream == FP32_BYTES
         return self.block() - (self.block_inputs() if shares else 0)
@@ -140,7 +119,7 @@ class Activations:
         plan, recipe, width = self.plan, self.recipe, self.width
         needs_grad = self._is_full or not is_first or any(is_wrapped(m, recipe) for m in plan.attention_in)
         kept = self._attention_per_token() if needs_grad else 0
-        if not needs_grad and not width.is_autocast and any(is_wrapped(m, recipe) for m in plan.attention_out):
+        if not needs_grad and not width.is_autocast and any(keeps_input(m, recipe) for m in plan.attention_out):
             kept += width.products * plan.attention_out[0].num_inputs
         kept += self._before_per_token(plan.feed_forward_in)
         kept += self._experts_per_token() if self._has_experts else self._activation_per_token()
@@ -148,7 +127,12 @@ class Activations:
         # A router's adapter is multiplied out, and has no result of its own.
         kept += width.products * (recipe.adapter_rank or 0) * sum(m.is_module for m in wrapped)
         if width.is_autocast:
-            kept += width.products * sum(m.num_inputs for m in wrapped)
+            kept += (width.products if trains_factors(recipe) else FP32_BYTES) * sum(
+                m.num_inputs for m in wrapped if keeps_input(m, recipe)
+            )
+        if not trains_factors(recipe):
+            # What a vector scales is kept for its gradient.
+            kept += width.products * sum(m.num_outputs for m in wrapped if not keeps_input(m, recipe))
         if recipe.adapter == "dora":
             # The results of what is wrapped and of the factors, for the gradients of the norms.
             kept += 2 * width.products * sum(m.num_outputs for m in wrapped)
@@ -266,13 +250,13 @@ class Activations:
         weights = FP32_BYTES + (products if products != FP32_BYTES else 0)
         kept = 3 * products * queries + (products + weights) * self.plan.shape.num_heads * self.length
         # The output is the input of the next product; under autocast an adapter's copy is counted with it.
-        wrapped = any(is_wrapped(m, self.recipe) for m in self.plan.attention_out)
+        wrapped = any(keeps_input(m, self.recipe) for m in self.plan.attention_out)
         is_output_kept = self._is_full or (wrapped and not self.width.is_autocast)
         return kept + (products * queries if is_output_kept else 0)
 
     def _activation_per_token(self) -> int:
         last, num_inner = self.plan.feed_forward_out[0], self.plan.num_kept_by_activation
-        if not self._is_full and (self.width.is_autocast or not is_wrapped(last, self.recipe)):
+        if not self._is_full and (self.width.is_autocast or not keeps_input(last, self.recipe)):
             num_inner -= 1
         return self.width.products * num_inner * last.num_inputs
 
@@ -301,7 +285,7 @@ class Activations:
         if width.is_autocast:
             # Every product has a copy of its own but the grouped ones; those of adapters are counted with them.
             kept += width.products * hidden * sum(m.num_experts == 1 for m in stage) if full else 0
-        elif full or any(is_wrapped(m, self.recipe) for m in stage):
+        elif full or any(keeps_input(m, self.recipe) for m in stage):
             kept += width.products * hidden
         return kept
 
@@ -310,12 +294,12 @@ class Activations:
         plan, recipe, width = self.plan, self.recipe, self.width
         kept = self._experts_per_token() if self._has_experts else self._activation_per_token()
         stages = (*plan.feed_forward_in, *plan.feed_forward_out)
-        wrapped = [m for m in stages if is_wrapped(m, recipe) and m.num_experts == 1]
+        wrapped = [m for m in stages if keeps_input(m, recipe) and m.num_experts == 1]
         kept += width.products * (recipe.adapter_rank or 0) * len(wrapped)
         if width.is_autocast:
             copies = [m for m in plan.feed_forward_in if self._is_full and m.num_experts == 1]
             return kept + width.products * sum(m.num_inputs for m in (*wrapped, *copies))
-        reads = self._is_full or any(is_wrapped(m, recipe) for m in plan.feed_forward_in)
+        reads = self._is_full or any(keeps_input(m, recipe) for m in plan.feed_forward_in)
         return kept + (width.products * plan.shape.hidden_size if reads else 0)
 
     def _forward_per_token(self) -> int:
@@ -335,7 +319,7 @@ class Activations:
         if not self.plan.is_post_norm:
             return inside + results
         # Normalised after the sum: the residual is no input of a normalisation, and so not kept unless it is that of a product.
-        is_residual_kept = not width.is_autocast and (self._is_full or any(is_wrapped(m, self.recipe) for m in plan.feed_forward_in))
+        is_residual_kept = not width.is_autocast and (self._is_full or any(keeps_input(m, self.recipe) for m in plan.feed_forward_in))
         inside += 0 if is_residual_kept else width.stream * hidden
         return inside + max(results, width.products * hidden + width.stream * hidden)
 

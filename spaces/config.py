@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-Adapter = Literal["none", "lora", "rslora", "dora"]
+Adapter = Literal["none", "lora", "rslora", "dora", "vera", "ia3"]
 Precision = Literal["fp32", "bf16"]
 Quantization = Literal["none", "nf4", "int8"]
 Strategy = Literal["ddp", "fsdp", "tp"]
 Recomputation = Literal["none", "full"]
 Compilation = Literal["none", "blocks"]
 
+# Which knobs say something with an adapter.
+ADAPTER_KNOBS: dict[Adapter, tuple[str, ...]] = {
+    "none": (),
+    **dict.fromkeys(("lora", "rslora", "dora"), ("lora_rank", "lora_alpha", "lora_target_modules", "quantization")),
+    "vera": ("lora_rank", "lora_target_modules"),
+    "ia3": (),
+}
+# What (IA)3 scales: what keys and values are, and what goes into the last product of a block.
+IA3_RESULTS = ("k_proj", "v_proj", "self.key", "self.value", "k_lin", "v_lin", "qkv_proj", "c_attn")
+IA3_INPUTS = ("down_proj", "layer.*.output.dense", "ffn.lin2", "mlp.c_proj")
 # `micro_batch_size: auto` keeps one forward pass to at most this many padded tokens per rank.
 AUTO_MICRO_BATCH_TOKENS = 16_384
 
@@ -42,7 +52,8 @@ class Recipe:
     adapter: Adapter
     """`none` trains every weight. LoRA (https://arxiv.org/abs/2106.09685) adds alpha / rank B A to a frozen matrix, rsLoRA
     (https://arxiv.org/abs/2312.03732) alpha / sqrt(rank) B A; DoRA (https://arxiv.org/abs/2402.09353) is LoRA that also trains the
-    norms of the rows of the sum."""
+    norms of the rows of the sum. VeRA (https://arxiv.org/abs/2310.11454) trains two vectors around random factors that all layers
+    share; (IA)3 (https://arxiv.org/abs/2205.05638) scales keys, values and the inner width of the feed-forward."""
     adapter_rank: int | None = None
     adapter_alpha: float | None = None
     adapter_target_modules: tuple[str, ...] | None = None
@@ -110,8 +121,9 @@ class TrialConfig:
         Raises:
             KeyError: a param is missing.
         """
-        adapts = params["adapter"] != "none"
-        targets = params.get("lora_target_modules", "all-linear")
+        adapter: Adapter = params["adapter"]
+        given = {knob: params[knob] for knob in ADAPTER_KNOBS[adapter] if knob in params}
+        targets = given.get("lora_target_modules", "all-linear").split(",")
         recipe = Recipe(
             learning_rate=float(params["learning_rate"]),
             global_batch_size=int(params["global_batch_size"]),
@@ -121,11 +133,11 @@ class TrialConfig:
             weight_decay=float(params["weight_decay"]),
             precision=params["precision"],
             seed=int(params["seed"]),
-            adapter=params["adapter"],
-            adapter_rank=int(params["lora_rank"]) if adapts else None,
-            adapter_alpha=float(params["lora_alpha"]) if adapts else None,
-            adapter_target_modules=tuple(t.strip() for t in targets.split(",")) if adapts else None,
-            quantization=params.get("quantization", "none") if adapts else "none",
+            adapter=adapter,
+            adapter_rank=int(given["lora_rank"]) if "lora_rank" in ADAPTER_KNOBS[adapter] else None,
+            adapter_alpha=float(given["lora_alpha"]) if "lora_alpha" in ADAPTER_KNOBS[adapter] else None,
+            adapter_target_modules=_targets(adapter, targets),
+            quantization=given.get("quantization", "none"),
         )
         micro = params["micro_batch_size"]
         layout = Layout(
@@ -164,6 +176,12 @@ class TrialConfig:
     def key(self) -> str:
         """Return a short, stable fingerprint of recipe and layout: 12 hexadecimal digits."""
         return _fingerprint(self.to_dict())
+
+
+def _targets(adapter: Adapter, given: Sequence[str]) -> tuple[str, ...] | None:
+    if adapter == "ia3":
+        return (*IA3_RESULTS, *IA3_INPUTS)
+    return None if adapter == "none" else tuple(target.strip() for target in given)
 
 
 def auto_micro_batch_size(global_batch_size: int, data_parallel_size: int, max_length: int) -> int:

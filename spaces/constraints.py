@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spaces.activations import is_wrapped
+from spaces.adapters import is_wrapped, trains_factors
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig, micro_batch_sizes
 from spaces.memory import RankMemory, rank_memory
@@ -82,6 +82,12 @@ def norms_whole(config: TrialConfig, limits: Limits) -> float:
     return float(config.recipe.adapter == "dora" and is_hidden)
 
 
+def vectors_whole(config: TrialConfig, limits: Limits) -> float:
+    """1 where VeRA's or (IA)3's vectors would have to be cut as tensor parallelism cuts what they scale."""
+    is_cut = config.layout.tensor_parallel_size > 1
+    return float(is_cut and config.recipe.adapter != "none" and not trains_factors(config.recipe))
+
+
 def memory_within_device(config: TrialConfig, limits: Limits) -> float:
     """Bytes that a rank lacks at its peak; 0 for a family without formulas, where only running it tells."""
     predicted = predicted_memory(config, limits)
@@ -125,6 +131,7 @@ CONSTRAINTS = (
     adapter_rank_within_width,
     quantized_base_whole,
     norms_whole,
+    vectors_whole,
     memory_within_device,
 )
 
@@ -140,6 +147,7 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         adapter_rank_within_width.__name__: f"rank {recipe.adapter_rank} exceeds the model's width of {limits.hidden_size}",
         quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
         norms_whole.__name__: "dora trains the norms of whole rows: not of what tp splits, int8 holds, or experts share",
+        vectors_whole.__name__: f"{recipe.adapter} trains whole vectors: not of what tp splits",
         memory_within_device.__name__: f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
     }
     return words[name]
@@ -167,7 +175,7 @@ def why_none_trains(configs: Iterable[TrialConfig], limits: Limits) -> str:
     words = ""
     for config in configs:
         if world_size_within_cluster(config, limits) <= 0:
-            against = [c for c in (matrices_split_evenly, quantized_base_whole, norms_whole) if c(config, limits) > 0]
+            against = [c for c in (matrices_split_evenly, quantized_base_whole, norms_whole, vectors_whole) if c(config, limits) > 0]
             if not against:
                 return ""
             words = words or reason(against[0].__name__, config, limits)

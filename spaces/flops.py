@@ -159,7 +159,7 @@ def recomputed_flops_of_blueprint(plan: Blueprint, config: TrialConfig) -> Train
     recipe, shape = config.recipe, plan.shape
     recomputes = config.layout.recomputation == "full"
     last = plan.feed_forward_out[-1]
-    is_last_needed = plan.is_last_result_needed or _is_wrapped(last, recipe)
+    is_last_needed = plan.is_last_result_needed or (_is_wrapped(last, recipe) and recipe.adapter != "ia3")
     again = plan.block if is_last_needed else plan.block[:-1]
     uses = [use for matrix in again for use in _with_adapter(matrix, recipe, True)] * shape.num_layers
     attention = AttentionUse(
@@ -178,13 +178,15 @@ def _is_wrapped(matrix: Matrix, recipe: Recipe) -> bool:
 def _uses(matrices: Sequence[Matrix], recipe: Recipe, needs_grad: bool) -> tuple[list[LinearUse], bool]:
     """Return the products of linear layers side by side, and whether what comes out of them needs a gradient."""
     uses = [use for matrix in matrices for use in _with_adapter(matrix, recipe, needs_grad)]
-    return uses, needs_grad or any(use.weight_needs_grad for use in uses)
+    return uses, needs_grad or any(use.weight_needs_grad for use in uses) or any(_is_wrapped(m, recipe) for m in matrices)
 
 
 def _with_adapter(matrix: Matrix, recipe: Recipe, needs_grad: bool) -> Iterator[LinearUse]:
     trains = recipe.adapter == "none" or matrix.trains_with_adapter
     yield LinearUse(num_weights=matrix.num_weights, per=matrix.per, input_needs_grad=needs_grad, weight_needs_grad=trains)
-    if not trains and _is_wrapped(matrix, recipe):
-        rank = recipe.adapter_rank or 0
-        yield LinearUse(num_weights=rank * matrix.num_inputs, per=matrix.per, input_needs_grad=needs_grad, weight_needs_grad=True)
-        yield LinearUse(num_weights=rank * matrix.num_outputs, per=matrix.per, input_needs_grad=True, weight_needs_grad=True)
+    if not trains and _is_wrapped(matrix, recipe) and recipe.adapter_rank is not None:
+        rank, factors_train = recipe.adapter_rank, recipe.adapter != "vera"
+        for width, input_needs_grad in ((matrix.num_inputs, needs_grad), (matrix.num_outputs, True)):
+            yield LinearUse(
+                num_weights=rank * width, per=matrix.per, input_needs_grad=input_needs_grad, weight_needs_grad=factors_train
+            )

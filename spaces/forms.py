@@ -102,6 +102,10 @@ class PerAdapter(OneKey):
     """rsLoRA, whose update is larger by the square root of the rank, and whose best learning rate is as much smaller."""
     dora: FloatDomain[LearningRate] | None = None
     """DoRA, whose best learning rate is about LoRA's."""
+    vera: FloatDomain[LearningRate] | None = None
+    """VeRA, whose best learning rate is about ten times LoRA's."""
+    ia3: FloatDomain[LearningRate] | None = None
+    """(IA)3, whose vectors begin at one."""
 
     @model_serializer
     def _without_absent(self) -> dict[str, Any]:

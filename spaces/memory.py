@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from spaces.activations import FP32_BYTES, Activations, adapter_params, is_wrapped, widths
+from spaces.activations import FP32_BYTES, Activations, widths
+from spaces.adapters import adapter_params, is_wrapped, shared_params
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe, TrialConfig
 from spaces.quantization import frozen_bytes
@@ -59,7 +60,7 @@ def num_trained_of_block(plan: Blueprint, recipe: Recipe) -> int:
 
 
 def num_adapter_params(plan: Blueprint, recipe: Recipe) -> int:
-    """Return the parameters that LoRA adds."""
+    """Return the parameters that an adapter adds and trains."""
     return plan.shape.num_layers * adapter_params(plan.block, recipe) + adapter_params(plan.head, recipe)
 
 
@@ -101,7 +102,7 @@ def rank_memory(
     frozen = FP32_BYTES * idle if recipe.adapter == "none" else frozen_bytes(plan, recipe, step.width.frozen)
     shards = config.layout.world_size if config.layout.is_sharded else 1
     state = RankMemory(
-        weights_bytes=(FP32_BYTES * trained + frozen) // shards,
+        weights_bytes=(FP32_BYTES * trained + frozen) // shards + FP32_BYTES * shared_params(plan, recipe),
         optimizer_bytes=FP32_BYTES * ADAMW_STATES * trained // shards,
         # DDP's buckets are a second copy of all gradients, made before the first step.
         communication_bytes=FP32_BYTES * trained if shards == 1 and config.layout.data_parallel_size > 1 else 0,

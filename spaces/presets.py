@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from spaces.config import Adapter
+from spaces.config import ADAPTER_KNOBS, Adapter
 from spaces.constraints import Limits, config_within, is_feasible, violations
 from spaces.domains import Domain, IntRange, LogUniform, Uniform
 from spaces.space import SpaceSpec
@@ -28,8 +28,16 @@ BATCH_SIZE = 16
 LORA_RANK = 16
 # Relative to full fine-tuning. rsLoRA's scale is larger by the square root of the rank (Kalajdzievski 2023, arXiv 2312.03732), and an
 # update of Adam's is as large as the rate times the scale. DoRA's best rates are LoRA's or a little less (Liu et al. 2024, arXiv
-# 2402.09353, appendix).
-RATE_FACTORS: dict[Adapter, float] = {"none": 1.0, "lora": LORA_FACTOR, "rslora": LORA_FACTOR / LORA_RANK**0.5, "dora": LORA_FACTOR}
+# 2402.09353, appendix). VeRA was tuned with ten times LoRA's (Kopiczko et al. 2024, arXiv 2310.11454, instruction tuning: 4e-3 for
+# 4e-4), (IA)3 with 3e-3 (Liu et al. 2022, arXiv 2205.05638, section 3.3).
+RATE_FACTORS: dict[Adapter, float] = {
+    "none": 1.0,
+    "lora": LORA_FACTOR,
+    "rslora": LORA_FACTOR / LORA_RANK**0.5,
+    "dora": LORA_FACTOR,
+    "vera": 10 * LORA_FACTOR,
+    "ia3": 60.0,
+}
 # On few ranks whole copies are the fastest; shards hold less, and any model has them.
 STRATEGIES = ("ddp", "fsdp", "tp")
 
@@ -116,16 +124,15 @@ def _recipe(space: SpaceSpec, adapter: Adapter, training: Training, width: int) 
         "dataset_fraction": nearest(space.dataset_fraction, round(training.passes / epochs, 4)),
         "epochs": epochs,
     }
-    if adapter != "none":
-        targets, quantizations = space.lora_target_modules.ends(), space.quantization.ends()
-        point |= {
-            "lora_rank": nearest(space.lora_rank, LORA_RANK),
-            "lora_alpha": nearest(space.lora_alpha, LORA_ALPHA),
-            "lora_target_modules": ALL_LAYERS if ALL_LAYERS in targets else targets[0],
-            # A quantised base is not for every layout.
-            "quantization": "none" if "none" in quantizations else quantizations[0],
-        }
-    return point
+    targets, quantizations = space.lora_target_modules.ends(), space.quantization.ends()
+    usual = {
+        "lora_rank": nearest(space.lora_rank, LORA_RANK),
+        "lora_alpha": nearest(space.lora_alpha, LORA_ALPHA),
+        "lora_target_modules": ALL_LAYERS if ALL_LAYERS in targets else targets[0],
+        # A quantised base is not for every layout.
+        "quantization": "none" if "none" in quantizations else quantizations[0],
+    }
+    return point | {knob: usual[knob] for knob in ADAPTER_KNOBS[adapter]}
 
 
 def _layout(space: SpaceSpec, point: dict[str, Any], limits: Limits, max_length: int) -> dict[str, Any]:

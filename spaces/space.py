@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from spaces.config import Adapter, Compilation, Precision, Quantization, Recomputation, Strategy
+from spaces.config import ADAPTER_KNOBS, Adapter, Compilation, Precision, Quantization, Recomputation, Strategy
 from spaces.domains import Choice, Domain, Fixed, IntRange, LogUniform, Position, Profile, Suggester, Uniform, Within
 from spaces.forms import (
     ByAdapter,
@@ -46,8 +46,8 @@ WholeEpochs = Annotated[int, Within(ge=1, le=1000)]
 Alpha = Annotated[float, Within(gt=0, le=100_000)]
 WeightDecay = Annotated[float, Within(ge=0, le=100)]
 
-# What says nothing without an adapter.
-ADAPTER_KNOBS = ("lora_rank", "lora_alpha", "lora_target_modules", "quantization")
+# What says nothing with some adapters.
+CONDITIONAL = frozenset(knob for knobs in ADAPTER_KNOBS.values() for knob in knobs)
 LAYOUT_KNOBS = ("world_size", "strategy", "micro_batch_size", "recomputation", "compile")
 # What `profile` alone stands for.
 EVERY: dict[str, list[Any]] = {
@@ -93,13 +93,16 @@ class SpaceSpec(BaseModel):
 
     adapter: NameDomain[Adapter] = Fixed[Adapter]("lora")
     """`none` trains every weight, `lora` low-rank adapters and the head; `rslora` scales adapters by alpha / sqrt(rank), so that
-    large ranks learn as much as small ones; `dora` trains the norms of adapted rows too, and not with `tp` or `int8`."""
+    large ranks learn as much as small ones; `dora` trains the norms of adapted rows too, and not with `tp` or `int8`. `vera` and
+    `ia3` train some vectors alone, in small files for many tasks, and not with `tp`."""
     learning_rate: LearningRateDomain = ByAdapter(
         by_adapter=PerAdapter(
             none=LogUniform[LearningRate](log_uniform=(1e-5, 1e-3)),
             lora=LogUniform[LearningRate](log_uniform=(1e-4, 1e-2)),
             rslora=LogUniform[LearningRate](log_uniform=(3e-5, 3e-3)),
             dora=LogUniform[LearningRate](log_uniform=(1e-4, 1e-2)),
+            vera=LogUniform[LearningRate](log_uniform=(1e-3, 1e-1)),
+            ia3=LogUniform[LearningRate](log_uniform=(5e-4, 5e-2)),
         )
     )
     """Peak learning rate of AdamW; `{by_adapter: {none: ..., lora: ...}}` where it depends on the adapter."""
@@ -110,14 +113,14 @@ class SpaceSpec(BaseModel):
     epochs: NumberDomain[Epochs, WholeEpochs] = Fixed[Epochs](1.0)
     """Passes over the chosen rows."""
     lora_rank: IntDomain[Rank] = Choice[Rank](choice=(4, 8, 16, 32))
-    """Width of the LoRA matrices; only with an adapter."""
+    """Width of the matrices of LoRA, its variants and VeRA."""
     lora_alpha: FloatDomain[Alpha] = Fixed[Alpha](32.0)
-    """LoRA's scale is alpha / rank, rsLoRA's alpha / sqrt(rank); only with an adapter."""
+    """LoRA's scale is alpha / rank, rsLoRA's alpha / sqrt(rank)."""
     lora_target_modules: NameDomain[ModuleNames] = Fixed[ModuleNames]("all-linear")
-    """Module name suffixes that LoRA wraps, with commas between; only with an adapter."""
+    """Module name suffixes that LoRA, its variants and VeRA wrap, with commas between."""
     quantization: NameDomain[Quantization] = Fixed[Quantization]("none")
     """How the blocks' frozen linear layers are held: `nf4` in 4.5 bits a weight (QLoRA), `int8` in 8 (LLM.int8()), `none` in the
-    precision; only with an adapter, and on one rank or with `ddp`."""
+    precision; only with LoRA and its variants, and on one rank or with `ddp`."""
     warmup_fraction: FloatDomain[WarmupFraction] = Fixed[WarmupFraction](0.1)
     """Share of the optimizer steps in which the learning rate rises."""
     weight_decay: FloatDomain[WeightDecay] = Fixed[WeightDecay](0.0)
@@ -205,14 +208,15 @@ class SpaceSpec(BaseModel):
             return {"what": f"there is no knob '{unknown[0]}'", "allowed": ", ".join(knobs), "nearest": close[0] if close else None}
         if params.get("adapter", self.adapter.ends()[0]) not in self.adapter.ends():
             return {"what": f"adapter is {params['adapter']!r}", "allowed": ", ".join(self.adapter.ends())}
+        adapter = params.get("adapter", self.adapter.ends()[0])
         try:
-            active = {knob for knob, _, _ in self._active({"adapter": self.adapter.ends()[0], **params})}
+            active = {knob for knob, _, _ in self._active({"adapter": adapter})}
             self.encode(params)
         except (ValueError, TypeError) as error:
             return {"what": str(error), "allowed": "values that the space holds"}
         idle = sorted(set(params) - active)
         if idle:
-            return {"what": f"{idle[0]} says nothing without an adapter", "allowed": "an adapter beside it, such as lora"}
+            return {"what": f"{idle[0]} says nothing with adapter {adapter}", "allowed": "adapter: lora beside it"}
         is_open = "adapter" not in params and self.adapter.is_searched
         if is_open and "learning_rate" in params and isinstance(self.learning_rate, ByAdapter):
             return {"what": "learning_rate depends on the adapter, which is not given", "allowed": "adapter beside it"}
@@ -237,7 +241,7 @@ class SpaceSpec(BaseModel):
                 continue
             for values in itertools.product(*(getattr(self, knob).ends() for knob in knobs)):
                 adapter, quantization, *_ = values
-                if adapter != "none" or quantization == self.quantization.ends()[0]:
+                if "quantization" in ADAPTER_KNOBS[adapter] or quantization == self.quantization.ends()[0]:
                     yield self.first(world_size=world_size, strategy=strategy, **dict(zip(knobs, values, strict=True)))
 
     def layouts(self) -> list[tuple[int, str]]:
@@ -272,7 +276,7 @@ class SpaceSpec(BaseModel):
         return [f"space.{knob}={params[knob]}" for knob in type(self).model_fields if knob in params]
 
     def _is_searched(self, knob: str) -> bool:
-        if knob in ADAPTER_KNOBS and self.adapter.ends() == ["none"]:
+        if knob in CONDITIONAL and not any(knob in ADAPTER_KNOBS[adapter] for adapter in self.adapter.ends()):
             return False
         domain = getattr(self, knob)
         if isinstance(domain, ByAdapter):
@@ -286,7 +290,7 @@ class SpaceSpec(BaseModel):
         `params` may be filled while iterating: the adapter comes first, and all conditions are on it.
         """
         for knob in type(self).model_fields:
-            if knob in ADAPTER_KNOBS and params["adapter"] == "none":
+            if knob in CONDITIONAL and knob not in ADAPTER_KNOBS[params["adapter"]]:
                 continue
             domain = getattr(self, knob)
             if isinstance(domain, ByAdapter):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from spaces.activations import is_wrapped
+from spaces.adapters import is_wrapped
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe
 

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from spaces.architecture import ModelShape
 from spaces.blueprint import FAMILIES, Blueprint, blueprint
-from spaces.config import Layout, Recipe, TrialConfig
+from spaces.config import IA3_INPUTS, IA3_RESULTS, Layout, Recipe, TrialConfig
 from spaces.flops import StepFlops, TrainingFlops
-from trainables.adapters import add_lora
+from trainables.adapters import add_adapter
 from trainables.batching import Batch
 from trainables.loss import TrainingLoss
 from trainables.mesh import World
@@ -45,6 +45,8 @@ def targets_of(family: str, adapter: str) -> tuple[str, ...] | None:
 
 
 def trial(targets: tuple[str, ...] | None, recomputation: str = "none", method: str = "lora") -> TrialConfig:
+    if method == "ia3":
+        targets = (*IA3_RESULTS, *IA3_INPUTS)
     recipe = Recipe(
         learning_rate=1,
         global_batch_size=1,
@@ -55,7 +57,7 @@ def trial(targets: tuple[str, ...] | None, recomputation: str = "none", method: 
         precision="fp32",
         seed=0,
         adapter=method if targets else "none",  # type: ignore[arg-type]
-        adapter_rank=4,
+        adapter_rank=None if method == "ia3" else 4,
         adapter_alpha=8,
         adapter_target_modules=targets,
     )
@@ -101,7 +103,7 @@ def counted(module: nn.Module, task: str, batch: Batch, config: TrialConfig, *, 
     """
     watch = FlopWatch(ModelShape.from_config(config_of(module)))
     if config.recipe.adapter != "none":
-        module = add_lora(module, config.recipe, task, ())
+        module = add_adapter(module, config.recipe, task, ())
     module = parallelize(module, config, World.alone())
     if config.layout.recomputation == "full":
         recompute(module, watch.recomputation)

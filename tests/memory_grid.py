@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from spaces.architecture import ModelShape
 from spaces.blueprint import FAMILIES, Blueprint, blueprint, with_idle_rows
-from spaces.config import Layout, Recipe, TrialConfig
+from spaces.config import IA3_INPUTS, IA3_RESULTS, Layout, Recipe, TrialConfig
 from spaces.memory import rank_memory
 from spaces.tensor_parallel import PLANS
 from trainables.batching import Batch
@@ -29,6 +29,7 @@ from trainables.tokenization import Encoded
 ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
 # One of every modelling file that keeps something of its own; the others repeat one of these.
 DISTINCT = ("llama", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2", "bert", "distilbert")
+VECTORS = ("vera", "ia3")
 ADAPTERS, PRECISIONS = ("none", "all-linear", "some"), ("fp32", "bf16")
 
 
@@ -57,6 +58,8 @@ class Case:
 
     def config(self, world_size: int, strategy: str = "ddp") -> TrialConfig:
         targets = {"none": None, "all-linear": ("all-linear",)}.get(self.adapter, SOME_TARGETS.get(self.family, ("q_proj", "v_proj")))
+        if self.method == "ia3":
+            targets = (*IA3_RESULTS, *IA3_INPUTS)
         layout = Layout(
             world_size=world_size,
             strategy=strategy,  # type: ignore[arg-type]
@@ -73,8 +76,8 @@ class Case:
             precision=self.precision,  # type: ignore[arg-type]
             seed=0,
             adapter=self.method if targets else "none",  # type: ignore[arg-type]
-            adapter_rank=8 if targets else None,
-            adapter_alpha=16.0 if targets else None,
+            adapter_rank=8 if targets and self.method != "ia3" else None,
+            adapter_alpha=16.0 if targets and self.method not in VECTORS else None,
             adapter_target_modules=targets,
             quantization=self.quantization,  # type: ignore[arg-type]
         )
@@ -166,6 +169,14 @@ VARIANTS = [
     for m in ("rslora", "dora")
     for p in PRECISIONS
     for a in ("all-linear", "some")
+    for c in ("none", "full")
+    for r, n in ((2, 16), (8, 32), (16, 48))
+]
+VARIANTS += [
+    Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation=c, method=m)
+    for f in ("llama", "qwen3", "gemma2", "phi3", "gpt2", "bert", "distilbert")
+    for m, a in (("vera", "all-linear"), ("vera", "some"), ("ia3", "all-linear"))
+    for p in PRECISIONS
     for c in ("none", "full")
     for r, n in ((2, 16), (8, 32), (16, 48))
 ]

@@ -1,28 +1,32 @@
-"""LoRA and its variants through PEFT."""
+"""Adapters through PEFT."""
 
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from spaces.config import Recipe
+from spaces.config import IA3_INPUTS, IA3_RESULTS, Recipe
 from trainables.quantize import is_head
 from trainables.report import TrialError
 
 # isort: split
 # After `trainables.quantize`, which tells the logger of bitsandbytes: PEFT imports that.
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, TaskType, VeraConfig, get_peft_model
 from peft.tuners.lora.dora import DoraLinearLayer
 
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
 
 
-def add_lora(module: nn.Module, recipe: Recipe, task: str, new_parameters: tuple[str, ...]) -> nn.Module:
-    """Freeze the model and add trainable low-rank adapters.
+def add_adapter(module: nn.Module, recipe: Recipe, task: str, new_parameters: tuple[str, ...]) -> nn.Module:
+    """Freeze the model and add a trainable adapter.
 
-    What the pretrained weights lack is trained whole: a low-rank update of random weights would leave them random.
+    What the pretrained weights lack is trained whole: a small update of random weights would leave them random.
 
     Args:
         module: the model; changed in place.
@@ -33,27 +37,48 @@ def add_lora(module: nn.Module, recipe: Recipe, task: str, new_parameters: tuple
     Raises:
         TrialError: a target module does not exist in the model.
     """
-    targets = recipe.adapter_target_modules or ()
-    _check_targets(module, targets)
     new = {name.rpartition(".")[0] for name in new_parameters}
     heads = {name for name, _ in module.named_modules() if is_head(name)}
+    saved: Any = {"task_type": TASK_TYPES[task], "modules_to_save": sorted(new - heads) or None}
+    if recipe.adapter == "ia3":
+        inputs, results = (_one_of(names) for names in (IA3_INPUTS, IA3_RESULTS))
+        config: PeftConfig = IA3Config(target_modules=f"{inputs}|{results}", feedforward_modules=inputs, **saved)
+        return get_peft_model(module, config)
+    targets = recipe.adapter_target_modules or ()
+    _check_targets(module, targets)
+    if recipe.adapter == "vera":
+        names = _linear_names(module, targets, new | heads)
+        config = VeraConfig(r=recipe.adapter_rank or 0, target_modules=names, projection_prng_key=recipe.seed, **saved)
+        return get_peft_model(module, config)
+    # Dropout would make the loss curve depend on the layout.
     config = LoraConfig(
-        task_type=TASK_TYPES[task],
         r=recipe.adapter_rank or 0,
         lora_alpha=recipe.adapter_alpha or 0.0,  # type: ignore[arg-type]  # PEFT takes a float too
-        exclude_modules=sorted(new | heads) or None,
-        modules_to_save=sorted(new - heads) or None,
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
-        # Dropout would make the loss curve depend on the layout.
+        exclude_modules=sorted(new | heads) or None,
         lora_dropout=0.0,
         use_rslora=recipe.adapter == "rslora",
         use_dora=recipe.adapter == "dora",
+        **saved,
     )
     adapted = get_peft_model(module, config)
     for part in adapted.modules():
         if isinstance(part, DoraLinearLayer):
             part.get_lora_weight = _product
     return adapted
+
+
+def _linear_names(module: Any, targets: tuple[str, ...], excluded: set[str]) -> list[str]:
+    """Return the full names of the linear layers that are meant; of `all-linear` the output embedding is none."""
+    is_all = targets == ("all-linear",)
+    kept = module.get_output_embeddings() if is_all else None
+    names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D) and part is not kept]
+    return [n for n in names if n not in excluded and (is_all or any(n == t or n.endswith(f".{t}") for t in targets))]
+
+
+def _one_of(names: Sequence[str]) -> str:
+    """Return a regular expression of the full names that end in one of these, with any number where a name has `*`."""
+    return rf"(?:.*\.(?:{'|'.join(re.escape(name).replace(chr(92) + '*', '[0-9]+') for name in names)}))"
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from spaces.architecture import ModelShape
 from spaces.config import Quantization, TrialConfig
-from trainables.adapters import add_lora
+from trainables.adapters import add_adapter
 from trainables.compilation import Compilation
 from trainables.mesh import World
 from trainables.meter import StepTimer
@@ -145,7 +145,7 @@ def build(
         torch.manual_seed(recipe.seed)
         _initialise(module, base.new_parameters)
         if recipe.adapter != "none":
-            module = add_lora(module, recipe, base.task, base.new_parameters)
+            module = add_adapter(module, recipe, base.task, base.new_parameters)
             base.hold_frozen(module, frozen, device)
     if used_tokens is not None:
         train_used_rows(module, config, used_tokens)

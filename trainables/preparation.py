@@ -263,6 +263,8 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
         if table.domains is not None:
             digest.update(table.domains.tobytes())
     weights = [source.weight for source in data.sources.values() if source.weight is not None]
+    if data.domains is not None:
+        digest.update(json.dumps([list(data.domains), weights]).encode())
     answers = _answers(data, parts["evaluation"])
     return TaskData(
         task=model.task,

@@ -19,7 +19,7 @@ import torch
 from synthetic_data import task_data
 
 from spaces import memory
-from spaces.config import Layout, Recipe, TrialConfig
+from spaces.config import IA3_INPUTS, IA3_RESULTS, Layout, Recipe, TrialConfig
 from trainables.batching import BatchPlan
 from trainables.checkpoint import CheckpointStore, read_checkpoint
 from trainables.data import TaskData, TokenTable
@@ -33,7 +33,8 @@ RELATIVE, STEPS = 2e-4, 12
 TASKS = ("causal-lm", "sequence-classification")
 # LoRA on a base in fp32, and on quantised ones, which are not sharded.
 QUANTIZED = ("nf4", "int8")
-LORA = ("lora", "rslora", "dora", *QUANTIZED)
+VECTORS = ("vera", "ia3")
+LORA = ("lora", "rslora", "dora", *VECTORS, *QUANTIZED)
 STRATEGIES = ("ddp", "fsdp", "tp")
 
 
@@ -88,6 +89,8 @@ def config(
         lora = {"adapter_rank": 4, "adapter_alpha": 8.0, "adapter_target_modules": ("all-linear",)}
         lora["quantization"] = adapter if adapter in QUANTIZED else "none"
         lora["adapter"] = "lora" if adapter in QUANTIZED else adapter
+    if adapter == "ia3":
+        lora |= {"adapter_rank": None, "adapter_alpha": None, "adapter_target_modules": (*IA3_RESULTS, *IA3_INPUTS)}
     recipe = Recipe(
         learning_rate=5e-3,
         global_batch_size=8,

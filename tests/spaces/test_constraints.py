@@ -29,6 +29,7 @@ def test_the_default_space_is_feasible():
         "adapter_rank_within_width",
         "quantized_base_whole",
         "norms_whole",
+        "vectors_whole",
         "memory_within_device",
     ]
     assert is_feasible(values)

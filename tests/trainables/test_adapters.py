@@ -9,15 +9,17 @@ import pytest
 import torch
 from families import NUM_LABELS, config_of, make
 from memory_grid import Case
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.vera import VeraLayer
 from peft.utils.integrations import dequantize_module_weight
 
 from spaces.blueprint import blueprint
 from spaces.config import Recipe
 from spaces.memory import num_trained
-from trainables.adapters import add_lora
+from trainables.adapters import add_adapter
 from trainables.mesh import World
-from trainables.model import build
+from trainables.model import build, trainable
 from trainables.report import TrialError
 
 
@@ -50,7 +52,7 @@ def recipe(*targets: str) -> Recipe:
     ],
 )
 def test_heads_and_new_weights_train_whole_and_nothing_else_does(family: str, new: tuple[str, ...], whole: set[str]) -> None:
-    module = add_lora(make(family, "sequence-classification"), recipe("all-linear"), "sequence-classification", new)
+    module = add_adapter(make(family, "sequence-classification"), recipe("all-linear"), "sequence-classification", new)
     trained = {name for name, p in module.named_parameters() if p.requires_grad and "lora_" not in name}
     plain = {n.removeprefix("base_model.model.").replace("modules_to_save.default.", "").rpartition(".")[0] for n in trained}
     assert plain == whole
@@ -78,13 +80,13 @@ def test_the_blueprint_counts_what_peft_wraps(family: str, targets: tuple[str, .
     task = "sequence-classification"
     module, trial = make(family, task), recipe(*targets)
     plan = blueprint(config_of(module), task, NUM_LABELS)
-    module = add_lora(module, trial, task, ())
+    module = add_adapter(module, trial, task, ())
     assert num_trained(plan, trial) == sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def test_a_target_that_is_not_there_is_named_with_the_nearest() -> None:
     with pytest.raises(TrialError, match=r"no module 'q_prj'; there are: .*; did you mean 'q_proj'\?"):
-        add_lora(make("llama", "causal-lm"), recipe("q_prj"), "causal-lm", ())
+        add_adapter(make("llama", "causal-lm"), recipe("q_prj"), "causal-lm", ())
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -108,6 +110,56 @@ def test_dora_is_the_formula_of_its_paper(quantization: str) -> None:
 
 
 def test_rslora_is_lora_with_a_scale_of_alpha_over_the_root_of_the_rank() -> None:
-    module: Any = add_lora(make("llama", "causal-lm"), replace(recipe("up_proj"), adapter="rslora"), "causal-lm", ())
+    module: Any = add_adapter(make("llama", "causal-lm"), replace(recipe("up_proj"), adapter="rslora"), "causal-lm", ())
     layer = module.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
     assert layer.scaling["default"] == pytest.approx(8 / 4**0.5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_vera_is_the_formula_of_its_paper(family: str) -> None:
+    """Equation 2 of arXiv 2310.11454: W x + b * (B (d * (A x))) with factors that all layers share; at first that is W x."""
+    case = Case(family=family, adapter="all-linear", method="vera")
+    module: Any = build(case.config(1), case.base(), World.alone()).eval()
+    layers = [part for part in module.modules() if isinstance(part, VeraLayer)]
+    assert len({id(layer.vera_A["default"]) for layer in layers}) == 1
+    for layer in (layers[0], layers[-1]):
+        weight, bias = layer.get_base_layer().weight.detach(), layer.get_base_layer().bias
+        x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        plain = x @ weight.T + (0 if bias is None else bias.detach())
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), plain)
+            layer.vera_lambda_b["default"].normal_()
+            a = layer.vera_A["default"][:, : weight.shape[1]]
+            b = layer.vera_B["default"][: weight.shape[0]]
+            added = layer.vera_lambda_b["default"] * ((layer.vera_lambda_d["default"] * (x @ a.T)) @ b.T)
+            torch.testing.assert_close(layer(x), plain + added)
+            assert added.norm() > 0.1
+    trained = {name.rsplit(".", 2)[-2] for name in trainable(module) if "vera" in name}
+    assert trained == {"vera_lambda_b", "vera_lambda_d"}
+
+
+@pytest.mark.parametrize(
+    ("family", "scaled"),
+    [
+        ("llama", {"k_proj": False, "v_proj": False, "down_proj": True}),
+        ("bert", {"key": False, "value": False, "dense": True}),
+        ("distilbert", {"k_lin": False, "v_lin": False, "lin2": True}),
+        ("gpt2", {"c_attn": False, "c_proj": True}),
+        ("phi3", {"qkv_proj": False, "down_proj": True}),
+    ],
+)
+def test_ia3_scales_keys_values_and_the_inner_width(family: str, scaled: dict[str, bool]) -> None:
+    """Section 3.3 of arXiv 2205.05638; where keys and values come from one matrix with the queries, these too."""
+    case = Case(family=family, adapter="all-linear", method="ia3")
+    module: Any = build(case.config(1), case.base(), World.alone()).eval()
+    layers = {name: part for name, part in module.named_modules() if isinstance(part, IA3Layer)}
+    assert {name.rsplit(".", 1)[-1]: layer.is_feedforward for name, layer in layers.items()} == scaled
+    assert len(layers) == len(scaled) * case.blueprint().shape.num_layers, "an attention's output is none of them"
+    for layer in list(layers.values())[: len(scaled)]:
+        x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            plain = layer.get_base_layer()(x)
+            torch.testing.assert_close(layer(x), plain)
+            vector = layer.ia3_l["default"].normal_().flatten()
+            expected = layer.get_base_layer()(x * vector) if layer.is_feedforward else plain * vector
+            torch.testing.assert_close(layer(x), expected)

@@ -7,7 +7,7 @@ import torch
 from families import config_of, make
 from flop_grid import CASES, ENCODERS, STACKED, counted, make_batch, make_model, targets_of, task_of, total, trial
 
-from spaces.activations import is_wrapped
+from spaces.adapters import is_wrapped
 from spaces.blueprint import FAMILIES, blueprint
 from spaces.flops import (
     AttentionUse,
@@ -47,6 +47,23 @@ def test_variants_of_lora_cost_what_it_costs(family: str, method: str) -> None:
     products = sum(2 * rank * m.num_inputs * m.num_outputs for m in wrapped) if method == "dora" else 0
     for ours in (seen.model, flops_of_blueprint(plan, config.recipe)):
         assert total(ours, lengths, family, len(batch.targets)) == pytest.approx(theirs - products, rel=0.01)
+
+
+@pytest.mark.parametrize("recomputation", ["none", "full"])
+@pytest.mark.parametrize("method", ["vera", "ia3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bert", "distilbert", "phi3", "mixtral"])
+def test_vectors_need_no_gradients_of_matrices(family: str, method: str, recomputation: str) -> None:
+    task = task_of(family)
+    module, plan = make_model(family, task)
+    lengths, config = [LENGTH] * ROWS, trial(("all-linear",), recomputation, method)
+    batch = make_batch(task, lengths)
+    theirs, seen = counted(module, task, batch, config, is_hardware=True)
+    planned = StepFlops(model=flops_of_blueprint(plan, config.recipe), recomputed=recomputed_flops_of_blueprint(plan, config))
+    for ours in (seen, planned):
+        hardware = total(ours.model, lengths, family, len(batch.targets)) + total(
+            ours.recomputed, lengths, family, len(batch.targets)
+        )
+        assert hardware == pytest.approx(theirs, rel=0.01)
 
 
 @pytest.mark.parametrize("recomputation", ["none", "full"])

@@ -32,7 +32,7 @@ from spaces.activations import FP32_BYTES
 from spaces.blueprint import FAMILIES
 from spaces.memory import ADAMW_STATES, num_trained, rank_memory
 from spaces.tensor_parallel import PLANS, local_blueprint
-from trainables.adapters import add_lora
+from trainables.adapters import add_adapter
 from trainables.loop import Trainer
 from trainables.loss import evaluated
 from trainables.memory_meter import LiveBytes
@@ -173,7 +173,7 @@ def test_recomputation_is_switched_on_where_the_layout_says_so(adapter: str) -> 
         config = Case(family="llama", adapter=adapter, recomputation=recomputation).config(1)
         module = make("llama", "causal-lm")
         if config.recipe.adapter == "lora":
-            module = add_lora(module, config.recipe, "causal-lm", ())
+            module = add_adapter(module, config.recipe, "causal-lm", ())
         assert parallelize(module, config, World.alone()).is_gradient_checkpointing == (recomputation == "full")
 
 

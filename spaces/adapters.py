@@ -1,0 +1,59 @@
+"""What adapters wrap, and what they add: which matrices of a blueprint, and how many numbers."""
+
+from __future__ import annotations
+
+from spaces.blueprint import Blueprint, Matrix
+from spaces.config import IA3_INPUTS, Recipe
+
+
+def is_wrapped(matrix: Matrix, recipe: Recipe) -> bool:
+    """Return whether an adapter wraps a matrix.
+
+    Of LoRA and its variants `all-linear` finds the router and the stacked experts too, a name only the router.
+    """
+    targets = recipe.adapter_target_modules or ()
+    if recipe.adapter == "none" or matrix.trains_with_adapter:
+        return False
+    if matrix.is_module or not trains_factors(recipe):
+        return matrix.is_wrapped_by(targets)
+    return targets == ("all-linear",) or (matrix.num_experts == 1 and matrix.is_named_by(targets))
+
+
+def trains_factors(recipe: Recipe) -> bool:
+    """Return whether an adapter trains matrices: LoRA and its variants. VeRA and (IA)3 train vectors."""
+    return recipe.adapter in ("lora", "rslora", "dora")
+
+
+def keeps_input(matrix: Matrix, recipe: Recipe) -> bool:
+    """Return whether the backward pass of what an adapter adds to a matrix needs the matrix' input."""
+    is_read = trains_factors(recipe) or (recipe.adapter == "ia3" and matrix.is_named_by(IA3_INPUTS))
+    return is_read and is_wrapped(matrix, recipe)
+
+
+def adapter_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
+    """Return the parameters that an adapter adds and trains.
+
+    One pair of factors for each expert, and of twice the rank for gate and up in one; with DoRA a norm for each output. VeRA scales
+    the rank and the outputs, (IA)3 the outputs or, before the last product of a block, the inputs.
+    """
+    rank, params = recipe.adapter_rank or 0, 0
+    for m in matrices:
+        if not is_wrapped(m, recipe):
+            continue
+        if recipe.adapter == "ia3":
+            params += m.num_inputs if keeps_input(m, recipe) else m.num_outputs
+        elif recipe.adapter == "vera":
+            params += rank + m.num_outputs
+        else:
+            is_fused_pair = m.num_experts > 1 and m.name.endswith(".gate_up_proj")
+            params += rank * m.num_experts * (m.num_inputs + m.num_outputs) * (2 if is_fused_pair else 1)
+            params += m.num_outputs if recipe.adapter == "dora" else 0
+    return params
+
+
+def shared_params(plan: Blueprint, recipe: Recipe) -> int:
+    """Return the numbers of VeRA's two factors, which no layer has of its own: fp32, whatever the precision."""
+    wrapped = [m for m in (*plan.block, *plan.head) if is_wrapped(m, recipe)]
+    if recipe.adapter != "vera" or not wrapped:
+        return 0
+    return (recipe.adapter_rank or 0) * (max(m.num_inputs for m in wrapped) + max(m.num_outputs for m in wrapped))
