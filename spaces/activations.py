@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spaces.adapters import adapter_params, is_wrapped, keeps_input, trains_factors
+from spaces.adapters import factor_params, is_wrapped, keeps_input, trains_factors
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe, TrialConfig
 from spaces.quantization import is_quantized
@@ -146,14 +146,14 @@ class Activations:
             return 0
         matrices = self.plan.block
         full = sum(m.num_params for m in matrices if m.num_experts == 1)
-        return BF16_BYTES * (full if self._is_full else adapter_params(matrices, self.recipe))
+        return BF16_BYTES * (full if self._is_full else factor_params(matrices, self.recipe))
 
     def cast_head_weights(self) -> int:
         """Return the head's weights as autocast has cast them."""
         if not self.width.is_autocast:
             return 0
         trained = sum(m.num_params for m in self.plan.head if self._is_full or m.trains_with_adapter)
-        return BF16_BYTES * (trained + adapter_params(self.plan.head, self.recipe))
+        return BF16_BYTES * (trained + factor_params(self.plan.head, self.recipe))
 
     def inside_block(self) -> int:
         """Return the most that is held beside what a block keeps, late in its forward pass or early in its backward pass."""
@@ -166,7 +166,7 @@ class Activations:
         # What PEFT has multiplied out has a gradient as large, before that becomes those of the factors.
         last = self.plan.feed_forward_out[0]
         merged = last.num_params if self._has_experts and is_wrapped(last, self.recipe) else 0
-        beside = max(self._while_spread_out(gradient), self._while_rows_are_scaled())
+        beside = max(self._while_spread_out(gradient), self._while_rows_are_scaled(), self._while_results_are_scaled(gradient))
         return max(self.num_tokens * inside + self.width.products * merged, beside)
 
     def _while_rows_are_scaled(self) -> int:
@@ -177,6 +177,33 @@ class Activations:
         """
         if self.recipe.adapter != "dora":
             return 0
+        weights, numbers = (4 * FP32_BYTES, FP32_BYTES) if self.width.is_autocast else (3 * self.width.products, 0)
+        most = 0
+        for m, not_yet in self._not_yet():
+            norms = weights * m.num_inputs * m.num_outputs
+            per_token = numbers * m.num_inputs + self.width.products * m.num_outputs
+            scaled = numbers * m.num_inputs + 4 * FP32_BYTES * m.num_outputs
+            most = max(most, norms + self.num_tokens * (per_token - not_yet), self.num_tokens * (scaled - not_yet))
+        return most
+
+    def _while_results_are_scaled(self, gradient: int) -> int:
+        """Return what is held beside while VeRA scales what it adds to a product, or in the backward pass of that.
+
+        Forward the product's result, what is added and the sum, in fp32 under autocast as the product's input; backward the gradient
+        of the sum, that of what is scaled, and its product with it, of which the vector's is the sum.
+        """
+        if self.recipe.adapter != "vera":
+            return 0
+        copied, cast = (FP32_BYTES, self.width.products) if self.width.is_autocast else (0, FP32_BYTES)
+        before, moments = gradient if self.recomputes else 0, [0]
+        for m, not_yet in self._not_yet():
+            forward = copied * m.num_inputs + (2 * FP32_BYTES + cast) * m.num_outputs
+            backward = (3 * FP32_BYTES + (cast if copied else 0)) * m.num_outputs
+            moments.append(max(forward, backward) + before - not_yet)
+        return self.num_tokens * max(moments)
+
+    def _not_yet(self) -> list[tuple[Matrix, int]]:
+        """Return the matrices that are wrapped, with the bytes per token that the block keeps after each."""
         # The gate's result and its activation are there before the other factor; of GELU by its formula, as measured, two gradients.
         inner = self.plan.feed_forward_out[0].num_inputs
         is_half_there = self.plan.num_kept_by_activation > 2 and self.plan.feed_forward_in[0].num_outputs == inner
@@ -188,15 +215,7 @@ class Activations:
             self.plan.feed_forward_in: self._activation_per_token() - there,
             self.plan.feed_forward_out: 0,
         }
-        weights, numbers = (4 * FP32_BYTES, FP32_BYTES) if self.width.is_autocast else (3 * self.width.products, 0)
-        most = 0
-        for stage, not_yet in later.items():
-            for m in (m for m in stage if is_wrapped(m, self.recipe)):
-                norms = weights * m.num_inputs * m.num_outputs
-                per_token = numbers * m.num_inputs + self.width.products * m.num_outputs
-                scaled = numbers * m.num_inputs + 4 * FP32_BYTES * m.num_outputs
-                most = max(most, norms + self.num_tokens * (per_token - not_yet), self.num_tokens * (scaled - not_yet))
-        return most
+        return [(m, not_yet) for stage, not_yet in later.items() for m in stage if is_wrapped(m, self.recipe)]
 
     def _while_spread_out(self, gradient: int) -> int:
         """Return what is held beside in the last product of a block whose weight is quantised: that weight in full, and in the
@@ -333,10 +352,13 @@ class Activations:
         wrapped = is_wrapped(last, self.recipe)
         is_plain = self.plan.num_kept_by_activation == 2
         copies = 1 if full and is_plain else 2
-        if not (full or is_plain or wrapped):
+        if not (full or is_plain or keeps_input(last, self.recipe)):
             copies += 1
         inside = self.width.products * copies
-        if self.width.is_autocast and wrapped:
+        if self.recipe.adapter == "ia3" and keeps_input(last, self.recipe):
+            # The gradients of what is scaled, of the input, and their products with it, of which the vector's is the sum.
+            inside = 3 * FP32_BYTES
+        elif self.width.is_autocast and wrapped:
             # PEFT hands the adapter its input in fp32, and gets the gradient so.
             inside += FP32_BYTES
         # Where the last product is normalised, that comes first.

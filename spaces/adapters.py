@@ -51,6 +51,13 @@ def adapter_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
     return params
 
 
+def factor_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
+    """Return the numbers of the factors that are multiplied around matrices, whether they train or not."""
+    if trains_factors(recipe):
+        return adapter_params(matrices, recipe)
+    return (recipe.adapter_rank or 0) * sum(m.num_inputs + m.num_outputs for m in matrices if is_wrapped(m, recipe))
+
+
 def shared_params(plan: Blueprint, recipe: Recipe) -> int:
     """Return the numbers of VeRA's two factors, which no layer has of its own: fp32, whatever the precision."""
     wrapped = [m for m in (*plan.block, *plan.head) if is_wrapped(m, recipe)]
