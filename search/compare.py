@@ -27,7 +27,7 @@ from search.store import Store, StoreError
 from spaces.config import ADAPTER_KNOBS, Adapter, Quantization, TrialConfig
 from spaces.constraints import Limits, reason, violations
 from spaces.loading import LoadedSpec, load_spec
-from spaces.metrics import PEAK_MEMORY_BYTES, TRAIN_SECONDS, metric_of
+from spaces.metrics import PEAK_MEMORY_BYTES, TRAIN_SECONDS, domain_of, in_order, metric_of
 from spaces.presets import BATCH_SIZE, LORA_ALPHA, LORA_RANK, nearest, usual_rate
 from spaces.space import SpaceSpec
 from spaces.spec import Objective
@@ -123,7 +123,7 @@ class Cell:
     def learning_rate(self) -> float | None:
         return self.record.trial_config.recipe.learning_rate if self.record else None
 
-    def cost(self, metric: str) -> float | None:
+    def value(self, metric: str) -> float | None:
         """Return a metric's mean over the further seeds, or else what the search measured."""
         if self.record is None:
             return None
@@ -329,6 +329,12 @@ def _choice(values: Sequence[Any]) -> Any:
     return {"choice": distinct} if len(distinct) > 1 else distinct[0]
 
 
+def _domains(comparison: Comparison) -> list[str]:
+    """Return the metrics of single domains of the data."""
+    found = in_order(metric for cell in comparison.cells if cell.record for metric in cell.record.values)
+    return [metric for metric in found if domain_of(metric) is not None and metric != comparison.objective.metric]
+
+
 def rows_of(comparison: Comparison) -> list[dict[str, Any]]:
     """Return a row for each cell, ready for CSV and JSON."""
     metric = comparison.objective.metric
@@ -346,7 +352,7 @@ def rows_of(comparison: Comparison) -> list[dict[str, Any]]:
             "half_width": cell.quality.estimate.half_width if cell.quality else None,
             "num_seeds": len(cell.quality.values) if cell.quality else 0,
             "split": cell.quality.split if cell.quality else None,
-            **{cost: cell.cost(cost) for cost in COSTS},
+            **{name: cell.value(name) for name in (*_domains(comparison), *COSTS)},
         }
         for cell in comparison.cells
     ]
@@ -354,13 +360,14 @@ def rows_of(comparison: Comparison) -> list[dict[str, Any]]:
 
 def render(comparison: Comparison) -> str:
     """Return the comparison as a table with what it says."""
-    table = [["rows", "method", comparison.objective.metric, "", *COSTS, "learning_rate", "trial"]]
+    columns = [*_domains(comparison), *COSTS]
+    table = [["rows", "method", comparison.objective.metric, "", *columns, "learning_rate", "trial"]]
     for cell, row in zip(comparison.cells, rows_of(comparison), strict=True):
         rows = f"{cell.num_rows:,} ({cell.fraction:.3g})" if cell.num_rows else f"{cell.fraction:.3g}"
         quality = cell.quality.short_text if cell.quality else "-"
-        costs = [number_text(metric, row[metric]) for metric in COSTS]
+        values = [number_text(metric, row[metric]) for metric in columns]
         trial = "-" if row["trial"] is None else str(row["trial"])
-        table.append([rows, row["method"], quality, row["verdict"], *costs, short_text(row["learning_rate"]), trial])
+        table.append([rows, row["method"], quality, row["verdict"], *values, short_text(row["learning_rate"]), trial])
     known = [cell.quality for cell in comparison.cells if cell.quality]
     seeds = "/".join(str(n) for n in sorted({len(quality.values) for quality in known}))
     on = " and ".join(sorted({quality.split for quality in known}))

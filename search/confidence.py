@@ -10,13 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, variance
+from statistics import NormalDist, fmean, variance
 from typing import Any
 
-from search.formatting import interval_text
+from search.formatting import interval_text, number_text
 from search.record import TrialRecord, TrialState
 from search.scaling import student_t
-from spaces.metrics import in_order, metric_of
+from spaces.metrics import EXACT_MATCH, in_order, metric_of
 from spaces.spec import Objective
 
 LEVEL = 0.95
@@ -80,6 +80,23 @@ def difference(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> 
     # Welch and Satterthwaite.
     freedom = sum(parts) ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, (a, b), strict=True))
     return Estimate(mean=mean, half_width=student_t(freedom, level) * math.sqrt(sum(parts)))
+
+
+def binomial_interval(share: float, num_rows: int, level: float = LEVEL) -> tuple[float, float]:
+    """Return between which shares the true one lies, of rows that are right or wrong by themselves (Wilson 1927, JASA 22:209)."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    middle = (share + z**2 / (2 * num_rows)) / (1 + z**2 / num_rows)
+    half = z / (1 + z**2 / num_rows) * math.sqrt(share * (1 - share) / num_rows + z**2 / (4 * num_rows**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def score_text(record: TrialRecord, metric: str) -> str:
+    """Return a trial's value for people; of exact_match, which few rows are asked for, with what so few rows can say."""
+    value, num_rows = record.values.get(metric), record.details.get("exact_match_rows")
+    if metric != EXACT_MATCH or value is None or num_rows is None:
+        return number_text(metric, value)
+    low, high = binomial_interval(value, num_rows)
+    return f"{number_text(metric, value)} ({low:.2g} to {high:.2g})"
 
 
 def confirmed(record: TrialRecord, metric: str) -> Confirmed | None:

@@ -16,6 +16,7 @@ from typing import Any
 from search.formatting import number_text
 from search.record import TrialRecord, TrialState
 from search.scaling import MAX_TIMES, NoLaw, Range, ScalingFit, fit_law
+from spaces.config import ADAPTER_KNOBS
 from spaces.metrics import EVAL_LOSS
 
 # Doubling the data pays as long as it lowers the loss by more nats than this: one percent of the perplexity.
@@ -51,6 +52,8 @@ class DataCurve:
         """Return what was trained, in words."""
         if self.adapter == "none":
             return "full fine-tuning"
+        if "lora_rank" not in ADAPTER_KNOBS.get(self.adapter.rpartition(" ")[2], ()):  # type: ignore[call-overload]
+            return self.adapter
         return f"{self.adapter} of {'any rank' if self.adapter_rank is None else f'rank {self.adapter_rank}'}"
 
 

@@ -135,6 +135,7 @@ def _data(loaded: LoadedSpec) -> Any:
     from trainables.hub import ModelError
 
     try:
-        return preparation.prepare(loaded.spec.model, loaded.spec.data)
+        # Weights are written without the user's own score, whose module may not be here.
+        return preparation.prepare(loaded.spec.model, loaded.spec.data.model_copy(update={"metric": None}))
     except (DataError, ModelError) as error:
         raise SpecError([loaded.locate(str(error))]) from error

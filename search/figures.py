@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from search.confidence import LEVEL, confirmed
+from search.confidence import LEVEL, confirmed, score_text
 from search.data_scaling import DataCurve, SizePoint
 from search.formatting import number_text, short_text
 from search.ledger import SearchState
@@ -192,7 +192,7 @@ def _confirmed_point(record: TrialRecord, x: str, y: str) -> ConfirmedPoint | No
 
 
 def _hover(record: TrialRecord, knobs: Sequence[str]) -> tuple[str, ...]:
-    measured = [f"{m} {number_text(m, v)}" for m, v in record.values.items() if in_order([m])]
+    measured = [f"{m} {score_text(record, m)}" for m in record.values if in_order([m])]
     tested = [f"test {m} {number_text(m, v)}" for m, v in record.test.items() if in_order([m])]
     chosen = [f"{k} = {short_text(record.params[k])}" for k in knobs if k in record.params]
     noisy = [f"noisy: {record.noise}"] if record.noise else []

@@ -21,7 +21,7 @@ from search.record import TrialRecord, TrialState
 from search.saved_view import FRONT_COLOR, OTHER_COLOR, saved_view
 from search.spool import Event
 from spaces.config import TrialConfig
-from spaces.metrics import METRICS, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, TRAIN_SECONDS, in_order, metric_of
+from spaces.metrics import MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, TRAIN_SECONDS, in_order, metric_of
 
 SEARCH_TAG, TRIAL_TAG, RECORD_TAG = "paretune.search", "paretune.trial", "paretune.record"
 # Of a run that confirms a trial: its seed, and the event of the ledger.
@@ -30,7 +30,6 @@ REFERENCE_TAG, SPEC_TAG, NOTE_TAG = "paretune.reference", "paretune.spec", "mlfl
 DATA_TAG, DEVICE_TAG = "paretune.data_fingerprint", "paretune.device"
 # MLflow cuts what is longer.
 MAX_TAG_CHARACTERS = 8000
-_QUALITY = [m.name for m in METRICS.values() if m.section == "eval"]
 # As MLflow's own bridge to Optuna maps them.
 STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}
 
@@ -292,7 +291,9 @@ def _memory_metrics(record: TrialRecord) -> dict[str, float]:
 
 def _confirmed_metrics(record: TrialRecord) -> dict[str, float]:
     """Return means over the further seeds, each with the half width of its interval, for the trial's own run."""
-    found = [c for m in (*_QUALITY, TRAIN_SECONDS) if (c := confirmed(record, m)) is not None]
+    scored = in_order(m for c in record.confirmations for m in (*c.values, *c.test))
+    wanted = [m for m in scored if m == TRAIN_SECONDS or metric_of(m).section == "eval"]
+    found = [c for m in wanted if (c := confirmed(record, m)) is not None]
     means = {f"confirmed/{c.split + '_' if c.split else ''}{c.metric}": c.estimate for c in found}
     halves = {f"{name}_half_width": e.half_width for name, e in means.items() if e.half_width is not None}
     return {**{name: e.mean for name, e in means.items()}, **halves}

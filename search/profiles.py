@@ -89,6 +89,8 @@ def profile_key(
         **timed_knobs(config),
         "device": {name: device[name] for name in ("type", "name", "threads")},
         "num_nodes": num_nodes,
+        # What a step computes: 2 since rows are laid end to end and idle rows of the embedding are left alone.
+        "step": 2,
         "versions": {**device["versions"], "paretune": version("paretune")},
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from search.profiles import ProfileCache
 from search.record import noise_of
 from search.session import check_fit, examine, prepare
 from search.store import Store
-from spaces.config import TrialConfig
+from spaces.config import ADAPTER_KNOBS, TrialConfig
 from spaces.constraints import Limits, config_within, is_feasible, violations
 from spaces.loading import LoadedSpec, check_local_data
 from spaces.metrics import RANK_SPREAD, TIME_DRIFT
@@ -95,13 +96,9 @@ def mean_profile(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def timed_configs(space: SpaceSpec, max_length: int, limits: Limits) -> Iterator[TrialConfig]:
     """Yield one config for each step of the space that takes a time of its own; of a range its two ends."""
     for corner in space.corners():
-        if corner["adapter"] == "none":
-            yield config_within(corner, max_length=max_length, limits=limits)
-            continue
-        for rank in space.lora_rank.ends():
-            for targets in space.lora_target_modules.ends():
-                params = {**corner, "lora_rank": rank, "lora_target_modules": targets}
-                yield config_within(params, max_length=max_length, limits=limits)
+        knobs = [knob for knob in ("lora_rank", "lora_target_modules") if knob in ADAPTER_KNOBS[corner["adapter"]]]
+        for values in itertools.product(*(getattr(space, knob).ends() for knob in knobs)):
+            yield config_within({**corner, **dict(zip(knobs, values, strict=True))}, max_length=max_length, limits=limits)
 
 
 def render_profiles(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from search.advice import caveats, recommendation_lines
 from search.budget import used
 from search.calibration import calibration_as_json
-from search.confidence import confirmed, confirmed_as_json, failure_lines, rival_lines
+from search.confidence import confirmed, confirmed_as_json, failure_lines, rival_lines, score_text
 from search.data_scaling import data_curves, scaling_as_json, scaling_lines
 from search.endpoint import redacted
 from search.engine import objectives_of
@@ -174,7 +174,7 @@ def render_front(results: Results) -> str:
     for record in members:
         table.add_row(
             str(record.number),
-            *(number_text(m, record.values.get(m)) for m in columns),
+            *(score_text(record, m) for m in columns),
             *(number_text(m, record.test.get(m)) for m in tested),
             *(c.short_text if (c := confirmed(record, m)) is not None else "-" for m in sure),
             *(short_text(record.params.get(k)) for k in knobs),
@@ -209,7 +209,7 @@ def render_front(results: Results) -> str:
 def render_pick(results: Results, record: TrialRecord) -> str:
     """Return one trial as text: its results, its configuration, its command."""
     lines = [f"trial {record.number} of {results.name}", "", "measured"]
-    lines += [f"  {m}: {number_text(m, v)}" for m, v in sorted(record.values.items())]
+    lines += [f"  {m}: {score_text(record, m)}" for m in sorted(record.values)]
     if record.test:
         lines += ["on the test file", *(f"  {m}: {number_text(m, v)}" for m, v in sorted(record.test.items()))]
     lines += _confirmed_lines(results, record)

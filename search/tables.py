@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from search.calibration import calibrate, calibration_as_json
-from search.confidence import confirmed, confirmed_as_json
+from search.confidence import confirmed, confirmed_as_json, score_text
 from search.data_scaling import DataCurve, scaling_as_json
 from search.figures import outcome
 from search.formatting import number_text, short_text
@@ -147,7 +147,7 @@ def front_table(
     rows = [
         [
             str(r.number),
-            *(number_text(m, r.values.get(m)) for m in metrics),
+            *(score_text(r, m) for m in metrics),
             *(number_text(m, r.test.get(m)) for m in tested),
             *(c.short_text if (c := confirmed(r, m)) is not None else "-" for m in sure),
             *(short_text(r.params.get(k)) for k in knobs),

@@ -19,7 +19,7 @@ from spaces import constraints
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
 from spaces.loading import LoadedSpec, SpecError, parse_spec
-from spaces.metrics import metric_of
+from spaces.metrics import CUSTOM, metric_of
 from spaces.presets import starting_points
 from spaces.spec import Objective, SearchSpec
 
@@ -166,6 +166,9 @@ def _difference(spec: SearchSpec, earlier: _Earlier, data_fingerprint: str) -> s
         return "model"
     if earlier.data_fingerprint != data_fingerprint:
         return "data"
+    scores = [s.data.metric for s in (spec, earlier.spec) if CUSTOM in {o.metric for o in s.resolved_objectives()}]
+    if len(set(scores)) > 1:
+        return "data.metric"
     wanted, there = ({(o.metric, o.direction) for o in s.resolved_objectives()} for s in (spec, earlier.spec))
     return "" if wanted == there else "objective"
 

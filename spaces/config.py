@@ -23,8 +23,8 @@ ADAPTER_KNOBS: dict[Adapter, tuple[str, ...]] = {
     "ia3": (),
 }
 # What (IA)3 scales: what keys and values are, and what goes into the last product of a block.
-IA3_RESULTS = ("k_proj", "v_proj", "self.key", "self.value", "k_lin", "v_lin", "qkv_proj", "c_attn")
-IA3_INPUTS = ("down_proj", "layer.*.output.dense", "ffn.lin2", "mlp.c_proj")
+IA3_RESULTS = ("k_proj", "v_proj", "key_proj", "value_proj", "self.key", "self.value", "k_lin", "v_lin", "qkv_proj", "c_attn")
+IA3_INPUTS = ("down_proj", "layer.*.output.dense", "ffn.lin2", "mlp.c_proj", "fc2")
 # `micro_batch_size: auto` keeps one forward pass to at most this many padded tokens per rank.
 AUTO_MICRO_BATCH_TOKENS = 16_384
 

@@ -83,9 +83,14 @@ def norms_whole(config: TrialConfig, limits: Limits) -> float:
 
 
 def vectors_whole(config: TrialConfig, limits: Limits) -> float:
-    """1 where VeRA's or (IA)3's vectors would have to be cut as tensor parallelism cuts what they scale."""
-    is_cut = config.layout.tensor_parallel_size > 1
-    return float(is_cut and config.recipe.adapter != "none" and not trains_factors(config.recipe))
+    """1 where VeRA's or (IA)3's vectors would have to be cut as tensor parallelism cuts what they scale.
+
+    And where FSDP2 would cast VeRA's vectors and not its factors, which are no parameters.
+    """
+    recipe, layout = config.recipe, config.layout
+    is_cut = layout.tensor_parallel_size > 1 and recipe.adapter != "none" and not trains_factors(recipe)
+    is_half_cast = layout.is_sharded and recipe.adapter == "vera" and recipe.precision != "fp32"
+    return float(is_cut or is_half_cast)
 
 
 def memory_within_device(config: TrialConfig, limits: Limits) -> float:
@@ -147,7 +152,7 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         adapter_rank_within_width.__name__: f"rank {recipe.adapter_rank} exceeds the model's width of {limits.hidden_size}",
         quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
         norms_whole.__name__: "dora trains the norms of whole rows: not of what tp splits, int8 holds, or experts share",
-        vectors_whole.__name__: f"{recipe.adapter} trains whole vectors: not of what tp splits",
+        vectors_whole.__name__: f"{recipe.adapter} trains whole vectors: not of what tp splits, nor vera with fsdp in bf16",
         memory_within_device.__name__: f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
     }
     return words[name]

@@ -25,7 +25,7 @@ from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
 from spaces.flops import TrainingFlops, flops_of_blueprint, recomputed_flops_of_blueprint
 from spaces.hardware import Device
-from spaces.memory import num_adapter_params, num_trained
+from spaces.memory import num_adapter_params, num_updated
 from spaces.quantization import spread_bytes
 from spaces.tensor_parallel import local_blueprint, num_partial_params
 
@@ -183,7 +183,7 @@ def estimate_step(
     peak = machine.peak_flops_per_second(recipe.precision)
     compute = computed / layout.data_parallel_size / (peak * ASSUMED_UTILISATION)
     is_sharded = layout.strategy == "fsdp"
-    trained = num_trained(local, recipe)
+    trained = num_updated(local, config)
     num_micro_batches = config.num_grad_accum_steps
     num_spreads = num_micro_batches * (3 if layout.recomputation == "full" else 2)
     compute += num_spreads * spread_bytes(local, recipe, widths(config).products) / machine.memory_bytes_per_second()
@@ -212,7 +212,7 @@ def exchanged_bytes(plan: Blueprint, config: TrialConfig, num_tokens: float) -> 
         num_tokens: padded tokens of the global batch.
     """
     recipe = config.recipe
-    gradients = FP32_BYTES * num_trained(plan, recipe)
+    gradients = FP32_BYTES * num_updated(plan, config)
     if config.layout.strategy == "ddp":
         return 2.0 * gradients
     if config.layout.strategy == "tp":

@@ -133,7 +133,8 @@ class DataSpec(Section):
     """Evaluation rows that are completed greedily for exact_match and for `metric`; 0 turns it off."""
     metric: ImportPath | None = None
     """`module:function` of a score of your own, of the working directory or installed: it takes two lists of texts, predictions
-    (labels, or completions) and references, and returns a number, reported as `custom`."""
+    (labels, or completions) and references, and returns a number, reported as `custom`. As an objective it is better the higher,
+    from 0 or its `reference` on."""
 
     @field_validator("answer_pattern")
     @classmethod

@@ -70,6 +70,11 @@ def leaves_rows_alone(config: TrialConfig) -> bool:
     return config.recipe.adapter == "none" and not layout.is_sharded and layout.tensor_parallel_size == 1
 
 
+def num_updated(plan: Blueprint, config: TrialConfig) -> int:
+    """Return the parameters that a step updates on a rank that holds them all: of an embedding, rows that the data read."""
+    return num_trained(plan, config.recipe) - (plan.num_idle_params if leaves_rows_alone(config) else 0)
+
+
 def rank_memory(
     plan: Blueprint, config: TrialConfig, length: int, num_targets: int | None = None, *, is_on_gpu: bool = False
 ) -> RankMemory:
@@ -97,8 +102,8 @@ def rank_memory(
         num_targets=targets,
         recomputes=recomputes,
     )
-    idle = plan.num_idle_params if leaves_rows_alone(config) else 0
-    trained = num_trained(plan, recipe) - idle
+    trained = num_updated(plan, config)
+    idle = num_trained(plan, recipe) - trained
     frozen = FP32_BYTES * idle if recipe.adapter == "none" else frozen_bytes(plan, recipe, step.width.frozen)
     shards = config.layout.world_size if config.layout.is_sharded else 1
     state = RankMemory(

@@ -23,6 +23,11 @@ class Packing:
     """The position of every row's first token."""
 
 
+def can_pack(family: str) -> bool:
+    """Return whether the attention of a family can be told where rows end."""
+    return family in (*DECODERS, *ENCODERS) and family not in NOT_PACKED
+
+
 def packing_of(model: Mapping[str, Any], task: str, layout: Layout, longest: int) -> Packing | None:
     """Return how rows are laid end to end; None where they are padded.
 
@@ -36,9 +41,9 @@ def packing_of(model: Mapping[str, Any], task: str, layout: Layout, longest: int
         longest: tokens of the longest row of the data.
     """
     family = str(model.get("model_type"))
-    families = DECODERS if task == "causal-lm" else ENCODERS
+    is_of_task = family in (DECODERS if task == "causal-lm" else ENCODERS)
     window = model.get("sliding_window") if model.get("use_sliding_window", True) else None
     is_windowed = window is not None and longest > int(window)
-    if family not in families or family in NOT_PACKED or is_windowed or layout.compile != "none":
+    if not is_of_task or not can_pack(family) or is_windowed or layout.compile != "none":
         return None
     return Packing(first_position=int(model.get("pad_token_id") or 0) + 1 if family in LATER_POSITIONS else 0)

@@ -71,7 +71,8 @@ def _is_interim_quality(metric: str) -> bool:
 
 def _before_the_end(objective: Objective) -> Objective:
     """Return what an objective is judged by at a rung."""
-    if metric_of(objective.metric).section != "eval" or objective.direction != "maximize":
+    is_of_all = metric_of(objective.metric).section == "eval" and domain_of(objective.metric) is None
+    if not is_of_all or objective.direction != "maximize":
         return objective
     return Objective(metric=EVAL_LOSS, direction="minimize", reference=None)
 
@@ -224,6 +225,9 @@ class SearchSpec(Section):
             raise PydanticCustomError(
                 "no_metric", "custom without data.metric", {"allowed": "custom with data.metric: module:function"}
             )
+        if any(o.metric == CUSTOM and o.direction == "minimize" and o.reference is None for o in objectives):
+            context = {"allowed": "reference: the worst value that is still worth anything"}
+            raise PydanticCustomError("no_reference", "custom is to be minimised, and has no reference", context)
         return objectives
 
     @field_validator("objectives")
@@ -283,7 +287,7 @@ class SearchSpec(Section):
         """Return the objectives that trials are held against one another by before their end; none if all are let finish.
 
         An objective that only the end of a trial tells (exact_match, peak_memory_bytes) is not among them. For a score to be
-        maximised (accuracy, macro_f1) the loss stands in: so early it says more about the end.
+        maximised (accuracy, macro_f1) the loss stands in: so early it says more about the end. A domain has no loss of its own.
         """
         if self.scheduler.method != "asha":
             return ()

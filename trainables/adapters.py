@@ -43,7 +43,11 @@ def add_adapter(module: nn.Module, recipe: Recipe, task: str, new_parameters: tu
     if recipe.adapter == "ia3":
         inputs, results = (_one_of(names) for names in (IA3_INPUTS, IA3_RESULTS))
         config: PeftConfig = IA3Config(target_modules=f"{inputs}|{results}", feedforward_modules=inputs, **saved)
-        return get_peft_model(module, config)
+        try:
+            return get_peft_model(module, config)
+        except ValueError as error:
+            known = ", ".join((*IA3_RESULTS, *IA3_INPUTS))
+            raise TrialError(f"space.adapter: ia3 scales layers of these names, of which this model has none: {known}") from error
     targets = recipe.adapter_target_modules or ()
     _check_targets(module, targets)
     if recipe.adapter == "vera":

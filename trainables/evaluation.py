@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -21,19 +22,31 @@ from trainables.mesh import World
 from trainables.model import unwrapped
 from trainables.packed import packing_for
 from trainables.parallelize import autocast
+from trainables.report import TrialError
 from trainables.tokenization import IGNORE
 
 GENERATION_ROWS = 32
 
 
 @torch.no_grad()
-def evaluate(module: nn.Module, config: TrialConfig, data: TaskData, table: TokenTable, world: World) -> dict[str, float]:
+def evaluate(
+    module: nn.Module, config: TrialConfig, data: TaskData, table: TokenTable, world: World, *, is_final: bool = True
+) -> dict[str, float]:
     """Return eval_loss and accuracy; for classification macro_f1 and the user's own score; the accuracy of every domain.
 
     Every rank must call it.
 
+    Args:
+        module: the model, as it is spread over the ranks.
+        config: the trial's.
+        data: its data.
+        table: the rows.
+        world: the ranks.
+        is_final: whether training is over. Of a model that knows nothing yet, and predicts one class for all rows, the user's own
+            score may not be defined, and is then left out.
+
     Raises:
-        TrialError: the user's own score failed.
+        TrialError: the user's own score failed in the end.
     """
     module.eval()
     rows_world = world.data_parallel(config.layout)
@@ -47,7 +60,7 @@ def evaluate(module: nn.Module, config: TrialConfig, data: TaskData, table: Toke
             loss, predicted = evaluated(module, batch, data.task)
         tally.add(rows, batch, loss, predicted)
     module.train()
-    return tally.scores(rows_world)
+    return tally.scores(rows_world, is_final=is_final)
 
 
 class _Tally:
@@ -76,11 +89,11 @@ class _Tally:
             domains = torch.from_numpy(table.domains[rows])[batch.row_of_targets(data.task).cpu()]
             self._domains += torch.stack([torch.bincount(d, minlength=len(data.domains)) for d in (domains[right], domains)])
 
-    def scores(self, world: World) -> dict[str, float]:
+    def scores(self, world: World, *, is_final: bool) -> dict[str, float]:
         """Return the scores over all ranks.
 
         Raises:
-            TrialError: the user's own score failed.
+            TrialError: the user's own score failed in the end.
         """
         data, num_classes = self._data, len(self._data.label_names)
         parts = (self._totals, self._confusion, self._domains.flatten(), self._predicted)
@@ -94,7 +107,8 @@ class _Tally:
                 found[metrics.domain_accuracy(name)] = right / counted
         if data.metric is not None and self._table.labels is not None:
             names = data.label_names
-            found[metrics.CUSTOM] = data.metric([names[int(i) - 1] for i in predicted], [names[i] for i in self._table.labels])
+            with nullcontext() if is_final else suppress(TrialError):
+                found[metrics.CUSTOM] = data.metric([names[int(i) - 1] for i in predicted], [names[i] for i in self._table.labels])
         return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig
 
@@ -55,7 +55,7 @@ def merged_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:
     spread_out(own.module, packed)
     adapted = trained_module(config, own, weights)
     head = adapted.get_output_embeddings()
-    if isinstance(head, LoraLayer) and head.get_base_layer().weight is adapted.get_input_embeddings().weight:
+    if isinstance(head, BaseTunerLayer) and head.get_base_layer().weight is adapted.get_input_embeddings().weight:
         raise ValueError("its adapter is on the output embedding, whose weights are the input embedding's too: leave --merge out")
     return adapted.merge_and_unload()
 
@@ -76,7 +76,7 @@ def scores(module: nn.Module, config: TrialConfig, data: TaskData) -> dict[str, 
     """Return a model's metrics on the evaluation rows, on a GPU where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = replace(World.alone(), device=device)
-    return evaluate(module.to(device), replace(config, layout=_one_rank(config)), data, data.evaluation, world)
+    return evaluate(module.to(device), replace(config, layout=_one_rank(config)), data, data.evaluation, world, is_final=False)
 
 
 def save(module: Any, base: BaseModel, config: TrialConfig, directory: Path, origin: str | None = None) -> None:

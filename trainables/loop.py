@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -193,11 +194,11 @@ class Trainer:
 
     def report(self) -> TrialReport:
         """Evaluate and report."""
-        return self._report(self._evaluate())
+        return self._report(self._evaluate(is_final=False))
 
     def final_report(self, exact_match_rows: int) -> TrialReport:
         """Evaluate all that is asked for, save the weights, and report what the trial cost."""
-        scores = self._evaluate()
+        scores = self._evaluate(is_final=True)
         if self.data.judges_completions and exact_match_rows:
             tokenizer = load_tokenizer(self.base.name, self.base.revision)
             with self.memory.pause():
@@ -207,11 +208,13 @@ class Trainer:
             if self.world.rank == 0:
                 state = {"config": self.config.to_dict(), "step": self.step}
                 self.checkpoints.save_final(Checkpoint(weights=weights, optimizer={}, state=state))
-        facts = {
+        facts: dict[str, Any] = {
             **details(self.world, self.config, self.memory),
             "distinct_rows": self._plan.num_distinct_rows,
             "train_rows": self.data.train.num_rows,
         }
+        if metrics.EXACT_MATCH in scores:
+            facts["exact_match_rows"] = min(exact_match_rows, self.data.evaluation.num_rows)
         scores[metrics.PEAK_MEMORY_BYTES] = float(max(facts["peak_memory_bytes_by_rank"]))
         return self._report(scores, facts)
 
@@ -244,9 +247,9 @@ class Trainer:
         """The step with the most padded tokens; the first one comes before the optimizer's state is there."""
         return 1 + int(np.argmax(self.sizes.padded_tokens[1:])) if self.num_steps > 1 else 1
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, *, is_final: bool) -> dict[str, float]:
         with self.memory.pause():
-            return evaluate(self.module, self.config, self.data, self.data.evaluation, self.world)
+            return evaluate(self.module, self.config, self.data, self.data.evaluation, self.world, is_final=is_final)
 
     def _backward(self, batch: Batch, scale: float, mark: Callable[[str], None]) -> torch.Tensor:
         """Run one micro batch forward and backward; return its part of the step's loss."""
@@ -331,7 +334,7 @@ class Trainer:
 
 def evaluate_untrained(config: TrialConfig, data: TaskData, base: BaseModel, world: World) -> dict[str, float]:
     """Return the scores of the model before any training, with the config's seed for the new weights."""
-    return evaluate(build(config, base, world), config, data, data.evaluation, world)
+    return evaluate(build(config, base, world), config, data, data.evaluation, world, is_final=False)
 
 
 def evaluate_saved(config: TrialConfig, data: TaskData, base: BaseModel, world: World, weights: Path) -> dict[str, float]:

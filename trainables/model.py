@@ -137,8 +137,8 @@ def build(
     # Products of a bf16 recipe are in bf16 anyway, and an fp32 copy beside would be most of the memory.
     frozen = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     module = base.copy(is_frozen=recipe.adapter != "none")
-    if base.task == "sequence-classification" and not base.shape.causal:
-        keep_first_tokens(blocks_of(module)[-1])
+    if base.task == "sequence-classification" and (blocks := blocks_of(module)) and not base.shape.causal:
+        keep_first_tokens(module, blocks[-1])
     if recipe.adapter != "none":
         base.quantize(module, recipe.quantization, frozen, device)
     with torch.random.fork_rng(devices=[]):

@@ -16,11 +16,13 @@ MAX_GRAD_NORM = 1.0
 
 
 def make_optimizer(parameters: dict[str, nn.Parameter], recipe: Recipe) -> AdamW:
-    """Return AdamW; only matrices decay, since a decayed bias or norm weight pulls towards nothing sensible."""
+    """Return AdamW; only matrices decay, since a decayed bias, norm weight or scale of (IA)3 pulls towards nothing sensible."""
     values = list(parameters.values())
+    # PEFT holds (IA)3's vectors as matrices of one row or column.
+    matrices = {name for name, p in parameters.items() if p.dim() > 1 and ".ia3_l." not in name}
     groups = [
-        {"params": [p for p in values if p.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in values if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for name, p in parameters.items() if name in matrices], "weight_decay": recipe.weight_decay},
+        {"params": [p for name, p in parameters.items() if name not in matrices], "weight_decay": 0.0},
     ]
     sharded = any(isinstance(p, DTensor) for p in values)
     return AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, fused=None if sharded else True)

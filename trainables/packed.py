@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from spaces.config import TrialConfig
-from spaces.packing import Packing, packing_of
+from spaces.packing import Packing, can_pack, packing_of
 from trainables.data import TaskData
 from trainables.packed_rows import KEY, PackedRows
 
@@ -43,19 +43,23 @@ def packing_for(module: Any, config: TrialConfig, data: TaskData) -> Packing | N
 
 
 def attend_by_rows(module: Any) -> None:
-    """Have a model whose attention is `scaled_dot_product_attention` know rows that are laid end to end."""
-    if module.config._attn_implementation == "sdpa":
+    """Have a model of a known family, whose attention is `scaled_dot_product_attention`, know rows that are laid end to end."""
+    if module.config._attn_implementation == "sdpa" and can_pack(module.config.model_type):
         module.set_attn_implementation(ATTENTION)
 
 
-def keep_first_tokens(block: nn.Module) -> None:
-    """Have an encoder's last block return the first token of every row alone, (rows, 1, width): the class is predicted from it."""
+def keep_first_tokens(module: Any, block: nn.Module) -> None:
+    """Have the last block of an encoder that knows such rows return the first token of each alone, (rows, 1, width).
+
+    The class is predicted from it.
+    """
 
     def pick(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
         rows: PackedRows | None = kwargs.get(KEY)
         return output if rows is None else output.index_select(1, rows.starts).transpose(0, 1)
 
-    block.register_forward_hook(pick, with_kwargs=True)
+    if module.config._attn_implementation == ATTENTION:
+        block.register_forward_hook(pick, with_kwargs=True)
 
 
 @contextmanager
@@ -82,12 +86,13 @@ def attention_by_rows(
     """
     if has_torch_function_unary(query):
         return handle_torch_function(attention_by_rows, (query,), query, key, value, runs, **options)
-    results, start = [], 0
-    for num_rows, length in runs:
-        end = start + num_rows * length
-        parts = (x[0, :, start:end].unflatten(1, (num_rows, length)).transpose(0, 1) for x in (query, key, value))
-        results.append(functional.scaled_dot_product_attention(*parts, **options).transpose(1, 2).flatten(0, 1))
-        start = end
+    # Split at once: the gradient of a slice is as long as what it was cut from, that of all parts together too.
+    sizes = [num_rows * length for num_rows, length in runs]
+    parts = zip(*(x.squeeze(0).split(sizes, dim=1) for x in (query, key, value)), strict=True)
+    results = []
+    for run, part in zip(runs, parts, strict=True):
+        rows = (x.unflatten(1, run).transpose(0, 1) for x in part)
+        results.append(functional.scaled_dot_product_attention(*rows, **options).transpose(1, 2).flatten(0, 1))
     return torch.cat(results)
 
 

@@ -10,7 +10,18 @@ from scipy import stats
 from synthetic import OBJECTIVES, confirmed_event, synthetic_events
 
 from search.advice import caveats
-from search.confidence import confidence_lines, confirmed, difference, estimate, failure_lines, rival_lines, rivals, told_apart
+from search.confidence import (
+    binomial_interval,
+    confidence_lines,
+    confirmed,
+    difference,
+    estimate,
+    failure_lines,
+    rival_lines,
+    rivals,
+    score_text,
+    told_apart,
+)
 from search.formatting import interval_text
 from search.ledger import replay
 from search.record import TrialRecord
@@ -160,3 +171,17 @@ def test_a_front_without_confirmations_says_nothing_of_them() -> None:
 )
 def test_a_number_has_as_many_digits_as_its_interval_allows(metric: str, mean: float, half: float | None, text: str) -> None:
     assert interval_text(metric, mean, half) == text
+
+
+@pytest.mark.parametrize(("right", "num_rows"), [(0, 64), (1, 64), (20, 64), (64, 64), (3, 7), (500, 1319)])
+def test_the_interval_of_a_share_is_wilsons(right: int, num_rows: int) -> None:
+    expected = stats.binomtest(right, num_rows).proportion_ci(0.95, method="wilson")
+    assert binomial_interval(right / num_rows, num_rows) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_an_exact_match_is_shown_with_what_so_few_rows_can_say() -> None:
+    record = record_with()
+    asked = replace(record, values={**record.values, "exact_match": 0.25}, details={**record.details, "exact_match_rows": 64})
+    assert score_text(asked, "exact_match") == "0.25 (0.16 to 0.37)"
+    assert score_text(replace(asked, details={}), "exact_match") == "0.25"
+    assert score_text(asked, "macro_f1") == "-"

@@ -45,6 +45,7 @@ def test_the_default_space_is_feasible():
         ({"lora_rank": 385}, ROOMY, "adapter_rank_within_width", 1),
         ({"quantization": "nf4", "world_size": 2, "strategy": "fsdp"}, ROOMY, "quantized_base_whole", 1),
         ({"quantization": "int8", "world_size": 8, "strategy": "fsdp"}, ROOMY, "quantized_base_whole", 1),
+        ({"adapter": "vera", "precision": "bf16", "world_size": 2, "strategy": "fsdp"}, ROOMY, "vectors_whole", 1),
     ],
 )
 def test_each_constraint_alone(params, limits, name, value):

@@ -216,6 +216,11 @@ def test_a_score_of_ones_own_needs_its_function():
     spec(objectives=wanted, data={"train": "t", "metric": "my.scores:f1"})
     with pytest.raises(ValidationError, match=r"custom without data\.metric"):
         spec(objectives=wanted)
+    with pytest.raises(ValidationError, match="has no reference"):
+        spec(
+            objectives=[{"metric": "custom", "direction": "minimize"}, {"metric": "train_seconds"}],
+            data={"train": "t", "metric": "my.scores:f1"},
+        )
     with pytest.raises(ValidationError, match="custom is turned off"):
         spec("causal-lm", objectives=wanted, data={"train": "t", "metric": "my.scores:f1", "exact_match_rows": 0})
 

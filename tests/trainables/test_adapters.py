@@ -13,6 +13,7 @@ from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.vera import VeraLayer
 from peft.utils.integrations import dequantize_module_weight
+from torch import nn
 
 from spaces.blueprint import blueprint
 from spaces.config import Recipe
@@ -20,6 +21,7 @@ from spaces.memory import num_trained
 from trainables.adapters import add_adapter
 from trainables.mesh import World
 from trainables.model import build, trainable
+from trainables.optim import make_optimizer
 from trainables.report import TrialError
 
 
@@ -163,3 +165,17 @@ def test_ia3_scales_keys_values_and_the_inner_width(family: str, scaled: dict[st
             vector = layer.ia3_l["default"].normal_().flatten()
             expected = layer.get_base_layer()(x * vector) if layer.is_feedforward else plain * vector
             torch.testing.assert_close(layer(x), expected)
+
+
+def test_scales_do_not_decay() -> None:
+    case = Case(family="bert", adapter="all-linear", method="ia3")
+    optimizer = make_optimizer(trainable(build(case.config(1), case.base(), World.alone())), case.config(1).recipe)
+    decayed = [p.shape for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
+    assert all(min(shape) > 1 for shape in decayed)
+
+
+def test_a_model_without_layers_that_ia3_knows_says_so() -> None:
+    module = nn.Sequential(nn.Linear(4, 4))
+    trial = replace(recipe(), adapter="ia3", adapter_rank=None)
+    with pytest.raises(TrialError, match="ia3 scales layers of these names, of which this model has none"):
+        add_adapter(module, trial, "causal-lm", ())

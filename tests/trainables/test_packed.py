@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -165,3 +166,19 @@ def test_a_plan_knows_that_there_is_no_padding(task: str) -> None:
         for ours, theirs in zip(packed.micro_batches(step, 0), padded.micro_batches(step, 0), strict=True):
             assert ours.targets.tolist() == theirs.targets.tolist()
             assert ours.row_of_targets(task).tolist() == theirs.row_of_targets(task).tolist()
+
+
+def test_an_encoder_of_a_family_that_is_not_known_trains_padded(tmp_path: Path) -> None:
+    """Its blocks are no blocks that transformers could recompute one by one."""
+    from transformers import AlbertConfig, AlbertForSequenceClassification
+
+    sizes = {"vocab_size": 97, "embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    AlbertForSequenceClassification(AlbertConfig(**sizes, intermediate_size=48, num_labels=3)).save_pretrained(tmp_path)
+    data = data_of("sequence-classification")
+    base = BaseModel.load(str(tmp_path), None, data.task, data.label_names)
+    config = Case(family="bert").config(1)
+    assert packing_for(base.module, config, data) is None
+    module = build(config, base, World.alone())
+    loss, found = gradients(module, [collate(data.train, np.arange(len(LENGTHS)), 0)], data.task)
+    assert loss > 0
+    assert found

@@ -137,3 +137,15 @@ def test_completions_are_judged_by_it(scores: Path, shared: Path) -> None:
     ran = sum(tokenizer.decode(data.evaluation.row(i)[0], skip_special_tokens=True).endswith("ran to the park") for i in range(4))
     found = completion_scores(module, config, data, World.alone(), tokenizer, 4)
     assert found["custom"] == ran
+
+
+def test_what_is_not_defined_for_a_model_that_knows_nothing_is_left_out_until_the_end(scores: Path) -> None:
+    model, data = classified(scores, "own_scores:fails_on_rows")
+    base, world = BaseModel.load(model.name, None, model.task, data.label_names), World.alone()
+    config = TrialConfig.from_params(SpaceSpec().first(), max_length=32)
+    module = build(config, base, world)
+    found = evaluate(module, config, data, data.evaluation, world, is_final=False)
+    assert "accuracy" in found
+    assert "custom" not in found
+    with pytest.raises(TrialError, match="too few"):
+        evaluate(module, config, data, data.evaluation, world)
