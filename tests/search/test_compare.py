@@ -147,6 +147,19 @@ def test_a_method_without_a_result_is_told_with_the_reason() -> None:
     assert "no result: world_size_within_cluster" in render(comparison)
 
 
+def test_the_domains_of_the_data_are_columns(tmp_path: Path) -> None:
+    scored = cell(METHODS[0], 0, [0.7, 0.8])
+    assert scored.record is not None
+    record = replace(scored.record, values={**scored.record.values, "accuracy.law": 0.5, "accuracy.art": 0.9})
+    comparison = Comparison(name="c", objective=ACCURACY, cells=(replace(scored, record=record), cell(METHODS[3], 4, [])))
+    assert [(row["accuracy.art"], row["accuracy.law"]) for row in rows_of(comparison)] == [(0.9, 0.5), (None, None)]
+    heading, first, *_ = render(comparison).splitlines()
+    assert heading.split()[3:5] == ["accuracy.art", "accuracy.law"]
+    assert " 0.9 " in first
+    table, _ = write(comparison, tmp_path)
+    assert "accuracy.art,accuracy.law" in table.read_text()
+
+
 def test_table_and_picture_are_written(tmp_path: Path) -> None:
     comparison = Comparison(name="c", objective=ACCURACY, cells=(cell(METHODS[0], 0, [0.7, 0.8]), cell(METHODS[3], 4, [])))
     table, picture = write(comparison, tmp_path)

@@ -16,7 +16,7 @@ from search.endpoint import tracking_uri
 from search.ledger import Ledger, replay
 from search.study import PastTrial, Study
 from search.tracking import Tracker
-from search.warm_start import earlier_trials, new_study, on_device, warm_start_text
+from search.warm_start import _difference, _Earlier, earlier_trials, new_study, on_device, warm_start_text
 from spaces.config import TrialConfig
 from spaces.constraints import CONSTRAINTS, Limits
 from spaces.loading import LoadedSpec, SpecError, load_spec
@@ -136,6 +136,16 @@ def test_results_that_do_not_compare_are_refused_in_one_line(tmp_path: Path, wha
     loaded = write(tmp_path, "now", sampler={"warm_start": "earlier"}, **now)
     with pytest.raises(SpecError, match=rf"now.yaml:\d+: sampler.warm_start: the search 'earlier' has another {what}:"):
         earlier_trials(loaded, "abc" if now else "abd")
+
+
+def test_another_score_of_ones_own_does_not_compare(tmp_path: Path) -> None:
+    objectives = [{"metric": "custom"}, {"metric": "train_seconds"}]
+    data = {"train": "t.csv", "metric": "a:f"}
+    spec = write(tmp_path, "now", objectives=objectives, data=data).spec
+    there = _Earlier(name="earlier", spec=spec, records=[], data_fingerprint="abc", device=None)
+    assert _difference(spec, there, "abc") == ""
+    other = spec.model_copy(update={"data": spec.data.model_copy(update={"metric": "a:g"})})
+    assert _difference(other, there, "abc") == "data.metric"
 
 
 def test_a_search_that_is_not_there_is_refused_in_one_line(tmp_path: Path) -> None:
