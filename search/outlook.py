@@ -129,7 +129,7 @@ class Outlook:
         """Return the bytes of the step with the most padded tokens, by term."""
         if self._plan is None:
             return None
-        largest = sizes.padded_tokens.argmax()
+        largest = sizes.largest
         # Rows of unequal length that are laid end to end hold what as many tokens in equal rows do.
         length = math.ceil(int(sizes.micro_tokens[largest]) / config.layout.micro_batch_size)
         num_targets = int(sizes.micro_targets[largest])

@@ -227,6 +227,11 @@ class StepSizes:
     micro_targets: np.ndarray
     """Positions that the loss counts, in the micro batch that has the most of them."""
 
+    @property
+    def largest(self) -> int:
+        """The step with the most tokens; not the first one, where there are others: the optimizer's state is not there yet."""
+        return 1 + int(np.argmax(self.padded_tokens[1:])) if len(self.padded_tokens) > 1 else 0
+
 
 def evaluation_batches(table: TokenTable, world: World, *, training_tokens: int, vocab_size: int = 0) -> list[np.ndarray]:
     """Return the rows of each of a rank's evaluation batches: every row on one rank only, as many batches on every rank.

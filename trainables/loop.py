@@ -11,7 +11,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -245,7 +244,7 @@ class Trainer:
     @property
     def largest_step(self) -> int:
         """The step with the most padded tokens; the first one comes before the optimizer's state is there."""
-        return 1 + int(np.argmax(self.sizes.padded_tokens[1:])) if self.num_steps > 1 else 1
+        return self.sizes.largest if self.num_steps > 1 else 1
 
     def _evaluate(self, *, is_final: bool) -> dict[str, float]:
         with self.memory.pause():

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from engines import make, report
 from synthetic_data import token_data
@@ -85,7 +84,7 @@ def test_without_a_profile_the_time_is_an_estimate_from_flops_and_the_memory_tha
     compute = len(sizes.rows) * flops / (1e10 * ASSUMED_UTILISATION)
     assert predicted["time_source"] == "estimate"
     assert compute < predicted["train_seconds"] < 1.2 * compute, "the update comes on top"
-    largest = int(np.argmax(sizes.padded_tokens))
+    largest = sizes.largest
     assert sum(predicted["memory"].values()) == rank_memory(plan, config(), math.ceil(sizes.micro_tokens[largest] / 16)).peak_bytes
 
 
@@ -241,7 +240,7 @@ def test_a_rank_may_take_what_the_device_or_its_share_of_the_host_leaves() -> No
 def test_the_memory_is_that_of_ranks_on_the_device_that_was_found(tmp_path: Path) -> None:
     sharded = config(world_size=2, strategy="fsdp", adapter="none", precision="bf16")
     sizes, plan = sizes_of(sharded), blueprint({**MODEL, "vocab_size": 20_000}, "sequence-classification", 3)
-    length = math.ceil(sizes.micro_tokens[int(np.argmax(sizes.padded_tokens))] / sharded.layout.micro_batch_size)
+    length = math.ceil(sizes.micro_tokens[sizes.largest] / sharded.layout.micro_batch_size)
     held = []
     for kind in ("cpu", "cuda"):
         predicted = outlook(ProfileCache(tmp_path), plan=plan, device={**DEVICE, "type": kind})(sharded)
