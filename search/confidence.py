@@ -16,7 +16,7 @@ from typing import Any
 from search.formatting import interval_text, number_text
 from search.record import TrialRecord, TrialState
 from search.scaling import student_t
-from spaces.metrics import EXACT_MATCH, in_order, metric_of
+from spaces.metrics import EXACT_MATCH, is_known, metric_of
 from spaces.spec import Objective
 
 LEVEL = 0.95
@@ -102,7 +102,7 @@ def score_text(record: TrialRecord, metric: str) -> str:
 def confirmed(record: TrialRecord, metric: str) -> Confirmed | None:
     """Return what the further seeds of a trial say of a metric, on the test rows where it is scored there; None without any."""
     done = [c for c in record.confirmations if c.state is TrialState.COMPLETE]
-    is_quality = bool(in_order([metric])) and metric_of(metric).section == "eval"
+    is_quality = is_known(metric) and metric_of(metric).section == "eval"
     on_test = is_quality and any(metric in c.test for c in done)
     values = tuple(scores[metric] for c in done if metric in (scores := c.test if on_test else c.values))
     if not values:

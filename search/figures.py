@@ -14,7 +14,7 @@ from search.formatting import number_text, short_text
 from search.ledger import SearchState
 from search.pareto import cost_objective, eligible, front, hypervolume_of, knee
 from search.record import TrialRecord, TrialState
-from spaces.metrics import in_order, metric_of
+from spaces.metrics import is_known, metric_of
 from spaces.spec import Objective
 
 FRONT_COLOR, OTHER_COLOR, KNEE_COLOR, CONFIRMED_COLOR = "#d7191c", "#b8b8b8", "#2c7bb6", "#333333"
@@ -192,8 +192,8 @@ def _confirmed_point(record: TrialRecord, x: str, y: str) -> ConfirmedPoint | No
 
 
 def _hover(record: TrialRecord, knobs: Sequence[str]) -> tuple[str, ...]:
-    measured = [f"{m} {score_text(record, m)}" for m in record.values if in_order([m])]
-    tested = [f"test {m} {number_text(m, v)}" for m, v in record.test.items() if in_order([m])]
+    measured = [f"{m} {score_text(record, m)}" for m in record.values if is_known(m)]
+    tested = [f"test {m} {number_text(m, v)}" for m, v in record.test.items() if is_known(m)]
     chosen = [f"{k} = {short_text(record.params[k])}" for k in knobs if k in record.params]
     noisy = [f"noisy: {record.noise}"] if record.noise else []
     return (f"trial {record.number}", *noisy, *measured, *tested, *chosen)

@@ -21,7 +21,7 @@ from search.record import TrialRecord, TrialState
 from search.saved_view import FRONT_COLOR, OTHER_COLOR, saved_view
 from search.spool import Event
 from spaces.config import TrialConfig
-from spaces.metrics import MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, TRAIN_SECONDS, in_order, metric_of
+from spaces.metrics import MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, TRAIN_SECONDS, in_order, is_known, metric_of
 
 SEARCH_TAG, TRIAL_TAG, RECORD_TAG = "paretune.search", "paretune.trial", "paretune.record"
 # Of a run that confirms a trial: its seed, and the event of the ledger.
@@ -254,7 +254,7 @@ class Mirror:
 
 def tracked_name(metric: str) -> str:
     """Return a metric's name in MLflow."""
-    return metric_of(metric).tracked_name if in_order([metric]) else metric
+    return metric_of(metric).tracked_name if is_known(metric) else metric
 
 
 def record_tag(record: TrialRecord) -> str:

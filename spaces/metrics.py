@@ -217,6 +217,11 @@ def domain_of(metric: str) -> str | None:
     return metric.removeprefix(_DOMAIN) if metric.startswith(_DOMAIN) else None
 
 
+def is_known(name: str) -> bool:
+    """Return whether a name is that of a reported metric."""
+    return name in METRICS or domain_of(name) is not None
+
+
 def metric_of(name: str) -> Metric:
     """Return what is known of a reported metric.
 

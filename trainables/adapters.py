@@ -77,7 +77,12 @@ def _linear_names(module: Any, targets: tuple[str, ...], excluded: set[str]) -> 
     is_all = targets == ("all-linear",)
     kept = module.get_output_embeddings() if is_all else None
     names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D) and part is not kept]
-    return [n for n in names if n not in excluded and (is_all or any(n == t or n.endswith(f".{t}") for t in targets))]
+    return [name for name in names if name not in excluded and (is_all or any(_is_meant(name, t) for t in targets))]
+
+
+def _is_meant(name: str, target: str) -> bool:
+    """Return whether a target is a module's full name or ends it after a dot: PEFT's rule."""
+    return name == target or name.endswith(f".{target}")
 
 
 def _one_of(names: Sequence[str]) -> str:
@@ -96,7 +101,7 @@ def _check_targets(module: nn.Module, targets: tuple[str, ...]) -> None:
         return
     known = sorted({name.rsplit(".", 1)[-1] for name, part in module.named_modules() if isinstance(part, nn.Linear)})
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name, _ in module.named_modules()):
+        if not any(_is_meant(name, target) for name, _ in module.named_modules()):
             close = difflib.get_close_matches(target, known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
             raise TrialError(f"space.lora_target_modules: no module '{target}'; there are: {', '.join(known)}{hint}")

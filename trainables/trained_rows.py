@@ -1,8 +1,9 @@
 """Full fine-tuning of an embedding whose rows are not all read.
 
 AdamW leaves a row alone that no token of the data has: without a gradient both its moments stay zero, and only the weight decay
-shrinks it, every row by the same factor. So the other rows alone are a parameter: of an encoder that is fine-tuned on a few thousand
-rows that is most of its weights, and of its gradients, moments, updates and exchanges. What is learned is the same.
+shrinks it, every row by the same factor. So the rows that the data have are the parameter, and the others are kept beside it: of a
+small encoder that is fine-tuned on few rows half of all gradients, moments, updates and exchanges are not needed. What is learned is
+the same.
 """
 
 from __future__ import annotations

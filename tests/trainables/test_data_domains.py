@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from synthetic_data import task_data
 from tiny import make_model, make_rows
 
 from spaces.config import TrialConfig
@@ -109,22 +110,8 @@ def test_the_mix_is_the_same_at_the_beginning_and_at_the_end() -> None:
     # Rows of one length, so that no bucket sorts them.
     encoded = [Encoded(input_ids=[5, 6, 7], targets=None)] * 3000
     table = TokenTable.build(encoded, [i % 2 for i in range(3000)], [int(i >= 2700) for i in range(3000)])
-    data = TaskData(
-        task="sequence-classification",
-        train=table,
-        evaluation=table,
-        test=None,
-        fraction_key=np.arange(3000) / 3000,
-        label_names=("a", "b"),
-        answers=None,
-        answer_pattern=None,
-        pad_token_id=0,
-        eos_token_id=None,
-        fingerprint="",
-        summary={},
-        domains=("big", "small"),
-        domain_weights=(1.0, 1.0),
-    )
+    data = task_data("sequence-classification", table, table, ("a", "b"))
+    data = replace(data, domains=("big", "small"), domain_weights=(1.0, 1.0))
     rows = np.concatenate(trained_rows(data, 1.0))
     assert table.domains is not None
     for quarter in np.split(table.domains[rows], 4):
@@ -167,3 +154,16 @@ def test_rows_of_another_kind_are_no_domain_beside(shared: Path, tmp_path: Path)
     domains = {name: {"train": str(tmp_path / f"{name}.jsonl")} for name in "ab"}
     with pytest.raises(DataError, match=r"data.domains.b.train: holds prompt and completion, and a holds text; all must be alike"):
         prepare(model, DataSpec(domains=domains))
+
+
+def test_test_rows_may_be_those_of_some_domains_alone(model: ModelSpec, tmp_path: Path) -> None:
+    domains: dict[str, Any] = {
+        "news": {"train": rows_of(tmp_path, "news", 90), "test": rows_of(tmp_path, "later", 12)},
+        "law": {"train": rows_of(tmp_path, "law", 30, "court")},
+    }
+    data = prepare(model, DataSpec(domains=domains))
+    assert data.test is not None
+    base = BaseModel.load(model.name, None, model.task, data.label_names)
+    found = evaluate(build(config(), base, World.alone()), config(), data, data.test, World.alone())
+    assert found["accuracy.news"] == found["accuracy"]
+    assert "accuracy.law" not in found
