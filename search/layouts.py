@@ -44,6 +44,7 @@ STEP_KNOBS = (
     "precision",
     "world_size",
     "strategy",
+    "shard_size",
     "global_batch_size",
     "micro_batch_size",
     "recomputation",

@@ -143,6 +143,7 @@ def layout_rows(
                 "precision": config.recipe.precision,
                 "world_size": config.layout.world_size,
                 "strategy": config.layout.strategy,
+                "shard_size": config.layout.shard_size or ("all" if config.layout.is_sharded else "-"),
                 "global_batch_size": config.recipe.global_batch_size,
                 "micro_batch_size": config.layout.micro_batch_size,
                 "num_grad_accum_steps": config.num_grad_accum_steps,

@@ -10,36 +10,12 @@ from dataclasses import dataclass
 
 from spaces.adapters import factor_params, is_wrapped, keeps_input, trains_factors
 from spaces.blueprint import Blueprint, Matrix
-from spaces.config import Recipe, TrialConfig
+from spaces.config import Recipe
 from spaces.quantization import is_quantized
+from spaces.widths import BF16_BYTES, FP32_BYTES, INT64_BYTES, Widths
 
-FP32_BYTES, BF16_BYTES, INT64_BYTES = 4, 2, 8
 # Of RMSNorm's backward pass, written out: five tensors in fp32, per number that it normalises.
 RMS_BACKWARD_BYTES = 5 * FP32_BYTES
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Widths:
-    """Bytes per number."""
-
-    frozen: int
-    """Weights that do not train, as they are held."""
-    stream: int
-    """What the blocks hand on to each other."""
-    products: int
-    """What goes into the matrix products and comes out of them."""
-    is_autocast: bool
-    """Whether every product casts its own copy of its input, and trained weights are cast once a step."""
-
-
-def widths(config: TrialConfig) -> Widths:
-    """Return the number formats of a trial, as `trainables.model.build` and `trainables.parallelize` make them."""
-    if config.recipe.precision == "fp32":
-        return Widths(frozen=FP32_BYTES, stream=FP32_BYTES, products=FP32_BYTES, is_autocast=False)
-    is_autocast = config.layout.strategy != "fsdp" or config.layout.world_size == 1  # FSDP2 casts by itself
-    # The embedding's number format goes through the residual stream: fp32 where it trains under autocast.
-    stream = FP32_BYTES if is_autocast and config.recipe.adapter == "none" else BF16_BYTES
-    return Widths(frozen=BF16_BYTES, stream=stream, products=BF16_BYTES, is_autocast=is_autocast)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +33,8 @@ class Activations:
     """Positions of a micro batch that the loss counts."""
     recomputes: bool
     """Whether a block keeps its input alone, and lives again while its own backward pass runs."""
+    is_on_gpu: bool = False
+    """Where autocast has layer normalisation return fp32; on a CPU it returns what it is given."""
 
     @property
     def _is_full(self) -> bool:
@@ -104,41 +82,48 @@ class Activations:
         """Return what one block keeps that is computed again."""
         return self.num_tokens * self.width.stream * self.plan.shape.hidden_size
 
-    def again(self) -> int:
+    def again(self, *, is_last: bool = False) -> int:
         """Return what lives beside its input while a block is computed again; what keeps that input too has no copy of it."""
         if self.plan.is_post_norm:
-            shares = not self.width.is_autocast and (
-                self._is_full or any(keeps_input(m, self.recipe) for m in self.plan.attention_in)
-            )
+            shares = self._share_input(self.plan.attention_in)
         else:
             shares = self.plan.norm == "layer" or self.width.stream == FP32_BYTES
-        return self.block() - (self.block_inputs() if shares else 0)
+        return self.block(is_last=is_last) - (self.block_inputs() if shares else 0)
 
-    def block(self, *, is_first: bool = False) -> int:
+    def block(self, *, is_first: bool = False, is_last: bool = False) -> int:
         """Return what one block keeps, but for cast weights."""
         plan, recipe, width = self.plan, self.recipe, self.width
         needs_grad = self._is_full or not is_first or any(is_wrapped(m, recipe) for m in plan.attention_in)
-        kept = self._attention_per_token() if needs_grad else 0
-        if not needs_grad and not width.is_autocast and any(keeps_input(m, recipe) for m in plan.attention_out):
-            kept += width.products * plan.attention_out[0].num_inputs
-        kept += self._before_per_token(plan.feed_forward_in)
-        kept += self._experts_per_token() if self._has_experts else self._activation_per_token()
-        wrapped = [m for m in plan.block if is_wrapped(m, recipe) and m.num_experts == 1]
+        before = (self._attention_per_token() if needs_grad else 0) + self._adapters_per_token(plan.attention_in)
+        after = self._adapters_per_token((*plan.attention_out, *plan.feed_forward_in, *plan.feed_forward_out))
+        if not needs_grad and self._share_input(plan.attention_out):
+            after += width.products * plan.attention_out[0].num_inputs
+        after += self._before_per_token(plan.feed_forward_in)
+        after += self._experts_per_token() if self._has_experts else self._activation_per_token()
+        # Around stacked experts PEFT adds the product of its factors to the weight, and the sum is what the tokens meet.
+        experts = width.products * sum(m.num_params for m in plan.block if m.num_experts > 1 and is_wrapped(m, recipe))
+        if not (is_last and plan.ends_at_first_tokens):
+            return self.num_tokens * (before + after) + experts
+        # The normalisation that ends it is counted with what is before the next block, for all tokens.
+        is_counted = self._is_full or any(is_wrapped(m, recipe) for m in plan.attention_in)
+        ended = width.stream * ((2 if self._is_full else 1) * plan.shape.hidden_size + 2) * is_counted
+        return self.num_tokens * (before - ended) + self.num_targets * (after + ended)
+
+    def _adapters_per_token(self, stage: tuple[Matrix, ...]) -> int:
+        """Return what adapters around matrices keep."""
+        recipe, width = self.recipe, self.width
+        wrapped = [m for m in stage if is_wrapped(m, recipe) and m.num_experts == 1]
         # A router's adapter is multiplied out, and has no result of its own.
-        kept += width.products * (recipe.adapter_rank or 0) * sum(m.is_module for m in wrapped)
-        if width.is_autocast:
-            kept += (width.products if trains_factors(recipe) else FP32_BYTES) * sum(
-                m.num_inputs for m in wrapped if keeps_input(m, recipe)
-            )
+        kept = width.products * (recipe.adapter_rank or 0) * sum(m.is_module for m in wrapped)
+        copied = width.products if trains_factors(recipe) else FP32_BYTES
+        kept += copied * sum(m.num_inputs for m in wrapped if self._copies_input(m))
         if not trains_factors(recipe):
             # What a vector scales is kept for its gradient.
             kept += width.products * sum(m.num_outputs for m in wrapped if not keeps_input(m, recipe))
         if recipe.adapter == "dora":
-            # The results of what is wrapped and of the factors, for the gradients of the norms.
-            kept += 2 * width.products * sum(m.num_outputs for m in wrapped)
-        # Around stacked experts PEFT adds the product of its factors to the weight, and the sum is what the tokens meet.
-        experts = [m for m in plan.block if m.num_experts > 1 and is_wrapped(m, recipe)]
-        return self.num_tokens * kept + width.products * sum(m.num_params for m in experts)
+            # What is scaled, for the gradients of the norms.
+            kept += width.products * sum(m.num_outputs for m in wrapped)
+        return kept
 
     def cast_block_weights(self) -> int:
         """Return one block's weights as autocast has cast them; grouped products are not autocast."""
@@ -166,27 +151,41 @@ class Activations:
         # What PEFT has multiplied out has a gradient as large, before that becomes those of the factors.
         last = self.plan.feed_forward_out[0]
         merged = last.num_params if self._has_experts and is_wrapped(last, self.recipe) else 0
-        beside = max(self._while_spread_out(gradient), self._while_rows_are_scaled(), self._while_results_are_scaled(gradient))
-        return max(self.num_tokens * inside + self.width.products * merged, beside)
+        later = self._not_yet()
+        beside = max(self._while_rows_are_scaled(later), self._while_results_are_scaled(gradient, later))
+        return max(self.num_tokens * inside + self.width.products * merged, beside, self._while_spread_out(gradient))
 
-    def _while_rows_are_scaled(self) -> int:
+    def inside_attention(self) -> int:
+        """Return what the backward pass of attention holds beside what a block keeps: where little follows, that is the most.
+
+        The gradients of the residual stream, of attention's output, and of queries, keys and values.
+        """
+        shape, width = self.plan.shape, self.width
+        half = width.products * shape.head_dim * (shape.num_heads + shape.num_kv_heads)
+        gradients = self.num_tokens * (width.stream * shape.hidden_size + 2 * half)
+        # When the last of the three is made, neither it nor attention's output is kept yet.
+        later = [(m, half + FP32_BYTES * shape.num_heads) for m in self.plan.attention_in if is_wrapped(m, self.recipe)]
+        return max(gradients, self._while_rows_are_scaled(later), self._while_results_are_scaled(0, later))
+
+    def _while_rows_are_scaled(self, later: list[tuple[Matrix, int]]) -> int:
         """Return what is held beside while DoRA takes the norms of a product's rows, and then while it scales the results.
 
-        The norms: the weight in the format of the factors, their product, that scaled, and the sum. The results: both, scaled, and
-        their sum; in fp32, as the norms that train. What the block keeps of later products is not there yet.
+        The norms: the weight in the format of the factors, their product, that scaled, and the sum. The results, in fp32, as the
+        norms that train are: gradients of the scaled sum and of the sum, and what the norms' is the sum of. What the block keeps of
+        later products is not there yet.
         """
         if self.recipe.adapter != "dora":
             return 0
-        weights, numbers = (4 * FP32_BYTES, FP32_BYTES) if self.width.is_autocast else (3 * self.width.products, 0)
+        weights = 4 * FP32_BYTES if self.width.is_autocast else 3 * self.width.products
         most = 0
-        for m, not_yet in self._not_yet():
+        for m, not_yet in later:
             norms = weights * m.num_inputs * m.num_outputs
-            per_token = numbers * m.num_inputs + self.width.products * m.num_outputs
-            scaled = numbers * m.num_inputs + 4 * FP32_BYTES * m.num_outputs
+            per_token = self.width.products * m.num_outputs
+            scaled = 3 * FP32_BYTES * m.num_outputs
             most = max(most, norms + self.num_tokens * (per_token - not_yet), self.num_tokens * (scaled - not_yet))
         return most
 
-    def _while_results_are_scaled(self, gradient: int) -> int:
+    def _while_results_are_scaled(self, gradient: int, later: list[tuple[Matrix, int]]) -> int:
         """Return what is held beside while VeRA scales what it adds to a product, or in the backward pass of that.
 
         Forward the product's result, what is added and the sum, in fp32 under autocast as the product's input; backward the gradient
@@ -196,7 +195,7 @@ class Activations:
             return 0
         copied, cast = (FP32_BYTES, self.width.products) if self.width.is_autocast else (0, FP32_BYTES)
         before, moments = gradient if self.recomputes else 0, [0]
-        for m, not_yet in self._not_yet():
+        for m, not_yet in later:
             forward = copied * m.num_inputs + (2 * FP32_BYTES + cast) * m.num_outputs
             backward = (3 * FP32_BYTES + (cast if copied else 0)) * m.num_outputs
             moments.append(max(forward, backward) + before - not_yet)
@@ -226,6 +225,26 @@ class Activations:
             return 0
         inside = self.width.products * last.num_inputs + gradient
         return self.num_tokens * inside + self.width.products * last.num_inputs * last.num_outputs
+
+    def _copies_input(self, matrix: Matrix) -> bool:
+        """Return whether an adapter keeps its input in a copy of its own: in fp32, or cast by autocast from what is.
+
+        LoRA takes a bf16 input as it is (`trainables.adapters`).
+        """
+        if not self.width.is_autocast or not keeps_input(matrix, self.recipe):
+            return False
+        is_fp32 = self.is_on_gpu and self.plan.norm == "layer" and matrix in (*self.plan.attention_in, *self.plan.feed_forward_in)
+        return is_fp32 or not trains_factors(self.recipe)
+
+    def _is_handed_fp32(self, matrix: Matrix) -> bool:
+        """Return whether PEFT hands an adapter its input in fp32, and gets the gradient so."""
+        return self.width.is_autocast and is_wrapped(matrix, self.recipe) and not trains_factors(self.recipe)
+
+    def _share_input(self, stage: tuple[Matrix, ...]) -> bool:
+        """Return whether some of the matrices keep their input, and that is no copy."""
+        if self._is_full:
+            return not self.width.is_autocast
+        return any(keeps_input(m, self.recipe) and not self._copies_input(m) for m in stage)
 
     @property
     def _has_experts(self) -> bool:
@@ -269,13 +288,12 @@ class Activations:
         weights = FP32_BYTES + (products if products != FP32_BYTES else 0)
         kept = 3 * products * queries + (products + weights) * self.plan.shape.num_heads * self.length
         # The output is the input of the next product; under autocast an adapter's copy is counted with it.
-        wrapped = any(keeps_input(m, self.recipe) for m in self.plan.attention_out)
-        is_output_kept = self._is_full or (wrapped and not self.width.is_autocast)
+        is_output_kept = self._is_full or self._share_input(self.plan.attention_out)
         return kept + (products * queries if is_output_kept else 0)
 
     def _activation_per_token(self) -> int:
         last, num_inner = self.plan.feed_forward_out[0], self.plan.num_kept_by_activation
-        if not self._is_full and (self.width.is_autocast or not keeps_input(last, self.recipe)):
+        if not self._is_full and not self._share_input((last,)):
             num_inner -= 1
         return self.width.products * num_inner * last.num_inputs
 
@@ -301,10 +319,10 @@ class Activations:
             # Written out: its input in fp32 and its statistic, and before its weight where that trains.
             weighed = FP32_BYTES if plan.is_norm_weighed_in_fp32 else width.stream
             kept = norms * (FP32_BYTES * (hidden + 1) + (weighed * hidden if full else 0))
-        if width.is_autocast:
+        if width.is_autocast and full:
             # Every product has a copy of its own but the grouped ones; those of adapters are counted with them.
-            kept += width.products * hidden * sum(m.num_experts == 1 for m in stage) if full else 0
-        elif full or any(keeps_input(m, self.recipe) for m in stage):
+            kept += width.products * hidden * sum(m.num_experts == 1 for m in stage)
+        elif self._share_input(stage):
             kept += width.products * hidden
         return kept
 
@@ -315,11 +333,11 @@ class Activations:
         stages = (*plan.feed_forward_in, *plan.feed_forward_out)
         wrapped = [m for m in stages if keeps_input(m, recipe) and m.num_experts == 1]
         kept += width.products * (recipe.adapter_rank or 0) * len(wrapped)
-        if width.is_autocast:
-            copies = [m for m in plan.feed_forward_in if self._is_full and m.num_experts == 1]
-            return kept + width.products * sum(m.num_inputs for m in (*wrapped, *copies))
-        reads = self._is_full or any(keeps_input(m, recipe) for m in plan.feed_forward_in)
-        return kept + (width.products * plan.shape.hidden_size if reads else 0)
+        copied = [m for m in wrapped if self._copies_input(m)]
+        if width.is_autocast and self._is_full:
+            copied = [m for m in plan.feed_forward_in if m.num_experts == 1]
+        kept += width.products * sum(m.num_inputs for m in copied)
+        return kept + (width.products * plan.shape.hidden_size if self._share_input(plan.feed_forward_in) else 0)
 
     def _forward_per_token(self) -> int:
         """Return what is held beside as a block ends: the input and the result of its last product, and what is added to it."""
@@ -330,16 +348,16 @@ class Activations:
             results = self._weight_width * (2 if self.recomputes else 1)
             inputs = 0 if self._is_full or wrapped else self._expert_width
             return last.num_active * last.num_outputs * (results + inputs) + (width.stream * hidden if inputs else 0)
-        inside = 0 if self._is_full or (wrapped and not width.is_autocast) else width.products * last.num_inputs
-        if wrapped and width.is_autocast:
-            inside += FP32_BYTES * last.num_inputs  # PEFT hands the adapter its input in fp32
-        # An adapter's result, that scaled, and that of what it wraps.
+        is_input_kept = self._is_full or (wrapped and not width.is_autocast) or self._share_input((last,))
+        inside = 0 if is_input_kept else width.products * last.num_inputs
+        if self._is_handed_fp32(last):
+            inside += FP32_BYTES * last.num_inputs
+        # An adapter's result, that of what it wraps, and their sum.
         results = width.products * hidden * (3 if wrapped else 1)
         if not self.plan.is_post_norm:
             return inside + results
         # Normalised after the sum: the residual is no input of a normalisation, and so not kept unless it is that of a product.
-        is_residual_kept = not width.is_autocast and (self._is_full or any(keeps_input(m, self.recipe) for m in plan.feed_forward_in))
-        inside += 0 if is_residual_kept else width.stream * hidden
+        inside += 0 if self._share_input(plan.feed_forward_in) else width.stream * hidden
         return inside + max(results, width.products * hidden + width.stream * hidden)
 
     def _backward_per_token(self) -> int:
@@ -349,7 +367,6 @@ class Activations:
         by its formula) and its result was not kept, of that too; where all trains, a plain GELU has freed the first by then.
         """
         last, full = self.plan.feed_forward_out[0], self._is_full
-        wrapped = is_wrapped(last, self.recipe)
         is_plain = self.plan.num_kept_by_activation == 2
         copies = 1 if full and is_plain else 2
         if not (full or is_plain or keeps_input(last, self.recipe)):
@@ -358,8 +375,7 @@ class Activations:
         if self.recipe.adapter == "ia3" and keeps_input(last, self.recipe):
             # The gradients of what is scaled, of the input, and their products with it, of which the vector's is the sum.
             inside = 3 * FP32_BYTES
-        elif self.width.is_autocast and wrapped:
-            # PEFT hands the adapter its input in fp32, and gets the gradient so.
+        elif self._is_handed_fp32(last):
             inside += FP32_BYTES
         # Where the last product is normalised, that comes first.
         norm = RMS_BACKWARD_BYTES * last.num_outputs if self.plan.num_norms_per_block == 4 else 0

@@ -97,11 +97,20 @@ class Blueprint:
     """Of the embedding, in rows that no token of the training data has; known once there are data."""
     are_experts_weighed_in_fp32: bool = False
     """Whether the router's probabilities stay in fp32 whatever the model computes in."""
+    ends_at_first_tokens: bool = False
+    """Whether the last block computes what follows its attention for the first token of a row alone, which the class is told by."""
 
     @property
     def block(self) -> tuple[Matrix, ...]:
         """The linear layers of one block, in the order of the forward pass."""
         return (*self.attention_in, *self.attention_out, *self.feed_forward_in, *self.feed_forward_out)
+
+    def after_attention(self, *, is_last: bool) -> tuple[tuple[Matrix, ...], ...]:
+        """Return the matrices of a block that follow its attention, those side by side together."""
+        stages = (self.attention_out, self.feed_forward_in, self.feed_forward_out)
+        if not (is_last and self.ends_at_first_tokens):
+            return stages
+        return tuple(tuple(replace(m, per="target") for m in stage) for stage in stages)
 
     @property
     def is_post_norm(self) -> bool:
@@ -304,6 +313,8 @@ def _encoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -
         has_head_norms=False,
         # GELU's input and output.
         num_kept_by_activation=2,
+        # DistilBERT adds the block's input outside of any module that could be told of it.
+        ends_at_first_tokens=not distil,
     )
 
 

@@ -78,11 +78,18 @@ class Layout:
     """`full` keeps the input of each block alone, and computes the block again in the backward pass."""
     compile: Compilation = "none"
     """`blocks` has torch.compile fuse the operations of each block, and those of the loss."""
+    shard_size: int | None = None
+    """Ranks that FSDP2 spreads one copy of the weights over (hybrid sharding); None: all."""
 
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP2 spreads weights over ranks; one rank has nothing to spread."""
         return self.strategy == "fsdp" and self.world_size > 1
+
+    @property
+    def num_shards(self) -> int:
+        """Ranks that hold one copy of the weights together."""
+        return (self.shard_size or self.world_size) if self.is_sharded else 1
 
     @property
     def tensor_parallel_size(self) -> int:
@@ -147,6 +154,9 @@ class TrialConfig:
             recomputation=params["recomputation"],
             compile=params.get("compile", "none"),
         )
+        shard_size = params.get("shard_size", "auto")
+        if layout.is_sharded and shard_size != "auto" and int(shard_size) < layout.world_size:
+            layout = replace(layout, shard_size=int(shard_size))
         if micro == "auto":
             micro = auto_micro_batch_size(recipe.global_batch_size, layout.data_parallel_size, max_length)
             layout = replace(layout, micro_batch_size=micro)

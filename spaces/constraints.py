@@ -54,6 +54,11 @@ def matrices_split_evenly(config: TrialConfig, limits: Limits) -> float:
     return sum(left_over(limits.plan, num_ranks).values())
 
 
+def shards_of_equal_size(config: TrialConfig, limits: Limits) -> float:
+    """Ranks left over when copies of the weights are made of as many ranks each."""
+    return config.layout.world_size % config.layout.num_shards
+
+
 def adapter_rank_within_width(config: TrialConfig, limits: Limits) -> float:
     """Rank beyond the layers' width, where a low-rank update is none."""
     if config.recipe.adapter_rank is None or limits.hidden_size is None:
@@ -95,10 +100,10 @@ def vectors_whole(config: TrialConfig, limits: Limits) -> float:
 
 def memory_within_device(config: TrialConfig, limits: Limits) -> float:
     """Bytes that a rank lacks at its peak; 0 for a family without formulas, where only running it tells."""
-    predicted = predicted_memory(config, limits)
-    if predicted is None or limits.memory_bytes is None:
+    if limits.memory_bytes is None:
         return 0.0
-    return predicted.peak_bytes - limits.memory_bytes
+    predicted = predicted_memory(config, limits)
+    return 0.0 if predicted is None else predicted.peak_bytes - limits.memory_bytes
 
 
 def predicted_memory(config: TrialConfig, limits: Limits) -> RankMemory | None:
@@ -133,6 +138,7 @@ CONSTRAINTS = (
     global_batch_divisible,
     world_size_within_cluster,
     matrices_split_evenly,
+    shards_of_equal_size,
     adapter_rank_within_width,
     quantized_base_whole,
     norms_whole,
@@ -149,6 +155,7 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         f"{layout.data_parallel_size} ranks of {layout.micro_batch_size}",
         world_size_within_cluster.__name__: f"needs {layout.world_size} workers, and there are {limits.num_workers}",
         matrices_split_evenly.__name__: _why_not_split(config, limits),
+        shards_of_equal_size.__name__: f"{layout.world_size} ranks are no multiple of a shard size of {layout.shard_size}",
         adapter_rank_within_width.__name__: f"rank {recipe.adapter_rank} exceeds the model's width of {limits.hidden_size}",
         quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
         norms_whole.__name__: "dora trains the norms of whole rows: not of what tp splits, int8 holds, or experts share",

@@ -11,6 +11,7 @@ What is assumed, and stands beside every number that follows from it:
   (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md);
 - a quantised base is read, and written spread out, once for the forward and once for the backward pass of every micro batch, and once
   more where the forward pass is computed again; none of that overlaps with the matrix units' work;
+- ranks that hold a copy of the weights together are in one node, where a node holds as many;
 - between nodes every GPU has one adapter of 400 Gbit/s, as in https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html.
 """
 
@@ -20,7 +21,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from spaces.activations import FP32_BYTES, widths
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
 from spaces.flops import TrainingFlops, flops_of_blueprint, recomputed_flops_of_blueprint
@@ -28,6 +28,7 @@ from spaces.hardware import Device
 from spaces.memory import num_adapter_params, num_updated
 from spaces.quantization import spread_bytes
 from spaces.tensor_parallel import local_blueprint, num_partial_params
+from spaces.widths import FP32_BYTES, widths
 
 # Of the dense peak, between published rows on H100, as counted here: Llama-3 8B with LoRA on one at 4,096 tokens, 12,473 tokens/s
 # (42 %; https://github.com/NVIDIA-NeMo/Automodel/blob/main/docs/performance-summary.mdx), in full on eight at 8,192, 6,667 tokens/s
@@ -182,18 +183,15 @@ def estimate_step(
     computed = total(flops_of_blueprint(local, recipe)) + total(recomputed_flops_of_blueprint(local, config))
     peak = machine.peak_flops_per_second(recipe.precision)
     compute = computed / layout.data_parallel_size / (peak * ASSUMED_UTILISATION)
-    is_sharded = layout.strategy == "fsdp"
     trained = num_updated(local, config)
     num_micro_batches = config.num_grad_accum_steps
     num_spreads = num_micro_batches * (3 if layout.recomputation == "full" else 2)
     compute += num_spreads * spread_bytes(local, recipe, widths(config).products) / machine.memory_bytes_per_second()
-    exchanged = exchanged_bytes(plan, config, rows * length)
-    exchange = exchanged * (num_ranks - 1) / num_ranks / machine.link_bytes_per_second(num_ranks)
+    exchange = sum(part.seconds(machine) for part in exchanges(plan, config, rows * length))
     # Two thirds of the work are the backward pass.
     overlap = {"fsdp": compute, "ddp": compute * 2 / 3 / num_micro_batches, "tp": 0.0}[layout.strategy]
     communication = max(0.0, exchange - overlap)
-    updated = trained / num_ranks if is_sharded else trained
-    update = UPDATE_BYTES_PER_PARAM * updated / machine.memory_bytes_per_second()
+    update = UPDATE_BYTES_PER_PARAM * trained / layout.num_shards / machine.memory_bytes_per_second()
     return StepEstimate(
         compute_seconds=compute,
         communication_seconds=communication,
@@ -203,14 +201,41 @@ def estimate_step(
     )
 
 
-def exchanged_bytes(plan: Blueprint, config: TrialConfig, num_tokens: float) -> float:
-    """Return the bytes of a step's collectives, before the share of them that every rank sends: what is summed counts twice.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exchange:
+    """A step's collectives among groups of ranks of one size."""
+
+    num_bytes: float
+    """Of all of them, before the share that every rank sends: what is summed counts twice."""
+    num_ranks: int
+    """Of one group."""
+    span: int
+    """Ranks among which a group's are the first to meet: neighbours span as many as they are, one of every copy all."""
+
+    def seconds(self, machine: Machine) -> float:
+        """Return the time of the rings."""
+        return self.num_bytes * (self.num_ranks - 1) / self.num_ranks / machine.link_bytes_per_second(self.span)
+
+
+def exchanges(plan: Blueprint, config: TrialConfig, num_tokens: float) -> list[Exchange]:
+    """Return a step's collectives: those of all ranks, or of those that hold a copy together and then those between the copies.
 
     Args:
         plan: the model.
         config: recipe and layout.
         num_tokens: padded tokens of the global batch.
     """
+    layout = config.layout
+    inside = layout.num_shards if layout.is_sharded else layout.world_size
+    found = [Exchange(num_bytes=_bytes_inside(plan, config, num_tokens), num_ranks=inside, span=inside)]
+    if layout.shard_size is not None:
+        # Every micro batch's, as FSDP2 reduces them; of a rank's own shard.
+        gradients = FP32_BYTES * num_updated(plan, config) / inside * config.num_grad_accum_steps
+        found.append(Exchange(num_bytes=2 * gradients, num_ranks=layout.world_size // inside, span=layout.world_size))
+    return found
+
+
+def _bytes_inside(plan: Blueprint, config: TrialConfig, num_tokens: float) -> float:
     recipe = config.recipe
     gradients = FP32_BYTES * num_updated(plan, config)
     if config.layout.strategy == "ddp":

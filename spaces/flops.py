@@ -3,9 +3,9 @@
 Per real token of a matrix with W weights: 2W forward, 2W for the gradient of its input where that is needed, 2W for its own
 gradient where it trains. So full fine-tuning costs 6 per weight and token, and LoRA about 4 for a frozen weight. Attention has no
 weights: 4 x heads x head dim x length² forward (scores and weighted sum) and twice that backward, LoRA or not; a causal mask halves
-it. Embedding look-ups, padding and recomputation count nothing. The split by what needs a gradient follows from the chain rule; the
-6N and the attention term are those of PaLM (https://arxiv.org/abs/2204.02311, appendix B), and so is the name of what counts
-recomputation too: hardware FLOPs.
+it. Embedding look-ups, padding, recomputation, and what no first token needs of an encoder's last block, count nothing. The split by
+what needs a gradient follows from the chain rule; the 6N and the attention term are those of PaLM (https://arxiv.org/abs/2204.02311,
+appendix B), and so is the name of what counts recomputation too: hardware FLOPs.
 """
 
 from __future__ import annotations
@@ -127,14 +127,14 @@ def flops_of_blueprint(plan: Blueprint, recipe: Recipe) -> TrainingFlops:
     needs_grad = recipe.adapter == "none"
     linears: list[LinearUse] = []
     num_products = 0
-    for _ in range(shape.num_layers):
+    for layer in range(shape.num_layers):
         heads = [_uses((matrix,), recipe, needs_grad) for matrix in plan.attention_in]
         linears += [use for uses, _ in heads for use in uses]
         # Queries, keys and values, or one matrix for all three.
         grads = [grad for _, grad in heads] * (3 // len(heads))
         num_products += attention_products(*grads)
         after = any(grads)
-        for stage in (plan.attention_out, plan.feed_forward_in, plan.feed_forward_out):
+        for stage in plan.after_attention(is_last=layer == shape.num_layers - 1):
             uses, after = _uses(stage, recipe, after or needs_grad)
             linears += uses
             # The residual stream carries the gradient around every stage.
@@ -160,8 +160,11 @@ def recomputed_flops_of_blueprint(plan: Blueprint, config: TrialConfig) -> Train
     recomputes = config.layout.recomputation == "full"
     last = plan.feed_forward_out[-1]
     is_last_needed = plan.is_last_result_needed or (_is_wrapped(last, recipe) and recipe.adapter != "ia3")
-    again = plan.block if is_last_needed else plan.block[:-1]
-    uses = [use for matrix in again for use in _with_adapter(matrix, recipe, True)] * shape.num_layers
+    again: list[Matrix] = []
+    for layer in range(shape.num_layers):
+        later = [m for stage in plan.after_attention(is_last=layer == shape.num_layers - 1) for m in stage]
+        again += [*plan.attention_in, *(later if is_last_needed else later[:-1])]
+    uses = [use for matrix in again for use in _with_adapter(matrix, recipe, True)]
     attention = AttentionUse(
         num_products=((2 if recomputes else 0) + plan.is_attention_fused) * shape.num_layers,
         num_heads=shape.num_heads,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from spaces.activations import FP32_BYTES, Activations, widths
+from spaces.activations import Activations
 from spaces.adapters import adapter_params, is_wrapped, shared_params
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe, TrialConfig
 from spaces.quantization import frozen_bytes
 from spaces.tensor_parallel import local_blueprint, num_partial_params
+from spaces.widths import FP32_BYTES, widths
 
 # Scores of the cross entropy, the gradient of the picked one, and that of all; in fp32 whatever the model computes in.
 LOGITS_COPIES = 3
@@ -101,18 +102,19 @@ def rank_memory(
         length=length,
         num_targets=targets,
         recomputes=recomputes,
+        is_on_gpu=is_on_gpu,
     )
     trained = num_updated(plan, config)
     idle = num_trained(plan, recipe) - trained
     frozen = FP32_BYTES * idle if recipe.adapter == "none" else frozen_bytes(plan, recipe, step.width.frozen)
-    shards = config.layout.world_size if config.layout.is_sharded else 1
+    shards = config.layout.num_shards
     state = RankMemory(
         weights_bytes=(FP32_BYTES * trained + frozen) // shards + FP32_BYTES * shared_params(plan, recipe),
         optimizer_bytes=FP32_BYTES * ADAMW_STATES * trained // shards,
         # DDP's buckets are a second copy of all gradients, made before the first step.
         communication_bytes=FP32_BYTES * trained if shards == 1 and config.layout.data_parallel_size > 1 else 0,
     )
-    at_loss, in_last_norm, in_last_block, in_first_block = _while_computing(step, state)
+    computed = _while_computing(step, state)
     at_update = replace(state, gradients_bytes=FP32_BYTES * trained // shards)
     if num_partial:
         at_update = replace(at_update, communication_bytes=FP32_BYTES * num_partial)
@@ -122,9 +124,9 @@ def rank_memory(
         # batches before.
         shared = (3 if config.num_grad_accum_steps > 1 else 2) * FP32_BYTES * plan.head[-1].num_weights
         at_embedding = replace(at_update, gradients_bytes=at_update.gradients_bytes + shared)
-    moments = [at_loss, in_last_norm, in_last_block, in_first_block, at_embedding, at_update]
+    moments = [*computed, at_embedding, at_update]
     if shards > 1:
-        moments = _while_sharded(step, shards, is_on_gpu, at_loss, in_last_block, in_first_block, at_update)
+        moments = _while_sharded(step, shards, is_on_gpu, computed, at_update)
     if config.num_grad_accum_steps > 1:
         # Those of the micro batches before are all there, beside that of the product whose backward pass runs.
         summed = at_update.gradients_bytes + FP32_BYTES * _num_trained_of(plan.feed_forward_out, recipe)
@@ -168,52 +170,66 @@ def _logits_bytes(step: Activations) -> int:
     return inputs + max(softmax, products * logits + (products + (held if held != products else 0)) * head.num_weights)
 
 
-def _while_computing(step: Activations, state: RankMemory) -> tuple[RankMemory, RankMemory, RankMemory, RankMemory]:
-    """Return the moments of the loss and of the backward pass of the last normalisation, of the last and of the first block.
+def _while_computing(step: Activations, state: RankMemory) -> tuple[RankMemory, ...]:
+    """Return five moments: the loss, and the backward pass of the last normalisation, of the last block, the next and the first.
 
-    In between, activations go and gradients come at an even pace, so one of the two ends is the largest. With recomputation a block
+    In between, activations go and gradients come at an even pace, so one of the ends is the largest. With recomputation a block
     keeps its input, and all of it lives again while its own backward pass runs.
     """
     plan, recipe, num_layers = step.plan, step.recipe, step.plan.shape.num_layers
-    block, casts = step.block(), step.cast_block_weights()
-    ends = step.before_blocks() + step.after_blocks() + step.cast_head_weights()
+    before, casts = step.before_blocks(), step.cast_block_weights()
     if step.recomputes:
-        blocks = num_layers * step.block_inputs()
+        blocks, but_last = num_layers * step.block_inputs(), (num_layers - 1) * step.block_inputs()
         # Autocast keeps what it casts to the end of the forward pass; a block that is computed again casts its own again.
-        last = step.before_blocks() + blocks + step.again() + casts
-        first = step.before_blocks() + step.block_inputs() + step.again() + casts
+        last = before + blocks + step.again(is_last=True) + casts
+        later = before + but_last + step.again() + casts
+        first = before + step.block_inputs() + step.again(is_last=num_layers == 1) + casts
     else:
-        blocks = (num_layers - 1) * block + step.block(is_first=True)
-        last = step.before_blocks() + blocks + num_layers * casts
-        first = step.before_blocks() + step.block(is_first=True) + casts
-    inside = step.inside_block()
+        first_block = step.block(is_first=True, is_last=num_layers == 1)
+        but_last = first_block + (num_layers - 2) * step.block() if num_layers > 1 else 0
+        blocks = but_last + (step.block(is_last=True) if num_layers > 1 else first_block)
+        last = before + blocks + num_layers * casts
+        later = before + but_last + (num_layers - 1) * casts
+        first = before + first_block + casts
+    kept = before + blocks + step.after_blocks() + num_layers * casts + step.cast_head_weights()
+    inside, of_head = step.inside_block(), _num_trained_of(plan.head, recipe)
+    inside_last = step.inside_attention() if plan.ends_at_first_tokens else inside
+    of_last_block = of_head + _num_trained_of(_first_done(plan), recipe)
+    in_last_block = replace(state, activations_bytes=last + inside_last, gradients_bytes=FP32_BYTES * of_last_block)
     # The gradient of a block's last product comes first.
-    trained_head, trained_last = _num_trained_of(plan.head, recipe), _num_trained_of(plan.feed_forward_out, recipe)
+    of_last = _num_trained_of(plan.feed_forward_out, recipe)
+    of_next = of_head + num_trained_of_block(plan, recipe) + of_last
     tables = plan.num_embedding_params if recipe.adapter == "none" and not plan.is_head_tied else 0
-    after_first = num_trained(plan, recipe) - num_trained_of_block(plan, recipe) - tables
-    kept = ends + blocks + num_layers * casts
+    of_first = num_trained(plan, recipe) - num_trained_of_block(plan, recipe) - tables + of_last
+    is_alone = num_layers == 1
     return (
         replace(state, activations_bytes=kept, logits_bytes=_logits_bytes(step)),
-        replace(state, activations_bytes=kept + step.inside_last_norm(), gradients_bytes=FP32_BYTES * trained_head),
-        replace(state, activations_bytes=last + inside, gradients_bytes=FP32_BYTES * (trained_head + trained_last)),
-        replace(state, activations_bytes=first + inside, gradients_bytes=FP32_BYTES * (after_first + trained_last)),
+        replace(state, activations_bytes=kept + step.inside_last_norm(), gradients_bytes=FP32_BYTES * of_head),
+        in_last_block,
+        in_last_block if is_alone else replace(state, activations_bytes=later + inside, gradients_bytes=FP32_BYTES * of_next),
+        replace(state, activations_bytes=first + (inside_last if is_alone else inside), gradients_bytes=FP32_BYTES * of_first),
     )
 
 
+def _first_done(plan: Blueprint) -> tuple[Matrix, ...]:
+    """Return the matrices that have their gradients at the peak of the last block's backward pass.
+
+    Where next to nothing follows its attention, that is in there.
+    """
+    if not plan.ends_at_first_tokens:
+        return plan.feed_forward_out
+    return (*plan.attention_out, *plan.feed_forward_in, *plan.feed_forward_out)
+
+
 def _while_sharded(
-    step: Activations,
-    shards: int,
-    is_on_gpu: bool,
-    at_loss: RankMemory,
-    in_last_block: RankMemory,
-    in_first_block: RankMemory,
-    at_update: RankMemory,
+    step: Activations, shards: int, is_on_gpu: bool, computed: tuple[RankMemory, ...], at_update: RankMemory
 ) -> list[RankMemory]:
     """Return the moments of a sharded model: what is gathered and reduced beside the shards, block by block.
 
     What no block holds (embedding, last normalisation, head) is gathered from the forward pass to the end of the backward pass.
     """
     plan, recipe = step.plan, step.recipe
+    at_loss, _, in_last_block, in_next_block, in_first_block = computed
     num_layers = plan.shape.num_layers
     trained_block = num_trained_of_block(plan, recipe)
     held_block = plan.num_block_params + adapter_params(plan.block, recipe)
@@ -231,16 +247,14 @@ def _while_sharded(
     # The flat buffer and the result stay until the next block is reduced.
     reduced_block = FP32_BYTES * trained_block + FP32_BYTES * trained_block // shards
     block_shards = FP32_BYTES * num_layers * trained_block // shards
-    but_one = at_loss.activations_bytes * (num_layers - 1) // num_layers
-    gone = step.block_inputs() if step.recomputes else step.block()
-    before_last = replace(in_last_block, activations_bytes=in_last_block.activations_bytes - gone)
+    but_one = at_loss.activations_bytes - (step.block_inputs() if step.recomputes else step.block(is_last=True))
     plain = replace(at_loss, activations_bytes=0, logits_bytes=0)
     computing = root + head_gradients + 2 * block
     moments = [
         replace(plain, communication_bytes=2 * root + 2 * block),
         replace(plain, activations_bytes=but_one, communication_bytes=root + GATHERED_BLOCKS * block),
         replace(at_loss, communication_bytes=root),
-        replace(in_last_block, gradients_bytes=last_gradients, communication_bytes=computing),
+        replace(in_last_block, gradients_bytes=gathered * _num_trained_of(_first_done(plan), recipe), communication_bytes=computing),
         replace(plain, activations_bytes=but_one, communication_bytes=root + head_gradients + block + reducing_block),
         replace(plain, gradients_bytes=block_shards, communication_bytes=root + gathered * trained_root + reducing_block),
         replace(plain, gradients_bytes=block_shards, communication_bytes=reducing_root),
@@ -253,7 +267,7 @@ def _while_sharded(
     if num_layers > 1:
         later_shards = block_shards * (num_layers - 2) // num_layers
         moments += [
-            replace(before_last, gradients_bytes=last_gradients, communication_bytes=computing + reduced_block),
+            replace(in_next_block, gradients_bytes=last_gradients, communication_bytes=computing + reduced_block),
             replace(in_first_block, gradients_bytes=last_gradients + later_shards, communication_bytes=computing + reduced_block),
         ]
     return moments

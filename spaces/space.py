@@ -48,7 +48,7 @@ WeightDecay = Annotated[float, Within(ge=0, le=100)]
 
 # What says nothing with some adapters.
 CONDITIONAL = frozenset(knob for knobs in ADAPTER_KNOBS.values() for knob in knobs)
-LAYOUT_KNOBS = ("world_size", "strategy", "micro_batch_size", "recomputation", "compile")
+LAYOUT_KNOBS = ("world_size", "strategy", "shard_size", "micro_batch_size", "recomputation", "compile")
 # What `profile` alone stands for.
 EVERY: dict[str, list[Any]] = {
     "world_size": [2**i for i in range(13)],
@@ -68,15 +68,21 @@ def _module_names(value: str) -> str:
     return value
 
 
-def _auto_or_count(value: Any) -> Any:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1_000_000):
-        allowed = {"allowed": "auto, or an integer at least 1", "names": ["auto"]}
-        raise PydanticCustomError("micro_batch_size", "not a micro batch size", allowed)
-    return value
+def _auto_or(what: str, least: int) -> BeforeValidator:
+    """Return what lets `auto` and integers from a least one on pass."""
+
+    def check(value: Any) -> Any:
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 1_000_000):
+            allowed = {"allowed": f"auto, or an integer at least {least}", "names": ["auto"]}
+            raise PydanticCustomError(what.replace(" ", "_"), f"not a {what}", allowed)
+        return value
+
+    return BeforeValidator(check)
 
 
 ModuleNames = Annotated[StrictStr, AfterValidator(_module_names)]
-MicroBatch = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(_auto_or_count)]
+MicroBatch = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], _auto_or("micro batch size", 1)]
+ShardSize = Annotated[Literal["auto"] | Annotated[int, Field(ge=2)], _auto_or("shard size", 2)]
 
 
 def _with_profile_alone(schema: dict[str, Any]) -> None:
@@ -133,6 +139,9 @@ class SpaceSpec(BaseModel):
     """Ranks that train one trial together; `profile`: 1, 2, 4 and so on, of which those that the cluster holds are used."""
     strategy: LayoutNameDomain[Strategy] = Fixed[Strategy]("ddp")
     """`ddp` replicates the weights, `fsdp` shards them, `tp` splits the matrices of every block; `profile`: all three."""
+    shard_size: LayoutNameDomain[ShardSize] = Fixed[ShardSize]("auto")
+    """Ranks that `fsdp` spreads one copy of the weights over; `auto`: all. Where there are more ranks they hold copies (hybrid
+    sharding): with the GPUs of a node, weights are gathered inside it, and gradients alone go to other nodes."""
     micro_batch_size: LayoutNameDomain[MicroBatch] = Fixed[MicroBatch]("auto")
     """Rows per rank and forward pass; `auto` takes what fits a fixed number of tokens, and fewer where the device has too little
     memory for them: the rows of a step stay."""
@@ -232,17 +241,27 @@ class SpaceSpec(BaseModel):
     def corners(self) -> Iterator[dict[str, Any]]:
         """Yield params for every layout and what its memory and time depend on: a range's ends, and the first value elsewhere.
 
-        On one rank the strategies are the same, and one of them stands for all.
+        On one rank the strategies are the same, and one of them stands for all; so do shards of all ranks.
         """
         strategies = self.strategy.ends()
         knobs = ("adapter", "quantization", "precision", "global_batch_size", "micro_batch_size", "recomputation")
         for world_size, strategy in self.layouts():
             if world_size == 1 and strategy != strategies[0]:
                 continue
-            for values in itertools.product(*(getattr(self, knob).ends() for knob in knobs)):
+            domains = [getattr(self, knob).ends() for knob in knobs]
+            for *values, shard_size in itertools.product(*domains, self._shard_sizes(world_size, strategy)):
                 adapter, quantization, *_ = values
                 if "quantization" in ADAPTER_KNOBS[adapter] or quantization == self.quantization.ends()[0]:
-                    yield self.first(world_size=world_size, strategy=strategy, **dict(zip(knobs, values, strict=True)))
+                    given = dict(zip(knobs, values, strict=True))
+                    yield self.first(world_size=world_size, strategy=strategy, shard_size=shard_size, **given)
+
+    def _shard_sizes(self, world_size: int, strategy: str) -> list[Any]:
+        """Return a value for each number of shards that there may be; where all ranks are one copy, one value stands for all."""
+        found: dict[Any, Any] = {}
+        for size in self.shard_size.ends():
+            is_whole = strategy != "fsdp" or size == "auto" or size >= world_size
+            found.setdefault(None if is_whole else size, size)
+        return list(found.values())
 
     def layouts(self) -> list[tuple[int, str]]:
         """Return every combination of world size and strategy."""

@@ -17,6 +17,7 @@ from spaces.config import IA3_INPUTS, IA3_RESULTS, Layout, Recipe, TrialConfig
 from spaces.flops import StepFlops, TrainingFlops
 from trainables.adapters import add_adapter
 from trainables.batching import Batch
+from trainables.first_tokens import end_at_first_tokens
 from trainables.loss import TrainingLoss
 from trainables.mesh import World
 from trainables.meter import FlopWatch
@@ -102,6 +103,8 @@ def counted(module: nn.Module, task: str, batch: Batch, config: TrialConfig, *, 
             table: else the mathematical one is taken, which computes the model's products and no more.
     """
     watch = FlopWatch(ModelShape.from_config(config_of(module)))
+    if task == "sequence-classification":
+        end_at_first_tokens(module)
     if config.recipe.adapter != "none":
         module = add_adapter(module, config.recipe, task, ())
     module = parallelize(module, config, World.alone())

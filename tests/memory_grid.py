@@ -21,7 +21,7 @@ from trainables.loss import TrainingLoss
 from trainables.memory_meter import LiveBytes
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
-from trainables.optim import clip_gradients, make_optimizer
+from trainables.optim import make_optimizer, update
 from trainables.parallelize import autocast, gradient_sync, summing
 from trainables.tensor_parallel import sum_partial_gradients
 from trainables.tokenization import Encoded
@@ -51,6 +51,8 @@ class Case:
     changes: tuple[tuple[str, int], ...] = ()
     num_used: int | None = None
     """Tokens that the data have; None: all of the vocabulary."""
+    shard_size: int | None = None
+    """Ranks that hold one copy of a sharded model; None: all."""
 
     @property
     def task(self) -> str:
@@ -65,6 +67,7 @@ class Case:
             strategy=strategy,  # type: ignore[arg-type]
             micro_batch_size=self.rows,
             recomputation=self.recomputation,  # type: ignore[arg-type]
+            shard_size=self.shard_size,
         )
         recipe = Recipe(
             learning_rate=1e-3,
@@ -273,8 +276,7 @@ def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
                     loss.backward()
                     del loss
             sum_partial_gradients(trained.values(), summing(None))
-            clip_gradients(trained.values())
-            optimizer.step()
+            update(optimizer, trained.values())
             optimizer.zero_grad()
             peaks.append(tensors.peak)
     return min(peaks[1:]), sum(p.numel() for p in trained.values())

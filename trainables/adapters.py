@@ -18,7 +18,10 @@ from trainables.report import TrialError
 # isort: split
 # After `trainables.quantize`, which tells the logger of bitsandbytes: PEFT imports that.
 from peft import IA3Config, LoraConfig, PeftConfig, TaskType, VeraConfig, get_peft_model
-from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.utils.integrations import dequantize_module_weight
 
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
 
@@ -66,10 +69,59 @@ def add_adapter(module: nn.Module, recipe: Recipe, task: str, new_parameters: tu
         **saved,
     )
     adapted = get_peft_model(module, config)
+    part: Any
     for part in adapted.modules():
-        if isinstance(part, DoraLinearLayer):
-            part.get_lora_weight = _product
+        if _is_around_a_linear_layer(part):
+            part.lora_variant["default"] = _LeanDora() if recipe.adapter == "dora" else _Lean()
+            part.cast_input_dtype_enabled = False
     return adapted
+
+
+def _is_around_a_linear_layer(part: Any) -> bool:
+    """Return whether a module is LoRA's around one; around stacked experts PEFT computes otherwise."""
+    return isinstance(part, LoraLayer) and isinstance(part.get_base_layer(), nn.Linear | Conv1D)
+
+
+class _Lean(LoraVariant):
+    """LoRA with less beside its two products.
+
+    It is scaled between its factors, where a token is as wide as the rank: PEFT scales the result, forward and backward. Under
+    autocast it takes its input as it is, which other layers then share: PEFT casts a copy to fp32, which autocast casts back.
+    """
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
+        first, second = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(first.weight.dtype)
+        return result + second(first(x) * module.scaling[active_adapter])
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+
+class _LeanDora(DoraLinearVariant):
+    """DoRA that scales its sum once: PEFT scales both results, adds them up, and sends the identity through the factors."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
+        dora, base = module.lora_magnitude_vector[active_adapter], module.get_base_layer()
+        first, second = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        with torch.no_grad():  # the norms are constants of the gradient: section 4.3 of the paper
+            weight = dequantize_module_weight(base).to(first.dtype)
+            norms = dora.get_weight_norm(weight, (second @ first).to(first.dtype), module.scaling[active_adapter])
+        scale = dora.weight / norms
+        scaled = _Lean.forward(module, active_adapter, x, result) * scale
+        return scaled if base.bias is None else scaled + base.bias * (1 - scale)
 
 
 def _linear_names(module: Any, targets: tuple[str, ...], excluded: set[str]) -> list[str]:
@@ -88,12 +140,6 @@ def _is_meant(name: str, target: str) -> bool:
 def _one_of(names: Sequence[str]) -> str:
     """Return a regular expression of the full names that end in one of these, with any number where a name has `*`."""
     return rf"(?:.*\.(?:{'|'.join(re.escape(name).replace(chr(92) + '*', '[0-9]+') for name in names)}))"
-
-
-@torch.no_grad()
-def _product(lora_A: nn.Linear, lora_B: nn.Linear, adapter_name: str | None = None) -> torch.Tensor:
-    """Return B A, of which DoRA takes norms without a gradient; PEFT sends the identity through both, as wide as the layer."""
-    return lora_B.weight @ lora_A.weight
 
 
 def _check_targets(module: nn.Module, targets: tuple[str, ...]) -> None:

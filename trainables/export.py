@@ -24,7 +24,7 @@ from trainables.tokenization import load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Nothing is split or sharded in a file.
-ONE_RANK = {"world_size": 1, "strategy": "ddp", "recomputation": "none"}
+ONE_RANK = {"world_size": 1, "strategy": "ddp", "shard_size": None, "recomputation": "none"}
 
 
 def trained_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:
@@ -86,8 +86,7 @@ def save(module: Any, base: BaseModel, config: TrialConfig, directory: Path, ori
         origin: the base's name on the hub, which an adapter's files give; by default where it was loaded from.
     """
     is_adapter = isinstance(module, PeftModel)
-    module = as_saved(module.to("cpu"), config)
-    _restore_settings(module.config, base)
+    module = for_use(as_saved(module.to("cpu"), config), base)
     if is_adapter:
         settings = module.peft_config["default"]
         settings.base_model_name_or_path, settings.revision = origin or base.name, base.revision
@@ -98,12 +97,13 @@ def save(module: Any, base: BaseModel, config: TrialConfig, directory: Path, ori
     load_tokenizer(base.name, base.revision).save_pretrained(directory)
 
 
-def _restore_settings(config: Any, base: BaseModel) -> None:
-    """Give the configuration back what training had switched off."""
+def for_use(module: Any, base: BaseModel) -> Any:
+    """Give a model's configuration back what training had switched off, and return the model."""
     original = AutoConfig.from_pretrained(base.name, revision=base.revision).to_dict()
     for key, value in original.items():
         if key == "use_cache" or ("drop" in key and isinstance(value, float)):
-            setattr(config, key, value)
+            setattr(module.config, key, value)
+    return module
 
 
 def _plain(config: TrialConfig) -> TrialConfig:

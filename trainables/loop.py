@@ -28,7 +28,7 @@ from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.meter import FlopWatch, StepTimer, details, speed
 from trainables.model import BaseModel, build, trainable, unwrapped
-from trainables.optim import clip_gradients, learning_rate, make_optimizer
+from trainables.optim import learning_rate, make_optimizer, update
 from trainables.packed import packing_for
 from trainables.parallelize import autocast, gradient_sync, recompute, summing
 from trainables.report import Diverged, OutOfMemory, TrialReport
@@ -177,8 +177,7 @@ class Trainer:
                 with gradient_sync(self.module, i == len(micro_batches)), runs_as_written:
                     self._losses[self.step] += self._backward(batch, scale, mark)
             sum_partial_gradients(self._parameters.values(), summing(self._timer))
-            clip_gradients(self._parameters.values())
-            self._optimizer.step()
+            update(self._optimizer, self._parameters.values())
             self._optimizer.zero_grad()
             for rows in self._idle_rows:
                 rows.scale *= 1 - rate * recipe.weight_decay

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,9 +35,11 @@ class World:
         """Return the world of a single process on the CPU."""
         return cls(rank=0, world_size=1, device=torch.device("cpu"), control_group=None)
 
-    def mesh(self) -> DeviceMesh:
-        """Return the one-dimensional device mesh over which FSDP2 shards."""
-        return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=(AXES["fsdp"],))
+    def mesh(self, num_shards: int) -> DeviceMesh:
+        """Return the device mesh over which FSDP2 shards: of all ranks, or of copies that as many neighbours hold together."""
+        if num_shards == self.world_size:
+            return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=(AXES["fsdp"],))
+        return _hybrid_mesh(self.device.type, self.world_size // num_shards, num_shards, dist.group.WORLD)
 
     def data_parallel(self, layout: Layout) -> World:
         """Return the ranks that rows are dealt to; where they share the blocks' matrices, each sees all rows as if it were alone."""
@@ -57,15 +60,25 @@ class World:
         dist.all_gather_object(values, value, group=self.control_group)
         return values
 
-    def place(self, strategy: Strategy) -> dict[str, Any]:
+    def place(self, layout: Layout) -> dict[str, Any]:
         """Return where this rank runs and its coordinates in the device mesh, for the process map."""
+        mesh = {AXES[layout.strategy] if self.world_size > 1 else AXES["ddp"]: self.rank}
+        if layout.shard_size is not None:
+            copy, shard = divmod(self.rank, layout.shard_size)
+            mesh = {AXES["ddp"]: copy, AXES["fsdp"]: shard}
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         return {
             "rank": self.rank,
-            "mesh": {AXES[strategy] if self.world_size > 1 else "dp_replicate": self.rank},
+            "mesh": mesh,
             "node_id": self.node_id,
             "host": platform.node(),
             "device": str(self.device),
             "device_name": name,
             "pid": os.getpid(),
         }
+
+
+@cache
+def _hybrid_mesh(device_type: str, num_copies: int, num_shards: int, world: Any) -> DeviceMesh:
+    """Return the mesh of copies and shards of a process group, whose own groups all trials share."""
+    return init_device_mesh(device_type, (num_copies, num_shards), mesh_dim_names=(AXES["ddp"], AXES["fsdp"]))

@@ -232,8 +232,9 @@ class CountingPass(TorchFunctionMode):
         return result
 
     def _note(self, x: torch.Tensor, weight: torch.Tensor, num_experts: int = 1) -> None:
-        # An expert is a slice of a parameter; it may see as many tokens as there are targets.
-        is_whole, num_weights = isinstance(weight, torch.nn.Parameter), weight.numel() // num_experts
+        # An expert is a slice of a parameter, and may see as many tokens as there are targets; VeRA's factors are slices of buffers.
+        is_whole = isinstance(weight, torch.nn.Parameter) or not isinstance(weight._base, torch.nn.Parameter)
+        num_weights = weight.numel() // num_experts
         piece = piece_of(weight)
         if piece is not None:  # a matrix that is split over ranks is one product of the model
             num_weights *= piece.num_pieces
@@ -306,7 +307,7 @@ def details(world: World, config: TrialConfig, memory: MemoryMeter) -> dict[str,
     peak, source = device_peak(world.device, config.recipe.precision)
     measured = memory.measured()
     return {
-        "process_map": world.gather(world.place(config.layout.strategy)),
+        "process_map": world.gather(world.place(config.layout)),
         "peak_memory_bytes_by_rank": world.gather(memory.peak_bytes()),
         "memory_by_rank": world.gather(None if measured is None else measured.to_dict()),
         "mfu_convention": CONVENTION,

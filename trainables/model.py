@@ -16,10 +16,11 @@ from spaces.architecture import ModelShape
 from spaces.config import Quantization, TrialConfig
 from trainables.adapters import add_adapter
 from trainables.compilation import Compilation
+from trainables.first_tokens import end_at_first_tokens
 from trainables.mesh import World
 from trainables.meter import StepTimer
-from trainables.packed import attend_by_rows, keep_first_tokens
-from trainables.parallelize import blocks_of, parallelize
+from trainables.packed import attend_by_rows
+from trainables.parallelize import parallelize
 from trainables.quantize import Packed, pack_linears, quantize
 from trainables.trained_rows import train_used_rows
 
@@ -137,8 +138,8 @@ def build(
     # Products of a bf16 recipe are in bf16 anyway, and an fp32 copy beside would be most of the memory.
     frozen = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     module = base.copy(is_frozen=recipe.adapter != "none")
-    if base.task == "sequence-classification" and (blocks := blocks_of(module)) and not base.shape.causal:
-        keep_first_tokens(module, blocks[-1])
+    if base.task == "sequence-classification":
+        end_at_first_tokens(module)
     if recipe.adapter != "none":
         base.quantize(module, recipe.quantization, frozen, device)
     with torch.random.fork_rng(devices=[]):

@@ -13,6 +13,8 @@ from spaces.config import Recipe
 from trainables.tensor_parallel import piece_of, total_norm
 
 MAX_GRAD_NORM = 1.0
+# `torch.nn.utils.clip_grads_with_norm_` adds it to a norm that may be zero.
+NORM_EPSILON = 1e-6
 
 
 def make_optimizer(parameters: dict[str, nn.Parameter], recipe: Recipe) -> AdamW:
@@ -28,13 +30,20 @@ def make_optimizer(parameters: dict[str, nn.Parameter], recipe: Recipe) -> AdamW
     return AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, fused=None if sharded else True)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Scale the gradients down to a norm of `MAX_GRAD_NORM` together; every rank must call it."""
-    clipped = list(parameters)
-    if any(piece_of(p) is not None for p in clipped):
-        torch.nn.utils.clip_grads_with_norm_(clipped, MAX_GRAD_NORM, total_norm(clipped))
+def update(optimizer: AdamW, parameters: Iterable[nn.Parameter]) -> None:
+    """Make a step with the gradients scaled down to a norm of `MAX_GRAD_NORM` together; every rank must call it.
+
+    The fused kernel scales them as it reads them, where `clip_grad_norm_` reads and writes them all once more.
+    """
+    trained = [p for p in parameters if p.grad is not None]
+    is_split = any(piece_of(p) is not None for p in trained)
+    norm = total_norm(trained) if is_split else torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if optimizer.defaults["fused"]:
+        # As `torch.amp.GradScaler` hands it over: what the gradients are divided by.
+        optimizer.grad_scale = ((norm + NORM_EPSILON) / MAX_GRAD_NORM).clamp(min=1.0)  # type: ignore[attr-defined]
     else:
-        torch.nn.utils.clip_grad_norm_(clipped, MAX_GRAD_NORM)
+        torch.nn.utils.clip_grads_with_norm_(trained, MAX_GRAD_NORM, norm)
+    optimizer.step()
 
 
 def learning_rate(recipe: Recipe, step: int, num_steps: int) -> float:

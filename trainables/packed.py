@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from spaces.config import TrialConfig
 from spaces.packing import Packing, can_pack, packing_of
 from trainables.data import TaskData
-from trainables.packed_rows import KEY, PackedRows
+from trainables.packed_rows import PackedRows
 
 # Under this name transformers finds what is below. Where rows are padded, it is `scaled_dot_product_attention` as ever.
 ATTENTION = "sdpa_of_rows"
@@ -46,20 +46,6 @@ def attend_by_rows(module: Any) -> None:
     """Have a model of a known family, whose attention is `scaled_dot_product_attention`, know rows that are laid end to end."""
     if module.config._attn_implementation == "sdpa" and can_pack(module.config.model_type):
         module.set_attn_implementation(ATTENTION)
-
-
-def keep_first_tokens(module: Any, block: nn.Module) -> None:
-    """Have the last block of an encoder that knows such rows return the first token of each alone, (rows, 1, width).
-
-    The class is predicted from it.
-    """
-
-    def pick(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
-        rows: PackedRows | None = kwargs.get(KEY)
-        return output if rows is None else output.index_select(1, rows.starts).transpose(0, 1)
-
-    if module.config._attn_implementation == ATTENTION:
-        block.register_forward_hook(pick, with_kwargs=True)
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def parallelize(
             # A lambda: DDP refuses annotations that are strings.
             replica.register_comm_hook(timer, lambda timer, bucket: _timed_all_reduce(timer, bucket))  # noqa: PLW0108
         return replica
-    mesh = world.mesh()
+    mesh = world.mesh(config.layout.num_shards)
     policy = MixedPrecisionPolicy()
     if config.recipe.precision == "bf16":
         # Gradients are summed in fp32: a sum over many ranks in bf16 loses the small ones.

@@ -83,6 +83,7 @@ def config(
     micro: int = 8,
     precision: str = "fp32",
     recomputation: str = "none",
+    shard_size: int | None = None,
 ) -> TrialConfig:
     lora: dict[str, Any] = {}
     if adapter in LORA:
@@ -102,7 +103,9 @@ def config(
         seed=3,
         **{"adapter": "none", **lora},
     )
-    layout = Layout(world_size=world_size, strategy=strategy, micro_batch_size=micro, recomputation=recomputation)
+    layout = Layout(
+        world_size=world_size, strategy=strategy, micro_batch_size=micro, recomputation=recomputation, shard_size=shard_size
+    )
     return TrialConfig(recipe=recipe, layout=layout)
 
 
@@ -121,8 +124,9 @@ def losses(world: World, name: str, task: str, trial: TrialConfig) -> tuple[list
         memory.LOGITS_BYTES = TARGETS_AT_ONCE * memory.BYTES_PER_LOGIT * base.module.config.vocab_size
     reports = list(train(trial, data, base, world, control=go_on, checkpoints=None))
     details = reports[-1].details
+    axis, size = AXES[trial.layout.strategy] if world.world_size > 1 else "dp_replicate", trial.layout.shard_size
     assert [rank["mesh"] for rank in details["process_map"]] == [
-        {AXES[trial.layout.strategy] if world.world_size > 1 else "dp_replicate": rank} for rank in range(world.world_size)
+        {axis: rank} if size is None else {"dp_replicate": rank // size, "dp_shard": rank % size} for rank in range(world.world_size)
     ]
     assert all(rank["working_bytes"] > 0 for rank in details["memory_by_rank"])
     metrics = dict(reports[-1].metrics)
@@ -172,6 +176,35 @@ def test_every_layout_has_the_loss_curve_of_one_process(
                 assert metrics["eval_loss"] == pytest.approx(scores["eval_loss"], rel=RELATIVE), layout
                 for part in ("two thirds", "the rest"):
                     assert metrics[f"accuracy.{part}"] == pytest.approx(scores[f"accuracy.{part}"]), layout
+
+
+HYBRID = [("none", 2, "none"), ("lora", 1, "full"), ("none", 1, "full")]
+
+
+def hybrid_layouts(world: World, names: dict[str, str], directory: str) -> dict[tuple[Any, ...], Any]:
+    """Train with two copies of a model in two shards each; once more from a checkpoint in the middle."""
+    found = {
+        (task, *kind): losses(
+            world, names[task], task, config(kind[0], world.world_size, "fsdp", kind[1], recomputation=kind[2], shard_size=2)
+        )
+        for task in TASKS
+        for kind in HYBRID
+    }
+    data, base = make_data("causal-lm"), BaseModel.load(names["causal-lm"], None, "causal-lm", ())
+    trial, store = config("none", world.world_size, "fsdp", 2, shard_size=2), CheckpointStore(Path(directory))
+    commands = iter([Command.CONTINUE] * 6 + [Command.SAVE, Command.STOP])
+    list(train(trial, data, base, world, control=lambda _: next(commands), checkpoints=store))
+    (*_, resumed) = train(trial, data, base, world, control=go_on, checkpoints=store)
+    assert resumed.details["train_losses"] == pytest.approx(found["causal-lm", *HYBRID[0]][0], rel=1e-6)
+    return found
+
+
+def test_copies_of_a_sharded_model_learn_what_one_process_learns(names: dict[str, str], tmp_path: Path) -> None:
+    for ranks in distributed.run(4, hybrid_layouts, names, str(tmp_path)):
+        for (task, adapter, *kind), (curve, metrics) in ranks.items():
+            reference, scores = losses(World.alone(), names[task], task, config(adapter))
+            assert curve == pytest.approx(reference, rel=RELATIVE), (task, adapter, kind)
+            assert metrics["eval_loss"] == pytest.approx(scores["eval_loss"], rel=RELATIVE)
 
 
 def repeated(world: World, name: str) -> list[tuple[list[float], dict[str, float]]]:

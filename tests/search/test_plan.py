@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from search.cli import app
 from spaces.blueprint import Blueprint, blueprint
 from spaces.config import Layout, Recipe, TrialConfig
-from spaces.estimate import ASSUMED_UTILISATION, GpuCluster, estimate_step
+from spaces.estimate import ASSUMED_UTILISATION, GpuCluster, estimate_step, exchanges
 from spaces.hardware import device_named
 from spaces.memory import rank_memory
 
@@ -69,6 +69,7 @@ def config(
     recomputation: str = "none",
     quantization: str = "none",
     micro_batch_size: int = 1,
+    shard_size: int | None = None,
 ) -> TrialConfig:
     lora: dict[str, Any] = {"adapter_rank": 16, "adapter_alpha": 32.0, "adapter_target_modules": ("all-linear",)}
     recipe = Recipe(
@@ -89,6 +90,7 @@ def config(
         strategy=strategy,  # type: ignore[arg-type]
         micro_batch_size=micro_batch_size,
         recomputation=recomputation,  # type: ignore[arg-type]
+        shard_size=shard_size,
     )
     return TrialConfig(recipe=recipe, layout=layout)
 
@@ -177,6 +179,19 @@ def test_compute_reaches_what_is_assumed_and_a_slow_network_shows() -> None:
     overlap = inside.compute_seconds * 2 / 3
     assert across.communication_seconds == pytest.approx(sent / 50e9 - overlap)
     assert inside.communication_seconds == pytest.approx(max(0.0, sent / 450e9 - overlap))
+
+
+def test_copies_in_every_node_send_their_own_shard_of_the_gradients_alone_to_another() -> None:
+    model, machine = shape("Llama-3 8B"), cluster(8, num_nodes=4)
+    inside, between = exchanges(model, config("none", 32, "fsdp", shard_size=8), 16 * LENGTH)
+    (alone,) = exchanges(model, config("none", 8, "fsdp"), 16 * LENGTH)
+    assert (inside.num_ranks, inside.span) == (alone.num_ranks, alone.span) == (8, 8)
+    # 16 rows: two passes of one row on eight ranks, one on 32.
+    assert inside.num_bytes == alone.num_bytes / 2
+    # The ring of four copies: every rank sends 2 x 3/4 of 4 bytes a parameter of its eighth.
+    assert between.seconds(machine) == pytest.approx(2 * 3 / 4 * 4 * model.num_params / 8 / 50e9)
+    whole, hybrid = (estimate_step(model, config("none", 32, "fsdp", shard_size=n), machine, LENGTH) for n in (None, 8))
+    assert hybrid.communication_seconds < 0.5 * whole.communication_seconds
 
 
 @pytest.mark.parametrize(("recomputation", "passes"), [("none", 2), ("full", 3)])

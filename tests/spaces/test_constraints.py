@@ -26,6 +26,7 @@ def test_the_default_space_is_feasible():
         "global_batch_divisible",
         "world_size_within_cluster",
         "matrices_split_evenly",
+        "shards_of_equal_size",
         "adapter_rank_within_width",
         "quantized_base_whole",
         "norms_whole",
@@ -42,6 +43,7 @@ def test_the_default_space_is_feasible():
         ({"global_batch_size": 16, "micro_batch_size": 5}, ROOMY, "global_batch_divisible", 1),
         ({"global_batch_size": 2, "world_size": 4}, ROOMY, "global_batch_divisible", 2),
         ({"world_size": 4}, Limits(num_workers=1, hidden_size=None), "world_size_within_cluster", 3),
+        ({"global_batch_size": 24, "world_size": 6, "strategy": "fsdp", "shard_size": 4}, ROOMY, "shards_of_equal_size", 2),
         ({"lora_rank": 385}, ROOMY, "adapter_rank_within_width", 1),
         ({"quantization": "nf4", "world_size": 2, "strategy": "fsdp"}, ROOMY, "quantized_base_whole", 1),
         ({"quantization": "int8", "world_size": 8, "strategy": "fsdp"}, ROOMY, "quantized_base_whole", 1),
@@ -52,6 +54,25 @@ def test_each_constraint_alone(params, limits, name, value):
     values = violations(config(**params), limits)
     assert {k: v for k, v in values.items() if v > 0} == {name: value}
     assert not is_feasible(values)
+
+
+@pytest.mark.parametrize(
+    ("params", "num_shards", "shard_size"),
+    [
+        ({"world_size": 8, "strategy": "fsdp"}, 8, None),
+        ({"world_size": 8, "strategy": "fsdp", "shard_size": 4}, 4, 4),
+        ({"world_size": 4, "strategy": "fsdp", "shard_size": 4}, 4, None),
+        ({"world_size": 2, "strategy": "fsdp", "shard_size": 4}, 2, None),
+        ({"world_size": 1, "strategy": "fsdp", "shard_size": 4}, 1, None),
+        ({"world_size": 8, "strategy": "ddp", "shard_size": 4}, 1, None),
+        ({"world_size": 8, "strategy": "tp", "shard_size": 4}, 1, None),
+    ],
+)
+def test_a_shard_size_says_something_where_fsdp_has_more_ranks(params, num_shards, shard_size):
+    """Else the config is the one without it, and is not trained twice."""
+    made = config(**params)
+    assert (made.layout.num_shards, made.layout.shard_size) == (num_shards, shard_size)
+    assert is_feasible(violations(made, ROOMY)) or params["strategy"] == "tp"
 
 
 def test_matrices_are_split_where_the_family_has_a_plan_and_the_sizes_divide():

@@ -179,6 +179,28 @@ def test_corners_are_trial_configs_at_the_ends():
     assert pairs.count(("none", None)) == pairs.count(("lora", "none")) == pairs.count(("lora", "nf4")) == len(pairs) // 3
 
 
+def test_a_corner_is_no_layout_that_another_shard_size_gives_too():
+    corners = space(**BOTH, shard_size={"choice": ["auto", 2, 4]}).corners()
+    found = [(c["world_size"], c["strategy"], c["shard_size"]) for c in corners]
+    kinds = list(dict.fromkeys(found))
+    assert kinds == [
+        (1, "ddp", "auto"),
+        (2, "ddp", "auto"),
+        (2, "fsdp", "auto"),
+        (4, "ddp", "auto"),
+        (4, "fsdp", "auto"),
+        (4, "fsdp", 2),
+    ]
+    sizes = [c["shard_size"] for c in space(world_size=4, strategy="fsdp", shard_size={"choice": [2, 8, "auto"]}).corners()]
+    assert set(sizes) == {2, 8}, "in two copies, and in one"
+
+
+@pytest.mark.parametrize("value", [1, 0, "all", 2.5, True])
+def test_a_shard_has_ranks_to_be_spread_over(value):
+    with pytest.raises(ValidationError, match="not a shard size"):
+        space(shard_size=value)
+
+
 @pytest.mark.parametrize(
     "knobs",
     [

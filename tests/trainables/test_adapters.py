@@ -11,6 +11,7 @@ from families import NUM_LABELS, config_of, make
 from memory_grid import Case
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.vera import VeraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
@@ -89,6 +90,63 @@ def test_the_blueprint_counts_what_peft_wraps(family: str, targets: tuple[str, .
 def test_a_target_that_is_not_there_is_named_with_the_nearest() -> None:
     with pytest.raises(TrialError, match=r"no module 'q_prj'; there are: .*; did you mean 'q_proj'\?"):
         add_adapter(make("llama", "causal-lm"), recipe("q_prj"), "causal-lm", ())
+
+
+@pytest.mark.parametrize(("family", "quantization"), [("llama", "none"), ("llama", "nf4"), ("gpt2", "none"), ("bert", "none")])
+def test_dora_computes_what_peft_computes(family: str, quantization: str) -> None:
+    case = Case(family=family, adapter="all-linear", quantization=quantization, method="dora")
+    module: Any = build(case.config(1), case.base(), World.alone()).eval()
+    layers = [part for part in module.modules() if isinstance(part, LoraLayer)]
+    for layer in (layers[0], layers[-1]):
+        norms, a, b = (layer.lora_magnitude_vector["default"].weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+        x = torch.randn(3, a.shape[1], generator=torch.Generator().manual_seed(0), requires_grad=True)
+        torch.nn.init.normal_(b)
+        with torch.no_grad():
+            norms.mul_(1.5)
+        found = []
+        for variant in (layer.lora_variant["default"], DoraLinearVariant()):
+            layer.lora_variant["default"] = variant
+            result = layer(x)
+            found.append((result, *torch.autograd.grad(result.square().sum(), (x, norms, a, b))))
+        for ours, peft in zip(*found, strict=True):
+            torch.testing.assert_close(ours, peft, rtol=1e-3, atol=1e-4 * float(peft.abs().max()))
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_lora_is_the_formula_of_its_paper_and_computes_what_peft_computes(family: str, quantization: str) -> None:
+    """Equation 3 of arXiv 2106.09685: W x + (alpha / r) B A x; its gradients are those of PEFT, which scales the result."""
+    case = Case(family=family, adapter="all-linear", quantization=quantization)
+    module: Any = build(case.config(1), case.base(), World.alone()).eval()
+    layers = [part for part in module.modules() if isinstance(part, LoraLayer)]
+    for layer in (layers[0], layers[-1]):
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        x = torch.randn(3, a.shape[1], generator=torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(b)
+        scale = case.config(1).recipe.adapter_alpha / case.config(1).recipe.adapter_rank
+        result = layer(x)
+        torch.testing.assert_close(result, layer.base_layer(x) + scale * (x @ a.T @ b.T), rtol=1e-4, atol=1e-4)
+        ours = torch.autograd.grad(result.square().sum(), (a, b))
+        del layer.lora_variant["default"]
+        peft = layer(x)
+        torch.testing.assert_close(result, peft, rtol=1e-4, atol=1e-4)
+        for gradient, expected in zip(ours, torch.autograd.grad(peft.square().sum(), (a, b)), strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_what_lora_adds_can_be_merged_and_taken_out_again(safe_merge: bool) -> None:
+    case = Case(family="llama", adapter="all-linear")
+    module: Any = build(case.config(1), case.base(), World.alone()).eval()
+    layer = next(part for part in module.modules() if isinstance(part, LoraLayer))
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    plain, expected = layer.base_layer(x).detach(), layer(x).detach()
+    assert (expected - plain).norm() > 0.1
+    layer.merge(safe_merge=safe_merge)
+    torch.testing.assert_close(layer.base_layer(x).detach(), expected, rtol=1e-4, atol=1e-4)
+    layer.unmerge()
+    torch.testing.assert_close(layer.base_layer(x).detach(), plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

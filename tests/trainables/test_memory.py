@@ -28,10 +28,10 @@ from memory_grid import (
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from spaces.activations import FP32_BYTES
 from spaces.blueprint import FAMILIES
 from spaces.memory import ADAMW_STATES, num_trained, rank_memory
 from spaces.tensor_parallel import PLANS, local_blueprint
+from spaces.widths import FP32_BYTES
 from trainables.adapters import add_adapter
 from trainables.loop import Trainer
 from trainables.loss import evaluated
@@ -92,16 +92,17 @@ def test_sharded_layouts_are_predicted() -> None:
     check_on_two(SHARDED_IN_SHORT, "fsdp")
 
 
-@pytest.mark.parametrize("world_size", [2, 8])
-def test_sharded_layouts_are_predicted_where_no_collective_copies(world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "shard_size"), [(2, None), (8, None), (8, 2), (8, 4)])
+def test_sharded_layouts_are_predicted_where_no_collective_copies(world_size: int, shard_size: int | None) -> None:
     """As NCCL: torch's fake backend exchanges nothing, so that what lives is what FSDP2 itself holds, over any number of ranks."""
+    cases = [replace(case, shard_size=shard_size) for case in UNCOPIED]
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         world = World(rank=0, world_size=world_size, device=torch.device("cpu"), control_group=None)
-        peaks = peaks_of(world, UNCOPIED, "fsdp")
+        peaks = peaks_of(world, cases, "fsdp")
     finally:
         dist.destroy_process_group()
-    check({case: error(case, world_size, peak, is_on_gpu=True) for case, (peak, _) in zip(UNCOPIED, peaks, strict=True)})
+    check({case: error(case, world_size, peak, is_on_gpu=True) for case, (peak, _) in zip(cases, peaks, strict=True)})
 
 
 def test_tensor_parallel_layouts_are_predicted() -> None:

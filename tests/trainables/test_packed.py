@@ -4,58 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from families import config_of
 from memory_grid import Case
-from synthetic_data import task_data
+from unequal_rows import LENGTHS, base_of, data_of, gradients
 
 from spaces.blueprint import FAMILIES
 from spaces.config import Layout
 from spaces.flops import flops_of_blueprint
 from spaces.packing import NOT_PACKED, packing_of
 from trainables.batching import BatchPlan, collate
-from trainables.data import TaskData, TokenTable
 from trainables.loss import TrainingLoss, evaluated
 from trainables.mesh import World
 from trainables.meter import FlopWatch
-from trainables.model import BaseModel, build, trainable
-from trainables.packed import ATTENTION, attend_by_rows, packing_for
-from trainables.tokenization import IGNORE, Encoded
+from trainables.model import BaseModel, build
+from trainables.packed import ATTENTION, packing_for
 
 PACKED = [family for family in FAMILIES if family not in NOT_PACKED]
-LENGTHS = (3, 7, 7, 7, 12, 12, 19)
-
-
-def data_of(task: str, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> TaskData:
-    rng = np.random.default_rng(seed)
-    rows = [rng.integers(3, 97, size=length).tolist() for length in lengths]
-    is_causal = task == "causal-lm"
-    # The first two tokens are a prompt.
-    encoded = [Encoded(input_ids=ids, targets=[IGNORE, IGNORE, *ids[2:]] if is_causal else None) for ids in rows]
-    table = TokenTable.build(encoded, None if is_causal else [i % 3 for i in range(len(rows))])
-    return task_data(task, table, table, () if is_causal else ("a", "b", "c"))
-
-
-def base_of(case: Case) -> BaseModel:
-    base = case.base()
-    attend_by_rows(base.module)
-    return base
-
-
-def gradients(module: Any, batches: list[Any], task: str) -> tuple[float, dict[str, torch.Tensor]]:
-    total = 0.0
-    for batch in batches:
-        loss = TrainingLoss(task)(module, batch)
-        loss.backward()
-        total += float(loss.detach())
-    found = {name: p.grad.clone() for name, p in trainable(module).items() if p.grad is not None}
-    for p in module.parameters():
-        p.grad = None
-    return total, found
 
 
 @pytest.mark.parametrize("recomputation", ["none", "full"])
@@ -120,9 +88,11 @@ def test_padded_batches_and_those_of_one_length_are_computed_as_ever(family: str
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "distilbert"])
-@pytest.mark.parametrize("adapter", ["none", "all-linear"])
-def test_its_flops_are_those_of_the_formula(family: str, adapter: str) -> None:
-    case = Case(family=family, adapter=adapter)
+@pytest.mark.parametrize(
+    ("adapter", "method"), [("none", "lora"), ("all-linear", "lora"), ("all-linear", "vera"), ("all-linear", "dora")]
+)
+def test_its_flops_are_those_of_the_formula(family: str, adapter: str, method: str) -> None:
+    case = Case(family=family, adapter=adapter, method=method)
     config, base, data = case.config(1), base_of(case), data_of(case.task)
     batch = collate(data.train, np.arange(len(LENGTHS)), 0, packing_for(base.module, config, data))
     module = build(config, base, World.alone()).train()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from families import batch_of
 from memory_grid import Case
 
-from spaces.estimate import exchanged_bytes
+from spaces.estimate import exchanges
 from trainables.loss import TrainingLoss
 from trainables.mesh import World
 from trainables.model import build, trainable
@@ -58,7 +58,7 @@ def test_the_bytes_between_the_ranks_are_those_of_the_formula() -> None:
     for results in distributed.run(2, exchanged, CASES):
         for case, seen in zip(CASES, results, strict=True):
             plan, config, num_tokens = case.blueprint(), case.config(2, "tp"), case.rows * case.length
-            expected = exchanged_bytes(plan, config, num_tokens) / 2  # which has what is summed twice
+            expected = exchanges(plan, config, num_tokens)[0].num_bytes / 2  # which has what is summed twice
             assert seen == expected, case
 
 
