@@ -60,8 +60,8 @@ def budget_text(limits: Mapping[str, float]) -> str:
 
 
 def counts(record: TrialRecord) -> bool:
-    """Whether a trial takes from the budget of trials: it was launched, and its recipe trained."""
-    return record.feasible_before_launch and record.source is None
+    """Whether a trial takes from the budget of trials: it was launched and its recipe trained, for the first time."""
+    return record.feasible_before_launch and record.source is None and record.again is None
 
 
 def num_ended(records: Iterable[TrialRecord]) -> int:

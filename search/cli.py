@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from search.options import (
+    FAILURE,
+    NOTHING_FITS,
+    RUNS,
+    USAGE,
+    Budget,
+    Directory,
+    Json,
+    Name,
+    Quiet,
+    Set,
+    SpecPath,
+    TrackingUri,
+    clear_errors,
+    fail,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from search.store import Store
@@ -22,61 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-# Exit codes, as documented in docs/cli.md.
-FAILURE, USAGE, NOTHING_FITS, NO_RESULT, INTERRUPTED = 1, 2, 3, 4, 130
-
-SpecPath = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The search as a YAML file.")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a search, or the path of its directory.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value of the file: model.name=...")]
-Budget = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--budget", metavar="AMOUNT", help="Instead of the file's: 50trials, 30m, 2h, 8gpu-hours, 40usd; the first reached ends."
-    ),
-]
-Directory = Annotated[Path, typer.Option("--directory", help="Where the searches are.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
-TrackingUri = Annotated[
-    str | None, typer.Option("--tracking-uri", help="Read the search from this MLflow server instead of its directory.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing while the search runs.")]
-RUNS = Path("paretune-runs")
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Turn every error that the user can mend into its lines on standard error and an exit code."""
-    from search.cluster import ClusterError
-    from search.interruption import Interrupted
-    from search.ledger import LedgerError
-    from search.session import NoResult, NothingFits
-    from search.store import StoreError
-    from search.tracking import TrackingError
-    from spaces.loading import SpecError
-
-    try:
-        yield
-    except SpecError as error:
-        _fail(USAGE, *error.lines)
-    except (ClusterError, StoreError, TrackingError, LedgerError, NothingFits) as error:
-        _fail(USAGE, str(error))
-    except NoResult as error:
-        _fail(NO_RESULT, str(error))
-    except Interrupted as interrupted:
-        _fail(interrupted.exit_code, str(interrupted))
-    except KeyboardInterrupt:
-        _fail(INTERRUPTED, "interrupted")
-
-
-def _fail(code: int, *lines: str) -> None:
-    for line in lines:
-        print(f"error: {line}", file=sys.stderr)
-    raise typer.Exit(code)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, sort_keys=True))
 
 
 @app.callback(invoke_without_command=True)
@@ -93,7 +54,7 @@ def validate(spec: SpecPath, set_: Set = None) -> None:
     """Check a file, and say every error in it at once; that the local data are there, but not what is in them."""
     from spaces.loading import check_local_data, load_spec
 
-    with _clear_errors():
+    with clear_errors():
         check_local_data(load_spec(spec, set_ or ()))
         print(f"{spec}: valid")
 
@@ -103,7 +64,7 @@ def schema() -> None:
     """Print the JSON schema of the file, for editors."""
     from spaces.loading import json_schema
 
-    _print_json(json_schema())
+    print_json(json_schema())
 
 
 @app.command()
@@ -123,7 +84,7 @@ def plan(
     from spaces.hardware import UnknownDevice, device_named
     from spaces.loading import load_spec
 
-    with _clear_errors():
+    with clear_errors():
         rental = None
         given = {
             "--nodes": nodes != 1,
@@ -132,18 +93,18 @@ def plan(
             "--rows": rows is not None,
         }
         if device is None and any(given.values()):
-            _fail(USAGE, f"{', '.join(option for option, there in given.items() if there)}: says nothing without --device")
+            fail(USAGE, f"{', '.join(option for option, there in given.items() if there)}: says nothing without --device")
         if device is not None:
             try:
                 cluster = GpuCluster(device=device_named(device), num_nodes=nodes, gpus_per_node=gpus_per_node)
             except UnknownDevice as error:
-                _fail(USAGE, str(error))
+                fail(USAGE, str(error))
             rental = Rental(cluster=cluster, num_rows=rows)
         # A price is part of the file: a budget in dollars needs it.
         priced = [] if price is None else [f"resources.price_per_device_hour={price}"]
         planned = make_plan(load_spec(spec, [*(set_ or ()), *priced]), rental)
         if json_:
-            _print_json(planned)
+            print_json(planned)
         else:
             print(render_plan(planned))
         if planned["num_feasible_layouts"] == 0:
@@ -156,10 +117,10 @@ def profile(spec: SpecPath, set_: Set = None, quiet: Quiet = False, json_: Json 
     from search.profiling import profile_space, render_profiles
     from spaces.loading import load_spec
 
-    with _clear_errors():
+    with clear_errors():
         rows = profile_space(load_spec(spec, set_ or ()), lambda line: None if quiet else print(line, file=sys.stderr))
         if json_:
-            _print_json(rows)
+            print_json(rows)
         else:
             print(render_profiles(rows))
 
@@ -171,7 +132,7 @@ def search(spec: SpecPath, set_: Set = None, budget: Budget = None, quiet: Quiet
     from search.session import start
     from spaces.loading import load_spec
 
-    with _clear_errors():
+    with clear_errors():
         loaded = load_spec(spec, set_ or (), budget or ())
         with SearchView(loaded.spec, quiet=quiet) as view:
             store = start(loaded, view)
@@ -186,7 +147,7 @@ def resume(name: Name, directory: Directory = RUNS, quiet: Quiet = False, json_:
     from search.session import resume as resume_search
     from search.store import Store
 
-    with _clear_errors():
+    with clear_errors():
         store = Store.open(name, directory)
         with SearchView(store.load_spec().spec, quiet=quiet) as view:
             resume_search(store, view)
@@ -206,7 +167,7 @@ def _show_calibration(store: Store, json_: bool) -> None:
 @app.command()
 def front(name: Name, directory: Directory = RUNS, tracking_uri: TrackingUri = None, json_: Json = False) -> None:
     """Print the Pareto front of a search."""
-    with _clear_errors():
+    with clear_errors():
         _show_front(name, directory, json_, tracking_uri)
 
 
@@ -215,7 +176,7 @@ def _show_front(name: str, directory: Path, json_: bool, tracking_uri: str | Non
 
     results = load_results(name, directory, tracking_uri)
     if json_:
-        _print_json(front_as_json(results))
+        print_json(front_as_json(results))
     else:
         print(render_front(results))
 
@@ -243,11 +204,11 @@ def pick(
         "eval_loss": ("<=", max_loss),
         "peak_memory_bytes": ("<=", None if max_memory is None else max_memory * 2**30),
     }
-    with _clear_errors():
+    with clear_errors():
         results = load_results(name, directory, tracking_uri)
         record = pick_one(results, {k: (op, v) for k, (op, v) in limits.items() if v is not None}, at_knee=knee)
         if json_:
-            _print_json(pick_as_json(results, record))
+            print_json(pick_as_json(results, record))
         else:
             print(render_pick(results, record))
 
@@ -266,16 +227,16 @@ def confirm(
     from search.confirm import confirm as confirm_trials
     from search.store import Store
 
-    with _clear_errors():
+    with clear_errors():
         store = Store.open(name, directory)
         try:
             say = (lambda _: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
             failures = confirm_trials(store, num_seeds=seeds, trials=trials, say=say)
         except ConfirmError as error:
-            _fail(USAGE, str(error))
+            fail(USAGE, str(error))
         _show_front(str(store.root), directory, json_)
         if failures:
-            _fail(FAILURE, *failures)
+            fail(FAILURE, *failures)
 
 
 @app.command()
@@ -291,28 +252,28 @@ def compare_methods(
     json_: Json = False,
 ) -> None:
     """Tell which way to fine-tune is the best for how much data: a grid of trials, the best of each confirmed."""
-    from search import compare
+    from search import compare, comparison
     from search.confirm import ConfirmError
     from search.console import SearchView
 
-    with _clear_errors():
+    with clear_errors():
         if seeds < 1:
-            _fail(USAGE, f"--seeds {seeds}: at least one further seed; from 2 on there is an interval")
+            fail(USAGE, f"--seeds {seeds}: at least one further seed; from 2 on there is an interval")
         try:
-            chosen = compare.METHODS if methods is None else tuple(map(compare.Method.parse, methods.split(",")))
+            chosen = comparison.METHODS if methods is None else tuple(map(comparison.Method.parse, methods.split(",")))
             loaded = compare.grid_spec(spec, set_ or (), chosen, compare.parse_fractions(fractions))
             say = (lambda _: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
             with SearchView(loaded.spec, quiet=quiet) as view:
                 store = compare.search(loaded, view)
-            comparison, files, failures = compare.confirm_best(store, chosen, num_seeds=seeds, say=say)
-        except (compare.CompareError, ConfirmError) as error:
-            _fail(USAGE, str(error))
+            found, files, failures = compare.confirm_best(store, chosen, num_seeds=seeds, say=say)
+        except (comparison.CompareError, ConfirmError) as error:
+            fail(USAGE, str(error))
         if json_:
-            _print_json(compare.rows_of(comparison))
+            print_json(comparison.rows_of(found))
         else:
-            print(compare.render(comparison), *map(str, files), sep="\n")
+            print(comparison.render(found), *map(str, files), sep="\n")
         if failures:
-            _fail(FAILURE, *failures)
+            fail(FAILURE, *failures)
 
 
 @app.command()
@@ -333,15 +294,46 @@ def export(
     from search.export import export as export_trial
     from search.store import Store
 
-    with _clear_errors():
+    with clear_errors():
         try:
             exported = export_trial(Store.open(name, directory), trial, merge=merge, output=output)
         except ExportError as error:
-            _fail(USAGE, str(error))
+            fail(USAGE, str(error))
         if json_:
-            _print_json(exported.to_dict())
+            print_json(exported.to_dict())
         else:
             print(exported.text)
+
+
+@app.command()
+def evaluate(
+    name: Name,
+    tasks: Annotated[str, typer.Option(metavar="TASK,TASK", help="Tasks or groups: arc_easy,hellaswag.")],
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Rows of each task; by default all.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Directory of further tasks' YAML files.")] = None,
+    trials: Annotated[str | None, typer.Option(metavar="ID,ID", help="These trials instead of the members of the front.")] = None,
+    directory: Directory = RUNS,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Score the members of the front, and the untrained model, on tasks of lm-evaluation-harness."""
+    from search import harness
+    from search.confirm import ConfirmError
+    from search.store import Store
+
+    with clear_errors():
+        store = Store.open(name, directory)
+        say = (lambda _: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+        try:
+            names = tuple(task for text in tasks.split(",") if (task := text.strip()))
+            request = harness.Request(tasks=names, limit=limit, include_path=include_path)
+            found = harness.evaluate(store, request, trials=trials, say=say)
+        except (harness.EvaluateError, ConfirmError) as error:
+            fail(USAGE, str(error))
+        if json_:
+            print_json(harness.rows_of(found))
+        else:
+            print(harness.render(found, [o.metric for o in store.load_spec().spec.resolved_objectives()]))
 
 
 @app.command()
@@ -349,7 +341,7 @@ def report(name: Name, directory: Directory = RUNS, tracking_uri: TrackingUri = 
     """Write the report again: one HTML file that works offline, with tables and a picture beside it."""
     from search.results import load_results, write_results
 
-    with _clear_errors():
+    with clear_errors():
         for path in write_results(load_results(name, directory, tracking_uri)):
             print(path)
 
@@ -365,7 +357,7 @@ def ui(
     try:
         raise typer.Exit(serve(directory.absolute() / "mlflow.db", port))
     except UiError as error:
-        _fail(USAGE, str(error))
+        fail(USAGE, str(error))
 
 
 @app.command()
@@ -375,7 +367,7 @@ def doctor(directory: Directory = RUNS, json_: Json = False) -> None:
 
     findings = examine(directory)
     if json_:
-        _print_json(findings)
+        print_json(findings)
     else:
         print(render(findings))
     if any(finding["status"] == "error" for finding in findings):

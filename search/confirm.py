@@ -15,11 +15,10 @@ from typing import Any
 
 from search import cluster
 from search.confidence import failure_lines
-from search.engine import objectives_of
 from search.formatting import number_text
 from search.interruption import Interruption
 from search.jobs import DispatcherSession, run_to_end
-from search.ledger import Ledger, SearchState, replay
+from search.ledger import Ledger, SearchState, objectives_of, replay
 from search.pareto import eligible, front
 from search.publication import LEAVING_FLUSH_SECONDS, publish
 from search.record import LASTING, Confirmation, TrialRecord, TrialState, classify
@@ -71,9 +70,7 @@ def confirm(store: Store, *, num_seeds: int, trials: str | None, say: Callable[[
         search.interruption.Interrupted: a signal came; what was in flight is saved.
     """
     with store.lock():
-        loaded = store.load_spec()
-        # The searches' directory may have been moved since; the one the user points at counts.
-        loaded = replace(loaded, spec=loaded.spec.model_copy(update={"directory": str(store.root.parent)}))
+        loaded = store.load_spec_here()
         state = replay(Ledger(store.ledger_path).events())
         chosen = chosen_trials(list(state.records.values()), objectives_of(loaded.spec, state), num_seeds, trials, store.name)
         left = outstanding(chosen, num_seeds)
@@ -87,7 +84,7 @@ def confirm(store: Store, *, num_seeds: int, trials: str | None, say: Callable[[
             say(f"confirmed already: {len(chosen)} trials with {num_seeds} further seeds")
             # The last time may have been cut off, or MLflow away, before all of it was published.
             tracker = connected_tracker(loaded)
-            _reopen(tracker, store, state)
+            reopen(tracker, store, state)
             publish(state, store, tracker, command_for_rest=command)
     wanted = {(r.number, seed) for r in chosen for seed in further_seeds(r, num_seeds)}
     records = [
@@ -163,8 +160,8 @@ def _drive(
     with cluster.connected(spec.resources) as capacity, Interruption(command) as interruption:
         _check_fits(left, capacity)
         ledger, tracker = Ledger(store.ledger_path), prepared.tracker
-        _reopen(tracker, store, state)
-        with _cut_short(tracker, state), DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
+        reopen(tracker, store, state)
+        with cut_short(tracker, state), DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
             for number, training in enumerate(left, start=1):
                 interruption.check()
                 found = _train(dispatcher, store, training, prepared, objectives_of(spec, state), interruption)
@@ -178,7 +175,7 @@ def _drive(
         publish(state, store, tracker, command_for_rest=command)
 
 
-def _reopen(tracker: Tracker, store: Store, state: SearchState) -> None:
+def reopen(tracker: Tracker, store: Store, state: SearchState) -> None:
     """Open the search's run in MLflow again, and give it all events so far."""
     tracker.reopen_search(store.name, (state.started or {})["mlflow_run_id"])
     for event in Ledger(store.ledger_path).events():
@@ -186,7 +183,7 @@ def _reopen(tracker: Tracker, store: Store, state: SearchState) -> None:
 
 
 @contextmanager
-def _cut_short(tracker: Tracker, state: SearchState) -> Iterator[None]:
+def cut_short(tracker: Tracker, state: SearchState) -> Iterator[None]:
     """Leave the search's run in MLflow as it was found, whatever ends the confirmation."""
     try:
         yield

@@ -14,9 +14,8 @@ from rich.live import Live
 from rich.table import Table
 
 from search.budget import num_ended, used
-from search.engine import objectives_of
 from search.formatting import number_text, short_text
-from search.ledger import SearchState, replay
+from search.ledger import SearchState, objectives_of, replay
 from search.pareto import front
 from search.record import TrialRecord, TrialState
 from search.warm_start import warm_start_text

@@ -6,6 +6,7 @@ none of the three. What it does for one trial does not grow with the trials befo
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from search.budget import Spending, Used, counts
 from search.growth import Growth
 from search.known import Known
 from search.layouts import Forecaster, layout_to_train, timed_knobs
-from search.ledger import Ledger, SearchState, replay
+from search.ledger import Ledger, SearchState, objectives_of, replay
 from search.pareto import hypervolume_of
 from search.prospects import Prospects
 from search.provenance import reproduce_command
@@ -199,6 +200,7 @@ class Engine:
         self._prospects.ended(record)
         self._tell(record)
         self._known.ended(record)
+        self._propose_again(record)
         if record.is_whole:
             self._spread(record)
         self._weights.sweep(record, (*self._pending, *self._live))
@@ -242,7 +244,8 @@ class Engine:
             config = record.trial_config
             if record.source is not None and self._outlook.has_profile(config):
                 self._pending.remove(number)
-                self._finish_timed(number)
+                self._live.add(number)
+                self.ended(number, {"state": "complete"})
             elif record.source is None or self._time_key(number) not in timed_now:
                 self._pending.remove(number)
                 return Assignment(number=number, config=config, is_trained=record.source is None)
@@ -281,10 +284,10 @@ class Engine:
         if self._spec.reuse and self._is_known(proposal, config):
             return None
         source = self._source_of(config)
-        if source is None and self.num_left == 0:
+        if source is None and self.num_left == 0 and (proposal.again is None or self.reached or self._growth.ended):
             self._study.tell_failed(number)  # what it waited for came to nothing, and so late
             return None
-        self._start(number, chosen.params, config, source=source)
+        self._start(number, chosen.params, config, source=source, again=proposal.again)
         if source is None:
             return Assignment(number=number, config=config, is_trained=True)
         self._pending.append(number)
@@ -328,17 +331,18 @@ class Engine:
                 self._start(number, other.params, other.config, source=record.number, was_proposed=False)
                 self._pending.append(number)
 
+    def _propose_again(self, record: TrialRecord) -> None:
+        """Have what ran out of memory tried with fewer rows at a time, where that is left open."""
+        if self._prospects.fits_smaller(record):
+            with contextlib.suppress(ValueError):  # the user has changed the space since
+                self._known.put_back(self._study.again(record.number, record.params))
+
     def _start(self, number: int, params: Mapping[str, Any], config: TrialConfig, **origin: Any) -> None:
         command = reproduce_command(self._spec, str(self._store.spec_path), self._store.name, number, params)
         predicted = dict(self._outlook(config)) if origin["source"] is None else {}
         known = {"params": dict(params), "config": config.to_dict(), "predicted": predicted}
         self._record("trial_started", number=number, **known, command=command, **origin)
         self._known.started(self._state.records[number])
-
-    def _finish_timed(self, number: int) -> None:
-        """End a trial of which all is known."""
-        self._live.add(number)
-        self.ended(number, {"state": "complete"})
 
     def _timed(self, record: TrialRecord) -> dict[str, Any]:
         """Return the final report of a trial whose recipe was trained: its times are those of a step profile."""
@@ -374,25 +378,21 @@ class Engine:
 
     def _reconcile(self) -> None:
         """Bring the study up to the ledger, and the disk; what was cut off in flight waits, unless a rung had stopped it."""
-        self._study.restore({n: record.params if record.was_proposed else None for n, record in self._state.records.items()})
-        for number, record in list(self._state.records.items()):
+        records = self._state.records
+        again = {number: record.again for number, record in records.items()}
+        self._study.restore({n: record.params if record.was_proposed else None for n, record in records.items()}, again)
+        for number, record in list(records.items()):
             if record.state is not TrialState.RUNNING:
                 self._tell(record)
             elif record.stopped is not None:
                 self._pending.remove(number)
                 self._live.add(number)
                 self.ended(number, {"state": "stopped"})
-        # A crash may have come between a trial's end and the start of its other layouts, or a budget's end that is no end any more.
-        for record in list(self._state.records.values()) if self._spec.space.profiled_knobs() and not self.reached else ():
-            if record.is_whole and self._weights.has(record.number):
+        # A crash may have come between a trial's end and what follows from it, or a budget's end that is no end any more.
+        is_spread = bool(self._spec.space.profiled_knobs()) and not self.reached
+        for record in list(records.values()):
+            if record.number not in again.values():
+                self._propose_again(record)
+            if is_spread and record.is_whole and self._weights.has(record.number):
                 self._spread(record)
         self._weights.settle(self._pending)
-
-
-def objectives_of(spec: SearchSpec, state: SearchState) -> tuple[Objective, ...]:
-    """Return the objectives; a reference that the spec leaves open is the untrained model's score, where that is known."""
-    known = state.reference or {}
-    return tuple(
-        o if o.reference is not None else Objective(metric=o.metric, direction=o.direction, reference=known.get(o.metric))
-        for o in spec.resolved_objectives()
-    )

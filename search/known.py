@@ -73,6 +73,10 @@ class Known:
         """Return and forget a proposal that has waited long enough."""
         return self._returned.popleft() if self._returned else None
 
+    def put_back(self, proposal: Proposal) -> None:
+        """Have a proposal considered before any other."""
+        self._returned.appendleft(proposal)
+
     @property
     def has_returned(self) -> bool:
         return bool(self._returned)

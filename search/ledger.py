@@ -2,9 +2,10 @@
 
 Every line has `event` and `time` (Unix seconds). The events are `search_started`, `resumed`, `device_examined`, `warm_started`,
 `reference`, `search_cut_short`, `search_finished`, and with the `number` of a trial `trial_started`, `trial_infeasible`,
-`trial_reported`, `trial_finished`, `test_scored`, `confirmed`. A report at a rung carries the rung's `verdict`: a trial that it stops
-ends as PRUNED, even if a crash comes between. `held_seconds` of a report and of an end are those for which the trial held its worker
-group since its event before; of `search_cut_short`, those of every trial in flight, by its number.
+`trial_reported`, `trial_finished`, `test_scored`, `confirmed`, `harness_scored` (of the untrained model without a number). A report
+at a rung carries the rung's `verdict`: a trial that it stops ends as PRUNED, even if a crash comes between. `held_seconds` of a
+report and of an end are those for which the trial held its worker group since its event before; of `search_cut_short`, those of every
+trial in flight, by its number.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from search.record import Confirmation, TrialRecord, TrialState
+from search.record import Confirmation, HarnessRun, TrialRecord, TrialState, with_run
+from spaces.spec import Objective, SearchSpec
 
 logger = logging.getLogger(__name__)
 
 # What lies before these is no time of the search: it was away, or its front was being confirmed.
-OUTSIDE = ("resumed", "confirmed")
+OUTSIDE = ("resumed", "confirmed", "harness_scored")
 
 
 class LedgerError(Exception):
@@ -125,6 +127,8 @@ class SearchState:
     """By trial number, in the order of the proposals."""
     reference: dict[str, float] | None = None
     """The untrained model's metrics."""
+    harness: tuple[HarnessRun, ...] = ()
+    """The untrained model on tasks of lm-evaluation-harness."""
     device: dict[str, Any] | None = None
     """What a worker's device can do, as `trainables.device.examine` found it."""
     started: dict[str, Any] | None = None
@@ -172,9 +176,11 @@ class SearchState:
                 self.device = dict(event["device"])
             case "reference":
                 self.reference = dict(event["metrics"])
+            case "harness_scored" if event["number"] is None:
+                self.harness = with_run(self.harness, _harness_run(event))
             case "trial_started" | "trial_infeasible":
                 self.records.setdefault(event["number"], _proposed(event))
-            case "trial_reported" | "trial_finished" | "test_scored" | "confirmed":
+            case "trial_reported" | "trial_finished" | "test_scored" | "confirmed" | "harness_scored":
                 self._update(event)
 
     def _update(self, event: Mapping[str, Any]) -> None:
@@ -184,6 +190,8 @@ class SearchState:
             self.records[number] = replace(record, test=dict(event["metrics"]))
         elif event["event"] == "confirmed":
             self.records[number] = record.confirmed_by(_confirmation(event))
+        elif event["event"] == "harness_scored":
+            self.records[number] = replace(record, harness=with_run(record.harness, _harness_run(event)))
         elif record.state is not TrialState.RUNNING:
             return  # The first end counts; whatever a resumed driver hears later is about work done twice.
         elif event["event"] == "trial_reported":
@@ -238,6 +246,7 @@ def _proposed(event: Mapping[str, Any]) -> TrialRecord:
         predicted=dict(event.get("predicted", {})),
         source=event.get("source"),
         was_proposed=event.get("was_proposed", True),
+        again=event.get("again"),
         constraints=dict(event.get("constraints", {})),
         started_at=event["time"] if launched else None,
         finished_at=None if launched else event["time"],
@@ -267,4 +276,17 @@ def _finished(record: TrialRecord, event: Mapping[str, Any]) -> TrialRecord:
         details=dict(event.get("details", {})),
         held_seconds=record.held_seconds + event.get("held_seconds", 0.0),
         finished_at=event["time"],
+    )
+
+
+def _harness_run(event: Mapping[str, Any]) -> HarnessRun:
+    return HarnessRun(task=event["task"], limit=event["limit"], scores=dict(event["scores"]))
+
+
+def objectives_of(spec: SearchSpec, state: SearchState) -> tuple[Objective, ...]:
+    """Return the objectives; a reference that the spec leaves open is the untrained model's score, where that is known."""
+    known = state.reference or {}
+    return tuple(
+        o if o.reference is not None else Objective(metric=o.metric, direction=o.direction, reference=known.get(o.metric))
+        for o in spec.resolved_objectives()
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,11 @@ class Mirror:
                 self._end(record, time_ms)
             case "confirmed" if record:
                 self._confirm(record, event)
+            case "harness_scored":
+                where = ("" if record else "reference/") + "harness/" + ("" if event["limit"] is None else f"{event['limit']} rows/")
+                metrics = {where + _metric_name(name): score["value"] for name, score in event["scores"].items()}
+                run_id, tags = (self._run_id(record), {RECORD_TAG: record_tag(record)}) if record else (self._parent, {})
+                self._runs.log(run_id, metrics=metrics, tags=tags, time_ms=time_ms)
             case "test_scored" if record:
                 metrics = {f"test/{name}": value for name, value in event["metrics"].items()}
                 tags = {RECORD_TAG: record_tag(record)}
@@ -257,6 +263,11 @@ def tracked_name(metric: str) -> str:
     return metric_of(metric).tracked_name if is_known(metric) else metric
 
 
+def _metric_name(name: str) -> str:
+    """Return a name with nothing in it that MLflow refuses."""
+    return re.sub(r"[^\w./ :-]", "_", name)
+
+
 def record_tag(record: TrialRecord) -> str:
     """Return the record as JSON that a tag can hold, if it must be without its bulky parts and with its message cut."""
     # Every confirmation has a run, and a tag, of its own.
@@ -264,7 +275,8 @@ def record_tag(record: TrialRecord) -> str:
     error = None if record.error is None else {**record.error, "message": record.error["message"][:500]}
     brief = {name: value for name, value in record.details.items() if name != "train_losses"}
     scalars = {name: value for name, value in brief.items() if isinstance(value, str | int | float)}
-    cuts: tuple[dict[str, Any], ...] = ({}, {"details": brief}, {"details": scalars}, {"reports": []}, {"error": error})
+    shorter_details: tuple[dict[str, Any], ...] = ({}, {"details": brief}, {"details": scalars})
+    cuts = (*shorter_details, {"reports": []}, {"error": error}, {"harness": []})
     for shorter in cuts:
         data.update(shorter)
         text = json.dumps(data)

@@ -50,7 +50,7 @@ def draw_methods(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> No
     """Draw a comparison of methods: quality with its interval against rows, and beside it against training seconds.
 
     Args:
-        rows: as `search.compare.rows_of` has them.
+        rows: as `search.comparison.rows_of` has them.
         name: of the comparison.
         path: of the picture.
     """

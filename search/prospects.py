@@ -84,6 +84,12 @@ class Prospects:
             replace(c, constraints={**c.constraints, **lacks}) if str(timed_knobs(c.config)) in self._too_large else c for c in found
         ]
 
+    def fits_smaller(self, record: TrialRecord) -> bool:
+        """Return whether what ran out of memory is held to fit with a smaller micro batch, which is left open and learns the same."""
+        if not record.ran_out_of_memory or record.source is not None or record.params.get("micro_batch_size") != "auto":
+            return False
+        return layout_to_train(self.candidates(record.params), self._outlook).is_feasible
+
     def point(self, params: Mapping[str, Any]) -> Prospect:
         """Return what is known of a point of the space, under the layout that would be trained."""
         chosen = layout_to_train(self.candidates(params), self._outlook)
@@ -101,7 +107,7 @@ class Prospects:
 
         Of a family without formulas nothing is predicted: no trial with the same steps is started again.
         """
-        if record.error is None or record.error["kind"] != "out_of_memory":
+        if not record.ran_out_of_memory:
             return
         predicted = predicted_memory(record.trial_config, self.limits)
         if predicted is None:
@@ -157,6 +163,7 @@ def features(config: TrialConfig, width: int | None) -> tuple[Features, Features
     timed = {
         **both,
         "world_size": math.log(layout.world_size),
+        "num_shards": math.log(layout.num_shards),
         "micro_batch_size": math.log(layout.micro_batch_size),
         f"strategy={layout.strategy}": 1.0,
         f"recomputation={layout.recomputation}": 1.0,

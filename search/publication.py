@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from search.advice import recommendation_lines
 from search.budget import used
-from search.engine import objectives_of
-from search.ledger import SearchState
+from search.ledger import SearchState, objectives_of
 from search.pareto import front, hypervolume_of, knee
 from search.provenance import reproduce_command
 from search.report import write_report

@@ -52,6 +52,28 @@ class Confirmation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HarnessRun:
+    """A model on one task, or group of tasks, of lm-evaluation-harness."""
+
+    task: str
+    """As it was asked for."""
+    limit: int | None
+    """Rows of each task; None: all."""
+    scores: dict[str, dict[str, float | None]]
+    """`{"task/metric": {"value": ..., "stderr": ...}}`; of a group its parts' too."""
+
+    @property
+    def own(self) -> list[str]:
+        """The names that are the task's own; those of its parts where it has none."""
+        return [name for name in self.scores if name.partition("/")[0] == self.task] or list(self.scores)
+
+    def text(self, name: str) -> str:
+        """Return a score as people read it."""
+        value, error = self.scores[name]["value"], self.scores[name].get("stderr")
+        return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrialRecord:
     """One trial of a search."""
 
@@ -86,12 +108,16 @@ class TrialRecord:
     """The trial that trained the same recipe under another layout; this one only has its own times."""
     was_proposed: bool = True
     """Whether the sampler knows it; not of a further layout of a trial."""
+    again: int | None = None
+    """The trial of the same proposal that ran out of memory; this one has fewer rows at a time."""
     details: dict[str, Any] = field(default_factory=dict)
     """Process map, memory by rank, MFU convention and the like, from the final report."""
     test: dict[str, float] = field(default_factory=dict)
     """Metrics on the test file; only members of the front are scored."""
     confirmations: tuple[Confirmation, ...] = ()
     """By ascending seed; each is the last that was tried with its seed."""
+    harness: tuple[HarnessRun, ...] = ()
+    """On tasks of lm-evaluation-harness; the last of each with as many rows."""
 
     @property
     def feasible(self) -> bool:
@@ -113,6 +139,11 @@ class TrialRecord:
         """The config; this program always writes one."""
         assert self.config is not None
         return TrialConfig.from_dict(self.config)
+
+    @property
+    def ran_out_of_memory(self) -> bool:
+        """Whether it needed more memory than there is."""
+        return self.error is not None and self.error["kind"] == "out_of_memory"
 
     @property
     def is_whole(self) -> bool:
@@ -153,7 +184,14 @@ class TrialRecord:
         """Return plain values, ready for JSON."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         confirmations = [{**asdict(c), "state": c.state.value} for c in self.confirmations]
-        return {**data, "state": self.state.value, "reports": list(self.reports), "confirmations": confirmations}
+        harness = [asdict(run) for run in self.harness]
+        return {
+            **data,
+            "state": self.state.value,
+            "reports": list(self.reports),
+            "confirmations": confirmations,
+            "harness": harness,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialRecord:
@@ -164,12 +202,18 @@ class TrialRecord:
         """
         confirmations = tuple(Confirmation(**{**c, "state": TrialState(c["state"])}) for c in data.get("confirmations", ()))
         state, reports = TrialState(data["state"]), tuple(data.get("reports", ()))
-        return cls(**{**data, "state": state, "reports": reports, "confirmations": confirmations})
+        harness = tuple(HarnessRun(**run) for run in data.get("harness", ()))
+        return cls(**{**data, "state": state, "reports": reports, "confirmations": confirmations, "harness": harness})
 
     def confirmed_by(self, confirmation: Confirmation) -> TrialRecord:
         """Return the record with a confirmation, in the place of an earlier one with the same seed."""
         others = [c for c in self.confirmations if c.seed != confirmation.seed]
         return replace(self, confirmations=tuple(sorted([*others, confirmation], key=lambda c: c.seed)))
+
+
+def with_run(runs: Sequence[HarnessRun], run: HarnessRun) -> tuple[HarnessRun, ...]:
+    """Return the runs with another one, in the place of that on the same task with as many rows."""
+    return (*(r for r in runs if (r.task, r.limit) != (run.task, run.limit)), run)
 
 
 def classify(

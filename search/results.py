@@ -14,12 +14,11 @@ from search.calibration import calibration_as_json
 from search.confidence import confirmed, confirmed_as_json, failure_lines, rival_lines, score_text
 from search.data_scaling import data_curves, scaling_as_json, scaling_lines
 from search.endpoint import redacted
-from search.engine import objectives_of
 from search.formatting import number_text, short_text
-from search.ledger import Ledger, SearchState, replay
+from search.ledger import Ledger, SearchState, objectives_of, replay
 from search.pareto import front, hypervolume_of, knee, pick
 from search.provenance import command_in, reproduce_command
-from search.record import TrialRecord, TrialState
+from search.record import HarnessRun, TrialRecord, TrialState
 from search.report import write_report
 from search.store import Store, StoreError
 from search.tables import stopped_line
@@ -153,6 +152,7 @@ def pick_as_json(results: Results, record: TrialRecord) -> dict[str, Any]:
         "test": record.test,
         "confirmed": confirmed_as_json(record, results.objectives),
         "confirmations": record.to_dict()["confirmations"],
+        "harness": record.to_dict()["harness"],
         "command": results.command_of(record),
     }
 
@@ -212,9 +212,17 @@ def render_pick(results: Results, record: TrialRecord) -> str:
     lines += [f"  {m}: {score_text(record, m)}" for m in sorted(record.values)]
     if record.test:
         lines += ["on the test file", *(f"  {m}: {number_text(m, v)}" for m, v in sorted(record.test.items()))]
+    if record.harness:
+        lines += ["lm-evaluation-harness", *(f"  {line}" for run in record.harness for line in harness_lines(run))]
     lines += _confirmed_lines(results, record)
     lines += ["configuration", *(f"  {knob}: {short_text(value)}" for knob, value in record.params.items())]
     return "\n".join([*lines, "", "to train it again", results.command_of(record)])
+
+
+def harness_lines(run: HarnessRun) -> list[str]:
+    """Return a model's scores on a task, each in a line."""
+    rows = "" if run.limit is None else f" (of {run.limit} rows)"
+    return [f"{name}: {run.text(name)}{rows}" for name in run.own]
 
 
 def _confirmed_lines(results: Results, record: TrialRecord) -> list[str]:

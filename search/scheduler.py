@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from search.engine import Engine
+from search.relay import MESSAGE, NUMBER
 from search.rungs import Rungs
-from search.searcher import MESSAGE, NUMBER
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController

@@ -9,12 +9,8 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from search.engine import Assignment, Engine
+from search.relay import JOB, MESSAGE, NUMBER
 from trainables.job import Job
-
-# A Tune result is flattened on its way here, so reports travel as one JSON string under this key.
-MESSAGE = "message"
-# Keys of a Tune trial's config: the job that it hands in, and the number of the trial that the job trains.
-JOB, NUMBER = "job", "number"
 
 
 class EngineSearcher(Searcher):

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from search import cluster
 from search.budget import num_ended
 from search.endpoint import tracking_uri
-from search.engine import Engine, SearchExhausted, objectives_of
+from search.engine import Engine, SearchExhausted
 from search.interruption import Interrupted, Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
-from search.ledger import Ledger, LedgerError, SearchState, replay
+from search.ledger import Ledger, LedgerError, SearchState, objectives_of, replay
 from search.placement import num_handed_out
 from search.provenance import flat_params, git_commit, machine, versions
 from search.publication import LEAVING_FLUSH_SECONDS, publish
@@ -155,10 +155,7 @@ def resume(store: Store, emit: Emit) -> Store:
     Raises:
         NothingFits: its data are others than they were, or no layout of the space can run here.
     """
-    loaded = store.load_spec()
-    # The searches' directory may have been moved since; the one the user points at counts.
-    spec = loaded.spec.model_copy(update={"directory": str(store.root.parent)})
-    prepared, state = prepare(replace(loaded, spec=spec)), replay(Ledger(store.ledger_path).events())
+    prepared, state = prepare(store.load_spec_here()), replay(Ledger(store.ledger_path).events())
     if state.started is not None:
         check_same_data(prepared.data.fingerprint, store, state)
     return _drive(store, prepared, emit, _past(prepared) if state.warm_start is None else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -100,6 +100,11 @@ class Store:
     def load_spec(self) -> LoadedSpec:
         """Return the spec that the search was started with."""
         return load_spec(self.spec_path)
+
+    def load_spec_here(self) -> LoadedSpec:
+        """Return the spec as if the search had begun where it is now: its directory may have been moved since."""
+        loaded = self.load_spec()
+        return replace(loaded, spec=loaded.spec.model_copy(update={"directory": str(self.root.parent)}))
 
     @contextmanager
     def lock(self) -> Iterator[None]:

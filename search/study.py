@@ -45,6 +45,8 @@ class Proposal:
 
     number: int
     params: dict[str, Any]
+    again: int | None = None
+    """The trial whose params these were, where that ran out of memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +126,14 @@ class Study:
                 return self._take(*self._candidate("random", params))
         return self._take(*self._candidate(method))
 
+    def again(self, number: int, params: Mapping[str, Any]) -> Proposal:
+        """Propose what a trial was proposed with: a trial of its own, RUNNING until it is told.
+
+        Raises:
+            ValueError: the space does not hold it any more.
+        """
+        return self._take(*self._candidate("random", params), again=number)
+
     @property
     def is_over(self) -> bool:
         """Whether all points were proposed, and nothing else is to be."""
@@ -150,12 +160,16 @@ class Study:
         if trial is not None:
             self._study.tell(trial, state=OptunaState.FAIL)
 
-    def restore(self, asked: Mapping[int, Mapping[str, Any] | None]) -> None:
+    def restore(self, asked: Mapping[int, Mapping[str, Any] | None], again: Mapping[int, int | None] | None = None) -> None:
         """Take up the trials that an earlier driver asked for, by number, and those whose numbers it reserved (None).
 
         Each that was asked for is RUNNING until it is told.
 
         A trial that the space holds no more, since the user changed it, teaches the sampler nothing.
+
+        Args:
+            asked: the params of each.
+            again: of those that were proposed again, the trial that ran out of memory.
         """
         for number in sorted(asked):
             self._num_asked = number
@@ -167,7 +181,7 @@ class Study:
             if candidate is None:
                 self.reserve()
             else:
-                self._take(*candidate)
+                self._take(*candidate, again=(again or {}).get(number))
         # A resumed study must not propose its first points again, so the seed moves on with the trials.
         self._seed += self._num_asked
         self._reseed()
@@ -237,14 +251,14 @@ class Study:
         self._is_repeating = any(other.params == trial.params for other in others)
         return trial, params
 
-    def _take(self, trial: Trial, params: dict[str, Any]) -> Proposal:
-        """Make a candidate the proposal."""
+    def _take(self, trial: Trial, params: dict[str, Any], *, again: int | None = None) -> Proposal:
+        """Make a candidate the proposal; one that comes again is none of the points that the user gave."""
         number, self._num_asked = self._num_asked, self._num_asked + 1
         self._running[number] = trial
         if self._method == "auto":
             self._seen[trial.number] = Seen(number=number, params=params)
-        self._num_proposed += 1
-        return Proposal(number=number, params=params)
+        self._num_proposed += again is None
+        return Proposal(number=number, params=params, again=again)
 
     def _modelled(self, look: Look, budget_left: float) -> dict[str, Any] | None:
         """Return what the model proposes; nothing as long as it knows too little, or where it finds nothing to try."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -15,26 +14,15 @@ from ray import tune
 
 from search import cluster
 from search.engine import Engine
+from search.relay import relay
 from search.rungs import Rungs
 from search.scheduler import RungScheduler
-from search.searcher import JOB, MESSAGE, EngineSearcher
+from search.searcher import EngineSearcher
 
 # Ray counts resources in parts of this size.
 SMALLEST_SHARE = 1e-4
 # It only waits: it takes no CPU from the workers, and stays on the head node, which is never a spot node.
 RELAY_ON_HEAD = {"node:__internal_head__": 0.001}
-
-
-def relay(config: dict[str, Any], dispatcher: Any) -> None:
-    """Be one Tune trial: pass on what the job's worker group reports."""
-    job = config[JOB]
-    # The searcher has handed it in; where Tune starts a lost relay again, it may have been forgotten since.
-    ray.get(dispatcher.submit.remote(job))
-    while True:
-        for event in ray.get(dispatcher.poll.remote(job.job_id)):
-            tune.report({MESSAGE: json.dumps(event)})
-            if event["event"] == "ended":
-                return
 
 
 def relay_resources(num_relays: int) -> tune.PlacementGroupFactory:

@@ -10,21 +10,8 @@ import pytest
 from synthetic import ACCURACY, SECONDS, confirmed_event, synthetic_events
 from tiny import make_spec
 
-from search.compare import (
-    METHODS,
-    RATES,
-    Cell,
-    CompareError,
-    Comparison,
-    Method,
-    _cells,
-    grid_spec,
-    parse_fractions,
-    render,
-    rows_of,
-    search,
-    write,
-)
+from search.compare import RATES, _cells, grid_spec, parse_fractions, search
+from search.comparison import METHODS, Cell, CompareError, Comparison, Method, render, rows_of, write
 from search.confidence import confirmed
 from search.ledger import Ledger, replay
 from search.store import Store, StoreError
@@ -145,6 +132,25 @@ def test_a_method_without_a_result_is_told_with_the_reason() -> None:
     assert (own.record, own.why) == (None, "world_size_within_cluster")
     comparison = Comparison(name="c", objective=ACCURACY, cells=tuple(cells))
     assert "no result: world_size_within_cluster" in render(comparison)
+
+
+@pytest.mark.parametrize(
+    ("scores", "is_marked"), [((0.5, 0.6, 0.7), True), ((0.5, 0.7, 0.6), False), ((0.7, 0.6, 0.5), True), ((0.7,), False)]
+)
+def test_a_best_rate_at_the_edge_of_those_that_were_tried_is_marked(scores: tuple[float, ...], is_marked: bool) -> None:
+    plain = cell(METHODS[0], 0, [0.7, 0.8]).record
+    assert plain is not None
+    trial, records = plain.trial_config, {}
+    for i, score in enumerate(scores):
+        config = replace(trial, recipe=replace(trial.recipe, learning_rate=1e-3 * 2**i))
+        records[i] = replace(plain, number=i, config=config.to_dict(), values={**plain.values, "accuracy": score})
+    results = SimpleNamespace(objectives=(ACCURACY,), state=SimpleNamespace(records=records))
+    (found,) = _cells(results, [Method.of(plain)])  # type: ignore[arg-type]
+    assert found.record is not None
+    assert found.record.values["accuracy"] == 0.7
+    comparison = Comparison(name="c", objective=ACCURACY, cells=(found,))
+    assert [row["is_rate_at_edge"] for row in rows_of(comparison)] == [is_marked]
+    assert ("*: the lowest or the highest rate" in render(comparison)) == is_marked
 
 
 def test_the_domains_of_the_data_are_columns(tmp_path: Path) -> None:

@@ -93,14 +93,53 @@ def test_where_a_trial_ran_out_of_memory_an_automatic_micro_batch_becomes_smalle
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 97}
     plan = blueprint({"model_type": "bert", **sizes}, "sequence-classification", 3)
     limits = Limits(num_workers=1, hidden_size=64, plan=plan, max_length=32, memory_bytes=10**9)
-    engine, seen, _ = make(tmp_path, limits=limits, trials=8, global_batch_size=8, lora_rank=4)
-    tried = []
+    points = [{"learning_rate": 1e-3}, {"learning_rate": 2e-3}]
+    engine, seen, _ = make(tmp_path, limits=limits, trials=8, points=points, global_batch_size=8, lora_rank=4)
+    tried, rates = [], []
     while (assignment := engine.next()) is not None:
         tried.append(assignment.config.layout.micro_batch_size)
+        rates.append(assignment.config.recipe.learning_rate)
         failed = {"state": "failed", "kind": "out_of_memory", "message": "x"}
         engine.ended(assignment.number, failed if tried[-1] > 2 else {"state": "stopped"})
-    assert tried == [8, 4, 2, 2, 2, 2, 2, 2]
+    assert tried == [8, 4, *[2] * 8], "what is tried again takes nothing from the budget of eight trials"
+    assert rates[:3] == [1e-3] * 3, "the same recipe with fewer rows at a time"
+    assert rates[3] == 2e-3
+    assert len(set(rates[3:])) == 7
+    assert [record.again for record in engine.state.records.values()] == [None, 0, 1, *[None] * 7]
     assert not [e for e in seen if e["event"] == "trial_infeasible"]
+
+
+def test_what_ran_out_of_memory_is_tried_again_after_a_resume_too_and_takes_no_point_of_the_user(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 97}
+    plan = blueprint({"model_type": "bert", **sizes}, "sequence-classification", 3)
+    limits = Limits(num_workers=1, hidden_size=64, plan=plan, max_length=32, memory_bytes=10**9)
+    space = {"points": [{"learning_rate": 1e-3}, {"learning_rate": 2e-3}], "global_batch_size": 8, "lora_rank": 4}
+    engine, _, _ = make(tmp_path, limits=limits, trials=2, **space)
+    for _ in range(2):
+        assignment = engine.next()
+        assert assignment is not None
+        engine.ended(assignment.number, {"state": "failed", "kind": "out_of_memory", "message": "x"})
+    resumed, _, _ = make(tmp_path, limits=limits, trials=2, **space)
+    tried = []
+    while (assignment := resumed.next()) is not None:
+        tried.append((assignment.config.recipe.learning_rate, assignment.config.layout.micro_batch_size))
+        resumed.ended(assignment.number, {"state": "stopped"})
+    assert tried == [(1e-3, 2), (2e-3, 2)]
+    assert resumed.is_handed_out
+
+
+def test_nothing_is_tried_again_once_the_time_is_over(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 97}
+    plan = blueprint({"model_type": "bert", **sizes}, "sequence-classification", 3)
+    limits = Limits(num_workers=1, hidden_size=64, plan=plan, max_length=32, memory_bytes=10**9)
+    clock = Clock()
+    engine, _, _ = make(tmp_path, limits=limits, trials=4, budget={"minutes": 1.0}, clock=clock, global_batch_size=8, lora_rank=4)
+    assignment = engine.next()
+    assert assignment is not None
+    clock.now += 61
+    engine.ended(assignment.number, {"state": "failed", "kind": "out_of_memory", "message": "x"})
+    assert engine.next() is None
+    assert engine.is_handed_out
 
 
 def test_a_job_says_how_long_it_is_predicted_to_take_also_after_a_resume(tmp_path: Path) -> None:

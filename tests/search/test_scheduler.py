@@ -16,9 +16,10 @@ from ray.tune.schedulers import TrialScheduler
 from search.engine import Engine
 from search.ledger import Ledger
 from search.record import TrialState
+from search.relay import MESSAGE
 from search.rungs import Rungs
 from search.scheduler import RungScheduler
-from search.searcher import MESSAGE, EngineSearcher
+from search.searcher import EngineSearcher
 from search.store import Store
 from trainables.job import Job
 
