@@ -23,6 +23,9 @@ SPEC = parse_spec("{name: s, model: {name: m, task: sequence-classification}, da
 def tracked() -> set[str]:
     """Return the names of all that a search with confirmations writes to MLflow."""
     events = [*synthetic_events(24), *(confirmed_event(0, seed, accuracy=0.8, seconds=9.0, test=0.7) for seed in (1, 2))]
+    scores = {"arc_easy/acc": {"value": 0.3, "stderr": 0.1}}
+    told = {"event": "harness_scored", "task": "arc_easy", "limit": None, "scores": scores}
+    events += [{**events[-1], **told, "number": number} for number in (None, 0)]
     names = {key for run in mirrored(events).runs.values() for key, *_ in run["metrics"]}
     return names | set(search_metrics(replay(events), SPEC, OBJECTIVES))
 
@@ -35,7 +38,9 @@ def test_every_metric_has_a_row_with_its_unit(name: str) -> None:
 def test_every_name_in_mlflow_has_a_row_or_a_row_for_its_prefix() -> None:
     names = {name for name in tracked() if name not in {metric.tracked_name for metric in METRICS.values()}}
     prefixes = {name.partition("/")[0] for name in names}
-    assert prefixes == {"reference", "predicted", "memory", "confirmed", "test", "front", "budget"}, "this test reads all of them"
+    assert prefixes == {"reference", "predicted", "memory", "confirmed", "test", "harness", "front", "budget"}, (
+        "this test reads all of them"
+    )
     assert {name for name in names if name not in EXPLAINED and f"{name.partition('/')[0]}/" not in EXPLAINED} == set()
 
 
