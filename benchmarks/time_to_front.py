@@ -16,8 +16,9 @@ The rules:
 - The clock runs from the start of the process: imports, Ray and all. Nothing is carried over from an earlier run, caches included.
 - After `--minutes` nothing is started any more, and what ends later does not count. Others than (a), which plans for its time, may be
   given longer (`--longer b=12,c=6`), to see when they reach what (a) has; all else is compared after `--minutes`.
-- A trial counts when it was trained to its end; one that was stopped early leaves no model. Every contender trains with the loop in
-  `contenders/task.py` or one of the same batches and optimizer; only (c) has transformers' own.
+- A trial counts when it was trained to its end; one that was stopped early leaves no model. (b), (d) and (e) train with the loop in
+  `contenders/task.py`, of paretune's batches, model and optimizer; (c) has transformers' own and (a) paretune's, which lays rows end
+  to end and leaves rows of the embedding alone that the data never read: how fast a tool trains is part of it.
 - Each contender has both cores: (a), (b), (e) two trials of one thread at once, (c), (d) one trial of two threads.
 - A contender's front is by the times that it saw itself. For the hypervolume the time of every trial that was ever on it is measured
   again, alone, on one core, by the plain loop, once for each configuration, so that the same configuration is as fast for all.
