@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from spaces.quantization import is_quantized, packed_bytes
+from trainables.first_tokens import end_at_first_tokens
 from trainables.loss import TrainingLoss
 from trainables.mesh import World
 from trainables.meter import FlopWatch
@@ -66,6 +67,8 @@ def test_the_same_layers_hold_the_same_weights_and_give_the_same_results_as_tran
     trial = case(family, method, precision)
     base = trial.base()
     theirs = loaded_by_transformers(tmp_path, trial, base.module)
+    if trial.task == "sequence-classification":
+        end_at_first_tokens(theirs)  # products of fewer rows are rounded otherwise
     ours = build(trial.config(1), base, World.alone())  # an adapter changes nothing before it is trained
     assert layers(ours).keys() == layers(theirs).keys()
     for name, layer in layers(theirs).items():
