@@ -181,6 +181,13 @@ def test_compute_reaches_what_is_assumed_and_a_slow_network_shows() -> None:
     assert inside.communication_seconds == pytest.approx(max(0.0, sent / 450e9 - overlap))
 
 
+@pytest.mark.parametrize("adapter", ["dora", "vera", "ia3"])
+def test_every_adapter_has_a_plan_for_this_machine(spec: Path, adapter: str) -> None:
+    """Whose memory is told and held against nothing."""
+    planned = json.loads(plan(str(spec), "--json", "--set", f"space.adapter={adapter}").stdout)
+    assert all(layout["peak_memory_bytes"] > 0 for layout in planned["layouts"])
+
+
 def test_copies_in_every_node_send_their_own_shard_of_the_gradients_alone_to_another() -> None:
     model, machine = shape("Llama-3 8B"), cluster(8, num_nodes=4)
     inside, between = exchanges(model, config("none", 32, "fsdp", shard_size=8), 16 * LENGTH)
