@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,9 +21,11 @@ from search.options import (
     Set,
     SpecPath,
     TrackingUri,
+    Trials,
     clear_errors,
     fail,
     print_json,
+    teller,
 )
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def profile(spec: SpecPath, set_: Set = None, quiet: Quiet = False, json_: Json 
     from spaces.loading import load_spec
 
     with clear_errors():
-        rows = profile_space(load_spec(spec, set_ or ()), lambda line: None if quiet else print(line, file=sys.stderr))
+        rows = profile_space(load_spec(spec, set_ or ()), teller(quiet=quiet))
         if json_:
             print_json(rows)
         else:
@@ -217,7 +218,7 @@ def pick(
 def confirm(
     name: Name,
     seeds: Annotated[int, typer.Option(metavar="N", help="Further seeds of each trial.")] = 3,
-    trials: Annotated[str | None, typer.Option(metavar="ID,ID", help="These trials instead of the members of the front.")] = None,
+    trials: Trials = None,
     directory: Directory = RUNS,
     quiet: Quiet = False,
     json_: Json = False,
@@ -230,7 +231,7 @@ def confirm(
     with clear_errors():
         store = Store.open(name, directory)
         try:
-            say = (lambda _: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+            say = teller(quiet=quiet)
             failures = confirm_trials(store, num_seeds=seeds, trials=trials, say=say)
         except ConfirmError as error:
             fail(USAGE, str(error))
@@ -262,7 +263,7 @@ def compare_methods(
         try:
             chosen = comparison.METHODS if methods is None else tuple(map(comparison.Method.parse, methods.split(",")))
             loaded = compare.grid_spec(spec, set_ or (), chosen, compare.parse_fractions(fractions))
-            say = (lambda _: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+            say = teller(quiet=quiet)
             with SearchView(loaded.spec, quiet=quiet) as view:
                 store = compare.search(loaded, view)
             found, files, failures = compare.confirm_best(store, chosen, num_seeds=seeds, say=say)
@@ -311,7 +312,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(metavar="TASK,TASK", help="Tasks or groups: arc_easy,hellaswag.")],
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Rows of each task; by default all.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Directory of further tasks' YAML files.")] = None,
-    trials: Annotated[str | None, typer.Option(metavar="ID,ID", help="These trials instead of the members of the front.")] = None,
+    trials: Trials = None,
     directory: Directory = RUNS,
     quiet: Quiet = False,
     json_: Json = False,
@@ -323,7 +324,7 @@ def evaluate(
 
     with clear_errors():
         store = Store.open(name, directory)
-        say = (lambda _: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+        say = teller(quiet=quiet)
         try:
             names = tuple(task for text in tasks.split(",") if (task := text.strip()))
             request = harness.Request(tasks=names, limit=limit, include_path=include_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +29,7 @@ TrackingUri = Annotated[
     str | None, typer.Option("--tracking-uri", help="Read the search from this MLflow server instead of its directory.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing while the search runs.")]
+Trials = Annotated[str | None, typer.Option(metavar="ID,ID", help="These trials instead of the members of the front.")]
 RUNS = Path("paretune-runs")
 
 
@@ -66,6 +67,11 @@ def fail(code: int, *lines: str) -> None:
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def teller(*, quiet: bool) -> Callable[[str], None]:
+    """Return what says a line on standard error; quiet, nothing."""
+    return (lambda _: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def print_json(value: Any) -> None:

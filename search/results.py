@@ -144,6 +144,7 @@ def front_as_json(results: Results) -> dict[str, Any]:
 
 def pick_as_json(results: Results, record: TrialRecord) -> dict[str, Any]:
     """Return one trial with its configuration, results and command, ready for JSON."""
+    plain = record.to_dict()
     return {
         "number": record.number,
         "params": record.params,
@@ -151,8 +152,8 @@ def pick_as_json(results: Results, record: TrialRecord) -> dict[str, Any]:
         "metrics": record.values,
         "test": record.test,
         "confirmed": confirmed_as_json(record, results.objectives),
-        "confirmations": record.to_dict()["confirmations"],
-        "harness": record.to_dict()["harness"],
+        "confirmations": plain["confirmations"],
+        "harness": plain["harness"],
         "command": results.command_of(record),
     }
 

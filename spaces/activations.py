@@ -151,7 +151,7 @@ class Activations:
         # What PEFT has multiplied out has a gradient as large, before that becomes those of the factors.
         last = self.plan.feed_forward_out[0]
         merged = last.num_params if self._has_experts and is_wrapped(last, self.recipe) else 0
-        later = self._not_yet()
+        later = self._not_yet() if self.recipe.adapter in ("dora", "vera") else []
         beside = max(self._while_rows_are_scaled(later), self._while_results_are_scaled(gradient, later))
         return max(self.num_tokens * inside + self.width.products * merged, beside, self._while_spread_out(gradient))
 
