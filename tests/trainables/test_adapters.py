@@ -103,6 +103,8 @@ def test_dora_computes_what_peft_computes(family: str, quantization: str) -> Non
         torch.nn.init.normal_(b)
         with torch.no_grad():
             norms.mul_(1.5)
+        if layer.base_layer.bias is not None:  # else zeros, which no scale would change
+            torch.nn.init.normal_(layer.base_layer.bias)
         found = []
         for variant in (layer.lora_variant["default"], DoraLinearVariant()):
             layer.lora_variant["default"] = variant
