@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spaces.adapters import factor_params, is_wrapped, keeps_input, trains_factors
+from spaces.adapters import casts_input, factor_params, is_wrapped, keeps_input, num_between, rotation_numbers, trains_factors
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe
 from spaces.quantization import is_quantized
@@ -16,6 +16,8 @@ from spaces.widths import BF16_BYTES, FP32_BYTES, INT64_BYTES, Widths
 
 # Of RMSNorm's backward pass, written out: five tensors in fp32, per number that it normalises.
 RMS_BACKWARD_BYTES = 5 * FP32_BYTES
+# Of the series that makes OFT's rotations, per number of these: a skew matrix, its square and its cube.
+SERIES_BYTES = 3 * FP32_BYTES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,20 +104,21 @@ class Activations:
         after += self._experts_per_token() if self._has_experts else self._activation_per_token()
         # Around stacked experts PEFT adds the product of its factors to the weight, and the sum is what the tokens meet.
         experts = width.products * sum(m.num_params for m in plan.block if m.num_experts > 1 and is_wrapped(m, recipe))
+        whole = experts + (SERIES_BYTES + width.products) * sum(rotation_numbers(m, recipe) for m in plan.block)
         if not (is_last and plan.ends_at_first_tokens):
-            return self.num_tokens * (before + after) + experts
+            return self.num_tokens * (before + after) + whole
         # The normalisation that ends it is counted with what is before the next block, for all tokens.
         is_counted = self._is_full or any(is_wrapped(m, recipe) for m in plan.attention_in)
         ended = width.stream * ((2 if self._is_full else 1) * plan.shape.hidden_size + 2) * is_counted
-        return self.num_tokens * (before - ended) + self.num_targets * (after + ended)
+        return self.num_tokens * (before - ended) + self.num_targets * (after + ended) + whole
 
     def _adapters_per_token(self, stage: tuple[Matrix, ...]) -> int:
         """Return what adapters around matrices keep."""
         recipe, width = self.recipe, self.width
         wrapped = [m for m in stage if is_wrapped(m, recipe) and m.num_experts == 1]
         # A router's adapter is multiplied out, and has no result of its own.
-        kept = width.products * (recipe.adapter_rank or 0) * sum(m.is_module for m in wrapped)
-        copied = width.products if trains_factors(recipe) else FP32_BYTES
+        kept = width.products * num_between(recipe) * sum(m.is_module for m in wrapped)
+        copied = FP32_BYTES if casts_input(recipe) else width.products
         kept += copied * sum(m.num_inputs for m in wrapped if self._copies_input(m))
         if not trains_factors(recipe):
             # What a vector scales is kept for its gradient.
@@ -227,18 +230,15 @@ class Activations:
         return self.num_tokens * inside + self.width.products * last.num_inputs * last.num_outputs
 
     def _copies_input(self, matrix: Matrix) -> bool:
-        """Return whether an adapter keeps its input in a copy of its own: in fp32, or cast by autocast from what is.
-
-        LoRA takes a bf16 input as it is (`trainables.adapters`).
-        """
+        """Return whether an adapter keeps its input in a copy of its own: in fp32, or cast by autocast from what is."""
         if not self.width.is_autocast or not keeps_input(matrix, self.recipe):
             return False
         is_fp32 = self.is_on_gpu and self.plan.norm == "layer" and matrix in (*self.plan.attention_in, *self.plan.feed_forward_in)
-        return is_fp32 or not trains_factors(self.recipe)
+        return is_fp32 or casts_input(self.recipe)
 
     def _is_handed_fp32(self, matrix: Matrix) -> bool:
         """Return whether PEFT hands an adapter its input in fp32, and gets the gradient so."""
-        return self.width.is_autocast and is_wrapped(matrix, self.recipe) and not trains_factors(self.recipe)
+        return self.width.is_autocast and is_wrapped(matrix, self.recipe) and casts_input(self.recipe)
 
     def _share_input(self, stage: tuple[Matrix, ...]) -> bool:
         """Return whether some of the matrices keep their input, and that is no copy."""
@@ -332,7 +332,7 @@ class Activations:
         kept = self._experts_per_token() if self._has_experts else self._activation_per_token()
         stages = (*plan.feed_forward_in, *plan.feed_forward_out)
         wrapped = [m for m in stages if keeps_input(m, recipe) and m.num_experts == 1]
-        kept += width.products * (recipe.adapter_rank or 0) * len(wrapped)
+        kept += width.products * num_between(recipe) * len(wrapped)
         copied = [m for m in wrapped if self._copies_input(m)]
         if width.is_autocast and self._is_full:
             copied = [m for m in plan.feed_forward_in if m.num_experts == 1]

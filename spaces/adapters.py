@@ -20,13 +20,23 @@ def is_wrapped(matrix: Matrix, recipe: Recipe) -> bool:
 
 
 def trains_factors(recipe: Recipe) -> bool:
-    """Return whether an adapter trains matrices: LoRA and its variants. VeRA and (IA)3 train vectors."""
+    """Return whether an adapter trains two factors: LoRA and its variants. VeRA and (IA)3 train vectors, OFT rotations."""
     return recipe.adapter in ("lora", "rslora", "dora")
 
 
+def casts_input(recipe: Recipe) -> bool:
+    """Return whether an adapter casts what it is given to fp32, as PEFT's VeRA and (IA)3 do; see `trainables.adapters`."""
+    return recipe.adapter in ("vera", "ia3")
+
+
+def num_between(recipe: Recipe) -> int:
+    """Return the numbers of a token between an adapter's two factors."""
+    return 0 if recipe.adapter == "oft" else recipe.adapter_rank or 0
+
+
 def keeps_input(matrix: Matrix, recipe: Recipe) -> bool:
-    """Return whether the backward pass of what an adapter adds to a matrix needs the matrix' input."""
-    is_read = trains_factors(recipe) or (recipe.adapter == "ia3" and matrix.is_named_by(IA3_INPUTS))
+    """Return whether the backward pass of what an adapter does to a matrix needs the matrix' input."""
+    is_read = trains_factors(recipe) or recipe.adapter == "oft" or (recipe.adapter == "ia3" and matrix.is_named_by(IA3_INPUTS))
     return is_read and is_wrapped(matrix, recipe)
 
 
@@ -34,7 +44,8 @@ def adapter_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
     """Return the parameters that an adapter adds and trains.
 
     One pair of factors for each expert, and of twice the rank for gate and up in one; with DoRA a norm for each output. VeRA scales
-    the rank and the outputs, (IA)3 the outputs or, before the last product of a block, the inputs.
+    the rank and the outputs, (IA)3 the outputs or, before the last product of a block, the inputs. OFT has a skew matrix for every
+    block of the inputs.
     """
     rank, params = recipe.adapter_rank or 0, 0
     for m in matrices:
@@ -44,6 +55,8 @@ def adapter_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
             params += m.num_inputs if keeps_input(m, recipe) else m.num_outputs
         elif recipe.adapter == "vera":
             params += rank + m.num_outputs
+        elif recipe.adapter == "oft":
+            params += m.num_inputs * (rank - 1) // 2
         else:
             is_fused_pair = m.num_experts > 1 and m.name.endswith(".gate_up_proj")
             params += rank * m.num_experts * (m.num_inputs + m.num_outputs) * (2 if is_fused_pair else 1)
@@ -52,10 +65,10 @@ def adapter_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
 
 
 def factor_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
-    """Return the numbers of the factors that are multiplied around matrices, whether they train or not."""
+    """Return the numbers of the factors that are multiplied around matrices, whether they train or not; a rotation is none."""
     if trains_factors(recipe):
         return adapter_params(matrices, recipe)
-    return (recipe.adapter_rank or 0) * sum(m.num_inputs + m.num_outputs for m in matrices if is_wrapped(m, recipe))
+    return num_between(recipe) * sum(m.num_inputs + m.num_outputs for m in matrices if is_wrapped(m, recipe))
 
 
 def shared_params(plan: Blueprint, recipe: Recipe) -> int:
@@ -64,3 +77,8 @@ def shared_params(plan: Blueprint, recipe: Recipe) -> int:
     if recipe.adapter != "vera" or not wrapped:
         return 0
     return (recipe.adapter_rank or 0) * (max(m.num_inputs for m in wrapped) + max(m.num_outputs for m in wrapped))
+
+
+def rotation_numbers(matrix: Matrix, recipe: Recipe) -> int:
+    """Return the numbers of a matrix' rotations, which OFT makes anew in every step."""
+    return matrix.num_inputs * (recipe.adapter_rank or 0) if recipe.adapter == "oft" and is_wrapped(matrix, recipe) else 0

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-Adapter = Literal["none", "lora", "rslora", "dora", "vera", "ia3"]
+Adapter = Literal["none", "lora", "rslora", "dora", "vera", "ia3", "oft"]
 Precision = Literal["fp32", "bf16"]
 Quantization = Literal["none", "nf4", "int8"]
 Strategy = Literal["ddp", "fsdp", "tp"]
@@ -21,12 +21,18 @@ ADAPTER_KNOBS: dict[Adapter, tuple[str, ...]] = {
     **dict.fromkeys(("lora", "rslora", "dora"), ("lora_rank", "lora_alpha", "lora_target_modules", "quantization")),
     "vera": ("lora_rank", "lora_target_modules"),
     "ia3": (),
+    "oft": ("lora_rank", "lora_target_modules", "quantization"),
 }
 # What (IA)3 scales: what keys and values are, and what goes into the last product of a block.
 IA3_RESULTS = ("k_proj", "v_proj", "key_proj", "value_proj", "self.key", "self.value", "k_lin", "v_lin", "qkv_proj", "c_attn")
 IA3_INPUTS = ("down_proj", "layer.*.output.dense", "ffn.lin2", "mlp.c_proj", "fc2")
 # `micro_batch_size: auto` keeps one forward pass to at most this many padded tokens per rank.
 AUTO_MICRO_BATCH_TOKENS = 16_384
+
+
+# What a recipe learns with and no step takes longer for, at one value.
+LEARNED_WITH: dict[str, Any] = dict.fromkeys(("learning_rate", "dataset_fraction", "epochs", "warmup_fraction", "weight_decay"), 0.0)
+LEARNED_WITH |= {"seed": 0, "adapter_alpha": None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +59,10 @@ class Recipe:
     """`none` trains every weight. LoRA (https://arxiv.org/abs/2106.09685) adds alpha / rank B A to a frozen matrix, rsLoRA
     (https://arxiv.org/abs/2312.03732) alpha / sqrt(rank) B A; DoRA (https://arxiv.org/abs/2402.09353) is LoRA that also trains the
     norms of the rows of the sum. VeRA (https://arxiv.org/abs/2310.11454) trains two vectors around random factors that all layers
-    share; (IA)3 (https://arxiv.org/abs/2205.05638) scales keys, values and the inner width of the feed-forward."""
+    share; (IA)3 (https://arxiv.org/abs/2205.05638) scales keys, values and the inner width of the feed-forward. OFT
+    (https://arxiv.org/abs/2506.19847) rotates what goes into a frozen matrix, block by block."""
     adapter_rank: int | None = None
+    """Of LoRA, its variants and VeRA; the size of OFT's blocks."""
     adapter_alpha: float | None = None
     adapter_target_modules: tuple[str, ...] | None = None
     """Module name suffixes that an adapter wraps; `("all-linear",)` for every linear layer but the head."""
@@ -182,6 +190,10 @@ class TrialConfig:
     @property
     def num_grad_accum_steps(self) -> int:
         return self.layout.num_grad_accum_steps(self.recipe.global_batch_size)
+
+    def of_step(self) -> TrialConfig:
+        """Return what time and memory of a step depend on: the same for all rates, rows, epochs, decays, alphas and seeds."""
+        return replace(self, recipe=replace(self.recipe, **LEARNED_WITH))
 
     def key(self) -> str:
         """Return a short, stable fingerprint of recipe and layout: 12 hexadecimal digits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from spaces.adapters import is_wrapped, trains_factors
@@ -88,7 +89,7 @@ def norms_whole(config: TrialConfig, limits: Limits) -> float:
 
 
 def vectors_whole(config: TrialConfig, limits: Limits) -> float:
-    """1 where VeRA's or (IA)3's vectors would have to be cut as tensor parallelism cuts what they scale.
+    """1 where VeRA's or (IA)3's vectors, or OFT's rotations, would have to be cut as tensor parallelism cuts what they act on.
 
     And where FSDP2 would cast VeRA's vectors and not its factors, which are no parameters.
     """
@@ -96,6 +97,16 @@ def vectors_whole(config: TrialConfig, limits: Limits) -> float:
     is_cut = layout.tensor_parallel_size > 1 and recipe.adapter != "none" and not trains_factors(recipe)
     is_half_cast = layout.is_sharded and recipe.adapter == "vera" and recipe.precision != "fp32"
     return float(is_cut or is_half_cast)
+
+
+def rotated_in_whole_blocks(config: TrialConfig, limits: Limits) -> float:
+    """Inputs left over where OFT cuts them into blocks; 1 for GPT-2, whose kind of linear layer PEFT does not rotate."""
+    if config.recipe.adapter != "oft" or limits.plan is None:
+        return 0.0
+    if limits.plan.family == "gpt2":
+        return 1.0
+    wrapped = [m for m in (*limits.plan.block, *limits.plan.head) if is_wrapped(m, config.recipe)]
+    return sum(m.num_inputs % (config.recipe.adapter_rank or 1) for m in wrapped)
 
 
 def memory_within_device(config: TrialConfig, limits: Limits) -> float:
@@ -111,7 +122,13 @@ def predicted_memory(config: TrialConfig, limits: Limits) -> RankMemory | None:
     if limits.plan is None:
         return None
     most = None if limits.max_targets is None else limits.max_targets * config.layout.micro_batch_size
-    return rank_memory(limits.plan, config, limits.max_length, most, is_on_gpu=limits.is_on_gpu)
+    return _memory_of_step(limits.plan, config.of_step(), limits.max_length, most, limits.is_on_gpu)
+
+
+# Of hundreds of points that are looked at for one proposal most have the same few steps.
+@lru_cache(4096)
+def _memory_of_step(plan: Blueprint, config: TrialConfig, length: int, num_targets: int | None, is_on_gpu: bool) -> RankMemory:
+    return rank_memory(plan, config, length, num_targets, is_on_gpu=is_on_gpu)
 
 
 def config_within(params: Mapping[str, Any], *, max_length: int, limits: Limits) -> TrialConfig:
@@ -143,8 +160,11 @@ CONSTRAINTS = (
     quantized_base_whole,
     norms_whole,
     vectors_whole,
+    rotated_in_whole_blocks,
     memory_within_device,
 )
+# Those between a method and a strategy or a model, whatever the ranges of the space.
+OF_METHODS = (matrices_split_evenly, quantized_base_whole, norms_whole, vectors_whole, rotated_in_whole_blocks)
 
 
 def reason(name: str, config: TrialConfig, limits: Limits) -> str:
@@ -159,7 +179,8 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         adapter_rank_within_width.__name__: f"rank {recipe.adapter_rank} exceeds the model's width of {limits.hidden_size}",
         quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
         norms_whole.__name__: "dora trains the norms of whole rows: not of what tp splits, int8 holds, or experts share",
-        vectors_whole.__name__: f"{recipe.adapter} trains whole vectors: not of what tp splits, nor vera with fsdp in bf16",
+        vectors_whole.__name__: f"{recipe.adapter} trains what tp would cut; and vera not with fsdp in bf16",
+        rotated_in_whole_blocks.__name__: f"oft: blocks of {recipe.adapter_rank} do not divide the widths, or the layers are GPT-2's",
         memory_within_device.__name__: f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
     }
     return words[name]
@@ -187,7 +208,7 @@ def why_none_trains(configs: Iterable[TrialConfig], limits: Limits) -> str:
     words = ""
     for config in configs:
         if world_size_within_cluster(config, limits) <= 0:
-            against = [c for c in (matrices_split_evenly, quantized_base_whole, norms_whole, vectors_whole) if c(config, limits) > 0]
+            against = [constraint for constraint in OF_METHODS if constraint(config, limits) > 0]
             if not against:
                 return ""
             words = words or reason(against[0].__name__, config, limits)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from spaces.adapters import num_between, rotation_numbers
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe, TrialConfig
 
@@ -158,20 +159,20 @@ def recomputed_flops_of_blueprint(plan: Blueprint, config: TrialConfig) -> Train
     """
     recipe, shape = config.recipe, plan.shape
     recomputes = config.layout.recomputation == "full"
-    last = plan.feed_forward_out[-1]
-    is_last_needed = plan.is_last_result_needed or (_is_wrapped(last, recipe) and recipe.adapter != "ia3")
-    again: list[Matrix] = []
+    # DoRA and VeRA scale what is multiplied last, and keep it.
+    is_scaled = recipe.adapter in ("dora", "vera") and _is_wrapped(plan.feed_forward_out[-1], recipe)
+    again: list[LinearUse] = []
     for layer in range(shape.num_layers):
         later = [m for stage in plan.after_attention(is_last=layer == shape.num_layers - 1) for m in stage]
-        again += [*plan.attention_in, *(later if is_last_needed else later[:-1])]
-    uses = [use for matrix in again for use in _with_adapter(matrix, recipe, True)]
+        uses = [use for matrix in (*plan.attention_in, *later) for use in _with_adapter(matrix, recipe, True)]
+        again += uses if plan.is_last_result_needed or is_scaled else uses[:-1]
     attention = AttentionUse(
         num_products=((2 if recomputes else 0) + plan.is_attention_fused) * shape.num_layers,
         num_heads=shape.num_heads,
         head_dim=shape.head_dim,
         causal=shape.causal,
     )
-    return recomputed_flops(uses if recomputes else (), attention)
+    return recomputed_flops(again if recomputes else (), attention)
 
 
 def _is_wrapped(matrix: Matrix, recipe: Recipe) -> bool:
@@ -186,9 +187,13 @@ def _uses(matrices: Sequence[Matrix], recipe: Recipe, needs_grad: bool) -> tuple
 
 def _with_adapter(matrix: Matrix, recipe: Recipe, needs_grad: bool) -> Iterator[LinearUse]:
     trains = recipe.adapter == "none" or matrix.trains_with_adapter
+    rank, num_rotated = num_between(recipe), rotation_numbers(matrix, recipe)
+    if num_rotated:
+        yield LinearUse(num_weights=num_rotated, per=matrix.per, input_needs_grad=needs_grad, weight_needs_grad=True)
+        needs_grad = True
     yield LinearUse(num_weights=matrix.num_weights, per=matrix.per, input_needs_grad=needs_grad, weight_needs_grad=trains)
-    if not trains and _is_wrapped(matrix, recipe) and recipe.adapter_rank is not None:
-        rank, factors_train = recipe.adapter_rank, recipe.adapter != "vera"
+    if not trains and _is_wrapped(matrix, recipe) and rank:
+        factors_train = recipe.adapter != "vera"
         for width, input_needs_grad in ((matrix.num_inputs, needs_grad), (matrix.num_outputs, True)):
             yield LinearUse(
                 num_weights=rank * width, per=matrix.per, input_needs_grad=input_needs_grad, weight_needs_grad=factors_train

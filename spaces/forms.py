@@ -106,6 +106,8 @@ class PerAdapter(OneKey):
     """VeRA, whose best learning rate is about ten times LoRA's."""
     ia3: FloatDomain[LearningRate] | None = None
     """(IA)3, whose vectors begin at one."""
+    oft: FloatDomain[LearningRate] | None = None
+    """OFT, whose best learning rate is some times LoRA's, and higher for smaller blocks."""
 
     @model_serializer
     def _without_absent(self) -> dict[str, Any]:

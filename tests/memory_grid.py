@@ -29,7 +29,7 @@ from trainables.tokenization import Encoded
 ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
 # One of every modelling file that keeps something of its own; the others repeat one of these.
 DISTINCT = ("llama", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2", "bert", "distilbert")
-VECTORS = ("vera", "ia3")
+VECTORS, WITHOUT_ALPHA = ("vera", "ia3"), ("vera", "ia3", "oft")
 ADAPTERS, PRECISIONS = ("none", "all-linear", "some"), ("fp32", "bf16")
 
 
@@ -80,7 +80,7 @@ class Case:
             seed=0,
             adapter=self.method if targets else "none",  # type: ignore[arg-type]
             adapter_rank=8 if targets and self.method != "ia3" else None,
-            adapter_alpha=16.0 if targets and self.method not in VECTORS else None,
+            adapter_alpha=16.0 if targets and self.method not in WITHOUT_ALPHA else None,
             adapter_target_modules=targets,
             quantization=self.quantization,  # type: ignore[arg-type]
         )
@@ -178,10 +178,18 @@ VARIANTS = [
 VARIANTS += [
     Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation=c, method=m)
     for f in ("llama", "qwen3", "gemma2", "phi3", "gpt2", "bert", "distilbert")
-    for m, a in (("vera", "all-linear"), ("vera", "some"), ("ia3", "all-linear"))
+    for m, a in (("vera", "all-linear"), ("vera", "some"), ("ia3", "all-linear"), ("oft", "all-linear"), ("oft", "some"))
+    if not (f == "gpt2" and m == "oft")
     for p in PRECISIONS
     for c in ("none", "full")
     for r, n in ((2, 16), (8, 32), (16, 48))
+]
+VARIANTS += [
+    Case(family=f, adapter="all-linear", precision=p, recomputation=c, quantization=q, method="oft")
+    for f in ("llama", "gemma", "bert")
+    for q in ("nf4", "int8")
+    for p in PRECISIONS
+    for c in ("none", "full")
 ]
 ALONE += VARIANTS
 IDLE = [

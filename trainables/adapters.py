@@ -14,13 +14,16 @@ from transformers.pytorch_utils import Conv1D
 from spaces.config import IA3_INPUTS, IA3_RESULTS, Recipe
 from trainables.quantize import is_head
 from trainables.report import TrialError
+from trainables.rotation import rotate
 
 # isort: split
 # After `trainables.quantize`, which tells the logger of bitsandbytes: PEFT imports that.
-from peft import IA3Config, LoraConfig, PeftConfig, TaskType, VeraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, OFTConfig, PeftConfig, TaskType, VeraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.oft import OFTLayer
+from peft.tuners.oft.layer import OFTRotationModule
 from peft.utils.integrations import dequantize_module_weight
 
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
@@ -40,6 +43,7 @@ def add_adapter(module: nn.Module, recipe: Recipe, task: str, new_parameters: tu
     Raises:
         TrialError: a target module does not exist in the model.
     """
+    part: Any
     new = {name.rpartition(".")[0] for name in new_parameters}
     heads = {name for name, _ in module.named_modules() if is_head(name)}
     saved: Any = {"task_type": TASK_TYPES[task], "modules_to_save": sorted(new - heads) or None}
@@ -57,6 +61,15 @@ def add_adapter(module: nn.Module, recipe: Recipe, task: str, new_parameters: tu
         names = _linear_names(module, targets, new | heads)
         config = VeraConfig(r=recipe.adapter_rank or 0, target_modules=names, projection_prng_key=recipe.seed, **saved)
         return get_peft_model(module, config)
+    if recipe.adapter == "oft":
+        names = _linear_names(module, targets, new | heads)
+        config = OFTConfig(oft_block_size=recipe.adapter_rank or 0, target_modules=names, **saved)
+        rotated = get_peft_model(module, config)
+        for part in rotated.modules():
+            if isinstance(part, OFTLayer):
+                part.oft_R["default"].__class__ = _Rotation
+                part.cast_input_dtype_enabled = False
+        return rotated
     # Dropout would make the loss curve depend on the layout.
     config = LoraConfig(
         r=recipe.adapter_rank or 0,
@@ -69,7 +82,6 @@ def add_adapter(module: nn.Module, recipe: Recipe, task: str, new_parameters: tu
         **saved,
     )
     adapted = get_peft_model(module, config)
-    part: Any
     for part in adapted.modules():
         if _is_around_a_linear_layer(part):
             part.lora_variant["default"] = _LeanDora() if recipe.adapter == "dora" else _Lean()
@@ -122,6 +134,17 @@ class _LeanDora(DoraLinearVariant):
         scale = dora.weight / norms
         scaled = _Lean.forward(module, active_adapter, x, result) * scale
         return scaled if base.bias is None else scaled + base.bias * (1 - scale)
+
+
+class _Rotation(OFTRotationModule):
+    """PEFT's rotation, with its matrices computed in fp32 and its input taken as it is: PEFT casts that to fp32 first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the rotated input (..., features)."""
+        with torch.autocast(x.device.type, enabled=False):
+            skew = self.weight.float()
+            rotations = self._cayley_batch(skew, self.block_size, self.use_cayley_neumann, self.num_cayley_neumann_terms)
+        return rotate(x, rotations.to(x.dtype))
 
 
 def _linear_names(module: Any, targets: tuple[str, ...], excluded: set[str]) -> list[str]:

@@ -26,6 +26,7 @@ from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.packed import attention_by_rows
 from trainables.quantize import quantized_product
+from trainables.rotation import rotate
 from trainables.step_time import fit, fit_steady, steady_steps
 from trainables.tensor_parallel import piece_of
 
@@ -221,6 +222,8 @@ class CountingPass(TorchFunctionMode):
             self._note(args[0], args[1] if len(args) > 1 else named["weight"])
         elif func is quantized_product:
             self._note_product(args[0], args[1].in_features * args[1].out_features)
+        elif func is rotate:
+            self._note_product(args[0], args[1].numel(), weight_needs_grad=True)
         elif func is head_loss:
             self._note(args[0], args[1])
         elif func is torch.addmm:

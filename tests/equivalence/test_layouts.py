@@ -34,7 +34,7 @@ TASKS = ("causal-lm", "sequence-classification")
 # LoRA on a base in fp32, and on quantised ones, which are not sharded.
 QUANTIZED = ("nf4", "int8")
 VECTORS = ("vera", "ia3")
-LORA = ("lora", "rslora", "dora", *VECTORS, *QUANTIZED)
+LORA = ("lora", "rslora", "dora", "oft", *VECTORS, *QUANTIZED)
 STRATEGIES = ("ddp", "fsdp", "tp")
 
 

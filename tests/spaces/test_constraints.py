@@ -31,6 +31,7 @@ def test_the_default_space_is_feasible():
         "quantized_base_whole",
         "norms_whole",
         "vectors_whole",
+        "rotated_in_whole_blocks",
         "memory_within_device",
     ]
     assert is_feasible(values)
@@ -99,6 +100,22 @@ def test_matrices_are_split_where_the_family_has_a_plan_and_the_sizes_divide():
         assert violations(config(strategy="tp", world_size=1), known)[name] == 0, "one rank splits nothing"
         assert violations(config(strategy="fsdp", world_size=4), known)[name] == 0
         assert not value or reason(name, split, known).startswith(why)
+
+
+def test_what_oft_rotates_is_cut_into_whole_blocks():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 100, "vocab_size": 97}
+    name = "rotated_in_whole_blocks"
+
+    def value(family, **params):
+        limits = replace(ROOMY, plan=blueprint({"model_type": family, **sizes}, "causal-lm"))
+        return violations(config(adapter="oft", **params), limits)[name]
+
+    assert value("llama", lora_rank=4) == 0
+    assert value("llama", lora_rank=8) == 100 % 8
+    assert value("llama", lora_rank=8, lora_target_modules="q_proj,o_proj") == 0
+    assert value("gpt2", lora_rank=4) == 1
+    assert violations(config(adapter="oft", lora_rank=7), ROOMY)[name] == 0, "not known without a plan"
+    assert violations(config(adapter="oft", world_size=2, strategy="tp"), ROOMY)["vectors_whole"] == 1
 
 
 def test_ranks_that_split_matrices_all_see_every_row():

@@ -231,8 +231,8 @@ LINES = {
     "unknown by adapter": (
         "{log_uniform: [1e-4, 1e-2]}",
         "{by_adapter: {lora: 1e-3, nome: 1e-4}}",
-        r"spec.yaml:7: space.learning_rate.by_adapter.nome: unknown key, got 0.0001; allowed: none, lora, rslora, dora, vera, ia3; "
-        r"did you mean 'none'\?",
+        r"spec.yaml:7: space.learning_rate.by_adapter.nome: unknown key, got 0.0001; "
+        r"allowed: none, lora, rslora, dora, vera, ia3, oft; did you mean 'none'\?",
     ),
     "wrong inside by adapter": (
         "{log_uniform: [1e-4, 1e-2]}",

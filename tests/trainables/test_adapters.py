@@ -12,6 +12,8 @@ from memory_grid import Case
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.oft import OFTLayer
+from peft.tuners.oft.layer import OFTRotationModule
 from peft.tuners.vera import VeraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
@@ -225,6 +227,37 @@ def test_ia3_scales_keys_values_and_the_inner_width(family: str, scaled: dict[st
             vector = layer.ia3_l["default"].normal_().flatten()
             expected = layer.get_base_layer()(x * vector) if layer.is_feedforward else plain * vector
             torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_oft_is_the_formula_of_its_paper_and_computes_what_peft_computes(family: str, quantization: str) -> None:
+    """Equation 2 of arXiv 2506.19847: W (R x) with R of blocks (I + Q)(I - Q)^-1, Q skew-symmetric; at first that is W x."""
+    case = Case(family=family, adapter="all-linear", quantization=quantization, method="oft")
+    module: Any = build(case.config(1), case.base(), World.alone()).eval()
+    layers = [part for part in module.modules() if isinstance(part, OFTLayer)]
+    for layer in (layers[0], layers[-1]):
+        rotation, base = layer.oft_R["default"], layer.get_base_layer()
+        num_blocks, size = layer.r["default"], layer.oft_block_size["default"]
+        assert size == case.config(1).recipe.adapter_rank
+        x = torch.randn(3, 5, layer.in_features, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        torch.testing.assert_close(layer(x), base(x), rtol=1e-4, atol=1e-5)
+        torch.nn.init.normal_(rotation.weight, std=0.02)  # small: the series is cut off after five terms
+        skew = torch.zeros(num_blocks, size, size)
+        skew[:, *torch.triu_indices(size, size, 1)] = rotation.weight.detach()
+        skew = skew - skew.mT
+        exact = (torch.eye(size) + skew) @ torch.linalg.inv(torch.eye(size) - skew)
+        torch.testing.assert_close(exact @ exact.mT, torch.eye(size).expand_as(exact))
+        result = layer(x)
+        torch.testing.assert_close(
+            result, base(x @ torch.block_diag(*exact)), rtol=1e-3, atol=2e-2 if quantization == "int8" else 1e-3
+        )
+        assert (result - base(x)).norm() > 0.05 * base(x).norm()
+        ours = (result, *torch.autograd.grad(result.square().sum(), (x, rotation.weight)))
+        rotation.__class__ = OFTRotationModule
+        theirs = layer(x)
+        for mine, peft in zip(ours, (theirs, *torch.autograd.grad(theirs.square().sum(), (x, rotation.weight))), strict=True):
+            torch.testing.assert_close(mine, peft, rtol=1e-3, atol=1e-3 * float(peft.detach().abs().max()))
 
 
 def test_scales_do_not_decay() -> None:

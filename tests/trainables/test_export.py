@@ -72,7 +72,7 @@ def base_weights(base: BaseModel) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in base.module.state_dict().items()}
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora", "rslora", "dora", "vera", "ia3"])
+@pytest.mark.parametrize("adapter", ["none", "lora", "rslora", "dora", "vera", "ia3", "oft"])
 @pytest.mark.parametrize("merge", [False, True])
 def test_it_loads_with_plain_libraries_and_computes_what_was_trained(parts: Parts, tmp_path: Path, adapter: str, merge: bool) -> None:
     if merge and adapter == "none":

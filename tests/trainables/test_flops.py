@@ -50,6 +50,25 @@ def test_variants_of_lora_cost_what_it_costs(family: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("recomputation", ["none", "full"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "bert", "distilbert", "phi3", "mixtral"])
+def test_rotations_cost_what_their_blocks_cost(family: str, recomputation: str) -> None:
+    """The series that OFT's rotations come from, once however many tokens there are, is no model FLOPs."""
+    task = task_of(family)
+    module, plan = make_model(family, task)
+    lengths, config = [LENGTH] * ROWS, trial(("all-linear",), recomputation, "oft")
+    batch = make_batch(task, lengths)
+    theirs, seen = counted(module, task, batch, config, is_hardware=True)
+    wrapped = [m for m in (*plan.block * plan.shape.num_layers, *plan.head) if is_wrapped(m, config.recipe)]
+    size = config.recipe.adapter_rank or 0
+    # Three products of blocks, each with two gradients.
+    series = sum((9 + 3 * (recomputation == "full")) * 2 * m.num_inputs * size**2 for m in wrapped)
+    planned = StepFlops(model=flops_of_blueprint(plan, config.recipe), recomputed=recomputed_flops_of_blueprint(plan, config))
+    for ours in (seen, planned):
+        parts = [total(part, lengths, family, len(batch.targets)) for part in (ours.model, ours.recomputed)]
+        assert sum(parts) == pytest.approx(theirs - series, rel=0.01)
+
+
+@pytest.mark.parametrize("recomputation", ["none", "full"])
 @pytest.mark.parametrize("method", ["vera", "ia3"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bert", "distilbert", "phi3", "mixtral"])
 def test_vectors_need_no_gradients_of_matrices(family: str, method: str, recomputation: str) -> None:
