@@ -256,6 +256,8 @@ def compare_methods(
     from search import compare, comparison
     from search.confirm import ConfirmError
     from search.console import SearchView
+    from search.interruption import Interrupted
+    from search.provenance import own_command
 
     with clear_errors():
         if seeds < 1:
@@ -269,6 +271,9 @@ def compare_methods(
             found, files, failures = compare.confirm_best(store, chosen, num_seeds=seeds, say=say)
         except (comparison.CompareError, ConfirmError) as error:
             fail(USAGE, str(error))
+        except Interrupted as left:
+            # Not with what goes on with its parts, the search and the confirmation.
+            raise Interrupted(left.signum, own_command()) from left
         if json_:
             print_json(comparison.rows_of(found))
         else:

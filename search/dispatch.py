@@ -11,6 +11,7 @@ import itertools
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 # Groups that end before their workers ask for work: a broken environment, which further starts do not mend.
 MAX_FAILED_STARTS = 3
+# What the first trials' ends wait for at most, for the processes that relay them: a start takes two seconds.
+MUSTER_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +81,7 @@ class Dispatcher:
         self._threads = ThreadPoolExecutor(max_workers=max(1, resources.capacity))
         self._running: set[asyncio.Task[None]] = set()
         self._failed_starts = 0
+        self._relays: set[str] = set()
         self._handle: Any = None
 
     # -- the driver's and the Tune trials' side ------------------------------------------------------------------------
@@ -115,6 +119,18 @@ class Dispatcher:
         if state.ended:
             self._jobs.pop(job_id, None)
         return events
+
+    async def muster(self, relay: str, num_relays: int) -> None:
+        """Take note of a process that relays, and wait until all of them are there: so many, or one for each job if these are fewer.
+
+        Where a trial ends while Tune starts a process for the next one, Tune gives that one the process that is free, ends the new
+        one, and starts another for the trial after: one after the other, for as long as trials are shorter than such a start.
+        """
+        self._relays.add(relay)
+        await self._notify()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(MUSTER_SECONDS), self._changed:
+                await self._changed.wait_for(lambda: len(self._relays) >= min(num_relays, len(self._jobs)))
 
     async def stop(self, job_id: str) -> None:
         """Ask a job to leave at its next step, or take it out of the queue; unknown and ended jobs are left alone.

@@ -15,7 +15,7 @@ from typing import Any
 from search.budget import Spending, Used, counts
 from search.growth import Growth
 from search.known import Known
-from search.layouts import Forecaster, layout_to_train, timed_knobs
+from search.layouts import Forecaster, layout_to_train
 from search.ledger import Ledger, SearchState, objectives_of, replay
 from search.pareto import hypervolume_of
 from search.prospects import Prospects
@@ -238,7 +238,7 @@ class Engine:
 
     def _next_pending(self) -> Assignment | None:
         """Return the oldest trial that waits, but for those whose steps are being timed, or now were."""
-        timed_now = {self._time_key(number) for number in self._live if self._state.records[number].source is not None}
+        timed_now = {self._step_of(number) for number in self._live if self._state.records[number].source is not None}
         for number in list(self._pending):
             record = self._state.records[number]
             config = record.trial_config
@@ -246,7 +246,7 @@ class Engine:
                 self._pending.remove(number)
                 self._live.add(number)
                 self.ended(number, {"state": "complete"})
-            elif record.source is None or self._time_key(number) not in timed_now:
+            elif record.source is None or self._step_of(number) not in timed_now:
                 self._pending.remove(number)
                 return Assignment(number=number, config=config, is_trained=record.source is None)
         return None
@@ -353,9 +353,9 @@ class Engine:
         peak = {name: value for name, value in source.details.items() if name in ("peak_source", "mfu_convention")}
         return {**source.reports[-1], "metrics": dict(values), "details": {**peak, "time_source": "profile"}}
 
-    def _time_key(self, number: int) -> str:
+    def _step_of(self, number: int) -> TrialConfig:
         """Return what trials share that are timed by the same steps."""
-        return str(timed_knobs(self._state.records[number].trial_config))
+        return self._state.records[number].trial_config.of_step()
 
     def _record(self, event: str, **fields: Any) -> None:
         line = self._ledger.append(event, **fields)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from search.budget import limits_of
-from search.layouts import STEP_KNOBS, layout_to_train, layouts_of, timed_knobs
+from search.layouts import STEP_KNOBS, layout_to_train, layouts_of
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import Limits, config_within
@@ -44,7 +44,7 @@ class Drawn:
 
     train: float
     """Of its training."""
-    others: dict[str, float]
+    others: dict[TrialConfig, float]
     """Of the timed steps of its other layouts, by what these steps depend on: recipes that agree in that share them."""
 
 
@@ -120,22 +120,22 @@ class Forecaster:
         """Return proposals drawn evenly from the space, those that can run, each under the layout that a search would train."""
         length = self.spec.model.max_length
         suggester, drawn = Draw(random.Random(0)), []
-        known: dict[str, dict[str, float]] = {}
+        known: dict[TrialConfig, dict[TrialConfig, float]] = {}
         for _ in range(NUM_DRAWS):
             params = self.spec.space.suggest(suggester)
             config = config_within(params, max_length=length, limits=self.device_limits)
-            knobs = str(timed_knobs(config))
-            if knobs not in known:
-                known[knobs] = self._hours_of_steps(params)
-            if known[knobs]:
-                trained, *others = known[knobs].items()
+            step = config.of_step()
+            if step not in known:
+                known[step] = self._hours_of_steps(params)
+            if known[step]:
+                trained, *others = known[step].items()
                 recipe = config.recipe
                 num_steps = self._tokens(recipe.dataset_fraction, recipe.epochs) / (recipe.global_batch_size * length)
                 timed = {layout: PROFILE_STEPS * hours for layout, hours in others}
                 drawn.append(Drawn(train=num_steps * trained[1], others=timed))
         return drawn
 
-    def _hours_of_steps(self, params: Mapping[str, Any]) -> dict[str, float]:
+    def _hours_of_steps(self, params: Mapping[str, Any]) -> dict[TrialConfig, float]:
         """Return the device hours of a step under every layout that a search has of a proposal; the one that it trains first."""
         length = self.spec.model.max_length
         candidates = layouts_of(params, self.spec, self.device_limits)
@@ -147,7 +147,7 @@ class Forecaster:
                     step = estimate_step(self.plan, each.config, self.cluster, length)
                 except NoPeak:
                     return {}
-                hours[str(timed_knobs(each.config))] = step.seconds / 3600 * each.config.layout.world_size
+                hours[each.config.of_step()] = step.seconds / 3600 * each.config.layout.world_size
         return hours
 
     def _peak_bytes(self, config: TrialConfig) -> int:

@@ -16,7 +16,7 @@ class Interrupted(Exception):
 
     def __init__(self, signum: int, command: str) -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name}; `{command}` goes on")
-        self.exit_code = 128 + signum
+        self.signum, self.exit_code = signum, 128 + signum
 
 
 class Interruption:

@@ -17,10 +17,10 @@ class Known:
     """
 
     def __init__(self, records: Iterable[TrialRecord]) -> None:
-        self._trained: dict[str, int] = {}
-        self._diverged: dict[str, int] = {}
-        self._in_training: dict[str, int] = {}
-        self._by_config: dict[str, int] = {}
+        self._trained: dict[Recipe, int] = {}
+        self._diverged: dict[Recipe, int] = {}
+        self._in_training: dict[Recipe, int] = {}
+        self._by_config: dict[TrialConfig, int] = {}
         self._waiting: dict[int, list[Proposal]] = {}
         self._returned: deque[Proposal] = deque()
         for record in records:
@@ -31,38 +31,38 @@ class Known:
 
     def trial_of(self, config: TrialConfig) -> int | None:
         """Return the trial with this very config that was begun last, but for those that were cut off."""
-        return self._by_config.get(config.key())
+        return self._by_config.get(config)
 
     def trained(self, recipe: Recipe) -> int | None:
         """Return the trial that trained the recipe to the end."""
-        return self._trained.get(recipe.key())
+        return self._trained.get(recipe)
 
     def diverged(self, recipe: Recipe) -> int | None:
         """Return the trial in which the recipe diverged; it would under every layout."""
-        return self._diverged.get(recipe.key())
+        return self._diverged.get(recipe)
 
     def in_training(self, recipe: Recipe) -> int | None:
         """Return the trial that trains the recipe now, or will."""
-        return self._in_training.get(recipe.key())
+        return self._in_training.get(recipe)
 
     def started(self, record: TrialRecord) -> None:
         """Take note of a trial that is to run."""
         config = record.trial_config
-        self._by_config[config.key()] = record.number
+        self._by_config[config] = record.number
         if record.source is None:
-            self._in_training[config.recipe.key()] = record.number
+            self._in_training[config.recipe] = record.number
 
     def ended(self, record: TrialRecord) -> None:
         """Take note of a trial's end: what waited for it may be considered again."""
-        recipe = record.trial_config.recipe.key()
+        recipe = record.trial_config.recipe
         if self._in_training.get(recipe) == record.number:
             del self._in_training[recipe]
         if record.is_whole:
             self._trained[recipe] = record.number
         elif record.source is None and record.error is not None and record.error["kind"] == LASTING:
             self._diverged[recipe] = record.number
-        if record.was_cut_off and self._by_config.get(record.trial_config.key()) == record.number:
-            del self._by_config[record.trial_config.key()]
+        if record.was_cut_off and self._by_config.get(record.trial_config) == record.number:
+            del self._by_config[record.trial_config]
         self._returned.extend(self._waiting.pop(record.number, ()))
 
     def wait(self, number: int, proposal: Proposal) -> None:

@@ -6,16 +6,13 @@ That a layout changes the loss curve by rounding alone is what `tests/equivalenc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from spaces import constraints
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
 from spaces.spec import SearchSpec
-
-# What of a recipe changes the time of a step; what it learns with (rate, decay, alpha, seed) does not.
-TIMED_KNOBS = ("global_batch_size", "precision", "adapter", "adapter_rank", "adapter_target_modules", "quantization")
 
 
 class Forecaster(Protocol):
@@ -89,8 +86,3 @@ def layout_to_train(candidates: Sequence[Candidate], outlook: Forecaster | None)
     if len(feasible) == 1 or outlook is None or not all(outlook.has_profile(c.config) for c in feasible):
         return feasible[0]
     return min(feasible, key=lambda c: outlook.rough_seconds(c.config)[0] * c.config.layout.world_size)
-
-
-def timed_knobs(config: TrialConfig) -> dict[str, Any]:
-    """Return what of a trial's config changes the time of its steps."""
-    return {"recipe": {knob: getattr(config.recipe, knob) for knob in TIMED_KNOBS}, "layout": asdict(config.layout)}

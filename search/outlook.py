@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from search.layouts import timed_knobs
 from search.profiles import ProfileCache, fewest_nodes, profile_key
 from spaces import metrics
 from spaces.config import TrialConfig
@@ -21,6 +21,10 @@ from trainables.step_time import StepTime
 if TYPE_CHECKING:
     from spaces.blueprint import Blueprint
     from trainables.data import TaskData
+
+
+# Steps whose estimates are kept: of hundreds of points that are looked at for one proposal most have the same few.
+MAX_STEPS = 4096
 
 
 class Outlook:
@@ -48,7 +52,8 @@ class Outlook:
         """
         self._spec, self._data, self._model, self._plan = spec, data, model, plan
         self._device, self._profiles = device, profiles
-        self._known: dict[str, dict[str, Any] | None] = {}
+        self._known: dict[TrialConfig, dict[str, Any] | None] = {}
+        self._estimate = lru_cache(MAX_STEPS)(self._estimated_step)
         self._row_tokens = float(data.train.lengths.mean())
         self._row_targets = float(data.train.num_targets.mean())
 
@@ -81,7 +86,7 @@ class Outlook:
         profile = self._profile(config)
         if profile is not None:
             return float(steps * profile["fixed_seconds"] + rows * self._row_tokens * profile["seconds_per_token"]), "profile"
-        estimated = self._estimated_step(config, self._row_tokens, self._row_targets)
+        estimated = self._estimate(config.of_step(), self._row_tokens, self._row_targets)
         return (rows, "rows") if estimated is None else (steps * estimated, "estimate")
 
     def has_profile(self, config: TrialConfig) -> bool:
@@ -90,7 +95,7 @@ class Outlook:
 
     def keep_profile(self, config: TrialConfig, profile: Mapping[str, Any]) -> None:
         """Keep what was measured of the steps of such a trial, for this search: others may have trained beside it."""
-        self._known[str(timed_knobs(config))] = dict(profile)
+        self._known[config.of_step()] = dict(profile)
 
     def values_under(self, config: TrialConfig, trained: TrialConfig, values: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of a trained recipe under another layout, whose steps were timed.
@@ -109,10 +114,10 @@ class Outlook:
 
     def _profile(self, config: TrialConfig) -> dict[str, Any] | None:
         """Return the step profile of such a trial: measured alone before this search, or else in it."""
-        knobs = str(timed_knobs(config))
-        if knobs not in self._known:
-            self._known[knobs] = self._profiles.get(self.key(config))
-        return self._known[knobs]
+        step = config.of_step()
+        if step not in self._known:
+            self._known[step] = self._profiles.get(self.key(config))
+        return self._known[step]
 
     def key(self, config: TrialConfig) -> dict[str, Any]:
         """Return under which key a trial's step profile is looked up: that on the fewest nodes that hold its ranks."""

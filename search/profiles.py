@@ -13,7 +13,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from search.layouts import timed_knobs
 from spaces.config import TrialConfig
 from trainables.device import cache_directory
 
@@ -86,11 +85,11 @@ def profile_key(
         "model": model,
         "data": data_fingerprint,
         "max_length": max_length,
-        **timed_knobs(config),
+        **config.of_step().to_dict(),
         "device": {name: device[name] for name in ("type", "name", "threads")},
         "num_nodes": num_nodes,
-        # What a step computes: 2 since rows are laid end to end and idle rows of the embedding are left alone.
-        "step": 2,
+        # What a step computes: 3 since what no first token needs of an encoder's last block is left out, and LoRA is lean.
+        "step": 3,
         "versions": {**device["versions"], "paretune": version("paretune")},
     }
 

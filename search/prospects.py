@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from search.acquisition import Features, Prospect
-from search.layouts import Candidate, Forecaster, layout_to_train, layouts_of, timed_knobs
+from search.layouts import Candidate, Forecaster, layout_to_train, layouts_of
 from search.record import TrialRecord
 from spaces.config import TrialConfig
 from spaces.constraints import Limits, config_within, memory_within_device, predicted_memory
@@ -57,7 +57,7 @@ class Prospects:
         # By where the prediction is from: an estimate, a profile and a number of rows are off by factors of their own.
         self._factors: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=MAX_COMPARED))
         self._others: deque[float] = deque(maxlen=MAX_COMPARED)
-        self._too_large: set[str] = set()
+        self._too_large: set[TrialConfig] = set()
 
     def restore(self, records: Iterable[TrialRecord]) -> None:
         """Take up the trials of an earlier driver."""
@@ -80,9 +80,7 @@ class Prospects:
         """Return a proposal under every layout that is to be measured; those that ran out of memory are not feasible."""
         found = layouts_of(params, self._spec, self.limits)
         lacks = {memory_within_device.__name__: 1.0}
-        return [
-            replace(c, constraints={**c.constraints, **lacks}) if str(timed_knobs(c.config)) in self._too_large else c for c in found
-        ]
+        return [replace(c, constraints={**c.constraints, **lacks}) if c.config.of_step() in self._too_large else c for c in found]
 
     def fits_smaller(self, record: TrialRecord) -> bool:
         """Return whether what ran out of memory is held to fit with a smaller micro batch, which is left open and learns the same."""
@@ -111,7 +109,7 @@ class Prospects:
             return
         predicted = predicted_memory(record.trial_config, self.limits)
         if predicted is None:
-            self._too_large.add(str(timed_knobs(record.trial_config)))
+            self._too_large.add(record.trial_config.of_step())
             return
         known = self.limits.memory_bytes
         below = predicted.peak_bytes - 1

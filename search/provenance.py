@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,11 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def own_command() -> str:
+    """Return the command that started this process."""
+    return shlex.join(["paretune", *sys.argv[1:]])
 
 
 def command_in(directory: Path, *words: str) -> str:

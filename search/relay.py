@@ -17,13 +17,16 @@ MESSAGE = "message"
 JOB, NUMBER = "job", "number"
 
 
-def relay(config: dict[str, Any], dispatcher: Any) -> None:
-    """Be one Tune trial: pass on what the job's worker group reports."""
+def relay(config: dict[str, Any], dispatcher: Any, num_relays: int) -> None:
+    """Be one Tune trial, in one of so many processes: pass on what the job's worker group reports."""
     job = config[JOB]
     # The searcher has handed it in; where Tune starts a lost relay again, it may have been forgotten since.
     ray.get(dispatcher.submit.remote(job))
+    all_there = dispatcher.muster.remote(ray.get_runtime_context().get_actor_id(), num_relays)
     while True:
         for event in ray.get(dispatcher.poll.remote(job.job_id)):
+            if event["event"] == "ended":
+                ray.get(all_there)
             tune.report({MESSAGE: json.dumps(event)})
             if event["event"] == "ended":
                 return

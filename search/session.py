@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ from search.interruption import Interrupted, Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
 from search.ledger import Ledger, LedgerError, SearchState, objectives_of, replay
 from search.placement import num_handed_out
-from search.provenance import flat_params, git_commit, machine, versions
+from search.provenance import flat_params, git_commit, machine, own_command, versions
 from search.publication import LEAVING_FLUSH_SECONDS, publish
 from search.record import TrialState
 from search.rungs import Rungs
@@ -252,7 +251,7 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
             name=store.name,
             mlflow_run_id=run_id,
             mlflow_url=prepared.tracker.url(_ui_base(prepared.tracker.uri)),
-            command=shlex.join(["paretune", *sys.argv[1:]]),
+            command=own_command(),
             overrides=sorted(path for path, origin in prepared.loaded.origins.items() if origin in OPTIONS),
             data=prepared.data.summary,
             data_fingerprint=prepared.data.fingerprint,

@@ -24,6 +24,17 @@ SMALLEST_SHARE = 1e-4
 # It only waits: it takes no CPU from the workers, and stays on the head node, which is never a spot node.
 RELAY_ON_HEAD = {"node:__internal_head__": 0.001}
 
+TUNE_ENVIRONMENT = {
+    # Results live in the ledger; Tune's loggers would write every one of them three times more.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # The search has a view of its own; Tune's would print a second one, and warn that the results are not in its files.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Signals are the session's: Tune's handler would end the search as if it were complete.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # Tune's snapshots are not read, so they need not be written every ten seconds.
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+}
+
 
 def relay_resources(num_relays: int) -> tune.PlacementGroupFactory:
     """Return what a relay holds; on a cluster of our own, so that no more than these fit at once.
@@ -76,15 +87,10 @@ def run(
     Raises:
         search.engine.SearchExhausted: hardly anything in the space is feasible.
     """
-    # Results live in the ledger; Tune's loggers would write every one of them three times more.
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    # The search has a view of its own; Tune's would print a second one, and warn that the results are not in its files.
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    os.environ.update(TUNE_ENVIRONMENT)
+    # Else Tune asks for a second trial once the first one's relay is there, two seconds later; how many there are the searcher says.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max_concurrent)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    # Signals are the session's: Tune's handler would end the search as if it were complete.
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    # Tune's snapshots are not read, so they need not be written every ten seconds.
-    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "86400"
     searcher = EngineSearcher(
         engine,
         max_concurrent=max_concurrent,
@@ -92,8 +98,9 @@ def run(
         stop_job=dispatcher.stop.remote,
         interrupted=interrupted,
     )
+    num_relays = max_concurrent - 1
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(relay, dispatcher=dispatcher), relay_resources(max_concurrent - 1)),
+        tune.with_resources(tune.with_parameters(relay, dispatcher=dispatcher, num_relays=num_relays), relay_resources(num_relays)),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=RungScheduler(engine, rungs),

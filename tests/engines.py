@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from search.engine import Engine
-from search.layouts import Forecaster, timed_knobs
+from search.layouts import Forecaster
 from search.ledger import Ledger
 from search.store import Store
 from search.study import SamplerName, Study
@@ -37,7 +37,7 @@ class Profiles:
     """Says that a step takes a second on one rank and 0.7 on more, once it was timed; knows nothing before."""
 
     def __init__(self) -> None:
-        self.known: set[str] = set()
+        self.known: set[TrialConfig] = set()
 
     def __call__(self, config: TrialConfig) -> dict[str, Any]:
         return {}
@@ -46,10 +46,10 @@ class Profiles:
         return 1.0, "estimate"
 
     def has_profile(self, config: TrialConfig) -> bool:
-        return str(timed_knobs(config)) in self.known
+        return config.of_step() in self.known
 
     def keep_profile(self, config: TrialConfig, profile: Mapping[str, Any]) -> None:
-        self.known.add(str(timed_knobs(config)))
+        self.known.add(config.of_step())
 
     def values_under(self, config: TrialConfig, trained: TrialConfig, values: Mapping[str, float]) -> dict[str, float]:
         assert self.has_profile(config)

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import json
+import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from command import paretune
+from command import environment, paretune
 from tiny import make_spec
+from waiting import wait_for
 
 from search.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 
 
-def test_a_comparison_is_searched_confirmed_and_told_and_is_not_made_twice(tmp_path: Path) -> None:
+def test_a_comparison_goes_on_where_it_was_interrupted_is_confirmed_and_told_and_is_not_made_twice(tmp_path: Path) -> None:
     spec = str(make_spec(tmp_path, name=None, space={"global_batch_size": 8, "epochs": 2}))
     command = ("compare-methods", spec, "--methods", "none,dora:4,lora:4:nf4", "--fractions", "0.3,1", "--seeds", "2")
+    with (tmp_path / "log.txt").open("wb") as log:
+        running = subprocess.Popen(
+            [sys.executable, "-m", "search.cli", *command], cwd=tmp_path, env=environment(), stdout=log, stderr=log
+        )
+        begun = tmp_path / "runs/spec-methods/ledger.jsonl"
+        wait_for(lambda: begun.exists() and b"trial_finished" in begun.read_bytes(), running)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(120) == 130
+    assert f"`paretune {shlex.join(command)}` goes on" in (tmp_path / "log.txt").read_text()
     first = paretune(*command, cwd=tmp_path)
     assert "of the rows: " in first.stdout
     assert "2 further seeds, on the test rows" in first.stdout

@@ -9,12 +9,13 @@ from typing import Any
 
 import psutil
 import pytest
-from tiny import make_spec
+from tiny import make_rows, make_spec
 from waiting import wait_for
 
 from search import cluster
 from search.interruption import Interruption
 from search.jobs import DispatcherSession, run_job
+from search.session import start
 from search.store import Store
 from spaces.config import TrialConfig
 from spaces.loading import load_spec
@@ -58,15 +59,34 @@ def test_after_the_jobs_no_actor_no_placement_group_and_no_file_is_left(tmp_path
         wait_for(lambda: driver.num_fds() <= most_files and driver.num_threads() <= most_threads, seconds=60)
 
 
+def test_trials_that_are_shorter_than_the_start_of_a_process_share_as_many_relays_as_run_at_once(tmp_path: Path) -> None:
+    space = {"adapter": "lora", "learning_rate": {"log_uniform": [1.0e-3, 1.0e-2]}, "global_batch_size": 8, "world_size": 1}
+    data = {"train": str(make_rows(tmp_path / "train.csv", num_rows=48)), "holdout": 0.5}
+    spec = make_spec(tmp_path, space=space, data=data, budget={"trials": 24}, resources={"workers": 2})
+    relays: set[int] = set()
+
+    def emit(event: dict[str, Any]) -> None:
+        if event["event"] == "trial_reported":
+            relays.update(p.pid for p in psutil.Process().children(recursive=True) if _title(p).startswith("ray::ImplicitFunc"))
+
+    start(load_spec(spec), emit)
+    assert len(relays) == 2
+
+
 def _actors(driver: psutil.Process) -> set[str]:
     """Return the classes of the actors below a driver, which Ray makes the titles of their processes."""
     classes = set()
     for process in driver.children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            title = next(iter(process.cmdline()), "")
-            if title.startswith("ray::"):
-                classes.add(title.removeprefix("ray::").partition(".")[0])
+        title = _title(process)
+        if title.startswith("ray::"):
+            classes.add(title.removeprefix("ray::").partition(".")[0])
     return classes
+
+
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess):
+        return next(iter(process.cmdline()), "")
+    return ""
 
 
 def _placement_groups(ray: Any) -> list[str]:

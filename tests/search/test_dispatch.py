@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from search import dispatch
 from search.dispatch import MAX_ATTEMPTS, Dispatcher, GroupResources
 from search.placement import OVERTAKEN_PER_WORKER
 from trainables.job import Ask, Job, Task
@@ -305,3 +306,36 @@ def test_after_a_failure_of_one_rank_the_group_takes_no_job_before_it_restarted(
             assert state["job_id"] == "b"
 
     play()
+
+
+@scenario(2)
+async def test_the_first_ends_wait_until_every_relay_is_there_and_later_ones_for_nothing(dispatcher: Groups) -> None:
+    for name in "abc":
+        await dispatcher.submit(job(name))
+    first = asyncio.create_task(dispatcher.muster("one", 2))
+    await asyncio.sleep(0)
+    assert not first.done()
+    await dispatcher.muster("two", 2)
+    await first
+    await dispatcher.muster("one", 2)
+
+
+@scenario(2)
+async def test_relays_that_have_no_jobs_are_not_waited_for(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("a"))
+    await dispatcher.muster("one", 2)
+
+
+async def _mustered_alone() -> bool:
+    dispatcher = Groups(2)
+    for name in "ab":
+        await dispatcher.submit(job(name))
+    await dispatcher.muster("one", 2)
+    for end in dispatcher.ends.values():
+        end.set()
+    return True
+
+
+def test_a_relay_that_never_comes_is_waited_for_no_longer_than_a_start_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "MUSTER_SECONDS", 0.01)
+    assert asyncio.run(asyncio.wait_for(_mustered_alone(), 5))
