@@ -29,8 +29,8 @@ LORA_RANK = 16
 # Relative to full fine-tuning. rsLoRA's scale is larger by the square root of the rank (Kalajdzievski 2023, arXiv 2312.03732), and an
 # update of Adam's is as large as the rate times the scale. DoRA's best rates are LoRA's or a little less (Liu et al. 2024, arXiv
 # 2402.09353, appendix). VeRA was tuned with ten times LoRA's (Kopiczko et al. 2024, arXiv 2310.11454, instruction tuning: 4e-3 for
-# 4e-4), (IA)3 with 3e-3 (Liu et al. 2022, arXiv 2205.05638, section 3.3). OFT as measured with MiniLM on an eighth of banking77: one to
-# three passes were the best at 2 to 4 times LoRA's usual rate with blocks of 32, and at 8 times or more with blocks of 8.
+# 4e-4), (IA)3 with 3e-3 (Liu et al. 2022, arXiv 2205.05638, section 3.3). OFT as measured with MiniLM on an eighth of banking77:
+# one to three passes were the best at 2 to 4 times LoRA's usual rate with blocks of 32, and at 8 times or more with blocks of 8.
 RATE_FACTORS: dict[Adapter, float] = {
     "none": 1.0,
     "lora": LORA_FACTOR,
