@@ -167,7 +167,7 @@ def train_once(case: Case, text: str, tokenizer: str, length: int) -> dict[str, 
     sizes = trainer.sizes
     peak = trainer.memory.peak_bytes()
     assert trainer.flops is not None
-    cost = speed(parts, sizes, world, trainer.flops, "bf16")
+    cost = speed(parts, sizes, world, trainer.flops, config)
     predicted = rank_memory(blueprint(described, "causal-lm"), config, length, is_on_gpu=device.type == "cuda")
     result = {
         "tokens_per_second": cost["tokens_per_second"],

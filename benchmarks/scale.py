@@ -168,6 +168,7 @@ def remembered_rows(loaded: LoadedSpec, num_trials: int) -> list[dict[str, Any]]
             accuracy, seconds = result(proposal.params)
             study.tell_complete(proposal.number, {"accuracy": accuracy, "train_seconds": seconds}, {})
         study._method = "tpe"
+        study._reseed()
         seconds = [timed_seconds(study.ask) for _ in range(7)]
         rows.append({"remembered": remembered, "suggest_seconds": [round(s, 4) for s in sorted(seconds)]})
         print(f"{remembered} remembered: {statistics.median(seconds):.3f} s a suggestion", flush=True)

@@ -70,7 +70,7 @@ class Outlook:
             predicted["memory"] = memory
         profile = self._profile(config)
         if profile is not None:
-            return {**predicted, metrics.TRAIN_SECONDS: seconds_of(profile, sizes), "time_source": "profile"}
+            return {**predicted, metrics.TRAIN_SECONDS: sum(seconds_of(profile, sizes)), "time_source": "profile"}
         estimated = self._estimated_seconds(config, sizes)
         return predicted if estimated is None else {**predicted, metrics.TRAIN_SECONDS: estimated, "time_source": "estimate"}
 
@@ -85,7 +85,8 @@ class Outlook:
         steps = math.ceil(rows / recipe.global_batch_size)
         profile = self._profile(config)
         if profile is not None:
-            return float(steps * profile["fixed_seconds"] + rows * self._row_tokens * profile["seconds_per_token"]), "profile"
+            steady = steps * profile["fixed_seconds"] + rows * self._row_tokens * profile["seconds_per_token"]
+            return float(steady + profile["compile_seconds"]), "profile"
         estimated = self._estimate(config.of_step(), self._row_tokens, self._row_targets)
         return (rows, "rows") if estimated is None else (steps * estimated, "estimate")
 
@@ -162,10 +163,10 @@ class Outlook:
             return None
 
 
-def seconds_of(profile: Mapping[str, Any], sizes: StepSizes) -> float:
-    """Return the seconds of all steps of a trial, from the line that a step profile fitted."""
+def seconds_of(profile: Mapping[str, Any], sizes: StepSizes) -> tuple[float, float]:
+    """Return the seconds of a trial by its step profile: of all steps at their steady pace, and of compilation."""
     time = StepTime(fixed_seconds=profile["fixed_seconds"], seconds_per_token=profile["seconds_per_token"])
-    return float(time.of(sizes.padded_tokens).sum())
+    return float(time.of(sizes.padded_tokens).sum()), float(profile["compile_seconds"])
 
 
 def values_under(
@@ -180,12 +181,11 @@ def values_under(
         profile: what `trainables.step_profile.measure_step` found of the other layout.
         sizes: the steps of the other layout.
     """
-    seconds = seconds_of(profile, sizes)
-    device_seconds = seconds * config.layout.world_size
+    seconds, compiling = seconds_of(profile, sizes)
     result = {name: value for name, value in values.items() if metrics.is_learned(name)}
     result |= {
-        metrics.TRAIN_SECONDS: seconds,
-        metrics.DEVICE_SECONDS: device_seconds,
+        metrics.TRAIN_SECONDS: seconds + compiling,
+        metrics.DEVICE_SECONDS: (seconds + compiling) * config.layout.world_size,
         metrics.STEP_SECONDS: seconds / len(sizes.rows),
         metrics.TOKENS_PER_SECOND: float(sizes.tokens.sum()) / seconds,
         metrics.SAMPLES_PER_SECOND: float(sizes.rows.sum()) / seconds,
@@ -195,7 +195,9 @@ def values_under(
     result |= {metrics.PART_SECONDS[part]: seconds for part, seconds in profile["part_seconds"].items()}
     # The model FLOPs are the recipe's; what is computed again is the layout's.
     rates = [metrics.MFU, *([metrics.HFU] if config.layout.recomputation == trained.layout.recomputation else [])]
-    faster = values[metrics.DEVICE_SECONDS] / device_seconds
+    faster = values[metrics.STEP_SECONDS] * trained.layout.world_size / (result[metrics.STEP_SECONDS] * config.layout.world_size)
+    if compiling:
+        result[metrics.COMPILE_SECONDS] = compiling
     result |= {rate: values[rate] * faster for rate in rates if rate in values}
     # Of the steps that were timed: they say whether those can be trusted.
     result |= {name: profile[name] for name in (metrics.TIME_DRIFT, metrics.RANK_SPREAD) if name in profile}

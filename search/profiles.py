@@ -17,7 +17,7 @@ from spaces.config import TrialConfig
 from trainables.device import cache_directory
 
 # What a profile must say; one that an earlier version wrote may not.
-NEEDED = {"fixed_seconds", "seconds_per_token", "part_seconds", "peak_memory_bytes", "time_drift", "num_nodes"}
+NEEDED = {"compile_seconds", "fixed_seconds", "seconds_per_token", "part_seconds", "peak_memory_bytes", "time_drift", "num_nodes"}
 
 
 class ProfileCache:

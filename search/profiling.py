@@ -28,6 +28,8 @@ from trainables.job import Job
 
 # What else a machine does comes and goes: each layout is measured again when all others were.
 NUM_ROUNDS = 2
+# Of a profile, what is the mean of its rounds.
+AVERAGED = ("compile_seconds", "fixed_seconds", "seconds_per_token", "step_seconds")
 COLUMNS = (STEP_KNOBS[0], "adapter_rank", *STEP_KNOBS[1:])
 
 
@@ -78,7 +80,7 @@ def mean_profile(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     errors = [part for part in parts if "error" in part]
     if errors:
         return dict(errors[0])
-    mean = {name: sum(part[name] for part in parts) / len(parts) for name in ("fixed_seconds", "seconds_per_token", "step_seconds")}
+    mean = {name: sum(part[name] for part in parts) / len(parts) for name in AVERAGED}
     paces = [part["step_seconds"] for part in parts]
     changed = (max(paces) - min(paces)) / mean["step_seconds"]
     return {

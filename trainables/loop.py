@@ -293,7 +293,7 @@ class Trainer:
         # The same window, whether or not a trial reports at the rungs before its end.
         earlier = max((rung for rung in rung_steps(rung_shares(), self.num_steps) if rung < self.step), default=0)
         assert self.flops is not None  # a step was trained, here or before the checkpoint
-        cost = speed(self.step_parts(), self.sizes, self.world, self.flops, self.config.recipe.precision)
+        cost = speed(self.step_parts(), self.sizes, self.world, self.flops, self.config)
         recent = self._global_losses[earlier : self.step]
         tokens = self.sizes.tokens
         return TrialReport(

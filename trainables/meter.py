@@ -27,7 +27,7 @@ from trainables.mesh import World
 from trainables.packed import attention_by_rows
 from trainables.quantize import quantized_product
 from trainables.rotation import rotate
-from trainables.step_time import fit, fit_steady, steady_steps
+from trainables.step_time import fit, fit_steady, settling_seconds, steady_steps
 from trainables.tensor_parallel import piece_of
 
 STEP_PARTS = tuple(metrics.PART_SECONDS)
@@ -163,13 +163,16 @@ def disturbance(parts: Sequence[Sequence[float]], sizes: StepSizes, world: World
     return {name: value for name, value in found.items() if value is not None}
 
 
-def speed(parts: Sequence[Sequence[float]], sizes: StepSizes, world: World, flops: StepFlops, precision: str) -> dict[str, float]:
+def speed(
+    parts: Sequence[Sequence[float]], sizes: StepSizes, world: World, flops: StepFlops, config: TrialConfig
+) -> dict[str, float]:
     """Return the metrics that follow from step times and shapes; every rank must call it.
 
-    No `mfu` and `hfu` where the device's peak is unknown.
+    No `mfu` and `hfu` where the device's peak is unknown. What is compiled takes its time once, whatever the pace is then.
     """
     seconds = [sum(step) for step in parts]
     total = train_seconds(seconds, sizes)
+    compiling = settling_seconds(seconds, sizes) if config.layout.compile != "none" else 0.0
     model, recomputed = (
         part.total(
             num_tokens=float(sizes.tokens.sum()),
@@ -180,17 +183,19 @@ def speed(parts: Sequence[Sequence[float]], sizes: StepSizes, world: World, flop
     )
     num_steps = len(sizes.rows)
     result = {
-        metrics.TRAIN_SECONDS: total,
-        metrics.DEVICE_SECONDS: total * world.world_size,
+        metrics.TRAIN_SECONDS: total + compiling,
+        metrics.DEVICE_SECONDS: (total + compiling) * world.world_size,
         metrics.STEP_SECONDS: total / num_steps,
         metrics.TOKENS_PER_SECOND: float(sizes.tokens.sum()) / total,
         metrics.SAMPLES_PER_SECOND: float(sizes.rows.sum()) / total,
         metrics.PADDING_FRACTION: 1 - float(sizes.tokens.sum() / sizes.padded_tokens.sum()),
         metrics.FLOPS_PER_STEP: model / num_steps,
     }
+    if compiling:
+        result[metrics.COMPILE_SECONDS] = compiling
     result |= {metrics.PART_SECONDS[part]: mean for part, mean in mean_parts(parts).items()}
     result |= disturbance(parts, sizes, world)
-    peak, _ = device_peak(world.device, precision)
+    peak, _ = device_peak(world.device, config.recipe.precision)
     if peak is not None:
         result[metrics.MFU] = model / total / (peak * world.world_size)
         result[metrics.HFU] = (model + recomputed) / total / (peak * world.world_size)

@@ -91,6 +91,14 @@ def steady_steps(seconds: Sequence[float]) -> np.ndarray:
     return undisturbed[num_warmup(len(undisturbed)) :]
 
 
+def settling_seconds(seconds: Sequence[float], sizes: StepSizes) -> float:
+    """Return what the steps of the warm-up took beyond the steady pace: where blocks are compiled, that is their compilation."""
+    times = np.asarray(seconds, dtype=np.float64)
+    undisturbed = np.flatnonzero(~np.isnan(times))
+    first = undisturbed[: num_warmup(len(undisturbed))]
+    return float(np.maximum(0.0, times[first] - fit_steady(seconds, sizes).of(sizes.padded_tokens[first])).sum())
+
+
 def fit_steady(seconds: Sequence[float], sizes: StepSizes) -> StepTime:
     """Return the line through the steady steps."""
     steps = steady_steps(seconds)

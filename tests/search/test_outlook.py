@@ -45,6 +45,7 @@ DEVICE = {
     "workers_per_node": [8, 4],
 }
 PROFILE = {
+    "compile_seconds": 0.0,
     "fixed_seconds": 0.5,
     "seconds_per_token": 0.01,
     "part_seconds": {"forward": 0.2, "backward": 0.3},
@@ -165,6 +166,7 @@ def test_a_trained_recipe_has_the_times_of_another_layouts_profile(tmp_path: Pat
         "train_loss": 0.4,
         "train_seconds": 40.0,
         "device_seconds": 40.0,
+        "step_seconds": 40.0 / len(sizes.rows),
         "mfu": 0.3,
         "hfu": 0.36,
     }
@@ -187,6 +189,16 @@ def test_a_trained_recipe_has_the_times_of_another_layouts_profile(tmp_path: Pat
     assert not values.keys() & {"rank_spread", "total_seconds"}, "nothing is known of these"
     says.keep_profile(other, {**PROFILE, "rank_spread": 0.3})
     assert says.values_under(other, trained, reported)["rank_spread"] == 0.3
+    says.keep_profile(other, {**PROFILE, "compile_seconds": 7.0})
+    compiled = says.values_under(other, trained, reported)
+    assert compiled["train_seconds"] == pytest.approx(seconds + 7.0)
+    assert compiled["device_seconds"] == pytest.approx(2 * (seconds + 7.0))
+    assert compiled["compile_seconds"] == 7.0
+    assert {k: compiled[k] for k in ("mfu", "step_seconds", "tokens_per_second")} == {
+        k: pytest.approx(values[k]) for k in ("mfu", "step_seconds", "tokens_per_second")
+    }
+    assert says(other)["train_seconds"] == pytest.approx(seconds + 7.0)
+    assert says.rough_seconds(other)[0] == pytest.approx(seconds + 7.0, rel=0.3)
     again = config(recomputation="full")
     says.keep_profile(again, PROFILE)
     assert "hfu" not in says.values_under(again, trained, reported), "what is computed again is the layout's"
@@ -202,7 +214,7 @@ def test_a_point_that_was_timed_while_its_pace_changed_is_noisy(tmp_path: Path) 
     first = engine.next()
     assert first is not None
     last = report(0.8, 40.0)
-    engine.reported(first.number, {**last, "metrics": {**last["metrics"], "device_seconds": 40.0}})
+    engine.reported(first.number, {**last, "metrics": {**last["metrics"], "device_seconds": 40.0, "step_seconds": 1.0}})
     (store.trial_path(first.number) / "final").mkdir(parents=True)
     engine.ended(first.number, {"state": "complete"})
     timed = engine.next()

@@ -28,6 +28,7 @@ DEVICE = {
 
 def measured(**changes: Any) -> dict[str, Any]:
     return {
+        "compile_seconds": 0.0,
         "fixed_seconds": 0.5,
         "seconds_per_token": 0.01,
         "step_seconds": 1.0,

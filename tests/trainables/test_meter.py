@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from spaces.config import TrialConfig
 from spaces.flops import StepFlops, TrainingFlops
+from spaces.space import SpaceSpec
 from trainables.batching import StepSizes
 from trainables.device import _cpu_peak, device_peak, gemm_flops_per_second
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.meter import StepTimer, mean_parts, rank_spread, speed, time_drift, train_seconds
+
+TRIAL = TrialConfig.from_params(SpaceSpec().first(), max_length=8)
 
 
 def sizes(padded: list[int]) -> StepSizes:
@@ -55,7 +59,7 @@ def test_the_metrics_of_speed_are_sums_over_all_steps_by_the_time_of_all_steps(m
         recomputed=TrainingFlops(per_token=2.0, per_target=0.0, per_squared_length=0.0),
     )
     parts = [[0.0, p / 80, p / 40, 0.0, p / 80] for p in padded]  # 20 padded tokens a second
-    found = speed(parts, shapes, World.alone(), flops, "fp32")
+    found = speed(parts, shapes, World.alone(), flops, TRIAL)
     seconds, model = (12 + 16 + 4 + 16) / 20, 6.0 * 40 + 2.0 * 7 + 0.5 * (100 + 196 + 9 + 169)
     assert found == pytest.approx(
         {
@@ -74,11 +78,27 @@ def test_the_metrics_of_speed_are_sums_over_all_steps_by_the_time_of_all_steps(m
     )
     two = replace(World.alone(), world_size=2)
     monkeypatch.setattr("trainables.meter.rank_spread", lambda *_: None)
-    shared = speed(parts, shapes, two, flops, "fp32")
+    shared = speed(parts, shapes, two, flops, TRIAL)
     assert shared["device_seconds"] == pytest.approx(2 * seconds)
     assert shared["mfu"] == pytest.approx(found["mfu"] / 2)
     monkeypatch.setattr("trainables.meter.device_peak", lambda *_: (None, "unknown device X"))
-    assert not {"mfu", "hfu"} & speed(parts, shapes, World.alone(), flops, "fp32").keys()
+    assert not {"mfu", "hfu"} & speed(parts, shapes, World.alone(), flops, TRIAL).keys()
+
+
+def test_what_is_compiled_takes_its_time_once_beside_the_steady_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainables.meter.rank_spread", lambda *_: None)
+    compiled = replace(TRIAL, layout=replace(TRIAL.layout, compile="blocks"))
+    parts = [[0.0, s, 0.0, 0.0, 0.0] for s in (float("nan"), 7.0, 2.0, 1.0, *[1.0] * 36)]
+    once = TrainingFlops(per_token=1.0, per_target=0.0, per_squared_length=0.0)
+    flops = StepFlops(model=once, recomputed=once)
+    two = replace(World.alone(), world_size=2)
+    for trial, compiling in ((TRIAL, 0.0), (compiled, 6.0 + 1.0)):
+        found = speed(parts, sizes([8] * 50), two, flops, trial)
+        assert found["train_seconds"] == pytest.approx(50 + compiling)
+        assert found["device_seconds"] == pytest.approx(2 * (50 + compiling))
+        assert found["step_seconds"] == pytest.approx(1.0)
+        assert found["tokens_per_second"] == pytest.approx(8.0)
+        assert found.get("compile_seconds", 0.0) == pytest.approx(compiling)
 
 
 def test_a_timer_goes_on_from_a_checkpoint() -> None:
