@@ -89,12 +89,17 @@ class Spending:
         """Take note that a group has the trial since then; one that takes it over from a group that was lost changes nothing."""
         self._holding.setdefault(number, (min(at, self._clock()), _world_size(self._state.records[number])))
 
-    def held(self, number: int) -> float:
-        """Return for how long the trial held its group since it began, or since this was last asked."""
+    def held(self, number: int, until: float | None = None) -> float:
+        """Return for how long the trial held its group since it began, or since this was last asked.
+
+        Args:
+            number: of the trial.
+            until: when it ended, in Unix seconds, where that is known: it may have been told later. None: now.
+        """
         if number not in self._holding:
             return 0.0
         since, world_size = self._holding[number]
-        now = self._clock()
+        now = self._clock() if until is None else min(until, self._clock())
         seconds = max(0.0, now - since)
         self._holding[number] = (now, world_size)
         self._device_seconds += seconds * world_size

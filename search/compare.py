@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from search.record import LASTING, TrialRecord
 from search.results import Results, load_results
 from search.session import Emit, NoResult, checked_model, resume, start
 from search.store import Store, StoreError
+from spaces.architecture import ShapeError
+from spaces.blueprint import blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import Limits, reason, violations
 from spaces.loading import LoadedSpec, load_spec
@@ -71,7 +75,8 @@ def grid_spec(path: Path, overrides: Sequence[str], methods: Sequence[Method], f
         CompareError: a method cannot be trained anywhere, or no objective is a score.
     """
     loaded = load_spec(path, overrides)
-    spec, width = loaded.spec, checked_model(loaded)[1].hidden_size
+    config, shape = checked_model(loaded)
+    spec, width = loaded.spec, shape.hidden_size
     if not any(metric_of(o.metric).section == "eval" for o in spec.resolved_objectives()):
         raise CompareError("objectives: none says how good a model is; allowed: with accuracy, eval_loss or another score among them")
     methods, fractions = list(dict.fromkeys(methods)), sorted(set(fractions))
@@ -102,7 +107,10 @@ def grid_spec(path: Path, overrides: Sequence[str], methods: Sequence[Method], f
         values["space.lora_rank"] = _choice(ranks)
         values["space.quantization"] = _choice([method.quantization for method in methods if method.rank is not None])
     grid = load_spec(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in values.items())])
-    _check(grid, methods, width)
+    limits = Limits(num_workers=EVERYWHERE, hidden_size=width)
+    with suppress(ShapeError):  # a family without formulas
+        limits = replace(limits, plan=blueprint(config, spec.model.task))
+    _check(grid, methods, limits)
     return grid
 
 
@@ -187,13 +195,12 @@ def _fixed_knobs(space: SpaceSpec) -> dict[str, Any]:
     return fixed
 
 
-def _check(loaded: LoadedSpec, methods: Sequence[Method], width: int) -> None:
+def _check(loaded: LoadedSpec, methods: Sequence[Method], limits: Limits) -> None:
     """Check that every method can be trained somewhere.
 
     Raises:
         CompareError: one cannot.
     """
-    limits = Limits(num_workers=EVERYWHERE, hidden_size=width)
     for point in loaded.spec.sampler.points_to_evaluate or ():
         config = TrialConfig.from_params(loaded.spec.space.first(**point), max_length=loaded.spec.model.max_length)
         violated = [name for name, value in violations(config, limits).items() if value > 0]

@@ -118,6 +118,7 @@ class Dispatcher:
             events, state.events = state.events, []
         if state.ended:
             self._jobs.pop(job_id, None)
+            await self._notify()
         return events
 
     async def muster(self, relay: str, num_relays: int) -> None:
@@ -241,7 +242,7 @@ class Dispatcher:
 
     def _end(self, state: _JobState, outcome: dict[str, Any]) -> None:
         state.ended = True
-        state.events.append({"event": "ended", "attempts": state.attempts, **outcome})
+        state.events.append({"event": "ended", "attempts": state.attempts, "at": time.time(), **outcome})
         if state.asked is Ask.STOP:
             self._jobs.pop(state.job.job_id, None)
 

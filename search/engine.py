@@ -192,7 +192,7 @@ class Engine:
             error=error,
             constraints={constraints.memory_within_device.__name__: 1.0} if over_memory else {},
             attempts=outcome.get("attempts", min(1, len(reports))),
-            held_seconds=self._spending.held(number),
+            held_seconds=self._spending.held(number, until=outcome.get("at")),
             details={**(final["details"] if final else {}), "job_seconds": outcome.get("job_seconds")},
         )
         record = self._state.records[number]

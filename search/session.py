@@ -313,7 +313,7 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, lim
             engine,
             dispatcher,
             rungs=Rungs(spec, engine.state.records.values()),
-            max_concurrent=num_handed_out(limits.num_workers, {size for size, _ in spec.space.layouts()}, engine.num_left),
+            max_concurrent=num_handed_out(limits.num_workers, _trained_sizes(spec, limits), engine.num_left),
             storage=store.root,
             interrupted=lambda: interruption.is_asked,
         )
@@ -326,8 +326,14 @@ def _search(engine: Engine, dispatcher: Any, store: Store, spec: SearchSpec, lim
 def _first_jobs(spec: SearchSpec, limits: Limits, state: SearchState) -> tuple[int, float]:
     """Return the world size of the jobs that come first, and how many of them; where the space has several, trials choose later."""
     most = math.inf if spec.budget.max_trials is None else spec.budget.max_trials - num_ended(state.records.values())
-    is_one_size = len({world_size for world_size, _ in spec.space.layouts()}) == 1
-    return _first_config(spec, limits).layout.world_size, max(1, most) if is_one_size else 1
+    return _first_config(spec, limits).layout.world_size, max(1, most) if len(_trained_sizes(spec, limits)) == 1 else 1
+
+
+def _trained_sizes(spec: SearchSpec, limits: Limits) -> set[int]:
+    """Return the world sizes at which recipes are trained; where they are measured, that is the smallest, and others are timed."""
+    if "world_size" in spec.space.profiled_knobs():
+        return {_first_config(spec, limits).layout.world_size}
+    return {world_size for world_size, _ in spec.space.layouts()}
 
 
 def examine(dispatcher: Any, store: Store, spec: SearchSpec, limits: Limits, interruption: Interruption) -> dict[str, Any]:

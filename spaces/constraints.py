@@ -99,14 +99,20 @@ def vectors_whole(config: TrialConfig, limits: Limits) -> float:
     return float(is_cut or is_half_cast)
 
 
+def rotated_layers_linear(config: TrialConfig, limits: Limits) -> float:
+    """1 where OFT would rotate what goes into GPT-2's layers, which are no `nn.Linear`: PEFT has nothing for them."""
+    return float(config.recipe.adapter == "oft" and limits.plan is not None and limits.plan.family == "gpt2")
+
+
 def rotated_in_whole_blocks(config: TrialConfig, limits: Limits) -> float:
-    """Inputs left over where OFT cuts them into blocks; 1 for GPT-2, whose kind of linear layer PEFT does not rotate."""
-    if config.recipe.adapter != "oft" or limits.plan is None:
+    """Inputs left over where OFT cuts them into blocks; 1 for blocks of one number, which nothing rotates."""
+    recipe = config.recipe
+    if recipe.adapter != "oft" or recipe.adapter_rank is None:
         return 0.0
-    if limits.plan.family == "gpt2":
+    if recipe.adapter_rank < 2:
         return 1.0
-    wrapped = [m for m in (*limits.plan.block, *limits.plan.head) if is_wrapped(m, config.recipe)]
-    return sum(m.num_inputs % (config.recipe.adapter_rank or 1) for m in wrapped)
+    matrices = () if limits.plan is None else (*limits.plan.block, *limits.plan.head)
+    return sum(m.num_inputs % recipe.adapter_rank for m in matrices if is_wrapped(m, recipe))
 
 
 def memory_within_device(config: TrialConfig, limits: Limits) -> float:
@@ -160,11 +166,12 @@ CONSTRAINTS = (
     quantized_base_whole,
     norms_whole,
     vectors_whole,
+    rotated_layers_linear,
     rotated_in_whole_blocks,
     memory_within_device,
 )
 # Those between a method and a strategy or a model, whatever the ranges of the space.
-OF_METHODS = (matrices_split_evenly, quantized_base_whole, norms_whole, vectors_whole, rotated_in_whole_blocks)
+OF_METHODS = (matrices_split_evenly, quantized_base_whole, norms_whole, vectors_whole, rotated_layers_linear)
 
 
 def reason(name: str, config: TrialConfig, limits: Limits) -> str:
@@ -180,7 +187,8 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
         norms_whole.__name__: "dora trains the norms of whole rows: not of what tp splits, int8 holds, or experts share",
         vectors_whole.__name__: f"{recipe.adapter} trains what tp would cut; and vera not with fsdp in bf16",
-        rotated_in_whole_blocks.__name__: f"oft: blocks of {recipe.adapter_rank} do not divide the widths, or the layers are GPT-2's",
+        rotated_layers_linear.__name__: "oft rotates what goes into nn.Linear, and GPT-2's layers are none",
+        rotated_in_whole_blocks.__name__: f"oft: blocks of {recipe.adapter_rank} do not divide the widths of the layers",
         memory_within_device.__name__: f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
     }
     return words[name]

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from spaces.config import ADAPTER_KNOBS, Adapter
-from spaces.constraints import Limits, config_within, is_feasible, violations
+from spaces.config import ADAPTER_KNOBS, Adapter, TrialConfig
+from spaces.constraints import Limits, config_within, is_feasible, rotated_in_whole_blocks, violations
 from spaces.domains import Domain, IntRange, LogUniform, Uniform
 from spaces.space import SpaceSpec
 
@@ -92,6 +92,8 @@ def starting_points(space: SpaceSpec, *, width: int, limits: Limits, max_length:
 
     def point(adapter: Adapter, training: Training) -> dict[str, Any]:
         recipe = _recipe(space, adapter, training, width)
+        if adapter == "oft":
+            recipe["lora_rank"] = _block_size(space, recipe, limits, max_length)
         return recipe | _layout(space, recipe, limits, max_length)
 
     def can_run(adapter: Adapter) -> bool:
@@ -135,6 +137,19 @@ def _recipe(space: SpaceSpec, adapter: Adapter, training: Training, width: int) 
         "quantization": "none" if "none" in quantizations else quantizations[0],
     }
     return point | {knob: usual[knob] for knob in ADAPTER_KNOBS[adapter]}
+
+
+def _block_size(space: SpaceSpec, recipe: dict[str, Any], limits: Limits, max_length: int) -> int:
+    """Return the size that is the nearest to the usual rank of those of which OFT's blocks are whole; failing that, of all."""
+    domain = space.lora_rank
+    sizes = range(domain.bounds[0], domain.bounds[1] + 1) if isinstance(domain, IntRange) else domain.ends()
+
+    def is_whole(size: int) -> bool:
+        config = TrialConfig.from_params(space.first(**{**recipe, "lora_rank": size}), max_length=max_length)
+        return rotated_in_whole_blocks(config, limits) <= 0
+
+    ordered = sorted(sizes, key=lambda size: (abs(math.log(size / LORA_RANK)), size))
+    return next(filter(is_whole, ordered), ordered[0])
 
 
 def _layout(space: SpaceSpec, point: dict[str, Any], limits: Limits, max_length: int) -> dict[str, Any]:

@@ -53,6 +53,21 @@ def test_device_hours_are_the_workers_of_every_trial_times_the_time_that_it_held
     assert used(engine_spec(tmp_path), state).device_hours * 3600 == pytest.approx(total), "the ledger knows as much"
 
 
+def test_a_trial_holds_its_group_until_it_ended_whenever_that_is_told(tmp_path: Path) -> None:
+    clock = Clock()
+    engine, _, _ = make(tmp_path, trials=3, clock=clock, **SPACE)
+    assignment = engine.next()
+    assert assignment is not None
+    engine.began(assignment.number, clock.now)
+    clock.now += 10
+    engine.reported(assignment.number, report(0.5, 3.0))
+    ended = clock.now + 2
+    clock.now += 9
+    engine.ended(assignment.number, {"state": "complete", "at": ended})
+    assert engine.state.records[assignment.number].held_seconds == pytest.approx(12)
+    assert engine.used.device_hours * 3600 == pytest.approx(12 * assignment.config.layout.world_size)
+
+
 def engine_spec(directory: Path) -> SearchSpec:
     from spaces.loading import load_spec
 

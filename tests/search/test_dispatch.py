@@ -321,6 +321,20 @@ async def test_the_first_ends_wait_until_every_relay_is_there_and_later_ones_for
 
 
 @scenario(2)
+async def test_what_was_told_to_the_end_is_waited_for_no_more(dispatcher: Groups) -> None:
+    for name in "ab":
+        await dispatcher.submit(job(name))
+    first = asyncio.create_task(dispatcher.muster("one", 2))
+    group_id = (await dispatcher.groups())[0]["group_id"]
+    generation = await ranks_join(dispatcher, group_id, 1)
+    await dispatcher.finish(group_id, generation, 1, {"state": "complete"})
+    await asyncio.sleep(0.01)  # it looks, and goes on waiting
+    assert not first.done()
+    assert kinds(await dispatcher.poll("a")) == ["started", "ended"]
+    await asyncio.wait_for(first, 1)
+
+
+@scenario(2)
 async def test_relays_that_have_no_jobs_are_not_waited_for(dispatcher: Groups) -> None:
     await dispatcher.submit(job("a"))
     await dispatcher.muster("one", 2)

@@ -26,6 +26,8 @@ from spaces.loading import load_spec
         ({"trials": None, "world_size": 2, "budget": {"minutes": 30}}, (2, math.inf)),
         # What comes first is one job; the trials may want another size.
         ({"trials": 3, "world_size": {"choice": [2, 1]}}, (1, 1)),
+        # Where they are measured, recipes are trained at the smallest.
+        ({"trials": 3, "world_size": {"profile": [2, 1]}}, (1, 3)),
     ],
 )
 def test_groups_start_for_the_trials_of_any_budget(tmp_path: Path, search: dict[str, Any], expected: tuple[int, float]) -> None:

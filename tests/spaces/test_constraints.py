@@ -31,6 +31,7 @@ def test_the_default_space_is_feasible():
         "quantized_base_whole",
         "norms_whole",
         "vectors_whole",
+        "rotated_layers_linear",
         "rotated_in_whole_blocks",
         "memory_within_device",
     ]
@@ -106,14 +107,19 @@ def test_what_oft_rotates_is_cut_into_whole_blocks():
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 100, "vocab_size": 97}
     name = "rotated_in_whole_blocks"
 
-    def value(family, **params):
-        limits = replace(ROOMY, plan=blueprint({"model_type": family, **sizes}, "causal-lm"))
+    limits = replace(ROOMY, plan=blueprint({"model_type": "llama", **sizes}, "causal-lm"))
+
+    def value(**params):
         return violations(config(adapter="oft", **params), limits)[name]
 
-    assert value("llama", lora_rank=4) == 0
-    assert value("llama", lora_rank=8) == 100 % 8
-    assert value("llama", lora_rank=8, lora_target_modules="q_proj,o_proj") == 0
-    assert value("gpt2", lora_rank=4) == 1
+    assert value(lora_rank=4) == 0
+    assert value(lora_rank=8) == 100 % 8
+    assert value(lora_rank=8, lora_target_modules="q_proj,o_proj") == 0
+    assert value(lora_rank=1) == 1, "nothing would train"
+    gpt2 = replace(ROOMY, plan=blueprint({"model_type": "gpt2", **sizes}, "causal-lm"))
+    assert violations(config(adapter="oft", lora_rank=4), gpt2)["rotated_layers_linear"] == 1
+    assert why_none_trains([config(adapter="oft", lora_rank=4)], gpt2).startswith("oft rotates")
+    assert not why_none_trains([config(adapter="oft", lora_rank=7)], limits), "another rank may do"
     assert violations(config(adapter="oft", lora_rank=7), ROOMY)[name] == 0, "not known without a plan"
     assert violations(config(adapter="oft", world_size=2, strategy="tp"), ROOMY)["vectors_whole"] == 1
 

@@ -12,7 +12,7 @@ import pytest
 from spaces.blueprint import blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import Limits, is_feasible, violations
-from spaces.presets import starting_points, usual_rate
+from spaces.presets import nearest, starting_points, usual_rate
 from spaces.space import SpaceSpec
 
 
@@ -68,6 +68,19 @@ def test_without_limits_the_usual_rate_of_lora_is_ten_times_that_of_full_fine_tu
     # What the authors' own function gives: 5e-5 at a width of 2000, and about 2.8e-4 for LoRA on Llama-3.1-8B, which is 4096 wide.
     assert usual_rate("none", 2000) == pytest.approx(5e-5)
     assert usual_rate("lora", 4096) == pytest.approx(2.8e-4, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "size"), [({"choice": [4, 8, 16]}, 4), ({"int": [3, 32]}, 4), ({"choice": [2, 4]}, 4), ({"choice": [8, 16]}, 16)]
+)
+def test_the_usual_blocks_of_oft_are_the_nearest_that_divide_the_widths(ranks: Any, size: int) -> None:
+    """Where none does, the nearest; proposals find that out."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 172, "vocab_size": 97}
+    limits = Limits(num_workers=1, hidden_size=64, plan=blueprint({"model_type": "llama", **sizes}, "causal-lm"))
+    space = SpaceSpec.model_validate({"adapter": {"choice": ["lora", "oft"]}, "lora_rank": ranks})
+    points = starting_points(space, width=64, limits=limits, max_length=128)
+    assert {p["lora_rank"] for p in points if p["adapter"] == "oft"} == {size}
+    assert {p["lora_rank"] for p in points if p["adapter"] == "lora"} == {nearest(space.lora_rank, 16)}
 
 
 def test_what_lies_outside_becomes_the_nearest_inside() -> None:
