@@ -151,7 +151,7 @@ class SpaceSpec(BaseModel):
     """`full` computes the activations of each block again in the backward pass: less memory, about a third more work."""
     compile: LayoutNameDomain[Compilation] = Fixed[Compilation]("none")
     """`blocks` has torch.compile fuse the operations of each block, and those of the loss: on GPUs faster steps, after some ten
-    seconds at the trial's start."""
+    seconds at the trial's start, which count in `train_seconds`: with `profile` a search finds from which length on it pays."""
 
     @field_validator(*EVERY, mode="before")
     @classmethod
