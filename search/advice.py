@@ -28,7 +28,7 @@ def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objectiv
     text += f"the best is trial {best.number}, {_reached(best, quality, price)}"
     cheap, dear = (_price(r, price.metric) for r in (chosen, best))
     ratio = dear / cheap if cheap else 0.0
-    return f"{text}, {ratio:.1f} times the price." if ratio > 1 else f"{text}."
+    return f"{text}, {ratio:.1f} times as much." if ratio > 1 else f"{text}."
 
 
 def recommendation_lines(members: Sequence[TrialRecord], objectives: Sequence[Objective], name: str) -> list[str]:

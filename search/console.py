@@ -86,7 +86,7 @@ class SearchView:
         if self._state.started is None:
             return f"after {minutes:.1f} min: preparing the model, the data and the workers"
         running = [self._state.records[number] for number in sorted(self._state.in_flight)]
-        shares = ", ".join(f"trial {r.number:04d} " + (f"past {_share(r)}" if r.reports else "trains") for r in running)
+        shares = ", ".join(f"trial {r.number:04d} " + (f"past {_share(r)}" if r.reports else "under way") for r in running)
         if not shares:
             shares = "writing down the front" if self._trials_left() == 0 else "no trial is running"
         return f"after {minutes:.1f} min: {shares} | {self._summary()}"
@@ -135,7 +135,8 @@ class SearchView:
         records = self._state.records.values()
         counts = {state: sum(r.state is state and r.feasible_before_launch for r in records) for state in TrialState}
         members = front(list(records), objectives_of(self._spec, self._state))
-        text = f"{counts[TrialState.COMPLETE]} complete"
+        num_timed = sum(r.state is TrialState.COMPLETE and r.source is not None for r in records)
+        text = f"{counts[TrialState.COMPLETE] - num_timed} complete" + (f" and {num_timed} timed" if num_timed else "")
         text += "".join(f", {counts[s]} {s.value.lower()}" for s in (TrialState.PRUNED, TrialState.FAIL) if counts[s])
         most = self._spec.budget.max_trials
         text += f"{'' if most is None else f', {most} planned'}; front of {len(members)}"
@@ -189,7 +190,11 @@ def _brief(data: Mapping[str, Any]) -> str:
 
 def device_text(device: Mapping[str, Any], precisions: Sequence[str]) -> str:
     """Return what was found of a worker's device, and why trials at some of these precisions will have no MFU."""
-    what = device["name"] if device["type"] == "cuda" else f"{device['threads']} threads of {device['name']}"
+    what = (
+        device["name"]
+        if device["type"] == "cuda"
+        else f"{device['threads']} thread{'s' * (device['threads'] != 1)} of {device['name']}"
+    )
     text = f"device of a worker: {what}; its tensors may take {device['usable_bytes'] / 2**30:.1f} GiB"
     reasons = dict.fromkeys(why_no_peak(device["name"], p) for p in precisions if p not in device["peak_flops_per_second"])
     return "; no MFU: ".join([text, *reasons])

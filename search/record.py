@@ -165,7 +165,7 @@ class TrialRecord:
         """What the trial was spared by, in words; empty where it was trained."""
         if self.source is None:
             return ""
-        return f"under another layout, of which some steps were timed, trial {self.source}"
+        return f"the recipe of trial {self.source} under another layout, of which some steps were timed"
 
     @property
     def why_stopped(self) -> str:

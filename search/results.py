@@ -185,10 +185,11 @@ def render_front(results: Results) -> str:
         console.print(table)
     lines = [line.rstrip() for line in capture.get().splitlines()]
     volume = hypervolume_of(list(results.state.records.values()), results.objectives)
-    lines += [
-        "",
-        f"front of {len(members)}; hypervolume {volume:.6g}" if volume is not None else f"front of {len(members)}",
-    ]
+    text = f"front of {len(members)}"
+    if volume is not None:
+        corner = (f"{o.metric} {number_text(o.metric, o.reference)}" for o in results.objectives if o.reference is not None)
+        text += f"; hypervolume {volume:.6g} against {', '.join(corner)}"
+    lines += ["", text]
     if results.state.reference:
         shown = {m: results.state.reference[m] for m in columns if m in results.state.reference}
         lines.append("untrained model: " + ", ".join(f"{m} {number_text(m, v)}" for m, v in shown.items()))
@@ -201,6 +202,9 @@ def render_front(results: Results) -> str:
         lines.append(f"one seed each: `{command}` trains the members with further seeds, and says how sure this is")
     lines += caveats(members)
     lines += scaling_lines(data_curves(results.state.records.values()))
+    written = results.report_path / "report.html"
+    if written.exists():
+        lines.append(f"report: {written}")
     link = (results.state.started or {}).get("mlflow_url")
     if link:
         lines += [f"MLflow: {link}", f"        (after `{command_in(results.directory, 'ui')}`)"]

@@ -32,6 +32,9 @@ HUBER_EFFICIENT, NORMAL_MEDIAN = 1.345, 0.6745
 # How sure it must be that the loss falls at all, and that it falls only after a flat phase.
 SURE_OF_FALL, SURE_OF_FLAT_PHASE = 0.95, 0.9
 LEVEL = 0.8
+# A law that misses the losses of more than this share of the sizes by more than this factor says nothing of the next one; one trial
+# that all but diverged may be as far off as it likes.
+MOST_OFF, SHARE_OFF = 2.0, 0.2
 # Beyond so many times the data at hand, nothing is said.
 MAX_TIMES = 1024.0
 
@@ -153,7 +156,7 @@ def fit_law(rows: Sequence[float], losses: Sequence[float], *, level: float = LE
     less than seven points.
 
     Raises:
-        NoLaw: fewer than `MIN_SIZES` different sizes, or a loss that does not fall by more than it varies.
+        NoLaw: fewer than `MIN_SIZES` different sizes, a loss that does not fall by more than it varies, or one that no law comes near.
         ValueError: a size or a loss is not positive and finite.
     """
     x, y = np.asarray(rows, dtype=np.float64), np.asarray(losses, dtype=np.float64)
@@ -184,8 +187,10 @@ def fit_law(rows: Sequence[float], losses: Sequence[float], *, level: float = LE
     near = solutions.best[2] <= limit
     beta, offset = float(shapes.exponents[best]), float(shapes.offsets[best])
     unit = float(x.max()) ** beta
+    law = Law(scale=float(b) * (offset + 1) * unit, pre_learned=offset * unit, exponent=beta, floor=float(e))
+    _check_nearness(law, x, y)
     return ScalingFit(
-        law=Law(scale=float(b) * (offset + 1) * unit, pre_learned=offset * unit, exponent=beta, floor=float(e)),
+        law=law,
         num_points=num,
         level=level,
         noise=math.sqrt(variance),
@@ -195,6 +200,19 @@ def fit_law(rows: Sequence[float], losses: Sequence[float], *, level: float = LE
         solutions=solutions.only(near),
         limit=float(limit),
     )
+
+
+def _check_nearness(law: Law, x: Array, y: Array) -> None:
+    """Check that the law comes near to some loss of nearly every size.
+
+    Raises:
+        NoLaw: it does not.
+    """
+    predicted = {float(size): max(law.loss(float(size)), np.finfo(float).tiny) for size in np.unique(x)}
+    off = {size: float(np.exp(np.abs(np.log(loss / y[x == size])).min())) for size, loss in predicted.items()}
+    if sum(times > MOST_OFF for times in off.values()) > SHARE_OFF * len(off):
+        worst = max(off, key=lambda size: off[size])
+        raise NoLaw(f"the best law is {off[worst]:.2g} times off at {worst:.0f} rows")
 
 
 def _chosen(shapes: Shapes, costs: Array, num: int) -> tuple[int, int]:

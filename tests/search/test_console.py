@@ -33,7 +33,7 @@ def test_a_silent_search_says_that_it_goes_on(spec: SearchSpec, capsys: pytest.C
         lines = ""
         while "min: trial" not in lines and time.monotonic() < end:
             lines += capsys.readouterr().err
-    assert "trial 0000 trains" in lines
+    assert "trial 0000 under way" in lines
     capsys.readouterr()
     assert capsys.readouterr().err == "", "the heartbeat goes on after the search"
 

@@ -249,7 +249,7 @@ def test_the_recommendation_is_one_sentence() -> None:
     ]
     assert recommendation(members, OBJECTIVES, "banking") == (
         "Take trial 7 of banking: accuracy 0.86 (0.84 on the test file) at train_seconds 20 s, the knee of the 3 on "
-        "the front; the best is trial 9, accuracy 0.9 at train_seconds 90 s, 4.5 times the price."
+        "the front; the best is trial 9, accuracy 0.9 at train_seconds 90 s, 4.5 times as much."
     )
     assert recommendation(members[:1], OBJECTIVES, "banking").endswith("the best on the front.")
     assert recommendation([], OBJECTIVES, "banking").startswith("Nothing to recommend")

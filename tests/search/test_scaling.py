@@ -212,6 +212,12 @@ def test_what_has_no_logarithm_is_refused(rows: list[float], measured: list[floa
         fit_law(rows, measured)
 
 
+def test_a_law_that_misses_what_it_was_fitted_to_is_none() -> None:
+    """Three losses that hardly fall, and one that fell to nothing: no law of this form has both."""
+    with pytest.raises(NoLaw, match=r"the best law is .* times off at \d+ rows"):
+        fit_law([18, 46, 90, 180], [0.633, 0.591, 0.578, 3.6e-5])
+
+
 def test_several_trials_of_one_size_and_any_order_are_the_same_to_the_law() -> None:
     rows = np.concatenate([QUARTER, QUARTER])
     measured = losses(POWER, rows, noise=0.01)
