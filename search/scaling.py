@@ -156,7 +156,7 @@ def fit_law(rows: Sequence[float], losses: Sequence[float], *, level: float = LE
     less than seven points.
 
     Raises:
-        NoLaw: fewer than `MIN_SIZES` different sizes, a loss that does not fall by more than it varies, or one that no law comes near.
+        NoLaw: fewer than `MIN_SIZES` different sizes, a loss that falls by no more than it varies, or one that no law comes near.
         ValueError: a size or a loss is not positive and finite.
     """
     x, y = np.asarray(rows, dtype=np.float64), np.asarray(losses, dtype=np.float64)
