@@ -190,8 +190,9 @@ def _brief(data: Mapping[str, Any]) -> str:
 
 def device_text(device: Mapping[str, Any], precisions: Sequence[str]) -> str:
     """Return what was found of a worker's device, and why trials at some of these precisions will have no MFU."""
-    threads = "1 thread" if device["threads"] == 1 else f"{device['threads']} threads"
-    what = device["name"] if device["type"] == "cuda" else f"{threads} of {device['name']}"
+    what = device["name"]
+    if device["type"] != "cuda":
+        what = f"{device['threads']} thread{'' if device['threads'] == 1 else 's'} of {what}"
     text = f"device of a worker: {what}; its tensors may take {device['usable_bytes'] / 2**30:.1f} GiB"
     reasons = dict.fromkeys(why_no_peak(device["name"], p) for p in precisions if p not in device["peak_flops_per_second"])
     return "; no MFU: ".join([text, *reasons])
