@@ -118,6 +118,11 @@ def train_seconds(seconds: list[float], sizes: StepSizes) -> float:
     return float(fit_steady(seconds, sizes).of(sizes.padded_tokens).sum())
 
 
+def compile_seconds(seconds: Sequence[float], sizes: StepSizes, config: TrialConfig) -> float:
+    """Return what compiling a trial's blocks took; 0 where nothing is compiled."""
+    return settling_seconds(seconds, sizes) if config.layout.compile != "none" else 0.0
+
+
 def mean_parts(parts: Sequence[Sequence[float]]) -> dict[str, float]:
     """Return the mean seconds of the steady steps by part.
 
@@ -172,7 +177,7 @@ def speed(
     """
     seconds = [sum(step) for step in parts]
     total = train_seconds(seconds, sizes)
-    compiling = settling_seconds(seconds, sizes) if config.layout.compile != "none" else 0.0
+    compiling = compile_seconds(seconds, sizes, config)
     model, recomputed = (
         part.total(
             num_tokens=float(sizes.tokens.sum()),

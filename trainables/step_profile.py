@@ -11,9 +11,9 @@ from spaces.fidelity import PROFILE_STEPS as NUM_STEPS
 from trainables.data import TaskData
 from trainables.loop import Trainer, memory_errors
 from trainables.mesh import World
-from trainables.meter import disturbance, mean_parts
+from trainables.meter import compile_seconds, disturbance, mean_parts
 from trainables.model import BaseModel
-from trainables.step_time import fit_steady, settling_seconds, steady_steps
+from trainables.step_time import fit_steady, steady_steps
 
 
 def measure_step(config: TrialConfig, data: TaskData, base: BaseModel, world: World) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def measure_step(config: TrialConfig, data: TaskData, base: BaseModel, world: Wo
     time = fit_steady(seconds, trainer.sizes)
     step_seconds = float(time.of(trainer.sizes.padded_tokens[:NUM_STEPS]).mean())
     return {
-        "compile_seconds": settling_seconds(seconds, trainer.sizes) if config.layout.compile != "none" else 0.0,
+        "compile_seconds": compile_seconds(seconds, trainer.sizes, config),
         "fixed_seconds": time.fixed_seconds,
         "seconds_per_token": time.seconds_per_token,
         "step_seconds": step_seconds,

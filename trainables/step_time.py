@@ -93,10 +93,9 @@ def steady_steps(seconds: Sequence[float]) -> np.ndarray:
 
 def settling_seconds(seconds: Sequence[float], sizes: StepSizes) -> float:
     """Return what the steps of the warm-up took beyond the steady pace: where blocks are compiled, that is their compilation."""
-    times = np.asarray(seconds, dtype=np.float64)
-    undisturbed = np.flatnonzero(~np.isnan(times))
-    first = undisturbed[: num_warmup(len(undisturbed))]
-    return float(np.maximum(0.0, times[first] - fit_steady(seconds, sizes).of(sizes.padded_tokens[first])).sum())
+    first = slice(0, steady_steps(seconds)[0])
+    beyond = np.asarray(seconds, dtype=np.float64)[first] - fit_steady(seconds, sizes).of(sizes.padded_tokens[first])
+    return float(np.nansum(np.maximum(0.0, beyond)))  # of disturbed steps nothing is known
 
 
 def fit_steady(seconds: Sequence[float], sizes: StepSizes) -> StepTime:
