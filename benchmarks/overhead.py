@@ -2,10 +2,11 @@
 
 Run `python benchmarks/overhead.py --results benchmarks/results/overhead.json` in the project's environment, on a machine that does
 nothing else: CPU seconds are those of the whole machine. paretune runs whole searches (Optuna, ledger, MLflow in SQLite, report) at
-world size 1 and 2 over trials that are next to nothing: a BERT of 20 thousand parameters, LoRA, three optimizer steps, three
-evaluations of 24 rows and two checkpoints. The other contender is one `TorchTrainer` inside every Tune trial, as Ray documents it
-(https://docs.ray.io/en/latest/train/user-guides/hyperparameter-optimization.html), around a loop that does nothing at all. Both are
-counted from one finished trial to a later one, so that starting up is in neither.
+world size 1 and 2, twice: around a loop that does nothing but ask whether to go on and report, three times a trial, and around
+one that trains next to nothing: a BERT of 20 thousand parameters, LoRA, three optimizer steps, three evaluations of 24 rows and two
+checkpoints. The other contender is one `TorchTrainer` inside every Tune trial, as Ray documents it
+(https://docs.ray.io/en/latest/train/user-guides/hyperparameter-optimization.html), around a loop that does nothing at all. All are
+counted from one finished trial to a later one, so that starting up is in none.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
+import math
 import os
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -34,11 +37,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from heading import heading  # noqa: E402
 from tiny import make_rows, make_spec  # noqa: E402
 
+from search.dispatch import Dispatcher  # noqa: E402
+
+if TYPE_CHECKING:
+    from spaces.config import TrialConfig
+    from trainables.loop import Command
+    from trainables.report import TrialReport
+
 SETTLED = 10
+EMPTY_STEPS = 3
 NESTED_TRIALS = 4
 # Who a process is, by what Ray calls it.
 PARTS = {
     "Dispatcher": "dispatcher",
+    "EmptyLoops": "dispatcher",
     "RayTrainWorker": "workers",
     "TrainController": "controllers of Ray Train",
     "ImplicitFunc": "Tune's relays",
@@ -94,12 +106,59 @@ def per_trial(begin: Snapshot, end: Snapshot, num_trials: int) -> dict[str, Any]
     }
 
 
-def search(directory: Path, world_size: int, num_trials: int) -> dict[str, Any]:
+def empty_train(config: TrialConfig, *_: Any, control: Callable[[bool], Command], **__: Any) -> Iterator[TrialReport]:
+    """Stand where `trainables.loop.train` does and report without training, with values that the sampler can learn from."""
+    from spaces import metrics
+    from trainables.loop import Command
+    from trainables.report import TrialReport
+
+    distance = abs(math.log(config.recipe.learning_rate / 3e-3))
+    seconds = 0.01 * (config.recipe.adapter_rank or 1)
+    for step in range(1, 1 + EMPTY_STEPS):
+        if control(True) is Command.STOP:
+            return
+        yield TrialReport(
+            step=step,
+            num_steps=EMPTY_STEPS,
+            fidelity=step / EMPTY_STEPS,
+            metrics={
+                **dict.fromkeys(metrics.METRICS, seconds),  # as many values for MLflow as a real trial has
+                metrics.EVAL_LOSS: 1 + distance / step,
+                metrics.ACCURACY: 1 / (1 + distance / step),
+                metrics.TRAIN_SECONDS: seconds,
+                metrics.DEVICE_SECONDS: seconds * config.layout.world_size,
+            },
+            final=step == EMPTY_STEPS,
+        )
+
+
+def work_without_training(config: dict[str, Any]) -> None:
+    """Be one worker of a group, whose trials train nothing."""
+    import trainables.worker
+
+    trainables.worker.train = empty_train  # type: ignore[assignment]
+    trainables.worker.work(config)
+
+
+class EmptyLoops(Dispatcher):
+    """The dispatcher, whose groups run `work_without_training`."""
+
+    def __init__(self, *arguments: Any) -> None:
+        import trainables.worker_group
+
+        trainables.worker_group._work = work_without_training
+        super().__init__(*arguments)
+
+
+def run_search(directory: Path, world_size: int, num_trials: int, *, trains: bool) -> dict[str, Any]:
     """Run one whole search and return what a trial cost, and what grew from the tenth to the last."""
     import ray
 
+    import search.jobs
     from search.session import start
     from spaces.loading import load_spec
+
+    search.jobs.Dispatcher = Dispatcher if trains else EmptyLoops  # type: ignore[misc]
 
     space = {
         "adapter": "lora",
@@ -130,7 +189,8 @@ def search(directory: Path, world_size: int, num_trials: int) -> dict[str, Any]:
         for name in ("resident_bytes", "num_processes", "num_files", "num_threads", "num_placement_groups")
     }
     inside = sum(finished[SETTLED:]) / len(finished[SETTLED:])
-    return {"world_size": world_size, **per_trial(settled, last, num_trials - SETTLED), "job_seconds": inside, "left": left}
+    cost = per_trial(settled, last, num_trials - SETTLED)
+    return {"loop": "three steps" if trains else "empty", "world_size": world_size, **cost, "job_seconds": inside, "left": left}
 
 
 def nested(directory: Path) -> dict[str, Any]:
@@ -184,9 +244,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="where the results are written as JSON")
     arguments = parser.parse_args()
     searches = []
-    for world_size in (1, 2):
+    for trains, world_size in itertools.product((False, True), (1, 2)):
         with workplace() as directory, contextlib.redirect_stdout(io.StringIO()):
-            searches.append(search(directory, world_size, arguments.trials))
+            searches.append(run_search(directory, world_size, arguments.trials, trains=trains))
         print(json.dumps(searches[-1], indent=1), flush=True)
     with workplace() as directory:
         baseline = nested(directory)
