@@ -12,8 +12,9 @@ The rules:
 - Each training is a process of its own; in every round all contenders train, in turn, and every other round backwards.
 - The clock runs from the first step to the end of the last, with the loading of batches and without evaluation and saving.
 - Tokens are real ones: padding earns nothing, and prompts count although the loss does not.
-- The others have the best settings that their documentation offers on a CPU: rows of one length together, fused AdamW, no
-  recomputation, no logging. Packing needs flash attention, which no CPU has: without it documents would see each other.
+- The others have the model as transformers loads it and LoRA as PEFT makes it, and the best settings that their documentation offers
+  on a CPU: rows of one length together, fused AdamW, no recomputation, no logging. Packing needs flash attention, which no CPU has:
+  without it documents would see each other.
 - All are scored on the same evaluation rows by the same code: who is fast and learns less has not won.
 """
 
@@ -164,10 +165,23 @@ def _trl(config: TrialConfig, data: Any, base: Any) -> tuple[Any, float]:
 
 
 def _module(config: TrialConfig, base: Any) -> Any:
-    from trainables.mesh import World
-    from trainables.model import build
+    """Return what the libraries' documentation gives to a trainer: the model as it is loaded, with PEFT's LoRA."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
 
-    return build(config, base, World.alone())
+    from trainables.adapters import TASK_TYPES
+    from trainables.model import CLASSES
+
+    recipe = config.recipe
+    set_seed(recipe.seed)
+    # The same configuration, without dropout.
+    module = CLASSES[base.task].from_pretrained(base.name, config=base.module.config, attn_implementation="sdpa")
+    if recipe.adapter == "none":
+        return module
+    adapter = LoraConfig(
+        r=recipe.adapter_rank, lora_alpha=recipe.adapter_alpha, target_modules="all-linear", task_type=TASK_TYPES[base.task]
+    )
+    return get_peft_model(module, adapter)
 
 
 def _rows(config: TrialConfig, data: Any) -> list[dict[str, Any]]:

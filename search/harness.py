@@ -60,7 +60,7 @@ class Request:
 def evaluate(store: Store, request: Request, *, trials: str | None, say: Callable[[str], None]) -> list[Evaluated]:
     """Score the model as it was loaded and then trial after trial; what was scored before is not scored again.
 
-    An adapter is merged first: what is scored is what `paretune export --merge` writes.
+    An adapter is merged first, where it can be: what is scored is what `paretune export --merge` writes.
 
     Args:
         store: the search, of a language model.
@@ -150,7 +150,8 @@ def _model(store: Store, spec: SearchSpec, record: TrialRecord | None) -> tuple[
         return weights.for_use(base.copy(is_frozen=False), base), tokenizer
     config = record.trial_config
     try:
-        made = weights.trained_module if config.recipe.adapter == "none" else weights.merged_module
+        is_apart = config.recipe.adapter in ("none", "bottleneck")
+        made = weights.trained_module if is_apart else weights.merged_module
         module = made(config, base, store.trial_path(record.root) / "final")
     except (ValueError, KeyError) as error:
         raise EvaluateError(f"trial {record.number}: its weights cannot be used: {str(error).splitlines()[0]}") from error

@@ -68,7 +68,7 @@ def _head(results: Results, record: TrialRecord, *, is_adapter: bool) -> str:
     metadata = ModelCardData(
         base_model=base_name(results.spec.model.name),
         datasets=hub or None,
-        library_name="peft" if is_adapter else "transformers",
+        library_name="peft" if is_adapter and record.trial_config.recipe.adapter != "bottleneck" else "transformers",
         pipeline_tag=task,
         tags=["paretune", record.trial_config.recipe.adapter] if is_adapter else ["paretune"],
         model_name=f"{results.name}, trial {record.number}",
@@ -146,15 +146,19 @@ def _usage(results: Results, recipe: Recipe, unquantized: Sequence[str], *, is_a
     revision = f', revision="{model.revision}"' if model.revision else ""
     if model.task == "sequence-classification":
         options += ", ignore_mismatched_sizes=True"  # the base may have a head of another size
+    first, last = "from peft import PeftModel", 'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")'
+    if recipe.adapter == "bottleneck":
+        first = 'import sys\n\nsys.path.insert(0, "THIS_DIRECTORY")\nfrom bottleneck import load'
+        last = 'model = load(base, "THIS_DIRECTORY")'
     return "\n".join(
         [
             "```python",
-            "from peft import PeftModel",
+            first,
             f"from transformers import {imports}",
             "",
             'config = AutoConfig.from_pretrained("THIS_DIRECTORY")',
             f'base = {name}.from_pretrained("{base_name(model.name) or model.name}"{revision}, config=config{options})',
-            'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")',
+            last,
             'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
             "```",
         ]

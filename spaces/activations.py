@@ -95,6 +95,10 @@ class Activations:
     def block(self, *, is_first: bool = False, is_last: bool = False) -> int:
         """Return what one block keeps, but for cast weights."""
         plan, recipe, width = self.plan, self.recipe, self.width
+        if recipe.adapter == "bottleneck" and is_first:  # nothing before what it is behind has a gradient
+            return (self.num_targets if is_last and plan.ends_at_first_tokens else self.num_tokens) * self._adapters_per_token(
+                plan.block
+            )
         needs_grad = self._is_full or not is_first or any(is_wrapped(m, recipe) for m in plan.attention_in)
         before = (self._attention_per_token() if needs_grad else 0) + self._adapters_per_token(plan.attention_in)
         after = self._adapters_per_token((*plan.attention_out, *plan.feed_forward_in, *plan.feed_forward_out))
@@ -348,12 +352,13 @@ class Activations:
             results = self._weight_width * (2 if self.recomputes else 1)
             inputs = 0 if self._is_full or wrapped else self._expert_width
             return last.num_active * last.num_outputs * (results + inputs) + (width.stream * hidden if inputs else 0)
-        is_input_kept = self._is_full or (wrapped and not width.is_autocast) or self._share_input((last,))
+        is_read = wrapped and self.recipe.adapter != "bottleneck"
+        is_input_kept = self._is_full or (is_read and not width.is_autocast) or self._share_input((last,))
         inside = 0 if is_input_kept else width.products * last.num_inputs
         if self._is_handed_fp32(last):
             inside += FP32_BYTES * last.num_inputs
-        # An adapter's result, that of what it wraps, and their sum.
-        results = width.products * hidden * (3 if wrapped else 1)
+        # An adapter's result, that of what it wraps (which a bottleneck keeps), and their sum.
+        results = width.products * hidden * (2 + is_read if wrapped else 1)
         if not self.plan.is_post_norm:
             return inside + results
         # Normalised after the sum: the residual is no input of a normalisation, and so not kept unless it is that of a product.

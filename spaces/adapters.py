@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spaces.blueprint import Blueprint, Matrix
-from spaces.config import IA3_INPUTS, Recipe
+from spaces.config import LAST_PRODUCTS, Recipe
 
 
 def is_wrapped(matrix: Matrix, recipe: Recipe) -> bool:
@@ -20,7 +20,10 @@ def is_wrapped(matrix: Matrix, recipe: Recipe) -> bool:
 
 
 def trains_factors(recipe: Recipe) -> bool:
-    """Return whether an adapter trains two factors: LoRA and its variants. VeRA and (IA)3 train vectors, OFT rotations."""
+    """Return whether an adapter trains two factors: LoRA and its variants. VeRA and (IA)3 train vectors, OFT rotations.
+
+    A bottleneck's two matrices are no factors of an update.
+    """
     return recipe.adapter in ("lora", "rslora", "dora")
 
 
@@ -30,13 +33,13 @@ def casts_input(recipe: Recipe) -> bool:
 
 
 def num_between(recipe: Recipe) -> int:
-    """Return the numbers of a token between an adapter's two factors."""
+    """Return the numbers of a token between an adapter's two matrices."""
     return 0 if recipe.adapter == "oft" else recipe.adapter_rank or 0
 
 
 def keeps_input(matrix: Matrix, recipe: Recipe) -> bool:
     """Return whether the backward pass of what an adapter does to a matrix needs the matrix' input."""
-    is_read = trains_factors(recipe) or recipe.adapter == "oft" or (recipe.adapter == "ia3" and matrix.is_named_by(IA3_INPUTS))
+    is_read = trains_factors(recipe) or recipe.adapter == "oft" or (recipe.adapter == "ia3" and matrix.is_named_by(LAST_PRODUCTS))
     return is_read and is_wrapped(matrix, recipe)
 
 
@@ -45,7 +48,7 @@ def adapter_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
 
     One pair of factors for each expert, and of twice the rank for gate and up in one; with DoRA a norm for each output. VeRA scales
     the rank and the outputs, (IA)3 the outputs or, before the last product of a block, the inputs. OFT has a skew matrix for every
-    block of the inputs.
+    block of the inputs. A bottleneck has two matrices with biases.
     """
     rank, params = recipe.adapter_rank or 0, 0
     for m in matrices:
@@ -57,6 +60,8 @@ def adapter_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
             params += rank + m.num_outputs
         elif recipe.adapter == "oft":
             params += m.num_inputs * (rank - 1) // 2
+        elif recipe.adapter == "bottleneck":
+            params += 2 * rank * m.num_outputs + rank + m.num_outputs
         else:
             is_fused_pair = m.num_experts > 1 and m.name.endswith(".gate_up_proj")
             params += rank * m.num_experts * (m.num_inputs + m.num_outputs) * (2 if is_fused_pair else 1)
@@ -65,8 +70,8 @@ def adapter_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
 
 
 def factor_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
-    """Return the numbers of the factors that are multiplied around matrices, whether they train or not; a rotation is none."""
-    if trains_factors(recipe):
+    """Return the numbers of what is multiplied around matrices and cast, whether it trains or not; a rotation is none."""
+    if trains_factors(recipe) or recipe.adapter == "bottleneck":
         return adapter_params(matrices, recipe)
     return num_between(recipe) * sum(m.num_inputs + m.num_outputs for m in matrices if is_wrapped(m, recipe))
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-Adapter = Literal["none", "lora", "rslora", "dora", "vera", "ia3", "oft"]
+Adapter = Literal["none", "lora", "rslora", "dora", "vera", "ia3", "oft", "bottleneck"]
 Precision = Literal["fp32", "bf16"]
 Quantization = Literal["none", "nf4", "int8"]
 Strategy = Literal["ddp", "fsdp", "tp"]
@@ -22,10 +22,11 @@ ADAPTER_KNOBS: dict[Adapter, tuple[str, ...]] = {
     "vera": ("lora_rank", "lora_target_modules"),
     "ia3": (),
     "oft": ("lora_rank", "lora_target_modules", "quantization"),
+    "bottleneck": ("lora_rank", "quantization"),
 }
-# What (IA)3 scales: what keys and values are, and what goes into the last product of a block.
+# What (IA)3 scales: what keys and values are, and what goes into the last product of a block, behind which bottlenecks are.
 IA3_RESULTS = ("k_proj", "v_proj", "key_proj", "value_proj", "self.key", "self.value", "k_lin", "v_lin", "qkv_proj", "c_attn")
-IA3_INPUTS = ("down_proj", "layer.*.output.dense", "ffn.lin2", "mlp.c_proj", "fc2")
+LAST_PRODUCTS = ("down_proj", "layer.*.output.dense", "ffn.lin2", "mlp.c_proj", "fc2")
 # `micro_batch_size: auto` keeps one forward pass to at most this many padded tokens per rank.
 AUTO_MICRO_BATCH_TOKENS = 16_384
 
@@ -60,9 +61,10 @@ class Recipe:
     (https://arxiv.org/abs/2312.03732) alpha / sqrt(rank) B A; DoRA (https://arxiv.org/abs/2402.09353) is LoRA that also trains the
     norms of the rows of the sum. VeRA (https://arxiv.org/abs/2310.11454) trains two vectors around random factors that all layers
     share; (IA)3 (https://arxiv.org/abs/2205.05638) scales keys, values and the inner width of the feed-forward. OFT
-    (https://arxiv.org/abs/2506.19847) rotates what goes into a frozen matrix, block by block."""
+    (https://arxiv.org/abs/2506.19847) rotates what goes into a frozen matrix, block by block. A bottleneck
+    (https://arxiv.org/abs/1902.00751) is a narrow layer behind the feed-forward of each block."""
     adapter_rank: int | None = None
-    """Of LoRA, its variants and VeRA; the size of OFT's blocks."""
+    """Of LoRA, its variants and VeRA; the size of OFT's blocks, and of bottlenecks."""
     adapter_alpha: float | None = None
     adapter_target_modules: tuple[str, ...] | None = None
     """Module name suffixes that an adapter wraps; `("all-linear",)` for every linear layer but the head."""
@@ -202,7 +204,9 @@ class TrialConfig:
 
 def _targets(adapter: Adapter, given: Sequence[str]) -> tuple[str, ...] | None:
     if adapter == "ia3":
-        return (*IA3_RESULTS, *IA3_INPUTS)
+        return (*IA3_RESULTS, *LAST_PRODUCTS)
+    if adapter == "bottleneck":
+        return LAST_PRODUCTS
     return None if adapter == "none" else tuple(target.strip() for target in given)
 
 

@@ -89,7 +89,7 @@ def norms_whole(config: TrialConfig, limits: Limits) -> float:
 
 
 def vectors_whole(config: TrialConfig, limits: Limits) -> float:
-    """1 where VeRA's or (IA)3's vectors, or OFT's rotations, would have to be cut as tensor parallelism cuts what they act on.
+    """1 where vectors (VeRA, (IA)3), rotations (OFT) or bottlenecks would have to be cut as tensor parallelism cuts what they act on.
 
     And where FSDP2 would cast VeRA's vectors and not its factors, which are no parameters.
     """
@@ -99,9 +99,17 @@ def vectors_whole(config: TrialConfig, limits: Limits) -> float:
     return float(is_cut or is_half_cast)
 
 
-def rotated_layers_linear(config: TrialConfig, limits: Limits) -> float:
-    """1 where OFT would rotate what goes into GPT-2's layers, which are no `nn.Linear`: PEFT has nothing for them."""
-    return float(config.recipe.adapter == "oft" and limits.plan is not None and limits.plan.family == "gpt2")
+def layers_adaptable(config: TrialConfig, limits: Limits) -> float:
+    """1 where an adapter has no layers to change.
+
+    OFT, of GPT-2, whose layers are no `nn.Linear`: PEFT has nothing for them. A bottleneck, of experts in one stacked weight.
+    """
+    if limits.plan is None:
+        return 0.0
+    is_stacked = limits.plan.feed_forward_out[-1].num_experts > 1
+    return float(
+        is_stacked if config.recipe.adapter == "bottleneck" else config.recipe.adapter == "oft" and limits.plan.family == "gpt2"
+    )
 
 
 def rotated_in_whole_blocks(config: TrialConfig, limits: Limits) -> float:
@@ -166,12 +174,12 @@ CONSTRAINTS = (
     quantized_base_whole,
     norms_whole,
     vectors_whole,
-    rotated_layers_linear,
+    layers_adaptable,
     rotated_in_whole_blocks,
     memory_within_device,
 )
 # Those between a method and a strategy or a model, whatever the ranges of the space.
-OF_METHODS = (matrices_split_evenly, quantized_base_whole, norms_whole, vectors_whole, rotated_layers_linear)
+OF_METHODS = (matrices_split_evenly, quantized_base_whole, norms_whole, vectors_whole, layers_adaptable)
 
 
 def reason(name: str, config: TrialConfig, limits: Limits) -> str:
@@ -187,7 +195,8 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
         norms_whole.__name__: "dora trains the norms of whole rows: not of what tp splits, int8 holds, or experts share",
         vectors_whole.__name__: f"{recipe.adapter} trains what tp would cut; and vera not with fsdp in bf16",
-        rotated_layers_linear.__name__: "oft rotates what goes into nn.Linear, and GPT-2's layers are none",
+        layers_adaptable.__name__: f"{recipe.adapter} has no layers to change here: oft needs nn.Linear, and GPT-2 has none; "
+        "bottleneck a feed-forward that is no stack of experts",
         rotated_in_whole_blocks.__name__: f"oft: blocks of {recipe.adapter_rank} do not divide the widths of the layers",
         memory_within_device.__name__: f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
     }

@@ -194,7 +194,8 @@ def _with_adapter(matrix: Matrix, recipe: Recipe, needs_grad: bool) -> Iterator[
     yield LinearUse(num_weights=matrix.num_weights, per=matrix.per, input_needs_grad=needs_grad, weight_needs_grad=trains)
     if not trains and _is_wrapped(matrix, recipe) and rank:
         factors_train = recipe.adapter != "vera"
-        for width, input_needs_grad in ((matrix.num_inputs, needs_grad), (matrix.num_outputs, True)):
+        first = matrix.num_outputs if recipe.adapter == "bottleneck" else matrix.num_inputs
+        for width, input_needs_grad in ((first, needs_grad), (matrix.num_outputs, True)):
             yield LinearUse(
                 num_weights=rank * width, per=matrix.per, input_needs_grad=input_needs_grad, weight_needs_grad=factors_train
             )

@@ -108,6 +108,8 @@ class PerAdapter(OneKey):
     """(IA)3, whose vectors begin at one."""
     oft: FloatDomain[LearningRate] | None = None
     """OFT, whose best learning rate is some times LoRA's, and higher for smaller blocks."""
+    bottleneck: FloatDomain[LearningRate] | None = None
+    """Bottlenecks, whose best learning rate is about LoRA's."""
 
     @model_serializer
     def _without_absent(self) -> dict[str, Any]:

@@ -39,6 +39,7 @@ RATE_FACTORS: dict[Adapter, float] = {
     "vera": 10 * LORA_FACTOR,
     "ia3": 60.0,
     "oft": 3 * LORA_FACTOR,
+    "bottleneck": LORA_FACTOR,
 }
 # On few ranks whole copies are the fastest; shards hold less, and any model has them.
 STRATEGIES = ("ddp", "fsdp", "tp")

@@ -101,7 +101,8 @@ class SpaceSpec(BaseModel):
     """`none` trains every weight, `lora` low-rank adapters and the head; `rslora` scales adapters by alpha / sqrt(rank), so that
     large ranks learn as much as small ones; `dora` trains the norms of adapted rows too, and not with `tp` or `int8`. `vera` and
     `ia3` train some vectors alone, in small files for many tasks, and not with `tp`; `oft` rotates what goes into a layer, not with
-    `tp`, and not of GPT-2."""
+    `tp`, and not of GPT-2; `bottleneck` has a narrow layer behind the feed-forward of each block, which no weights stand for, so that
+    it is never merged, and not with `tp`."""
     learning_rate: LearningRateDomain = ByAdapter(
         by_adapter=PerAdapter(
             none=LogUniform[LearningRate](log_uniform=(1e-5, 1e-3)),
@@ -111,6 +112,7 @@ class SpaceSpec(BaseModel):
             vera=LogUniform[LearningRate](log_uniform=(1e-3, 1e-1)),
             ia3=LogUniform[LearningRate](log_uniform=(5e-4, 5e-2)),
             oft=LogUniform[LearningRate](log_uniform=(3e-4, 3e-2)),
+            bottleneck=LogUniform[LearningRate](log_uniform=(1e-4, 1e-2)),
         )
     )
     """Peak learning rate of AdamW; `{by_adapter: {none: ..., lora: ...}}` where it depends on the adapter."""
@@ -121,14 +123,15 @@ class SpaceSpec(BaseModel):
     epochs: NumberDomain[Epochs, WholeEpochs] = Fixed[Epochs](1.0)
     """Passes over the chosen rows."""
     lora_rank: IntDomain[Rank] = Choice[Rank](choice=(4, 8, 16, 32))
-    """Width of the matrices of LoRA, its variants and VeRA; size of OFT's blocks, which divides the widths of the layers."""
+    """Width of the matrices of LoRA, its variants and VeRA, and of bottlenecks; size of OFT's blocks, which divides the layers'
+    widths."""
     lora_alpha: FloatDomain[Alpha] = Fixed[Alpha](32.0)
     """LoRA's scale is alpha / rank, rsLoRA's alpha / sqrt(rank)."""
     lora_target_modules: NameDomain[ModuleNames] = Fixed[ModuleNames]("all-linear")
     """Module name suffixes that LoRA, its variants, VeRA and OFT wrap, with commas between."""
     quantization: NameDomain[Quantization] = Fixed[Quantization]("none")
     """How the blocks' frozen linear layers are held: `nf4` in 4.5 bits a weight (QLoRA), `int8` in 8 (LLM.int8()), `none` in the
-    precision; only with LoRA, its variants and OFT, and on one rank or with `ddp`."""
+    precision; only with LoRA, its variants, OFT and bottlenecks, and on one rank or with `ddp`."""
     warmup_fraction: FloatDomain[WarmupFraction] = Fixed[WarmupFraction](0.1)
     """Share of the optimizer steps in which the learning rate rises."""
     weight_decay: FloatDomain[WeightDecay] = Fixed[WeightDecay](0.0)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from spaces.architecture import ModelShape
 from spaces.blueprint import FAMILIES, Blueprint, blueprint
-from spaces.config import IA3_INPUTS, IA3_RESULTS, Layout, Recipe, TrialConfig
+from spaces.config import IA3_RESULTS, LAST_PRODUCTS, Layout, Recipe, TrialConfig
 from spaces.flops import StepFlops, TrainingFlops
 from trainables.adapters import add_adapter
 from trainables.batching import Batch
@@ -46,8 +46,7 @@ def targets_of(family: str, adapter: str) -> tuple[str, ...] | None:
 
 
 def trial(targets: tuple[str, ...] | None, recomputation: str = "none", method: str = "lora") -> TrialConfig:
-    if method == "ia3":
-        targets = (*IA3_RESULTS, *IA3_INPUTS)
+    targets = {"ia3": (*IA3_RESULTS, *LAST_PRODUCTS), "bottleneck": LAST_PRODUCTS}.get(method, targets)
     recipe = Recipe(
         learning_rate=1,
         global_batch_size=1,

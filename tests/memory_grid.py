@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from spaces.architecture import ModelShape
 from spaces.blueprint import FAMILIES, Blueprint, blueprint, with_idle_rows
-from spaces.config import IA3_INPUTS, IA3_RESULTS, Layout, Recipe, TrialConfig
+from spaces.config import IA3_RESULTS, LAST_PRODUCTS, Layout, Recipe, TrialConfig
 from spaces.memory import rank_memory
 from spaces.tensor_parallel import PLANS
 from trainables.batching import Batch
@@ -29,7 +29,8 @@ from trainables.tokenization import Encoded
 ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
 # One of every modelling file that keeps something of its own; the others repeat one of these.
 DISTINCT = ("llama", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2", "bert", "distilbert")
-VECTORS, WITHOUT_ALPHA = ("vera", "ia3"), ("vera", "ia3", "oft")
+VECTORS, WITHOUT_ALPHA = ("vera", "ia3"), ("vera", "ia3", "oft", "bottleneck")
+OWN_TARGETS = {"ia3": (*IA3_RESULTS, *LAST_PRODUCTS), "bottleneck": LAST_PRODUCTS}
 ADAPTERS, PRECISIONS = ("none", "all-linear", "some"), ("fp32", "bf16")
 
 
@@ -60,8 +61,7 @@ class Case:
 
     def config(self, world_size: int, strategy: str = "ddp") -> TrialConfig:
         targets = {"none": None, "all-linear": ("all-linear",)}.get(self.adapter, SOME_TARGETS.get(self.family, ("q_proj", "v_proj")))
-        if self.method == "ia3":
-            targets = (*IA3_RESULTS, *IA3_INPUTS)
+        targets = OWN_TARGETS.get(self.method, targets)
         layout = Layout(
             world_size=world_size,
             strategy=strategy,  # type: ignore[arg-type]
@@ -178,14 +178,22 @@ VARIANTS = [
 VARIANTS += [
     Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation=c, method=m)
     for f in ("llama", "qwen3", "gemma2", "phi3", "gpt2", "bert", "distilbert")
-    for m, a in (("vera", "all-linear"), ("vera", "some"), ("ia3", "all-linear"), ("oft", "all-linear"), ("oft", "some"))
+    for m, a in (
+        ("vera", "all-linear"),
+        ("vera", "some"),
+        ("ia3", "all-linear"),
+        ("oft", "all-linear"),
+        ("oft", "some"),
+        ("bottleneck", "all-linear"),
+    )
     if not (f == "gpt2" and m == "oft")
     for p in PRECISIONS
     for c in ("none", "full")
     for r, n in ((2, 16), (8, 32), (16, 48))
 ]
 VARIANTS += [
-    Case(family=f, adapter="all-linear", precision=p, recomputation=c, quantization=q, method="oft")
+    Case(family=f, adapter="all-linear", precision=p, recomputation=c, quantization=q, method=m)
+    for m in ("oft", "bottleneck")
     for f in ("llama", "gemma", "bert")
     for q in ("nf4", "int8")
     for p in PRECISIONS

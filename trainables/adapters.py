@@ -1,7 +1,8 @@
-"""Adapters through PEFT."""
+"""Adapters: through PEFT, and bottlenecks, which it has not."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from spaces.config import IA3_INPUTS, IA3_RESULTS, Recipe
+from spaces.config import IA3_RESULTS, LAST_PRODUCTS, Recipe
+from trainables.bottleneck import Bottleneck
 from trainables.quantize import is_head
 from trainables.report import TrialError
 from trainables.rotation import rotate
@@ -48,13 +50,15 @@ def add_adapter(module: nn.Module, recipe: Recipe, task: str, new_parameters: tu
     heads = {name for name, _ in module.named_modules() if is_head(name)}
     saved: Any = {"task_type": TASK_TYPES[task], "modules_to_save": sorted(new - heads) or None}
     if recipe.adapter == "ia3":
-        inputs, results = (_one_of(names) for names in (IA3_INPUTS, IA3_RESULTS))
+        inputs, results = (_one_of(names) for names in (LAST_PRODUCTS, IA3_RESULTS))
         config: PeftConfig = IA3Config(target_modules=f"{inputs}|{results}", feedforward_modules=inputs, **saved)
         try:
             return get_peft_model(module, config)
         except ValueError as error:
-            known = ", ".join((*IA3_RESULTS, *IA3_INPUTS))
+            known = ", ".join((*IA3_RESULTS, *LAST_PRODUCTS))
             raise TrialError(f"space.adapter: ia3 scales layers of these names, of which this model has none: {known}") from error
+    if recipe.adapter == "bottleneck":
+        return _add_bottlenecks(module, recipe.adapter_rank or 0, heads | new)
     targets = recipe.adapter_target_modules or ()
     _check_targets(module, targets)
     if recipe.adapter == "vera":
@@ -87,6 +91,24 @@ def add_adapter(module: nn.Module, recipe: Recipe, task: str, new_parameters: tu
             part.lora_variant["default"] = _LeanDora() if recipe.adapter == "dora" else _Lean()
             part.cast_input_dtype_enabled = False
     return adapted
+
+
+def _add_bottlenecks(module: Any, size: int, whole: set[str]) -> nn.Module:
+    """Freeze the model, put a bottleneck behind the last product of each block, and train it and copies of what trains whole."""
+    module.requires_grad_(False)
+    last = re.compile(_one_of(LAST_PRODUCTS))
+    layers = {name: part for name, part in module.named_modules() if last.fullmatch(name)}
+    if not layers:
+        known = ", ".join(LAST_PRODUCTS)
+        raise TrialError(f"space.adapter: bottlenecks are behind layers of these names, of which this model has none: {known}")
+    for name, layer in layers.items():
+        width = layer.nf if isinstance(layer, Conv1D) else layer.out_features
+        module.set_submodule(name, Bottleneck(layer, width, size))
+    # What is in another one that trains whole is copied with it.
+    for name in (name for name in whole if not any(name.startswith(f"{other}.") for other in whole)):
+        part = copy.deepcopy(module.get_submodule(name))
+        module.set_submodule(name, part.requires_grad_(True))
+    return module
 
 
 def _is_around_a_linear_layer(part: Any) -> bool:

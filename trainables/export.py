@@ -1,7 +1,11 @@
-"""A trial's trained weights as what transformers and PEFT load: a whole model, or an adapter beside its base."""
+"""A trial's trained weights as what transformers and PEFT load: a whole model, or an adapter beside its base.
+
+A bottleneck is neither: it goes with the file that loads it.
+"""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +13,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig
 
 from spaces.config import Layout, TrialConfig
+from trainables import bottleneck
 from trainables.checkpoint import read_checkpoint
 from trainables.data import TaskData
 from trainables.evaluation import evaluate
@@ -49,6 +55,8 @@ def merged_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:
         ValueError: the weights are damaged, or the adapter cannot be merged.
     """
     recipe = config.recipe
+    if recipe.adapter == "bottleneck":
+        raise ValueError("no weights stand for a bottleneck, which is not linear: leave --merge out")
     # Of its own: merging changes weights that all trials share.
     own = replace(base, module=base.copy(is_frozen=False), _held={}, _packed={})
     packed = pack_linears(base.module, recipe.quantization, DTYPES[recipe.precision], torch.device("cpu"), base.new_parameters)
@@ -62,14 +70,20 @@ def merged_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:
 
 def as_saved(module: Any, config: TrialConfig) -> Any:
     """Return a whole model in the number format that the trial computed in; an adapter as it is."""
-    return module if isinstance(module, PeftModel) else module.to("cpu", DTYPES[config.recipe.precision])
+    is_adapter = isinstance(module, PeftModel) or config.recipe.adapter == "bottleneck"
+    return module if is_adapter else module.to("cpu", DTYPES[config.recipe.precision])
 
 
 def unquantized(module: Any) -> list[str]:
     """Return the names of the modules that stay as they are beside an adapter on a quantised base."""
     heads = {name.removeprefix("base_model.model.") for name, _ in module.named_modules() if is_head(name)}
     kept = {name.partition(".modules_to_save")[0].removesuffix(".original_module") for name in heads}
-    return sorted({name for name in kept if "." not in name} | set(module.peft_config["default"].modules_to_save or ()))
+    if isinstance(module, PeftModel):
+        settings: Any = module.peft_config["default"]
+        saved = set(settings.modules_to_save or ())
+    else:
+        saved = {name.rpartition(".")[0] for name in trainable(module)} - set(bottleneck.parts(module))
+    return sorted({name for name in kept if "." not in name} | saved)
 
 
 def scores(module: nn.Module, config: TrialConfig, data: TaskData) -> dict[str, float]:
@@ -90,7 +104,13 @@ def save(module: Any, base: BaseModel, config: TrialConfig, directory: Path, ori
     if is_adapter:
         settings = module.peft_config["default"]
         settings.base_model_name_or_path, settings.revision = origin or base.name, base.revision
-    module.save_pretrained(directory)
+    if config.recipe.adapter == "bottleneck":
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().contiguous() for name, p in trainable(module).items()}, directory / bottleneck.WEIGHTS)
+        shutil.copy(bottleneck.__file__, directory)
+        module.config.save_pretrained(directory)
+    else:
+        module.save_pretrained(directory)
     if is_adapter:
         # It has the names of the labels, which PEFT's own files have not.
         module.config.save_pretrained(directory)

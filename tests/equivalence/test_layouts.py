@@ -19,7 +19,7 @@ import torch
 from synthetic_data import task_data
 
 from spaces import memory
-from spaces.config import IA3_INPUTS, IA3_RESULTS, Layout, Recipe, TrialConfig
+from spaces.config import IA3_RESULTS, LAST_PRODUCTS, Layout, Recipe, TrialConfig
 from trainables.batching import BatchPlan
 from trainables.checkpoint import CheckpointStore, read_checkpoint
 from trainables.data import TaskData, TokenTable
@@ -34,7 +34,7 @@ TASKS = ("causal-lm", "sequence-classification")
 # LoRA on a base in fp32, and on quantised ones, which are not sharded.
 QUANTIZED = ("nf4", "int8")
 VECTORS = ("vera", "ia3")
-LORA = ("lora", "rslora", "dora", "oft", *VECTORS, *QUANTIZED)
+LORA = ("lora", "rslora", "dora", "oft", "bottleneck", *VECTORS, *QUANTIZED)
 STRATEGIES = ("ddp", "fsdp", "tp")
 
 
@@ -91,7 +91,9 @@ def config(
         lora["quantization"] = adapter if adapter in QUANTIZED else "none"
         lora["adapter"] = "lora" if adapter in QUANTIZED else adapter
     if adapter == "ia3":
-        lora |= {"adapter_rank": None, "adapter_alpha": None, "adapter_target_modules": (*IA3_RESULTS, *IA3_INPUTS)}
+        lora |= {"adapter_rank": None, "adapter_alpha": None, "adapter_target_modules": (*IA3_RESULTS, *LAST_PRODUCTS)}
+    if adapter == "bottleneck":
+        lora |= {"adapter_alpha": None, "adapter_target_modules": LAST_PRODUCTS}
     recipe = Recipe(
         learning_rate=5e-3,
         global_batch_size=8,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from spaces.blueprint import blueprint
 from spaces.config import Recipe
 from spaces.memory import num_trained
 from trainables.adapters import add_adapter
+from trainables.bottleneck import Bottleneck, parts
 from trainables.mesh import World
 from trainables.model import build, trainable
 from trainables.optim import make_optimizer
@@ -260,6 +262,38 @@ def test_oft_is_the_formula_of_its_paper_and_computes_what_peft_computes(family:
             torch.testing.assert_close(mine, peft, rtol=1e-3, atol=1e-3 * float(peft.detach().abs().max()))
 
 
+@pytest.mark.parametrize(("family", "quantization"), [("llama", "none"), ("llama", "nf4"), ("gpt2", "none"), ("bert", "int8")])
+def test_a_bottleneck_is_behind_the_feed_forward_of_every_block(family: str, quantization: str) -> None:
+    """Equation of section 2.1 of arXiv 1902.00751, at the place of arXiv 2005.00247; at first the model is what it was."""
+    case = Case(family=family, adapter="all-linear", quantization=quantization, method="bottleneck")
+    base = case.base()
+    module: Any = build(case.config(1), base, World.alone()).eval()
+    adapters = {name: part for name, part in module.named_modules() if isinstance(part, Bottleneck)}
+    assert len(adapters) == case.blueprint().shape.num_layers
+    last = case.blueprint().feed_forward_out[0].name
+    assert {re.sub(r"\.\d+\.", ".*.", name) for name in adapters} == {last}
+    if quantization == "none":
+        ids = torch.randint(3, 97, (2, 9))
+        with torch.no_grad():
+            torch.testing.assert_close(module(input_ids=ids).logits, base.module.eval()(input_ids=ids).logits)
+    adapter = list(adapters.values())[-1]
+    x = torch.randn(3, case.blueprint().feed_forward_out[0].num_inputs)
+    with torch.no_grad():
+        for parameter in (*adapter.down.parameters(), *adapter.up.parameters()):
+            parameter.normal_()
+        h = adapter.base_layer(x)
+        inner = (h @ adapter.down.weight.T + adapter.down.bias).clamp(min=0)
+        torch.testing.assert_close(adapter(x), h + inner @ adapter.up.weight.T + adapter.up.bias)
+    heads = {"bert": {"classifier.weight", "classifier.bias"}}.get(family, set())
+    assert trainable(module).keys() - {f"{part}.{p}" for part in parts(module) for p in ("weight", "bias")} == heads
+
+
+def test_bottlenecks_of_a_seed_are_the_same() -> None:
+    case = Case(family="llama", adapter="all-linear", method="bottleneck")
+    first, again = (trainable(build(case.config(1), case.base(), World.alone())) for _ in range(2))
+    assert all(torch.equal(p, again[name]) for name, p in first.items())
+
+
 def test_scales_do_not_decay() -> None:
     case = Case(family="bert", adapter="all-linear", method="ia3")
     optimizer = make_optimizer(trainable(build(case.config(1), case.base(), World.alone())), case.config(1).recipe)
@@ -267,8 +301,9 @@ def test_scales_do_not_decay() -> None:
     assert all(min(shape) > 1 for shape in decayed)
 
 
-def test_a_model_without_layers_that_ia3_knows_says_so() -> None:
+@pytest.mark.parametrize(("adapter", "words"), [("ia3", "ia3 scales layers"), ("bottleneck", "bottlenecks are behind layers")])
+def test_a_model_without_layers_that_an_adapter_knows_says_so(adapter: Any, words: str) -> None:
     module = nn.Sequential(nn.Linear(4, 4))
-    trial = replace(recipe(), adapter="ia3", adapter_rank=None)
-    with pytest.raises(TrialError, match="ia3 scales layers of these names, of which this model has none"):
+    trial = replace(recipe(), adapter=adapter, adapter_rank=None)
+    with pytest.raises(TrialError, match=f"{words} of these names, of which this model has none"):
         add_adapter(module, trial, "causal-lm", ())

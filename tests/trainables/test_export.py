@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +103,37 @@ def test_it_loads_with_plain_libraries_and_computes_what_was_trained(parts: Part
     assert all(torch.equal(value, before[name]) for name, value in base.module.state_dict().items()), "other trials share it"
     assert loaded.config.id2label == dict(enumerate(data.label_names))
     assert loaded.config.hidden_dropout_prob == AutoConfig.from_pretrained(base.name).hidden_dropout_prob > 0
+
+
+def test_bottlenecks_load_with_the_file_that_goes_with_them(parts: Parts, tmp_path: Path) -> None:
+    data, base = parts
+    config, before = config_of(adapter="bottleneck", lora_rank=4), base_weights(base)
+    weights, accuracy = finished(parts, tmp_path / "trial", config)
+    expected = logits_of(trained(base, weights, config))
+    save(trained_module(config, base, weights), base, config, tmp_path / "out")
+    # In a process that has nothing of ours.
+    script = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from bottleneck import load
+from transformers import AutoConfig, AutoModelForSequenceClassification
+config = AutoConfig.from_pretrained(sys.argv[2])
+base = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], config=config, ignore_mismatched_sizes=True)
+model = load(base, sys.argv[2]).eval()
+ids = torch.randint(4, 20, (6, 12), generator=torch.Generator().manual_seed(3))
+with torch.no_grad():
+    torch.save(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, sys.argv[3])
+"""
+    paths = [base.name, str(tmp_path / "out"), str(tmp_path / "logits")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", script, *paths], check=True, cwd=tmp_path, env=environment)
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=1e-4, atol=1e-5)
+    untrained = logits_of(build(config, base, World.alone()))
+    assert not torch.allclose(untrained, expected, atol=1e-2), "nothing was learned, so the comparison is empty"
+    assert all(torch.equal(value, before[name]) for name, value in base.module.state_dict().items()), "other trials share it"
+    assert scores(trained_module(config, base, weights), config, data)["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    with pytest.raises(ValueError, match="not linear: leave --merge out"):
+        merged_module(config, base, weights)
 
 
 def test_a_pipeline_names_the_labels(parts: Parts, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_padded_batches_and_those_of_one_length_are_computed_as_ever(family: str
         assert torch.equal(predicted, expected_predicted)
 
 
-METHODS = [("none", "lora"), *(("all-linear", method) for method in ("lora", "dora", "vera", "oft"))]
+METHODS = [("none", "lora"), *(("all-linear", method) for method in ("lora", "dora", "vera", "oft", "bottleneck"))]
 
 
 @pytest.mark.parametrize(
