@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spaces.adapters import casts_input, factor_params, is_wrapped, keeps_input, num_between, rotation_numbers, trains_factors
+from spaces.adapters import adds_in_place, casts_input, factor_params, is_wrapped, keeps_input, num_between, rotation_numbers
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe
 from spaces.quantization import is_quantized
@@ -124,13 +124,9 @@ class Activations:
         kept = width.products * num_between(recipe) * sum(m.is_module for m in wrapped)
         copied = FP32_BYTES if casts_input(recipe) else width.products
         kept += copied * sum(m.num_inputs for m in wrapped if self._copies_input(m))
-        if not trains_factors(recipe):
-            # What a vector scales is kept for its gradient.
-            kept += width.products * sum(m.num_outputs for m in wrapped if not keeps_input(m, recipe))
-        if recipe.adapter == "dora":
-            # What is scaled, for the gradients of the norms.
-            kept += width.products * sum(m.num_outputs for m in wrapped)
-        return kept
+        # What a vector or DoRA's norms scale, or a bottleneck reads, is kept for its gradient.
+        read = [m for m in wrapped if recipe.adapter == "dora" or not keeps_input(m, recipe)]
+        return kept + width.products * sum(m.num_outputs for m in read)
 
     def cast_block_weights(self) -> int:
         """Return one block's weights as autocast has cast them; grouped products are not autocast."""
@@ -358,7 +354,8 @@ class Activations:
         if self._is_handed_fp32(last):
             inside += FP32_BYTES * last.num_inputs
         # An adapter's result, that of what it wraps (which a bottleneck keeps), and their sum.
-        results = width.products * hidden * (2 + is_read if wrapped else 1)
+        is_apart = wrapped and not adds_in_place(plan, self.recipe)
+        results = width.products * hidden * (2 + is_read if is_apart else 1)
         if not self.plan.is_post_norm:
             return inside + results
         # Normalised after the sum: the residual is no input of a normalisation, and so not kept unless it is that of a product.
@@ -373,7 +370,8 @@ class Activations:
         """
         last, full = self.plan.feed_forward_out[0], self._is_full
         is_plain = self.plan.num_kept_by_activation == 2
-        copies = 1 if full and is_plain else 2
+        is_one = full or (adds_in_place(self.plan, self.recipe) and is_wrapped(last, self.recipe))
+        copies = 1 if is_one and is_plain else 2
         if not (full or is_plain or keeps_input(last, self.recipe)):
             copies += 1
         inside = self.width.products * copies

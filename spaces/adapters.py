@@ -27,6 +27,11 @@ def trains_factors(recipe: Recipe) -> bool:
     return recipe.adapter in ("lora", "rslora", "dora")
 
 
+def adds_in_place(plan: Blueprint, recipe: Recipe) -> bool:
+    """Return whether LoRA's last product adds to the result of what it wraps, as one operation: around plain linear layers."""
+    return recipe.adapter in ("lora", "rslora") and recipe.quantization == "none" and plan.family != "gpt2"
+
+
 def casts_input(recipe: Recipe) -> bool:
     """Return whether an adapter casts what it is given to fp32, as PEFT's VeRA and (IA)3 do; see `trainables.adapters`."""
     return recipe.adapter in ("vera", "ia3")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from spaces.adapters import num_between, rotation_numbers
+from spaces.adapters import adds_in_place, num_between, rotation_numbers
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe, TrialConfig
 
@@ -159,13 +159,14 @@ def recomputed_flops_of_blueprint(plan: Blueprint, config: TrialConfig) -> Train
     """
     recipe, shape = config.recipe, plan.shape
     recomputes = config.layout.recomputation == "full"
-    # DoRA and VeRA scale what is multiplied last, and keep it.
-    is_scaled = recipe.adapter in ("dora", "vera") and _is_wrapped(plan.feed_forward_out[-1], recipe)
+    # DoRA and VeRA scale what is multiplied last, and keep it; LoRA as one operation keeps what it needs at its end.
+    is_kept = adds_in_place(plan, recipe) or recipe.adapter in ("dora", "vera")
+    is_computed = is_kept and _is_wrapped(plan.feed_forward_out[-1], recipe)
     again: list[LinearUse] = []
     for layer in range(shape.num_layers):
         later = [m for stage in plan.after_attention(is_last=layer == shape.num_layers - 1) for m in stage]
         uses = [use for matrix in (*plan.attention_in, *later) for use in _with_adapter(matrix, recipe, True)]
-        again += uses if plan.is_last_result_needed or is_scaled else uses[:-1]
+        again += uses if plan.is_last_result_needed or is_computed else uses[:-1]
     attention = AttentionUse(
         num_products=((2 if recomputes else 0) + plan.is_attention_fused) * shape.num_layers,
         num_heads=shape.num_heads,

@@ -14,14 +14,15 @@ from transformers.pytorch_utils import Conv1D
 
 from spaces.config import IA3_RESULTS, LAST_PRODUCTS, Recipe
 from trainables.bottleneck import Bottleneck
+from trainables.low_rank import adapted_product
 from trainables.quantize import is_head
 from trainables.report import TrialError
 from trainables.rotation import rotate
 
 # isort: split
 # After `trainables.quantize`, which tells the logger of bitsandbytes: PEFT imports that.
-from peft import IA3Config, LoraConfig, OFTConfig, PeftConfig, TaskType, VeraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import IA3Config, LoraConfig, OFTConfig, TaskType, VeraConfig, get_peft_model
+from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.oft import OFTLayer
@@ -45,20 +46,13 @@ def add_adapter(module: nn.Module, recipe: Recipe, task: str, new_parameters: tu
     Raises:
         TrialError: a target module does not exist in the model.
     """
-    part: Any
     new = {name.rpartition(".")[0] for name in new_parameters}
     heads = {name for name, _ in module.named_modules() if is_head(name)}
-    saved: Any = {"task_type": TASK_TYPES[task], "modules_to_save": sorted(new - heads) or None}
-    if recipe.adapter == "ia3":
-        inputs, results = (_one_of(names) for names in (LAST_PRODUCTS, IA3_RESULTS))
-        config: PeftConfig = IA3Config(target_modules=f"{inputs}|{results}", feedforward_modules=inputs, **saved)
-        try:
-            return get_peft_model(module, config)
-        except ValueError as error:
-            known = ", ".join((*IA3_RESULTS, *LAST_PRODUCTS))
-            raise TrialError(f"space.adapter: ia3 scales layers of these names, of which this model has none: {known}") from error
     if recipe.adapter == "bottleneck":
         return _add_bottlenecks(module, recipe.adapter_rank or 0, heads | new)
+    saved: Any = {"task_type": TASK_TYPES[task], "modules_to_save": sorted(new - heads) or None}
+    if recipe.adapter == "ia3":
+        return _add_ia3(module, saved)
     targets = recipe.adapter_target_modules or ()
     _check_targets(module, targets)
     if recipe.adapter == "vera":
@@ -66,20 +60,39 @@ def add_adapter(module: nn.Module, recipe: Recipe, task: str, new_parameters: tu
         config = VeraConfig(r=recipe.adapter_rank or 0, target_modules=names, projection_prng_key=recipe.seed, **saved)
         return get_peft_model(module, config)
     if recipe.adapter == "oft":
-        names = _linear_names(module, targets, new | heads)
-        config = OFTConfig(oft_block_size=recipe.adapter_rank or 0, target_modules=names, **saved)
-        rotated = get_peft_model(module, config)
-        for part in rotated.modules():
-            if isinstance(part, OFTLayer):
-                part.oft_R["default"].__class__ = _Rotation
-                part.cast_input_dtype_enabled = False
-        return rotated
+        return _add_rotations(module, recipe.adapter_rank or 0, _linear_names(module, targets, new | heads), saved)
+    return _add_lora(module, recipe, new | heads, saved)
+
+
+def _add_ia3(module: Any, saved: dict[str, Any]) -> nn.Module:
+    inputs, results = (_one_of(names) for names in (LAST_PRODUCTS, IA3_RESULTS))
+    config = IA3Config(target_modules=f"{inputs}|{results}", feedforward_modules=inputs, **saved)
+    try:
+        return get_peft_model(module, config)
+    except ValueError as error:
+        known = ", ".join((*IA3_RESULTS, *LAST_PRODUCTS))
+        raise TrialError(f"space.adapter: ia3 scales layers of these names, of which this model has none: {known}") from error
+
+
+def _add_rotations(module: Any, size: int, names: list[str], saved: dict[str, Any]) -> nn.Module:
+    part: Any
+    rotated = get_peft_model(module, OFTConfig(oft_block_size=size, target_modules=names, **saved))
+    for part in rotated.modules():
+        if isinstance(part, OFTLayer):
+            part.oft_R["default"].__class__ = _Rotation
+            part.cast_input_dtype_enabled = False
+    return rotated
+
+
+def _add_lora(module: Any, recipe: Recipe, excluded: set[str], saved: dict[str, Any]) -> nn.Module:
+    part: Any
+    targets = recipe.adapter_target_modules or ()
     # Dropout would make the loss curve depend on the layout.
     config = LoraConfig(
         r=recipe.adapter_rank or 0,
         lora_alpha=recipe.adapter_alpha or 0.0,  # type: ignore[arg-type]  # PEFT takes a float too
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
-        exclude_modules=sorted(new | heads) or None,
+        exclude_modules=sorted(excluded) or None,
         lora_dropout=0.0,
         use_rslora=recipe.adapter == "rslora",
         use_dora=recipe.adapter == "dora",
@@ -90,6 +103,8 @@ def add_adapter(module: nn.Module, recipe: Recipe, task: str, new_parameters: tu
         if _is_around_a_linear_layer(part):
             part.lora_variant["default"] = _LeanDora() if recipe.adapter == "dora" else _Lean()
             part.cast_input_dtype_enabled = False
+            if recipe.adapter != "dora" and type(part) is Linear and type(part.get_base_layer()) is nn.Linear:
+                part.__class__ = LeanLinear
     return adapted
 
 
@@ -116,8 +131,24 @@ def _is_around_a_linear_layer(part: Any) -> bool:
     return isinstance(part, LoraLayer) and isinstance(part.get_base_layer(), nn.Linear | Conv1D)
 
 
+class LeanLinear(Linear):
+    """PEFT's LoRA around an `nn.Linear`, computed as one operation; compiled, the compiler sees to it."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the layer's result with what its adapter adds: (..., outputs)."""
+        base: Any = self.get_base_layer()
+        # A base may have a forward pass of its own, as tensor parallelism gives it.
+        if self.disable_adapters or self.merged or "forward" in vars(base) or torch.compiler.is_compiling():
+            result: torch.Tensor = super().forward(x, *args, **kwargs)
+            return result
+        name = self.active_adapters[0]
+        first: Any = self.lora_A[name]
+        second: Any = self.lora_B[name]
+        return adapted_product(x, base.weight, base.bias, first.weight, second.weight, self.scaling[name])
+
+
 class _Lean(LoraVariant):
-    """LoRA with less beside its two products.
+    """LoRA with less beside its two products, around all other layers: quantised ones, GPT-2's, and compiled ones.
 
     It is scaled between its factors, where a token is as wide as the rank: PEFT scales the result, forward and backward. Under
     autocast it takes its input as it is, which other layers then share: PEFT casts a copy to fp32, which autocast casts back.

@@ -22,6 +22,7 @@ from spaces.flops import CONVENTION, AttentionUse, LinearUse, StepFlops, attenti
 from trainables.batching import Batch, StepSizes
 from trainables.device import device_peak, package_versions
 from trainables.head_loss import head_loss
+from trainables.low_rank import adapted_product
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.packed import attention_by_rows
@@ -226,14 +227,19 @@ class CountingPass(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = kwargs or {}
+        if func is adapted_product:  # whose products are all computed before recomputation ends with what it keeps
+            x, weight, _, first, second, _ = args
+            self._note(x, weight)
+            self._note(x, first)
+            self._note(x, second, input_needs_grad=True)
         # Recomputation ends with an exception inside the first product whose result nothing needs: that one is none.
         result = func(*args, **named)
         if func is functional.linear:
             self._note(args[0], args[1] if len(args) > 1 else named["weight"])
         elif func is quantized_product:
-            self._note_product(args[0], args[1].in_features * args[1].out_features)
+            self._note_product(args[0], args[1].in_features * args[1].out_features, input_needs_grad=args[0].requires_grad)
         elif func is rotate:
-            self._note_product(args[0], args[1].numel(), weight_needs_grad=True)
+            self._note_product(args[0], args[1].numel(), input_needs_grad=args[0].requires_grad, weight_needs_grad=True)
         elif func is head_loss:
             self._note(args[0], args[1])
         elif func is torch.addmm:
@@ -244,16 +250,25 @@ class CountingPass(TorchFunctionMode):
             self._note(args[0], args[1], num_experts=args[1].shape[0])
         return result
 
-    def _note(self, x: torch.Tensor, weight: torch.Tensor, num_experts: int = 1) -> None:
+    def _note(self, x: torch.Tensor, weight: torch.Tensor, num_experts: int = 1, *, input_needs_grad: bool | None = None) -> None:
         # An expert is a slice of a parameter, and may see as many tokens as there are targets; VeRA's factors are slices of buffers.
         is_whole = isinstance(weight, torch.nn.Parameter) or not isinstance(weight._base, torch.nn.Parameter)
         num_weights = weight.numel() // num_experts
         piece = piece_of(weight)
         if piece is not None:  # a matrix that is split over ranks is one product of the model
             num_weights *= piece.num_pieces
-        self._note_product(x, num_weights, weight_needs_grad=weight.requires_grad, is_whole=is_whole)
+        needs_grad = x.requires_grad if input_needs_grad is None else input_needs_grad
+        self._note_product(x, num_weights, weight_needs_grad=weight.requires_grad, input_needs_grad=needs_grad, is_whole=is_whole)
 
-    def _note_product(self, x: torch.Tensor, num_weights: int, *, weight_needs_grad: bool = False, is_whole: bool = True) -> None:
+    def _note_product(
+        self,
+        x: torch.Tensor,
+        num_weights: int,
+        *,
+        input_needs_grad: bool,
+        weight_needs_grad: bool = False,
+        is_whole: bool = True,
+    ) -> None:
         positions = x.numel() // x.shape[-1]
         # With one token per row the two are the same number, and the same FLOPs.
         is_elsewhere = positions != self._num_positions and is_whole
@@ -262,7 +277,7 @@ class CountingPass(TorchFunctionMode):
             LinearUse(
                 num_weights=num_weights,
                 per="target" if per_target else "token",
-                input_needs_grad=x.requires_grad,
+                input_needs_grad=input_needs_grad,
                 weight_needs_grad=weight_needs_grad,
                 share=1.0 if per_target else positions / self._num_positions,
             )

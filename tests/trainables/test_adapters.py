@@ -11,7 +11,7 @@ import torch
 from families import NUM_LABELS, config_of, make
 from memory_grid import Case
 from peft.tuners.ia3 import IA3Layer
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.oft import OFTLayer
 from peft.tuners.oft.layer import OFTRotationModule
@@ -22,11 +22,12 @@ from torch import nn
 from spaces.blueprint import blueprint
 from spaces.config import Recipe
 from spaces.memory import num_trained
-from trainables.adapters import add_adapter
+from trainables.adapters import LeanLinear, add_adapter
 from trainables.bottleneck import Bottleneck, parts
 from trainables.mesh import World
 from trainables.model import build, trainable
 from trainables.optim import make_optimizer
+from trainables.parallelize import autocast
 from trainables.report import TrialError
 
 
@@ -116,6 +117,33 @@ def test_dora_computes_what_peft_computes(family: str, quantization: str) -> Non
             found.append((result, *torch.autograd.grad(result.square().sum(), (x, norms, a, b))))
         for ours, peft in zip(*found, strict=True):
             torch.testing.assert_close(ours, peft, rtol=1e-3, atol=1e-4 * float(peft.abs().max()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("family", "shape"), [("llama", (2, 5)), ("bert", (7,))])
+def test_lora_as_one_operation_computes_what_peft_computes(family: str, shape: tuple[int, ...], precision: str) -> None:
+    case = Case(family=family, adapter="all-linear", precision=precision)
+    config = case.config(1)
+    module: Any = build(config, case.base(), World.alone()).eval()
+    layers = [part for part in module.modules() if isinstance(part, LoraLayer)]
+    assert {type(layer) for layer in layers} == {LeanLinear}
+    for layer, needs_grad in ((layers[0], False), (layers[3], True), (layers[-1], True)):
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.nn.init.normal_(b)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        x = torch.randn(*shape, a.shape[1], generator=torch.Generator().manual_seed(0), dtype=dtype, requires_grad=needs_grad)
+        inputs = (x, a, b) if needs_grad else (a, b)
+        found = []
+        for kind in (LeanLinear, Linear):
+            layer.__class__ = kind
+            layer.lora_variant.clear()  # PEFT's own way
+            with autocast(config, World.alone()):
+                result = layer(x)
+            found.append((result, *torch.autograd.grad(result.float().square().sum(), inputs)))
+        for ours, peft in zip(*found, strict=True):
+            assert (ours.shape, ours.dtype) == (peft.shape, peft.dtype)
+            tolerance = 2e-2 if precision == "bf16" else 1e-5
+            torch.testing.assert_close(ours, peft, rtol=tolerance, atol=tolerance * float(peft.detach().abs().max()))
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
