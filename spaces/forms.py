@@ -109,7 +109,7 @@ class PerAdapter(OneKey):
     oft: FloatDomain[LearningRate] | None = None
     """OFT, whose best learning rate is some times LoRA's, and higher for smaller blocks."""
     bottleneck: FloatDomain[LearningRate] | None = None
-    """Bottlenecks, whose best learning rate is about LoRA's."""
+    """Bottlenecks, whose best learning rate is some times LoRA's."""
 
     @model_serializer
     def _without_absent(self) -> dict[str, Any]:
