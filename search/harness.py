@@ -150,12 +150,10 @@ def _model(store: Store, spec: SearchSpec, record: TrialRecord | None) -> tuple[
         return weights.for_use(base.copy(is_frozen=False), base), tokenizer
     config = record.trial_config
     try:
-        is_apart = config.recipe.adapter in ("none", "bottleneck")
-        made = weights.trained_module if is_apart else weights.merged_module
-        module = made(config, base, store.trial_path(record.root) / "final")
+        module = weights.whole_module(config, base, store.trial_path(record.root) / "final")
     except (ValueError, KeyError) as error:
         raise EvaluateError(f"trial {record.number}: its weights cannot be used: {str(error).splitlines()[0]}") from error
-    return weights.for_use(weights.as_saved(module, config), base), tokenizer
+    return weights.for_use(module, base), tokenizer
 
 
 def rows_of(found: Sequence[Evaluated]) -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ def _head(results: Results, record: TrialRecord, *, is_adapter: bool) -> str:
     """Return the metadata that the hub reads: https://huggingface.co/docs/hub/model-cards."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    task, data = PIPELINES[results.spec.model.task], results.spec.data
+    task, data, adapter = PIPELINES[results.spec.model.task], results.spec.data, record.trial_config.recipe.adapter
     measured = [(name, value, "test") for name, value in record.test.items()]
     measured += [(name, value, "evaluation") for name, value in record.values.items() if metric_of(name).section == "eval"]
     hub = [
@@ -68,9 +68,10 @@ def _head(results: Results, record: TrialRecord, *, is_adapter: bool) -> str:
     metadata = ModelCardData(
         base_model=base_name(results.spec.model.name),
         datasets=hub or None,
-        library_name="peft" if is_adapter and record.trial_config.recipe.adapter != "bottleneck" else "transformers",
+        # No library of the hub's loads a bottleneck.
+        library_name=None if is_adapter and adapter == "bottleneck" else "peft" if is_adapter else "transformers",
         pipeline_tag=task,
-        tags=["paretune", record.trial_config.recipe.adapter] if is_adapter else ["paretune"],
+        tags=["paretune", adapter] if is_adapter else ["paretune"],
         model_name=f"{results.name}, trial {record.number}",
         eval_results=[
             EvalResult(

@@ -88,8 +88,8 @@ def profile_key(
         **config.of_step().to_dict(),
         "device": {name: device[name] for name in ("type", "name", "threads")},
         "num_nodes": num_nodes,
-        # What a step computes: 3 since what no first token needs of an encoder's last block is left out, and LoRA is lean.
-        "step": 3,
+        # What a step computes: 4 since LoRA around a plain linear layer is one operation.
+        "step": 4,
         "versions": {**device["versions"], "paretune": version("paretune")},
     }
 

@@ -195,8 +195,9 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
         norms_whole.__name__: "dora trains the norms of whole rows: not of what tp splits, int8 holds, or experts share",
         vectors_whole.__name__: f"{recipe.adapter} trains what tp would cut; and vera not with fsdp in bf16",
-        layers_adaptable.__name__: f"{recipe.adapter} has no layers to change here: oft needs nn.Linear, and GPT-2 has none; "
-        "bottleneck a feed-forward that is no stack of experts",
+        layers_adaptable.__name__: "bottlenecks are behind a feed-forward, and these experts are one stacked weight"
+        if recipe.adapter == "bottleneck"
+        else "oft rotates what goes into nn.Linear, and GPT-2's layers are none",
         rotated_in_whole_blocks.__name__: f"oft: blocks of {recipe.adapter_rank} do not divide the widths of the layers",
         memory_within_device.__name__: f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
     }

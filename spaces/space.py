@@ -112,7 +112,7 @@ class SpaceSpec(BaseModel):
             vera=LogUniform[LearningRate](log_uniform=(1e-3, 1e-1)),
             ia3=LogUniform[LearningRate](log_uniform=(5e-4, 5e-2)),
             oft=LogUniform[LearningRate](log_uniform=(3e-4, 3e-2)),
-            bottleneck=LogUniform[LearningRate](log_uniform=(5e-4, 5e-2)),
+            bottleneck=LogUniform[LearningRate](log_uniform=(3e-4, 3e-2)),
         )
     )
     """Peak learning rate of AdamW; `{by_adapter: {none: ..., lora: ...}}` where it depends on the adapter."""

@@ -112,10 +112,11 @@ def _add_bottlenecks(module: Any, size: int, whole: set[str]) -> nn.Module:
     """Freeze the model, put a bottleneck behind the last product of each block, and train it and copies of what trains whole."""
     module.requires_grad_(False)
     last = re.compile(_one_of(LAST_PRODUCTS))
-    layers = {name: part for name, part in module.named_modules() if last.fullmatch(name)}
-    if not layers:
+    layers = {name: part for name, part in module.named_modules() if last.fullmatch(name) and isinstance(part, nn.Linear | Conv1D)}
+    # A mixture of experts may have some such layers beside the stacked ones.
+    if not layers or any("expert" in name for name in layers):
         known = ", ".join(LAST_PRODUCTS)
-        raise TrialError(f"space.adapter: bottlenecks are behind layers of these names, of which this model has none: {known}")
+        raise TrialError(f"space.adapter: bottlenecks are behind one layer a block of these names, which this model has not: {known}")
     for name, layer in layers.items():
         width = layer.nf if isinstance(layer, Conv1D) else layer.out_features
         module.set_submodule(name, Bottleneck(layer, width, size))
@@ -137,13 +138,15 @@ class LeanLinear(Linear):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's result with what its adapter adds: (..., outputs)."""
         base: Any = self.get_base_layer()
-        # A base may have a forward pass of its own, as tensor parallelism gives it.
-        if self.disable_adapters or self.merged or "forward" in vars(base) or torch.compiler.is_compiling():
-            result: torch.Tensor = super().forward(x, *args, **kwargs)
-            return result
         name = self.active_adapters[0]
         first: Any = self.lora_A[name]
         second: Any = self.lora_B[name]
+        is_plain = not (self.disable_adapters or self.merged or torch.compiler.is_compiling() or base.weight.requires_grad)
+        # A base may have a forward pass of its own, as tensor parallelism gives it.
+        is_plain = is_plain and "forward" not in vars(base)
+        if not is_plain or (base.weight.dtype != first.weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+            result: torch.Tensor = super().forward(x, *args, **kwargs)
+            return result
         return adapted_product(x, base.weight, base.bias, first.weight, second.weight, self.scaling[name])
 
 

@@ -48,17 +48,21 @@ def load(model: Any, directory: str | Path) -> Any:
         directory: where `bottleneck.safetensors` is.
 
     Raises:
-        KeyError: the model is another one.
+        ValueError: the model is another one, or has the adapters; nothing was changed.
     """
     weights = load_file(Path(directory) / WEIGHTS)
-    for name in [name.removesuffix(".down.weight") for name in weights if name.endswith(".down.weight")]:
+    modules = dict(model.named_modules())
+    names = [name.removesuffix(".down.weight") for name in weights if name.endswith(".down.weight")]
+    for name in names:
+        layer, width = modules.get(name), weights[f"{name}.down.weight"].shape[1]
+        found = getattr(layer, "out_features", getattr(layer, "nf", None))
+        if found != width:
+            raise ValueError(f"the adapters are another model's: {name} should have {width} outputs, and has {found}")
+    for name in names:
         size, width = weights[f"{name}.down.weight"].shape
         adapter = Bottleneck(model.get_submodule(name), width, size)
         adapter.down.to(model.device, model.dtype)
         adapter.up.to(model.device, model.dtype)
         model.set_submodule(name, adapter)
-    missing = weights.keys() - model.state_dict().keys()
-    if missing:
-        raise KeyError(f"the model has no {', '.join(sorted(missing))}")
     model.load_state_dict(weights, strict=False)
     return model

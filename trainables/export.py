@@ -54,18 +54,37 @@ def merged_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:
     Raises:
         ValueError: the weights are damaged, or the adapter cannot be merged.
     """
-    recipe = config.recipe
-    if recipe.adapter == "bottleneck":
+    if config.recipe.adapter == "bottleneck":
         raise ValueError("no weights stand for a bottleneck, which is not linear: leave --merge out")
-    # Of its own: merging changes weights that all trials share.
-    own = replace(base, module=base.copy(is_frozen=False), _held={}, _packed={})
-    packed = pack_linears(base.module, recipe.quantization, DTYPES[recipe.precision], torch.device("cpu"), base.new_parameters)
-    spread_out(own.module, packed)
-    adapted = trained_module(config, own, weights)
+    adapted = trained_module(config, _spread_base(config, base), weights)
     head = adapted.get_output_embeddings()
     if isinstance(head, BaseTunerLayer) and head.get_base_layer().weight is adapted.get_input_embeddings().weight:
         raise ValueError("its adapter is on the output embedding, whose weights are the input embedding's too: leave --merge out")
     return adapted.merge_and_unload()
+
+
+def whole_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:
+    """Return a trial's model as it computes, on the CPU in the trial's number format: an adapter merged, where it can be.
+
+    Raises:
+        ValueError: as `merged_module`.
+    """
+    if config.recipe.adapter == "none":
+        module = trained_module(config, base, weights)
+    elif config.recipe.adapter == "bottleneck":
+        module = trained_module(config, _spread_base(config, base), weights)
+    else:
+        module = merged_module(config, base, weights)
+    return module.to("cpu", DTYPES[config.recipe.precision])
+
+
+def _spread_base(config: TrialConfig, base: BaseModel) -> BaseModel:
+    """Return a base of its own, as merging changes weights that all trials share, with what quantised weights stand for."""
+    own = replace(base, module=base.copy(is_frozen=False), _held={}, _packed={})
+    recipe = config.recipe
+    packed = pack_linears(base.module, recipe.quantization, DTYPES[recipe.precision], torch.device("cpu"), base.new_parameters)
+    spread_out(own.module, packed)
+    return own
 
 
 def as_saved(module: Any, config: TrialConfig) -> Any:

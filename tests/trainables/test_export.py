@@ -22,10 +22,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from spaces.config import TrialConfig
 from spaces.inputs import DataSpec, ModelSpec
 from spaces.space import SpaceSpec
+from trainables import bottleneck
 from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from trainables.data import TaskData
 from trainables.evaluation import evaluate
-from trainables.export import merged_module, save, scores, trained_module, unquantized
+from trainables.export import merged_module, save, scores, trained_module, unquantized, whole_module
 from trainables.loop import Command, load_weights, train
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
@@ -148,6 +149,36 @@ def test_a_pipeline_names_the_labels(parts: Parts, tmp_path: Path) -> None:
     assert len(set(expected)) > 1
     classify = pipeline("text-classification", model=str(tmp_path / "out"), tokenizer=tokenizer, device="cpu")
     assert [row["label"] for row in classify(texts)] == expected
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora", "bottleneck"])
+def test_a_whole_model_computes_what_was_trained_in_its_number_format(parts: Parts, tmp_path: Path, adapter: str) -> None:
+    _, base = parts
+    knobs = {} if adapter == "none" else {"quantization": "nf4", "lora_rank": 4}
+    config = config_of(adapter=adapter, **knobs)
+    weights, _ = finished(parts, tmp_path / "trial", config)
+    expected = logits_of(trained(base, weights, config))
+    torch.testing.assert_close(logits_of(whole_module(config, base, weights)), expected, rtol=1e-3, atol=1e-4)
+    if adapter != "none":
+        plain = whole_module(replace(config, recipe=replace(config.recipe, quantization="none")), base, weights)
+        assert not torch.allclose(logits_of(plain), expected, atol=1e-3), "quantising changed nothing, so the comparison is empty"
+    halved = replace(config, recipe=replace(config.recipe, precision="bf16"))
+    assert {p.dtype for p in whole_module(halved, base, weights).parameters()} == {torch.bfloat16}
+
+
+def test_bottlenecks_of_another_model_are_refused(parts: Parts, tmp_path: Path) -> None:
+    _, base = parts
+    config = config_of(adapter="bottleneck", lora_rank=4)
+    weights, _ = finished(parts, tmp_path / "trial", config)
+    save(trained_module(config, base, weights), base, config, tmp_path / "out")
+    for other in (make("llama", "sequence-classification"), make("bert", "sequence-classification")):
+        before = set(other.state_dict())
+        with pytest.raises(ValueError, match=r"another model's: .* should have 32 outputs, and has"):
+            bottleneck.load(other, tmp_path / "out")
+        assert set(other.state_dict()) == before
+    model = bottleneck.load(base.copy(is_frozen=False), tmp_path / "out")
+    with pytest.raises(ValueError, match="another model's"):
+        bottleneck.load(model, tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])

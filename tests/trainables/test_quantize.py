@@ -227,6 +227,13 @@ def test_model_flops_are_those_of_a_base_that_is_not_quantised(family: str, adap
             loss = TrainingLoss(trial.task)(module, batch)
         loss.backward()
         counts.append(watch.flops())
-    assert counts[1] == counts[0]
-    assert counts[2] == counts[0]
-    assert counts[0].model.per_token > 0
+    plain, *quantized = counts
+    assert plain.model.per_token > 0
+    # As one operation, LoRA's last product is computed again with the rest; apart, nothing needs it.
+    plan, shape = trial.blueprint(), trial.blueprint().shape
+    is_needed = recomputation == "none" or adapter == "some" or plan.is_last_result_needed or family == "gpt2"
+    last = 0 if is_needed else 2 * 8 * shape.hidden_size * shape.num_layers
+    for counted in quantized:
+        assert counted.model == plain.model
+        recomputed = replace(counted.recomputed, per_token=counted.recomputed.per_token + last)
+        assert recomputed == plain.recomputed
