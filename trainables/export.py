@@ -127,12 +127,10 @@ def save(module: Any, base: BaseModel, config: TrialConfig, directory: Path, ori
         directory.mkdir(parents=True, exist_ok=True)
         save_file({name: p.detach().contiguous() for name, p in trainable(module).items()}, directory / bottleneck.WEIGHTS)
         shutil.copy(bottleneck.__file__, directory)
-        module.config.save_pretrained(directory)
     else:
         module.save_pretrained(directory)
-    if is_adapter:
-        # It has the names of the labels, which PEFT's own files have not.
-        module.config.save_pretrained(directory)
+    # Beside an adapter, for the names of the labels; a whole model has written the same.
+    module.config.save_pretrained(directory)
     load_tokenizer(base.name, base.revision).save_pretrained(directory)
 
 

@@ -237,9 +237,9 @@ class CountingPass(TorchFunctionMode):
         if func is functional.linear:
             self._note(args[0], args[1] if len(args) > 1 else named["weight"])
         elif func is quantized_product:
-            self._note_product(args[0], args[1].in_features * args[1].out_features, input_needs_grad=args[0].requires_grad)
+            self._note_product(args[0], args[1].in_features * args[1].out_features)
         elif func is rotate:
-            self._note_product(args[0], args[1].numel(), input_needs_grad=args[0].requires_grad, weight_needs_grad=True)
+            self._note_product(args[0], args[1].numel(), weight_needs_grad=True)
         elif func is head_loss:
             self._note(args[0], args[1])
         elif func is torch.addmm:
@@ -257,15 +257,16 @@ class CountingPass(TorchFunctionMode):
         piece = piece_of(weight)
         if piece is not None:  # a matrix that is split over ranks is one product of the model
             num_weights *= piece.num_pieces
-        needs_grad = x.requires_grad if input_needs_grad is None else input_needs_grad
-        self._note_product(x, num_weights, weight_needs_grad=weight.requires_grad, input_needs_grad=needs_grad, is_whole=is_whole)
+        self._note_product(
+            x, num_weights, weight_needs_grad=weight.requires_grad, input_needs_grad=input_needs_grad, is_whole=is_whole
+        )
 
     def _note_product(
         self,
         x: torch.Tensor,
         num_weights: int,
         *,
-        input_needs_grad: bool,
+        input_needs_grad: bool | None = None,
         weight_needs_grad: bool = False,
         is_whole: bool = True,
     ) -> None:
@@ -277,7 +278,7 @@ class CountingPass(TorchFunctionMode):
             LinearUse(
                 num_weights=num_weights,
                 per="target" if per_target else "token",
-                input_needs_grad=input_needs_grad,
+                input_needs_grad=x.requires_grad if input_needs_grad is None else input_needs_grad,
                 weight_needs_grad=weight_needs_grad,
                 share=1.0 if per_target else positions / self._num_positions,
             )
