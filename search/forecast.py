@@ -34,7 +34,7 @@ PUBLISHED_PARAMS = 1e9
 OVERLAPS = {
     "ddp": "ddp exchanges gradients beside the backward pass of a step's last micro batch",
     "fsdp": "fsdp exchanges weights and gradients beside all of the computation",
-    "tp": "tp computes nothing while its ranks sum activations",
+    "tp": "tp computes nothing while its ranks sum activations; several groups of them exchange weights and gradients as fsdp does",
 }
 
 

@@ -42,6 +42,7 @@ STEP_KNOBS = (
     "world_size",
     "strategy",
     "shard_size",
+    "tp_size",
     "global_batch_size",
     "micro_batch_size",
     "recomputation",

@@ -144,6 +144,7 @@ def layout_rows(
                 "world_size": config.layout.world_size,
                 "strategy": config.layout.strategy,
                 "shard_size": config.layout.shard_size or ("all" if config.layout.is_sharded else "-"),
+                "tp_size": config.layout.tp_size or ("all" if config.layout.tensor_parallel_size > 1 else "-"),
                 "global_batch_size": config.recipe.global_batch_size,
                 "micro_batch_size": config.layout.micro_batch_size,
                 "num_grad_accum_steps": config.num_grad_accum_steps,

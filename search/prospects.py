@@ -162,6 +162,7 @@ def features(config: TrialConfig, width: int | None) -> tuple[Features, Features
         **both,
         "world_size": math.log(layout.world_size),
         "num_shards": math.log(layout.num_shards),
+        "tensor_parallel_size": math.log(layout.tensor_parallel_size),
         "micro_batch_size": math.log(layout.micro_batch_size),
         f"strategy={layout.strategy}": 1.0,
         f"recomputation={layout.recomputation}": 1.0,

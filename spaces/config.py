@@ -90,21 +90,23 @@ class Layout:
     """`blocks` has torch.compile fuse the operations of each block, and those of the loss."""
     shard_size: int | None = None
     """Ranks that FSDP2 spreads one copy of the weights over (hybrid sharding); None: all."""
+    tp_size: int | None = None
+    """Ranks that tensor parallelism splits every matrix over, where there are several such groups; None: all."""
 
     @property
     def is_sharded(self) -> bool:
-        """Whether FSDP2 spreads weights over ranks; one rank has nothing to spread."""
-        return self.strategy == "fsdp" and self.world_size > 1
+        """Whether FSDP2 spreads weights, or what a rank has of them, over ranks; one rank has nothing to spread."""
+        return self.world_size > 1 if self.strategy == "fsdp" else self.tp_size is not None
 
     @property
     def num_shards(self) -> int:
-        """Ranks that hold one copy of the weights together."""
-        return (self.shard_size or self.world_size) if self.is_sharded else 1
+        """Ranks that FSDP2 spreads one copy of what it shards over: of the weights, or of one rank's pieces of them."""
+        return (self.shard_size or self.data_parallel_size) if self.is_sharded else 1
 
     @property
     def tensor_parallel_size(self) -> int:
         """Ranks over which every matrix of a block is split."""
-        return self.world_size if self.strategy == "tp" else 1
+        return (self.tp_size or self.world_size) if self.strategy == "tp" else 1
 
     @property
     def data_parallel_size(self) -> int:
@@ -164,9 +166,10 @@ class TrialConfig:
             recomputation=params["recomputation"],
             compile=params.get("compile", "none"),
         )
-        shard_size = params.get("shard_size", "auto")
-        if layout.is_sharded and shard_size != "auto" and int(shard_size) < layout.world_size:
-            layout = replace(layout, shard_size=int(shard_size))
+        for strategy, size in (("fsdp", "shard_size"), ("tp", "tp_size")):
+            given_size = params.get(size, "auto")
+            if layout.strategy == strategy and given_size != "auto" and int(given_size) < layout.world_size:
+                layout = replace(layout, **{size: int(given_size)})
         if micro == "auto":
             micro = auto_micro_batch_size(recipe.global_batch_size, layout.data_parallel_size, max_length)
             layout = replace(layout, micro_batch_size=micro)

@@ -56,8 +56,9 @@ def matrices_split_evenly(config: TrialConfig, limits: Limits) -> float:
 
 
 def shards_of_equal_size(config: TrialConfig, limits: Limits) -> float:
-    """Ranks left over when copies of the weights are made of as many ranks each."""
-    return config.layout.world_size % config.layout.num_shards
+    """Ranks left over when copies of the weights, or groups that split matrices, are made of as many ranks each."""
+    layout = config.layout
+    return layout.world_size % (layout.shard_size or layout.tensor_parallel_size)
 
 
 def adapter_rank_within_width(config: TrialConfig, limits: Limits) -> float:
@@ -190,7 +191,8 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         f"{layout.data_parallel_size} ranks of {layout.micro_batch_size}",
         world_size_within_cluster.__name__: f"needs {layout.world_size} workers, and there are {limits.num_workers}",
         matrices_split_evenly.__name__: _why_not_split(config, limits),
-        shards_of_equal_size.__name__: f"{layout.world_size} ranks are no multiple of a shard size of {layout.shard_size}",
+        shards_of_equal_size.__name__: f"{layout.world_size} ranks are no multiple of "
+        + (f"a shard size of {layout.shard_size}" if layout.tp_size is None else f"a tp size of {layout.tp_size}"),
         adapter_rank_within_width.__name__: f"rank {recipe.adapter_rank} exceeds the model's width of {limits.hidden_size}",
         quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
         norms_whole.__name__: "dora trains the norms of whole rows: not of what tp splits, int8 holds, or experts share",

@@ -5,13 +5,14 @@ What is assumed, and stands beside every number that follows from it:
 - the matrix units reach `ASSUMED_UTILISATION` of their dense peak, recomputation counted;
 - the exchange of gradients overlaps with the backward pass of the last micro batch under DDP, and with all of the computation
   under FSDP2 (https://pytorch.org/blog/introducing-pytorch-fully-sharded-data-parallel-api/);
+- where groups of tensor-parallel ranks share their pieces by FSDP2, each of the two exchanges goes as it goes alone;
 - tensor-parallel ranks wait for every sum: of activations in each half of a block one forward and one backward, and one more where
   its recomputation needs the sum; of an adapter's gradients one a step; and each computes all of the head and of the uncut factors;
 - a ring moves 2 (N - 1) / N of the bytes to sum them on N ranks, half of that to gather or to reduce them
   (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md);
 - a quantised base is read, and written spread out, once for the forward and once for the backward pass of every micro batch, and once
   more where the forward pass is computed again; none of that overlaps with the matrix units' work;
-- ranks that hold a copy of the weights together are in one node, where a node holds as many;
+- ranks that hold a copy of the weights together, or split matrices, are in one node, where a node holds as many;
 - between nodes every GPU has one adapter of 400 Gbit/s, as in https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html.
 """
 
@@ -187,10 +188,11 @@ def estimate_step(
     num_micro_batches = config.num_grad_accum_steps
     num_spreads = num_micro_batches * (3 if layout.recomputation == "full" else 2)
     compute += num_spreads * spread_bytes(local, recipe, widths(config).products) / machine.memory_bytes_per_second()
-    exchange = sum(part.seconds(machine) for part in exchanges(plan, config, rows * length))
+    parts = exchanges(plan, config, rows * length)
+    waiting, beside = (sum(p.seconds(machine) for p in parts if p.is_beside == flag) for flag in (False, True))
     # Two thirds of the work are the backward pass.
-    overlap = {"fsdp": compute, "ddp": compute * 2 / 3 / num_micro_batches, "tp": 0.0}[layout.strategy]
-    communication = max(0.0, exchange - overlap)
+    overlap = compute * 2 / 3 / num_micro_batches if layout.strategy == "ddp" else compute
+    communication = waiting + max(0.0, beside - overlap)
     update = UPDATE_BYTES_PER_PARAM * trained / layout.num_shards / machine.memory_bytes_per_second()
     return StepEstimate(
         compute_seconds=compute,
@@ -211,6 +213,8 @@ class Exchange:
     """Of one group."""
     span: int
     """Ranks among which a group's are the first to meet: neighbours span as many as they are, one of every copy all."""
+    is_beside: bool = True
+    """Whether the computation goes on beside it."""
 
     def seconds(self, machine: Machine) -> float:
         """Return the time of the rings."""
@@ -220,33 +224,40 @@ class Exchange:
 def exchanges(plan: Blueprint, config: TrialConfig, num_tokens: float) -> list[Exchange]:
     """Return a step's collectives: those of all ranks, or of those that hold a copy together and then those between the copies.
 
+    Or of those that split matrices, and then those between the ranks that hold the same pieces.
+
     Args:
         plan: the model.
         config: recipe and layout.
         num_tokens: padded tokens of the global batch.
     """
-    layout = config.layout
-    inside = layout.num_shards if layout.is_sharded else layout.world_size
-    found = [Exchange(num_bytes=_bytes_inside(plan, config, num_tokens), num_ranks=inside, span=inside)]
+    layout, num_ranks = config.layout, config.layout.world_size
+    found = []
+    if layout.strategy == "ddp":
+        found.append(Exchange(num_bytes=2 * FP32_BYTES * num_updated(plan, config), num_ranks=num_ranks, span=num_ranks))
+    if layout.tensor_parallel_size > 1:
+        size = layout.tensor_parallel_size
+        activations = _summed_activations(plan, config) * num_tokens / layout.data_parallel_size
+        gradients = FP32_BYTES * num_partial_params(plan, config.recipe) / layout.num_shards
+        found.append(Exchange(num_bytes=2 * (activations + gradients), num_ranks=size, span=size, is_beside=False))
+    if layout.is_sharded:
+        size, local = layout.num_shards, local_blueprint(plan, layout.tensor_parallel_size)
+        span = size if layout.tp_size is None else num_ranks
+        found.append(Exchange(num_bytes=_gathered_and_reduced(local, config), num_ranks=size, span=span))
     if layout.shard_size is not None:
         # Every micro batch's, as FSDP2 reduces them; of a rank's own shard.
-        gradients = FP32_BYTES * num_updated(plan, config) / inside * config.num_grad_accum_steps
-        found.append(Exchange(num_bytes=2 * gradients, num_ranks=layout.world_size // inside, span=layout.world_size))
+        shard = FP32_BYTES * num_updated(plan, config) / layout.shard_size * config.num_grad_accum_steps
+        found.append(Exchange(num_bytes=2 * shard, num_ranks=num_ranks // layout.shard_size, span=num_ranks))
     return found
 
 
-def _bytes_inside(plan: Blueprint, config: TrialConfig, num_tokens: float) -> float:
-    recipe = config.recipe
-    gradients = FP32_BYTES * num_updated(plan, config)
-    if config.layout.strategy == "ddp":
-        return 2.0 * gradients
-    if config.layout.strategy == "tp":
-        return 2.0 * (_summed_activations(plan, config) * num_tokens + FP32_BYTES * num_partial_params(plan, recipe))
-    held = plan.num_params + num_adapter_params(plan, recipe)
+def _gathered_and_reduced(plan: Blueprint, config: TrialConfig) -> float:
+    """Return the bytes of weights that FSDP2 gathers in a step and of gradients that it reduces."""
+    held = plan.num_params + num_adapter_params(plan, config.recipe)
     blocks = plan.shape.num_layers * plan.num_block_params
     # Blocks are gathered for the forward and again for the backward pass, what no block holds once.
     gathered = widths(config).products * (held + blocks)
-    return float(config.num_grad_accum_steps * (gathered + gradients))
+    return float(config.num_grad_accum_steps * (gathered + FP32_BYTES * num_updated(plan, config)))
 
 
 def _summed_activations(plan: Blueprint, config: TrialConfig) -> int:

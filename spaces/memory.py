@@ -117,7 +117,7 @@ def rank_memory(
     computed = _while_computing(step, state)
     at_update = replace(state, gradients_bytes=FP32_BYTES * trained // shards)
     if num_partial:
-        at_update = replace(at_update, communication_bytes=FP32_BYTES * num_partial)
+        at_update = replace(at_update, communication_bytes=FP32_BYTES * num_partial // shards)
     at_embedding = at_update
     if plan.is_head_tied and recipe.adapter == "none":
         # The gradients that the shared matrix gets as head and as embedding are there beside their sum, and beside that of the micro

@@ -48,7 +48,7 @@ WeightDecay = Annotated[float, Within(ge=0, le=100)]
 
 # What says nothing with some adapters.
 CONDITIONAL = frozenset(knob for knobs in ADAPTER_KNOBS.values() for knob in knobs)
-LAYOUT_KNOBS = ("world_size", "strategy", "shard_size", "micro_batch_size", "recomputation", "compile")
+LAYOUT_KNOBS = ("world_size", "strategy", "shard_size", "tp_size", "micro_batch_size", "recomputation", "compile")
 # What `profile` alone stands for.
 EVERY: dict[str, list[Any]] = {
     "world_size": [2**i for i in range(13)],
@@ -83,6 +83,7 @@ def _auto_or(what: str, least: int) -> BeforeValidator:
 ModuleNames = Annotated[StrictStr, AfterValidator(_module_names)]
 MicroBatch = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], _auto_or("micro batch size", 1)]
 ShardSize = Annotated[Literal["auto"] | Annotated[int, Field(ge=2)], _auto_or("shard size", 2)]
+TensorParallelSize = Annotated[Literal["auto"] | Annotated[int, Field(ge=2)], _auto_or("tensor-parallel size", 2)]
 
 
 def _with_profile_alone(schema: dict[str, Any]) -> None:
@@ -147,6 +148,9 @@ class SpaceSpec(BaseModel):
     shard_size: LayoutNameDomain[ShardSize] = Fixed[ShardSize]("auto")
     """Ranks that `fsdp` spreads one copy of the weights over; `auto`: all. Where there are more ranks they hold copies (hybrid
     sharding): with the GPUs of a node, weights are gathered inside it, and gradients alone go to other nodes."""
+    tp_size: LayoutNameDomain[TensorParallelSize] = Fixed[TensorParallelSize]("auto")
+    """Ranks that `tp` splits the matrices over; `auto`: all. Where there are more ranks they are several such groups, each with rows
+    of its own, over which FSDP2 shards the pieces: with the GPUs of a node, activations are summed inside it."""
     micro_batch_size: LayoutNameDomain[MicroBatch] = Fixed[MicroBatch]("auto")
     """Rows per rank and forward pass; `auto` takes what fits a fixed number of tokens, and fewer where the device has too little
     memory for them: the rows of a step stay."""
@@ -254,17 +258,18 @@ class SpaceSpec(BaseModel):
             if world_size == 1 and strategy != strategies[0]:
                 continue
             domains = [getattr(self, knob).ends() for knob in knobs]
-            for *values, shard_size in itertools.product(*domains, self._shard_sizes(world_size, strategy)):
+            sizes = (self._sizes(knob, of == strategy, world_size) for of, knob in (("fsdp", "shard_size"), ("tp", "tp_size")))
+            for *values, shard_size, tp_size in itertools.product(*domains, *sizes):
                 adapter, quantization, *_ = values
                 if "quantization" in ADAPTER_KNOBS[adapter] or quantization == self.quantization.ends()[0]:
                     given = dict(zip(knobs, values, strict=True))
-                    yield self.first(world_size=world_size, strategy=strategy, shard_size=shard_size, **given)
+                    yield self.first(world_size=world_size, strategy=strategy, shard_size=shard_size, tp_size=tp_size, **given)
 
-    def _shard_sizes(self, world_size: int, strategy: str) -> list[Any]:
-        """Return a value for each number of shards that there may be; where all ranks are one copy, one value stands for all."""
+    def _sizes(self, knob: str, says_something: bool, world_size: int) -> list[Any]:
+        """Return a value for each size of groups that there may be; where all ranks are one group, one value stands for all."""
         found: dict[Any, Any] = {}
-        for size in self.shard_size.ends():
-            is_whole = strategy != "fsdp" or size == "auto" or size >= world_size
+        for size in getattr(self, knob).ends():
+            is_whole = not says_something or size == "auto" or size >= world_size
             found.setdefault(None if is_whole else size, size)
         return list(found.values())
 

@@ -27,7 +27,7 @@ def widths(config: TrialConfig) -> Widths:
     """Return the number formats of a trial, as `trainables.model.build` and `trainables.parallelize` make them."""
     if config.recipe.precision == "fp32":
         return Widths(frozen=FP32_BYTES, stream=FP32_BYTES, products=FP32_BYTES, is_autocast=False)
-    is_autocast = config.layout.strategy != "fsdp" or config.layout.world_size == 1  # FSDP2 casts by itself
+    is_autocast = not config.layout.is_sharded  # FSDP2 casts by itself
     # The embedding's number format goes through the residual stream: fp32 where it trains under autocast.
     stream = FP32_BYTES if is_autocast and config.recipe.adapter == "none" else BF16_BYTES
     return Widths(frozen=BF16_BYTES, stream=stream, products=BF16_BYTES, is_autocast=is_autocast)

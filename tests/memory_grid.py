@@ -54,6 +54,8 @@ class Case:
     """Tokens that the data have; None: all of the vocabulary."""
     shard_size: int | None = None
     """Ranks that hold one copy of a sharded model; None: all."""
+    tp_size: int | None = None
+    """Ranks that split matrices together; None: all, where any do."""
 
     @property
     def task(self) -> str:
@@ -68,6 +70,7 @@ class Case:
             micro_batch_size=self.rows,
             recomputation=self.recomputation,  # type: ignore[arg-type]
             shard_size=self.shard_size,
+            tp_size=self.tp_size,
         )
         recipe = Recipe(
             learning_rate=1e-3,
@@ -291,7 +294,7 @@ def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
                         loss = TrainingLoss(case.task)(module, batch)
                     loss.backward()
                     del loss
-            sum_partial_gradients(trained.values(), summing(None))
+            sum_partial_gradients(trained.values(), summing(world.tensor_parallel(config.layout), None))
             update(optimizer, trained.values())
             optimizer.zero_grad()
             peaks.append(tensors.peak)

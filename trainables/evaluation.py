@@ -183,7 +183,7 @@ def completions(module: nn.Module, config: TrialConfig, data: TaskData, world: W
         for i, completion in zip(rows, out[:, width:], strict=False):
             texts[int(i)] = tokenizer.decode(completion, skip_special_tokens=True)
     model.train()
-    gathered = {i: text for part in rows_world.gather(texts) for i, text in part.items()}
+    gathered = {i: text for part in world.gather(texts) for i, text in part.items()}
     return [gathered[i] for i in range(num_rows)]
 
 

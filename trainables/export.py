@@ -30,7 +30,7 @@ from trainables.tokenization import load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Nothing is split or sharded in a file.
-ONE_RANK = {"world_size": 1, "strategy": "ddp", "shard_size": None, "recomputation": "none"}
+ONE_RANK = {"world_size": 1, "strategy": "ddp", "shard_size": None, "tp_size": None, "recomputation": "none"}
 
 
 def trained_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:

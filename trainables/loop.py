@@ -30,9 +30,9 @@ from trainables.meter import FlopWatch, StepTimer, details, speed
 from trainables.model import BaseModel, build, trainable, unwrapped
 from trainables.optim import learning_rate, make_optimizer, update
 from trainables.packed import packing_for
-from trainables.parallelize import autocast, gradient_sync, recompute, summing
+from trainables.parallelize import autocast, blocks_of, gradient_sync, recompute, summing
 from trainables.report import Diverged, OutOfMemory, TrialReport
-from trainables.tensor_parallel import piece_of, sum_partial_gradients
+from trainables.tensor_parallel import marked_while_gathered, piece_of, sum_partial_gradients
 from trainables.tokenization import load_tokenizer
 from trainables.trained_rows import rows_of
 
@@ -139,6 +139,7 @@ class Trainer:
         self._watch = FlopWatch(base.shape)
         saved = checkpoints.latest_valid() if checkpoints else None
         self._timer = StepTimer(world.device, saved.state["step_parts"] if saved else [])
+        self._sum_pieces = summing(world.tensor_parallel(config.layout), self._timer)
         self._plan = BatchPlan(config, data, packing_for(base.module, config, data))
         self._compilation = Compilation.of(self._plan.forms()) if config.layout.compile == "blocks" else None
         self.module = build(config, base, world, self._timer, self._compilation, data.tokens())
@@ -176,7 +177,7 @@ class Trainer:
                 runs_as_written = as_written(self._runs_as_written(batch, is_disturbed))
                 with gradient_sync(self.module, i == len(micro_batches)), runs_as_written:
                     self._losses[self.step] += self._backward(batch, scale, mark)
-            sum_partial_gradients(self._parameters.values(), summing(self._timer))
+            sum_partial_gradients(self._parameters.values(), self._sum_pieces)
             update(self._optimizer, self._parameters.values())
             self._optimizer.zero_grad()
             for rows in self._idle_rows:
@@ -254,7 +255,7 @@ class Trainer:
         is_first = self.flops is None
         if is_first:
             self._watch_recomputation(self._watch.recomputation)
-        with autocast(self.config, self.world), self._watch.forward(batch) if is_first else nullcontext():
+        with autocast(self.config, self.world), self._watched(batch) if is_first else nullcontext():
             loss = self._loss(self.module, batch)
         mark("forward")
         loss = loss * scale
@@ -265,6 +266,12 @@ class Trainer:
             self.flops = self._watch.flops()
             self._watch_recomputation(None)
         return loss.detach() / self._rows_world.world_size
+
+    @contextmanager
+    def _watched(self, batch: Batch) -> Iterator[None]:
+        """Count the FLOPs of a forward pass."""
+        with marked_while_gathered(blocks_of(self.module)), self._watch.forward(batch):
+            yield
 
     def _watch_recomputation(self, watch: Callable[[], AbstractContextManager[object]] | None) -> None:
         if self.config.layout.recomputation == "full":

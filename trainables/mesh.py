@@ -29,31 +29,42 @@ class World:
     """A gloo process group for small messages, which then never wait for the GPU; None at world size 1."""
     node_id: str = "local"
     """Ray's name of the node; one machine may hold several."""
+    group: Any = None
+    """The process group of these ranks' tensors; None: all processes are in it."""
 
     @classmethod
     def alone(cls) -> World:
         """Return the world of a single process on the CPU."""
         return cls(rank=0, world_size=1, device=torch.device("cpu"), control_group=None)
 
-    def mesh(self, num_shards: int) -> DeviceMesh:
-        """Return the device mesh over which FSDP2 shards: of all ranks, or of copies that as many neighbours hold together."""
-        if num_shards == self.world_size:
-            return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=(AXES["fsdp"],))
-        return _hybrid_mesh(self.device.type, self.world_size // num_shards, num_shards, dist.group.WORLD)
+    def sharding(self, layout: Layout) -> DeviceMesh:
+        """Return the device mesh over which FSDP2 shards: of all ranks, of copies that neighbours hold together, or of those that
+        hold the same pieces."""
+        if layout.tp_size is not None:
+            return self._grid(layout)[AXES["fsdp"]]
+        if layout.shard_size is not None:
+            return self._grid(layout)
+        return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=(AXES["fsdp"],))
 
     def data_parallel(self, layout: Layout) -> World:
-        """Return the ranks that rows are dealt to; where they share the blocks' matrices, each sees all rows as if it were alone."""
-        return self if layout.tensor_parallel_size == 1 else replace(self, rank=0, world_size=1)
+        """Return the ranks that rows are dealt to; those that share the blocks' matrices see the same rows."""
+        if layout.tensor_parallel_size == 1:
+            return self
+        return self._along(AXES["fsdp"], layout) if layout.tp_size is not None else replace(self, rank=0, world_size=1)
+
+    def tensor_parallel(self, layout: Layout) -> World:
+        """Return the ranks that share the blocks' matrices with this one."""
+        return self if layout.tp_size is None else self._along(AXES["tp"], layout)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over the ranks, on all of them."""
         if self.world_size > 1:
             tensor = tensor.to(self.device)
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every rank's value, in the order of ranks."""
+        """Return every rank's value, in the order of ranks; of all processes."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -63,9 +74,9 @@ class World:
     def place(self, layout: Layout) -> dict[str, Any]:
         """Return where this rank runs and its coordinates in the device mesh, for the process map."""
         mesh = {AXES[layout.strategy] if self.world_size > 1 else AXES["ddp"]: self.rank}
-        if layout.shard_size is not None:
-            copy, shard = divmod(self.rank, layout.shard_size)
-            mesh = {AXES["ddp"]: copy, AXES["fsdp"]: shard}
+        if layout.shard_size is not None or layout.tp_size is not None:
+            outer, inner, size = _axes(layout)
+            mesh = {outer: self.rank // size, inner: self.rank % size}
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         return {
             "rank": self.rank,
@@ -78,7 +89,25 @@ class World:
         }
 
 
+    def _grid(self, layout: Layout) -> DeviceMesh:
+        outer, inner, size = _axes(layout)
+        return _mesh(self.device.type, (self.world_size // size, size), (outer, inner), dist.group.WORLD)
+
+    def _along(self, axis: str, layout: Layout) -> World:
+        """Return the ranks that differ from this one along an axis alone."""
+        mesh = self._grid(layout)[axis]
+        return replace(self, rank=mesh.get_local_rank(), world_size=mesh.size(), group=mesh.get_group())
+
+
+def _axes(layout: Layout) -> tuple[str, str, int]:
+    """Return the axes of a mesh of groups, the one between them and the one inside them, and the size of one: of neighbours."""
+    if layout.tp_size is not None:
+        return AXES["fsdp"], AXES["tp"], layout.tp_size
+    assert layout.shard_size is not None  # else all ranks are one group
+    return AXES["ddp"], AXES["fsdp"], layout.shard_size
+
+
 @cache
-def _hybrid_mesh(device_type: str, num_copies: int, num_shards: int, world: Any) -> DeviceMesh:
-    """Return the mesh of copies and shards of a process group, whose own groups all trials share."""
-    return init_device_mesh(device_type, (num_copies, num_shards), mesh_dim_names=(AXES["ddp"], AXES["fsdp"]))
+def _mesh(device_type: str, sizes: tuple[int, int], names: tuple[str, str], world: Any) -> DeviceMesh:
+    """Return the mesh of a process group, whose own groups all trials share."""
+    return init_device_mesh(device_type, sizes, mesh_dim_names=names)

@@ -18,7 +18,7 @@ from spaces.config import TrialConfig
 from trainables.compilation import Compilation
 from trainables.mesh import World
 from trainables.meter import StepTimer
-from trainables.tensor_parallel import Exchange, split
+from trainables.tensor_parallel import Exchange, mark, marks_of, split
 
 
 def parallelize(
@@ -33,20 +33,22 @@ def parallelize(
     Splitting comes first: what is computed again is a block as this rank has it, with its sums over the ranks. Recomputation and
     compilation come before sharding: what is computed again, or compiled, is the block without its gathering of weights. One
     compilation serves all blocks, which are alike. They come before the root: what that then shards is only what no block holds
-    (embeddings, head), so that no more than one block is gathered at a time. One process has nothing to share and is left as it is.
+    (embeddings, head), so that no more than one block is gathered at a time. Where groups of ranks split the matrices, what is sharded
+    is a rank's pieces, over the ranks that hold the same ones. One process has nothing to share and is left as it is.
 
     Args:
         timer: is told where the computation waits for other ranks.
         compilation: how blocks are compiled; without one they are not.
     """
     if config.layout.tensor_parallel_size > 1:
-        module = split(module, world, summing(timer))
+        splitting = world.tensor_parallel(config.layout)
+        module = split(module, splitting, summing(splitting, timer))
     if config.layout.recomputation == "full":
         recompute(module)
     if compilation is not None:
         compilation.blocks(blocks_of(module))
     if config.layout.data_parallel_size == 1:
-        return module
+        return module.to(world.device)
     if config.layout.strategy == "ddp":
         # Buffers are tables that all ranks compute alike: without this they would be sent in every forward pass.
         replica = DistributedDataParallel(module, broadcast_buffers=False)
@@ -54,7 +56,7 @@ def parallelize(
             # A lambda: DDP refuses annotations that are strings.
             replica.register_comm_hook(timer, lambda timer, bucket: _timed_all_reduce(timer, bucket))  # noqa: PLW0108
         return replica
-    mesh = world.mesh(config.layout.num_shards)
+    mesh, marks = world.sharding(config.layout), marks_of(module)
     policy = MixedPrecisionPolicy()
     if config.recipe.precision == "bf16":
         # Gradients are summed in fp32: a sum over many ranks in bf16 loses the small ones.
@@ -62,6 +64,7 @@ def parallelize(
     for block in blocks_of(module):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
+    mark(module, marks)
     # On a GPU the exchange is on streams of its own, and what the computation waits for it is not to be seen from here.
     if timer is not None and world.device.type == "cpu":
         for part in module.modules():
@@ -93,13 +96,13 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     return [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
 
 
-def summing(timer: StepTimer | None) -> Exchange:
-    """Return what sums a tensor over all ranks, in place; the computation waits for it, which the timer is told."""
+def summing(world: World, timer: StepTimer | None) -> Exchange:
+    """Return what sums a tensor over the ranks, in place; the computation waits for it, which the timer is told."""
 
     def exchange(tensor: torch.Tensor) -> torch.Tensor:
         if timer is not None:
             timer.begin_exchange()
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=world.group)
         if timer is not None:
             timer.end_exchange()
         return tensor

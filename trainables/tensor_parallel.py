@@ -9,13 +9,15 @@ https://arxiv.org/abs/1909.08053).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from trainables.mesh import World
@@ -24,7 +26,7 @@ from trainables.report import TrialError
 Exchange = Callable[[torch.Tensor], torch.Tensor]
 """Sums a tensor over the ranks, in place, and returns it."""
 # Names of attributes of parameters.
-_PIECE, _IS_PARTIAL = "piece", "is_partial"
+_PIECE, _IS_PARTIAL = _MARKS = "piece", "is_partial"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +36,8 @@ class Piece:
     dim: int
     rank: int
     num_pieces: int
+    group: Any
+    """The process group of those that hold the pieces; None: all processes."""
 
     def of(self, whole: torch.Tensor) -> torch.Tensor:
         """Return a copy of this rank's part."""
@@ -42,7 +46,7 @@ class Piece:
     def gathered(self, part: torch.Tensor) -> torch.Tensor:
         """Return the whole tensor; every rank must call it."""
         parts = [torch.empty_like(part) for _ in range(self.num_pieces)]
-        dist.all_gather(parts, part.contiguous())
+        dist.all_gather(parts, part.contiguous(), group=self.group)
         return torch.cat(parts, self.dim)
 
 
@@ -53,14 +57,14 @@ def piece_of(parameter: torch.Tensor) -> Piece | None:
 
 
 def split(module: nn.Module, world: World, exchange: Exchange) -> nn.Module:
-    """Keep this rank's pieces on its device, and have the ranks' results summed where they meet.
+    """Keep this rank's pieces, and have the ranks' results summed where they meet.
 
     The whole model is on the CPU, and the weights that it shares with other trials stay as they are: a piece is a copy.
 
     Args:
         module: as it was loaded, with its adapter; changed in place.
-        world: the ranks.
-        exchange: sums over the ranks.
+        world: the ranks that split it.
+        exchange: sums over these ranks.
 
     Raises:
         TrialError: there is no plan of the model, or it has parts that this does not know; a matrix cannot be cut evenly.
@@ -89,12 +93,39 @@ def split(module: nn.Module, world: World, exchange: Exchange) -> nn.Module:
             raise TrialError(f"strategy tp: the model's plan wants '{style}' for {name}, which is not supported")
     for name in entered:
         module.get_submodule(name).register_forward_pre_hook(_entering(exchange), with_kwargs=True)
-    return module.to(world.device)
+    return module
+
+
+def marks_of(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return by a parameter's name what `split` noted on it."""
+    return {name: marks for name, p in module.named_parameters() if (marks := {k: v for k, v in vars(p).items() if k in _MARKS})}
+
+
+def mark(module: nn.Module, marks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Note on the parameters what `split` noted on those that were there before: FSDP2 puts shards in their place."""
+    for name, parameter in module.named_parameters():
+        vars(parameter).update(marks.get(name, {}))
+
+
+@contextmanager
+def marked_while_gathered(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Have what FSDP2 gathers of its blocks, which are parameters of their own, say which pieces they are; they then keep it."""
+
+    def marking(block: nn.Module) -> Any:
+        marks = marks_of(block)
+        return block.register_forward_pre_hook(lambda block, _: mark(block, marks))
+
+    hooks = [marking(block) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def sum_partial_gradients(parameters: Iterable[nn.Parameter], exchange: Exchange) -> None:
     """Sum the gradients of which every rank has its own summand, in one exchange; every rank must call it after the backward pass."""
-    gradients = [p.grad for p in parameters if getattr(p, _IS_PARTIAL, False) and p.grad is not None]
+    gradients = [_local(p.grad) for p in parameters if getattr(p, _IS_PARTIAL, False) and p.grad is not None]
     if not gradients:
         return
     flat = exchange(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -106,12 +137,25 @@ def total_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     """Return the norm of all gradients, of every whole parameter once: float32 (), the same on every rank, and each must call it."""
     cut: list[torch.Tensor] = []
     whole: list[torch.Tensor] = []
+    group = None
     for parameter in parameters:
+        piece = piece_of(parameter)
+        group = group if piece is None else piece.group
         if parameter.grad is not None:
-            (whole if piece_of(parameter) is None else cut).append(parameter.grad)
-    squared = torch.nn.utils.get_total_norm(cut).square()
-    dist.all_reduce(squared)
-    return (squared + torch.nn.utils.get_total_norm(whole).to(squared).square()).sqrt()
+            (whole if piece is None else cut).append(parameter.grad)
+    squared = _squared_norm(cut)
+    dist.all_reduce(squared, group=group)
+    return (squared + _squared_norm(whole).to(squared)).sqrt()
+
+
+def _squared_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).square()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this rank holds of a tensor, in place."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _planned(module: Any) -> Iterator[tuple[str, Any, str]]:
@@ -131,13 +175,13 @@ def _adapter_factors(part: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def _cut(parameters: Iterable[nn.Parameter | None], dim: int, world: World) -> None:
-    piece = Piece(dim=dim, rank=world.rank, num_pieces=world.world_size)
+    piece = Piece(dim=dim, rank=world.rank, num_pieces=world.world_size, group=world.group)
     for parameter in parameters:
         if parameter is not None:
             if not parameter.is_floating_point() or parameter.shape[dim] % world.world_size:
                 what = f"{parameter.dtype} of shape {tuple(parameter.shape)}"
                 raise TrialError(f"strategy tp: {what} cannot be cut in {world.world_size} along dim {dim}")
-            parameter.data = piece.of(parameter.data).to(world.device)
+            parameter.data = piece.of(parameter.data)
             setattr(parameter, _PIECE, piece)
 
 

@@ -84,6 +84,7 @@ def config(
     precision: str = "fp32",
     recomputation: str = "none",
     shard_size: int | None = None,
+    tp_size: int | None = None,
 ) -> TrialConfig:
     lora: dict[str, Any] = {}
     if adapter in LORA:
@@ -106,7 +107,12 @@ def config(
         **{"adapter": "none", **lora},
     )
     layout = Layout(
-        world_size=world_size, strategy=strategy, micro_batch_size=micro, recomputation=recomputation, shard_size=shard_size
+        world_size=world_size,
+        strategy=strategy,
+        micro_batch_size=micro,
+        recomputation=recomputation,
+        shard_size=shard_size,
+        tp_size=tp_size,
     )
     return TrialConfig(recipe=recipe, layout=layout)
 
@@ -312,30 +318,41 @@ def make_split_base(directory: Path, family: str) -> str:
     return str(directory)
 
 
-def trained_by(world: World, names: dict[str, str], directory: str, strategy: str) -> dict[tuple[Any, ...], list[float]]:
+def trained_by(
+    world: World, names: dict[str, str], directory: str, strategy: str, tp_size: int | None = None
+) -> dict[tuple[Any, ...], list[float]]:
     """Train every case and leave its weights in the directory; return the losses of steps and evaluation, and the FLOPs."""
     curves = {}
     for family, name in names.items():
         data, base = make_data("causal-lm"), BaseModel.load(name, None, "causal-lm", ())
         for adapter, recomputation, micro in SPLIT:
-            trial = config(adapter, world.world_size, strategy, micro, recomputation=recomputation)
+            if tp_size is not None:
+                micro = min(micro, 4)
+            trial = config(adapter, world.world_size, strategy, micro, recomputation=recomputation, tp_size=tp_size)
             store = CheckpointStore(Path(directory) / strategy / f"{family}-{adapter}-{recomputation}")
             (*_, report) = train(trial, data, base, world, control=go_on, checkpoints=store)
             curves[family, adapter, recomputation] = [
                 *report.details["train_losses"],
                 *(report.metrics[m] for m in ("eval_loss", "flops_per_step")),
             ]
-            assert report.details["process_map"][-1]["mesh"].get("tp", 0) == world.world_size - 1
+            mesh = report.details["process_map"][-1]["mesh"]
+            assert mesh.get("tp", 0) == (tp_size or world.world_size) - 1
+            assert mesh.get("dp_shard", 0) == (0 if tp_size is None else world.world_size // tp_size - 1)
     return curves
 
 
-@pytest.mark.parametrize(("num_ranks", "families"), [(2, ("llama", "qwen3", "gemma2")), (4, ("qwen3",))])
-def test_tensor_parallel_ranks_learn_what_one_process_learns(num_ranks: int, families: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("num_ranks", "tp_size", "families"),
+    [(2, None, ("llama", "qwen3", "gemma2")), (4, None, ("qwen3",)), (4, 2, ("llama", "qwen3", "gemma2"))],
+)
+def test_tensor_parallel_ranks_learn_what_one_process_learns(
+    num_ranks: int, tp_size: int | None, families: tuple[str, ...], tmp_path: Path
+) -> None:
     """Curve and weights. AdamW turns a rounding in a gradient near zero into one of up to a step; in all, such weights are few."""
     torch.set_num_threads(1)
     names = {family: make_split_base(tmp_path / family, family) for family in families}
     expected = trained_by(World.alone(), names, str(tmp_path), "ddp")
-    for curves in distributed.run(num_ranks, trained_by, names, str(tmp_path), "tp"):
+    for curves in distributed.run(num_ranks, trained_by, names, str(tmp_path), "tp", tp_size):
         for case, curve in curves.items():
             assert curve == pytest.approx(expected[case], rel=RELATIVE), case
     for case in expected:

@@ -95,14 +95,24 @@ def test_sharded_layouts_are_predicted() -> None:
 @pytest.mark.parametrize(("world_size", "shard_size"), [(2, None), (8, None), (8, 2), (8, 4)])
 def test_sharded_layouts_are_predicted_where_no_collective_copies(world_size: int, shard_size: int | None) -> None:
     """As NCCL: torch's fake backend exchanges nothing, so that what lives is what FSDP2 itself holds, over any number of ranks."""
-    cases = [replace(case, shard_size=shard_size) for case in UNCOPIED]
+    check_without_copies([replace(case, shard_size=shard_size) for case in UNCOPIED], world_size, "fsdp")
+
+
+@pytest.mark.parametrize("world_size", [4, 8])
+def test_sharded_pieces_are_predicted_where_no_collective_copies(world_size: int) -> None:
+    """Two ranks split the matrices, and others have the other shards of their pieces."""
+    families = ("llama", "qwen3", "gemma2")
+    check_without_copies([replace(case, tp_size=2) for case in SPLIT_IN_SHORT if case.family in families], world_size, "tp")
+
+
+def check_without_copies(cases: list[Case], world_size: int, strategy: str) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         world = World(rank=0, world_size=world_size, device=torch.device("cpu"), control_group=None)
-        peaks = peaks_of(world, cases, "fsdp")
+        peaks = peaks_of(world, cases, strategy)
     finally:
         dist.destroy_process_group()
-    check({case: error(case, world_size, peak, is_on_gpu=True) for case, (peak, _) in zip(cases, peaks, strict=True)})
+    check({case: error(case, world_size, peak, strategy, is_on_gpu=True) for case, (peak, _) in zip(cases, peaks, strict=True)})
 
 
 def test_tensor_parallel_layouts_are_predicted() -> None:

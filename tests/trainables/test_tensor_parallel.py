@@ -48,7 +48,7 @@ def exchanged(world: World, cases: list[Case]) -> list[int]:
             with autocast(config, world):
                 loss = TrainingLoss(case.task)(module, batch_of(case.task, torch.randint(3, 97, (case.rows, case.length))))
             loss.backward()
-            sum_partial_gradients(trainable(module).values(), summing(None))
+            sum_partial_gradients(trainable(module).values(), summing(world, None))
     finally:
         dist.all_reduce = plain
     return totals
@@ -92,15 +92,15 @@ def test_a_plan_with_other_parts_is_refused() -> None:
     module = Case(family="phi3").base().module
     world = World(rank=0, world_size=2, device=torch.device("cpu"), control_group=None)
     with pytest.raises(TrialError, match=r"strategy tp: the model's plan wants '.*' for model.layers.0.self_attn"):
-        split(module, world, summing(None))
+        split(module, world, summing(world, None))
 
 
 def test_what_cannot_be_cut_is_refused() -> None:
     world = World(rank=0, world_size=2, device=torch.device("cpu"), control_group=None)
     with pytest.raises(TrialError, match="no plan for this model"):
-        split(Case(family="gpt2").base().module, world, summing(None))
+        split(Case(family="gpt2").base().module, world, summing(world, None))
     with pytest.raises(TrialError, match=r"float32 of shape \(64, 64\) cannot be cut in 3 along dim 0"):
-        split(Case(family="llama").base().module, replace(world, world_size=3), summing(None))
+        split(Case(family="llama").base().module, replace(world, world_size=3), summing(world, None))
     quantized = Case(family="llama", adapter="all-linear", quantization="nf4")
     with pytest.raises(TrialError, match="uint8 of shape"):
-        split(build(quantized.config(1), quantized.base(), World.alone()), world, summing(None))
+        split(build(quantized.config(1), quantized.base(), World.alone()), world, summing(world, None))
