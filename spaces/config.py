@@ -166,10 +166,10 @@ class TrialConfig:
             recomputation=params["recomputation"],
             compile=params.get("compile", "none"),
         )
-        for strategy, size in (("fsdp", "shard_size"), ("tp", "tp_size")):
-            given_size = params.get(size, "auto")
-            if layout.strategy == strategy and given_size != "auto" and int(given_size) < layout.world_size:
-                layout = replace(layout, **{size: int(given_size)})
+        if layout.strategy == "fsdp":
+            layout = replace(layout, shard_size=_part_of(layout.world_size, params.get("shard_size", "auto")))
+        elif layout.strategy == "tp":
+            layout = replace(layout, tp_size=_part_of(layout.world_size, params.get("tp_size", "auto")))
         if micro == "auto":
             micro = auto_micro_batch_size(recipe.global_batch_size, layout.data_parallel_size, max_length)
             layout = replace(layout, micro_batch_size=micro)
@@ -211,6 +211,11 @@ def _targets(adapter: Adapter, given: Sequence[str]) -> tuple[str, ...] | None:
     if adapter == "bottleneck":
         return LAST_PRODUCTS
     return None if adapter == "none" else tuple(target.strip() for target in given)
+
+
+def _part_of(world_size: int, given: int | str) -> int | None:
+    """Return the ranks of one of several groups; None where all are one."""
+    return None if given == "auto" or int(given) >= world_size else int(given)
 
 
 def auto_micro_batch_size(global_batch_size: int, data_parallel_size: int, max_length: int) -> int:

@@ -88,7 +88,6 @@ class World:
             "pid": os.getpid(),
         }
 
-
     def _grid(self, layout: Layout) -> DeviceMesh:
         outer, inner, size = _axes(layout)
         return _mesh(self.device.type, (self.world_size // size, size), (outer, inner), dist.group.WORLD)

@@ -33,8 +33,8 @@ def parallelize(
     Splitting comes first: what is computed again is a block as this rank has it, with its sums over the ranks. Recomputation and
     compilation come before sharding: what is computed again, or compiled, is the block without its gathering of weights. One
     compilation serves all blocks, which are alike. They come before the root: what that then shards is only what no block holds
-    (embeddings, head), so that no more than one block is gathered at a time. Where groups of ranks split the matrices, what is sharded
-    is a rank's pieces, over the ranks that hold the same ones. One process has nothing to share and is left as it is.
+    (embeddings, head), so that no more than one block is gathered at a time. Where groups of ranks split the matrices, a rank's
+    pieces are sharded over the ranks that hold the same ones. One process has nothing to share and is left as it is.
 
     Args:
         timer: is told where the computation waits for other ranks.

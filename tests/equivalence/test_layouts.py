@@ -132,10 +132,13 @@ def losses(world: World, name: str, task: str, trial: TrialConfig) -> tuple[list
         memory.LOGITS_BYTES = TARGETS_AT_ONCE * memory.BYTES_PER_LOGIT * base.module.config.vocab_size
     reports = list(train(trial, data, base, world, control=go_on, checkpoints=None))
     details = reports[-1].details
-    axis, size = AXES[trial.layout.strategy] if world.world_size > 1 else "dp_replicate", trial.layout.shard_size
-    assert [rank["mesh"] for rank in details["process_map"]] == [
-        {axis: rank} if size is None else {"dp_replicate": rank // size, "dp_shard": rank % size} for rank in range(world.world_size)
-    ]
+    axes, size = (AXES[trial.layout.strategy] if world.world_size > 1 else "dp_replicate",), world.world_size
+    if trial.layout.shard_size is not None:
+        axes, size = ("dp_replicate", "dp_shard"), trial.layout.shard_size
+    if trial.layout.tp_size is not None:
+        axes, size = ("dp_shard", "tp"), trial.layout.tp_size
+    coordinates = [(rank // size, rank % size)[-len(axes) :] for rank in range(world.world_size)]
+    assert [rank["mesh"] for rank in details["process_map"]] == [dict(zip(axes, place, strict=True)) for place in coordinates]
     assert all(rank["working_bytes"] > 0 for rank in details["memory_by_rank"])
     metrics = dict(reports[-1].metrics)
     assert ("communication_seconds" in metrics) == (world.world_size > 1)
@@ -189,6 +192,15 @@ def test_every_layout_has_the_loss_curve_of_one_process(
 HYBRID = [("none", 2, "none"), ("lora", 1, "full"), ("none", 1, "full")]
 
 
+def resumed_curve(world: World, name: str, trial: TrialConfig, directory: str) -> list[float]:
+    """Stop behind a checkpoint in the middle and go on; return the losses of all steps."""
+    data, base, store = make_data("causal-lm"), BaseModel.load(name, None, "causal-lm", ()), CheckpointStore(Path(directory))
+    commands = iter([Command.CONTINUE] * 6 + [Command.SAVE, Command.STOP])
+    list(train(trial, data, base, world, control=lambda _: next(commands), checkpoints=store))
+    (*_, resumed) = train(trial, data, base, world, control=go_on, checkpoints=store)
+    return list(resumed.details["train_losses"])
+
+
 def hybrid_layouts(world: World, names: dict[str, str], directory: str) -> dict[tuple[Any, ...], Any]:
     """Train with two copies of a model in two shards each; once more from a checkpoint in the middle."""
     found = {
@@ -198,12 +210,9 @@ def hybrid_layouts(world: World, names: dict[str, str], directory: str) -> dict[
         for task in TASKS
         for kind in HYBRID
     }
-    data, base = make_data("causal-lm"), BaseModel.load(names["causal-lm"], None, "causal-lm", ())
-    trial, store = config("none", world.world_size, "fsdp", 2, shard_size=2), CheckpointStore(Path(directory))
-    commands = iter([Command.CONTINUE] * 6 + [Command.SAVE, Command.STOP])
-    list(train(trial, data, base, world, control=lambda _: next(commands), checkpoints=store))
-    (*_, resumed) = train(trial, data, base, world, control=go_on, checkpoints=store)
-    assert resumed.details["train_losses"] == pytest.approx(found["causal-lm", *HYBRID[0]][0], rel=1e-6)
+    trial = config("none", world.world_size, "fsdp", 2, shard_size=2)
+    resumed = resumed_curve(world, names["causal-lm"], trial, directory)
+    assert resumed == pytest.approx(found["causal-lm", *HYBRID[0]][0], rel=1e-6)
     return found
 
 
@@ -213,6 +222,31 @@ def test_copies_of_a_sharded_model_learn_what_one_process_learns(names: dict[str
             reference, scores = losses(World.alone(), names[task], task, config(adapter))
             assert curve == pytest.approx(reference, rel=RELATIVE), (task, adapter, kind)
             assert metrics["eval_loss"] == pytest.approx(scores["eval_loss"], rel=RELATIVE)
+
+
+def sharded_pieces(world: World, name: str, directory: str, data: TaskData) -> dict[str, Any]:
+    """Two ranks split the matrices, and two such groups share the pieces: the curves of fp32 from a checkpoint and of bf16, and the
+    share of right completions."""
+    by_precision = {precision: config("lora", world.world_size, "tp", 2, precision, tp_size=2) for precision in ("fp32", "bf16")}
+    base = BaseModel.load(name, None, "causal-lm", ())
+    module = build(by_precision["fp32"], base, world)
+    return {
+        "resumed": resumed_curve(world, name, by_precision["fp32"], directory),
+        "bf16": losses(world, name, "causal-lm", by_precision["bf16"])[0],
+        "exact_match": completion_scores(module, by_precision["fp32"], data, world, Numbers(), NUM_MATCHED)["exact_match"],
+    }
+
+
+def test_sharded_pieces_go_on_compute_in_bf16_and_complete(names: dict[str, str], tmp_path: Path) -> None:
+    name, data = names["causal-lm"], make_data("causal-lm")
+    answers = tuple(text if i % 3 else "never" for i, text in enumerate(completions_one_by_one(name, data)))
+    data = replace(data, answers=answers, answer_pattern=r"(.+)")
+    reference, _ = losses(World.alone(), name, "causal-lm", config("lora"))
+    for found in distributed.run(4, sharded_pieces, name, str(tmp_path), data):
+        assert found["resumed"] == pytest.approx(reference, rel=RELATIVE)
+        assert found["bf16"] == pytest.approx(reference, rel=2e-2)
+        assert found["bf16"] != pytest.approx(reference, rel=1e-6), "this was no bf16"
+        assert found["exact_match"] == pytest.approx(sum(a != "never" for a in answers) / NUM_MATCHED)
 
 
 def repeated(world: World, name: str) -> list[tuple[list[float], dict[str, float]]]:
@@ -326,9 +360,9 @@ def trained_by(
     for family, name in names.items():
         data, base = make_data("causal-lm"), BaseModel.load(name, None, "causal-lm", ())
         for adapter, recomputation, micro in SPLIT:
-            if tp_size is not None:
-                micro = min(micro, 4)
-            trial = config(adapter, world.world_size, strategy, micro, recomputation=recomputation, tp_size=tp_size)
+            # All rows of a step, and a part of them.
+            rows = micro if tp_size is None else micro * tp_size // world.world_size
+            trial = config(adapter, world.world_size, strategy, rows, recomputation=recomputation, tp_size=tp_size)
             store = CheckpointStore(Path(directory) / strategy / f"{family}-{adapter}-{recomputation}")
             (*_, report) = train(trial, data, base, world, control=go_on, checkpoints=store)
             curves[family, adapter, recomputation] = [

@@ -70,6 +70,7 @@ def config(
     quantization: str = "none",
     micro_batch_size: int = 1,
     shard_size: int | None = None,
+    tp_size: int | None = None,
 ) -> TrialConfig:
     lora: dict[str, Any] = {"adapter_rank": 16, "adapter_alpha": 32.0, "adapter_target_modules": ("all-linear",)}
     recipe = Recipe(
@@ -91,6 +92,7 @@ def config(
         micro_batch_size=micro_batch_size,
         recomputation=recomputation,  # type: ignore[arg-type]
         shard_size=shard_size,
+        tp_size=tp_size,
     )
     return TrialConfig(recipe=recipe, layout=layout)
 
@@ -199,6 +201,26 @@ def test_copies_in_every_node_send_their_own_shard_of_the_gradients_alone_to_ano
     assert between.seconds(machine) == pytest.approx(2 * 3 / 4 * 4 * model.num_params / 8 / 50e9)
     whole, hybrid = (estimate_step(model, config("none", 32, "fsdp", shard_size=n), machine, LENGTH) for n in (None, 8))
     assert hybrid.communication_seconds < 0.5 * whole.communication_seconds
+
+
+def test_groups_that_split_matrices_sum_what_their_own_rows_make_and_exchange_pieces() -> None:
+    model, machine = shape("Llama-3 8B"), cluster(8, num_nodes=4)
+    sums, pieces = exchanges(model, config("none", 32, "tp", tp_size=8), 16 * LENGTH)
+    (alone,) = exchanges(model, config("none", 8, "tp"), 16 * LENGTH)
+    (sharded,) = exchanges(model, config("none", 4, "fsdp"), 16 * LENGTH)
+    assert (sums.num_ranks, sums.span, sums.is_beside) == (alone.num_ranks, alone.span, alone.is_beside) == (8, 8, False)
+    # A quarter of the rows; four ranks, in as many nodes, share each piece. Under FSDP2 the residual stream,
+    # whose gradient is summed, is in bf16 as what is summed forward is; under autocast it is in fp32.
+    assert sums.num_bytes == alone.num_bytes / 4 * (2 + 2) / (2 + 4)
+    assert (pieces.num_ranks, pieces.span) == (4, 32)
+    matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    blocks, rest = matrices / 8 + 64 * 4096, 2 * 128256 * 4096 + 4096
+    # Blocks are gathered twice in bf16 and their gradients reduced in fp32, in each of four micro batches; the rest is gathered once.
+    assert pieces.num_bytes == 4 * (blocks * (2 * 2 + 4) + rest * (2 + 4))
+    assert pieces.num_bytes < sharded.num_bytes / 4 * 1.5
+    spread = estimate_step(model, config("none", 32, "tp", tp_size=8), machine, LENGTH)
+    whole = estimate_step(model, config("none", 32, "tp"), machine, LENGTH)
+    assert spread.communication_seconds < whole.communication_seconds
 
 
 @pytest.mark.parametrize(("recomputation", "passes"), [("none", 2), ("full", 3)])

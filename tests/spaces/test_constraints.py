@@ -14,6 +14,8 @@ from spaces.space import SpaceSpec
 from spaces.tensor_parallel import PLANS
 
 ROOMY = Limits(num_workers=8, hidden_size=384)
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 96, "vocab_size": 97}
+SPLITTABLE = replace(ROOMY, plan=blueprint({"model_type": "llama", **SIZES}, "causal-lm"))
 
 
 def config(**params: object) -> TrialConfig:
@@ -46,6 +48,7 @@ def test_the_default_space_is_feasible():
         ({"global_batch_size": 2, "world_size": 4}, ROOMY, "global_batch_divisible", 2),
         ({"world_size": 4}, Limits(num_workers=1, hidden_size=None), "world_size_within_cluster", 3),
         ({"global_batch_size": 24, "world_size": 6, "strategy": "fsdp", "shard_size": 4}, ROOMY, "shards_of_equal_size", 2),
+        ({"global_batch_size": 24, "world_size": 6, "strategy": "tp", "tp_size": 4}, SPLITTABLE, "shards_of_equal_size", 2),
         ({"lora_rank": 385}, ROOMY, "adapter_rank_within_width", 1),
         ({"quantization": "nf4", "world_size": 2, "strategy": "fsdp"}, ROOMY, "quantized_base_whole", 1),
         ({"quantization": "int8", "world_size": 8, "strategy": "fsdp"}, ROOMY, "quantized_base_whole", 1),
@@ -77,12 +80,29 @@ def test_a_shard_size_says_something_where_fsdp_has_more_ranks(params, num_shard
     assert is_feasible(violations(made, ROOMY)) or params["strategy"] == "tp"
 
 
+@pytest.mark.parametrize(
+    ("params", "sizes"),
+    [
+        ({"world_size": 8, "strategy": "tp"}, (8, 1, 1)),
+        ({"world_size": 8, "strategy": "tp", "tp_size": 2}, (2, 4, 4)),
+        ({"world_size": 2, "strategy": "tp", "tp_size": 2}, (2, 1, 1)),
+        ({"world_size": 1, "strategy": "tp", "tp_size": 2}, (1, 1, 1)),
+        ({"world_size": 8, "strategy": "fsdp", "tp_size": 2}, (1, 8, 8)),
+        ({"world_size": 8, "strategy": "ddp", "tp_size": 2}, (1, 8, 1)),
+    ],
+)
+def test_groups_split_matrices_where_tp_has_more_ranks(params, sizes):
+    """Ranks of a group, groups that rows are dealt to, and ranks that share one copy of what FSDP2 shards."""
+    layout = config(**params).layout
+    assert (layout.tensor_parallel_size, layout.data_parallel_size, layout.num_shards) == sizes
+    assert layout.tp_size == (2 if params == {"world_size": 8, "strategy": "tp", "tp_size": 2} else None)
+
+
 def test_matrices_are_split_where_the_family_has_a_plan_and_the_sizes_divide():
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 96, "vocab_size": 97}
     name = "matrices_split_evenly"
 
     def limits(family, **changes):
-        return replace(ROOMY, plan=blueprint({"model_type": family, **sizes, **changes}, "causal-lm"))
+        return replace(ROOMY, plan=blueprint({"model_type": family, **SIZES, **changes}, "causal-lm"))
 
     split = config(strategy="tp", world_size=4)
     for known, value, why in (

@@ -195,10 +195,19 @@ def test_a_corner_is_no_layout_that_another_shard_size_gives_too():
     assert set(sizes) == {2, 8}, "in two copies, and in one"
 
 
+def test_a_corner_is_no_layout_that_another_tp_size_gives_too():
+    sizes = {"choice": [1, 2, 4]}
+    corners = space(world_size=sizes, strategy={"choice": ["tp", "ddp"]}, tp_size={"choice": [2, "auto"]}).corners()
+    kinds = dict.fromkeys((c["world_size"], c["strategy"], c["tp_size"]) for c in corners)
+    assert list(kinds) == [(1, "tp", 2), (2, "tp", 2), (2, "ddp", 2), (4, "tp", 2), (4, "tp", "auto"), (4, "ddp", 2)]
+
+
 @pytest.mark.parametrize("value", [1, 0, "all", 2.5, True])
 def test_a_shard_has_ranks_to_be_spread_over(value):
     with pytest.raises(ValidationError, match="not a shard size"):
         space(shard_size=value)
+    with pytest.raises(ValidationError, match="not a tensor-parallel size"):
+        space(tp_size=value)
 
 
 @pytest.mark.parametrize(
