@@ -88,11 +88,18 @@ def connected(resources: ResourcesSpec) -> Iterator[int]:
     """Connect to Ray for the time of the block and yield how many workers the cluster holds at once.
 
     A local cluster is private to this process and gone afterwards; one that was there before is left as it was.
+
+    Raises:
+        ClusterError: the cluster that RAY_ADDRESS names does not let this process in.
     """
     import ray
 
     if is_submitted():
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+        try:
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            why = f"{error}; where it asks for a token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH must give it here"
+            raise ClusterError(f"RAY_ADDRESS: the Ray cluster at {os.environ['RAY_ADDRESS']} lets nobody in: {why}") from error
     else:
         # Usage statistics would be sent to the internet; a tuning tool has no business doing that by default.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -40,6 +40,7 @@ def test_cluster_yaml_is_valid_by_rays_own_schema() -> None:
 @dataclass
 class TwoNodes:
     job_server: str
+    address: str
     env: dict[str, str]
 
 
@@ -75,7 +76,7 @@ def two_nodes(tmp_path: Path) -> Iterator[TwoNodes]:
         for command in commands:
             nodes.append(subprocess.Popen([BIN / "ray", "start", *command, *common], env=env, stdout=log, stderr=log, cwd=tmp_path))
             _wait_for_nodes(f"127.0.0.1:{port}", len(nodes), env, tmp_path)
-        yield TwoNodes(job_server=f"http://127.0.0.1:{dashboard}", env=env)
+        yield TwoNodes(job_server=f"http://127.0.0.1:{dashboard}", address=f"127.0.0.1:{port}", env=env)
     finally:
         for node in reversed(nodes):
             node.send_signal(signal.SIGTERM)
@@ -134,10 +135,20 @@ def test_a_submitted_search_trains_one_trial_over_two_nodes(two_nodes: TwoNodes,
 
 
 @pytest.mark.slow
-def test_without_the_token_the_job_server_answers_401(two_nodes: TwoNodes) -> None:
+def test_without_the_token_nobody_gets_in(two_nodes: TwoNodes, tmp_path: Path) -> None:
     import urllib.error
     import urllib.request
 
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{two_nodes.job_server}/api/jobs/", timeout=10)
     assert refused.value.code == 401
+
+    other = tmp_path / "other"
+    other.write_text("b" * 64)
+    env = {**two_nodes.env, "RAY_ADDRESS": two_nodes.address, "RAY_AUTH_TOKEN_PATH": str(other)}
+    make_spec(tmp_path / "project")
+    command = [sys.executable, "-m", "search.cli", "search", str(tmp_path / "project/spec.yaml")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, cwd=tmp_path, check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert f"error: RAY_ADDRESS: the Ray cluster at {two_nodes.address} lets nobody in" in done.stderr
+    assert "Traceback" not in done.stderr
