@@ -16,11 +16,13 @@ from trainables.hub import EMBEDDED_MODEL, EMBEDDED_ORIGIN
 
 PIPELINES = {"sequence-classification": "text-classification", "causal-lm": "text-generation"}
 CLASSES = {"sequence-classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
-# Of bitsandbytes, as `trainables.quantize` holds the base.
+# How transformers holds the base as `trainables.quantize` does; where there are modules that it must leave as they are, with these.
 QUANTIZATIONS = {
     "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="{dtype}"{skipped})',
     "int8": "BitsAndBytesConfig(load_in_8bit=True{skipped})",
+    "float8": "TorchAoConfig(Float8WeightOnlyConfig(){skipped})",
 }
+SKIPPED = {"nf4": "llm_int8_skip_modules", "int8": "llm_int8_skip_modules", "float8": "modules_to_not_convert"}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -140,10 +142,10 @@ def _usage(results: Results, recipe: Recipe, unquantized: Sequence[str], *, is_a
         return f'```python\nfrom transformers import pipeline\n\nmodel = pipeline("{task}", model="THIS_DIRECTORY")\n```'
     options, imports = "", f"AutoConfig, AutoTokenizer, {name}"
     if recipe.quantization != "none":
-        skipped = f", llm_int8_skip_modules={list(unquantized)!r}" if unquantized else ""
+        skipped = f", {SKIPPED[recipe.quantization]}={list(unquantized)!r}" if unquantized else ""
         how = QUANTIZATIONS[recipe.quantization].format(dtype=DTYPES[recipe.precision], skipped=skipped)
         options = f", quantization_config={how}"
-        imports += ", BitsAndBytesConfig"
+        imports += f", {how.partition('(')[0]}"
     revision = f', revision="{model.revision}"' if model.revision else ""
     if model.task == "sequence-classification":
         options += ", ignore_mismatched_sizes=True"  # the base may have a head of another size
@@ -151,6 +153,8 @@ def _usage(results: Results, recipe: Recipe, unquantized: Sequence[str], *, is_a
     if recipe.adapter == "bottleneck":
         first = 'import sys\n\nsys.path.insert(0, "THIS_DIRECTORY")\nfrom bottleneck import load'
         last = 'model = load(base, "THIS_DIRECTORY")'
+    if recipe.quantization == "float8":
+        first = f"{first}\nfrom torchao.quantization import Float8WeightOnlyConfig"
     return "\n".join(
         [
             "```python",

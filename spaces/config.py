@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 Adapter = Literal["none", "lora", "rslora", "dora", "vera", "ia3", "oft", "bottleneck"]
 Precision = Literal["fp32", "bf16"]
-Quantization = Literal["none", "nf4", "int8"]
+Quantization = Literal["none", "nf4", "int8", "float8"]
 Strategy = Literal["ddp", "fsdp", "tp"]
 Recomputation = Literal["none", "full"]
 Compilation = Literal["none", "blocks"]

@@ -71,19 +71,19 @@ def adapter_rank_within_width(config: TrialConfig, limits: Limits) -> float:
 def quantized_base_whole(config: TrialConfig, limits: Limits) -> float:
     """1 where a quantised base would be spread over ranks.
 
-    A shard of an int8 weight has lost the scales that bitsandbytes hangs on it; of nf4, every rank would hold all scales beside its
-    shard of the weights, and there is no formula for that.
+    A shard of an int8 weight has lost the scales that bitsandbytes hangs on it; of nf4 and float8, every rank would hold all scales
+    beside its shard of the weights, and there is no formula for that.
     """
     is_spread = config.layout.strategy != "ddp" and config.layout.world_size > 1
     return float(config.recipe.quantization != "none" and is_spread)
 
 
 def norms_whole(config: TrialConfig, limits: Limits) -> float:
-    """1 where DoRA could not take the norms of rows: tensor parallelism splits them, and of int8 weights PEFT loses the scales.
+    """1 where DoRA could not take the norms of rows: tensor parallelism splits them, of int8 and float8 PEFT has no scales.
 
     Nor does PEFT know norms of experts in one stacked weight.
     """
-    is_hidden = config.layout.tensor_parallel_size > 1 or config.recipe.quantization == "int8"
+    is_hidden = config.layout.tensor_parallel_size > 1 or config.recipe.quantization in ("int8", "float8")
     stacked = [] if limits.plan is None else [m for m in limits.plan.block if m.num_experts > 1 and is_wrapped(m, config.recipe)]
     is_hidden = is_hidden or bool(stacked)
     return float(config.recipe.adapter == "dora" and is_hidden)
@@ -103,14 +103,15 @@ def vectors_whole(config: TrialConfig, limits: Limits) -> float:
 def layers_adaptable(config: TrialConfig, limits: Limits) -> float:
     """1 where an adapter has no layers to change.
 
-    OFT, of GPT-2, whose layers are no `nn.Linear`: PEFT has nothing for them. A bottleneck, of experts in one stacked weight.
+    OFT, of GPT-2, whose layers are no `nn.Linear`: PEFT has nothing for them, nor has torchao a float8. A bottleneck, of experts in
+    one stacked weight.
     """
-    if limits.plan is None:
+    recipe, plan = config.recipe, limits.plan
+    if plan is None:
         return 0.0
-    is_stacked = limits.plan.feed_forward_out[-1].num_experts > 1
-    return float(
-        is_stacked if config.recipe.adapter == "bottleneck" else config.recipe.adapter == "oft" and limits.plan.family == "gpt2"
-    )
+    is_stacked = recipe.adapter == "bottleneck" and plan.feed_forward_out[-1].num_experts > 1
+    is_no_linear = plan.family == "gpt2" and (recipe.adapter == "oft" or recipe.quantization == "float8")
+    return float(is_stacked or is_no_linear)
 
 
 def rotated_in_whole_blocks(config: TrialConfig, limits: Limits) -> float:
@@ -195,11 +196,11 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         + (f"a shard size of {layout.shard_size}" if layout.tp_size is None else f"a tp size of {layout.tp_size}"),
         adapter_rank_within_width.__name__: f"rank {recipe.adapter_rank} exceeds the model's width of {limits.hidden_size}",
         quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
-        norms_whole.__name__: "dora trains the norms of whole rows: not of what tp splits, int8 holds, or experts share",
+        norms_whole.__name__: "dora trains the norms of whole rows: not of what tp splits, int8 or float8 holds, or experts share",
         vectors_whole.__name__: f"{recipe.adapter} trains what tp would cut; and vera not with fsdp in bf16",
-        layers_adaptable.__name__: "bottlenecks are behind a feed-forward, and these experts are one stacked weight"
-        if recipe.adapter == "bottleneck"
-        else "oft rotates what goes into nn.Linear, and GPT-2's layers are none",
+        layers_adaptable.__name__: "oft and float8 are of nn.Linear, and GPT-2's layers are none"
+        if limits.plan is not None and limits.plan.family == "gpt2"
+        else "bottlenecks are behind a feed-forward, and these experts are one stacked weight",
         rotated_in_whole_blocks.__name__: f"oft: blocks of {recipe.adapter_rank} do not divide the widths of the layers",
         memory_within_device.__name__: f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
     }

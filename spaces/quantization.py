@@ -2,7 +2,7 @@
 
 As `bitsandbytes` does it (https://github.com/bitsandbytes-foundation/bitsandbytes, `autograd/_functions.py`): a product keeps
 neither its input nor its weight for the backward pass, but spreads the weight out, forward and again backward, in the format that it
-computes in. On a GPU, int8 multiplies int8 forward, and spreads out backward alone.
+computes in. On a GPU, int8 multiplies int8 forward, and spreads out backward alone. Of float8 `trainables.quantize` does as much.
 """
 
 from __future__ import annotations

@@ -100,10 +100,10 @@ class SpaceSpec(BaseModel):
 
     adapter: NameDomain[Adapter] = Fixed[Adapter]("lora")
     """`none` trains every weight, `lora` low-rank adapters and the head; `rslora` scales adapters by alpha / sqrt(rank), so that
-    large ranks learn as much as small ones; `dora` trains the norms of adapted rows too, and not with `tp` or `int8`. `vera` and
-    `ia3` train some vectors alone, in small files for many tasks, and not with `tp`; `oft` rotates what goes into a layer, not with
-    `tp`, and not of GPT-2; `bottleneck` has a narrow layer behind the feed-forward of each block, which no weights stand for, so that
-    it is never merged, and not with `tp`."""
+    large ranks learn as much as small ones; `dora` trains the norms of adapted rows too, not with `tp`, `int8` or `float8`.
+    `vera` and `ia3` train some vectors alone, in small files for many tasks, and not with `tp`; `oft` rotates what goes into a
+    layer, not with `tp`, and not of GPT-2; `bottleneck` has a narrow layer behind the feed-forward of each block, which no
+    weights stand for, so that it is never merged, and not with `tp`."""
     learning_rate: LearningRateDomain = ByAdapter(
         by_adapter=PerAdapter(
             none=LogUniform[LearningRate](log_uniform=(1e-5, 1e-3)),
@@ -131,8 +131,8 @@ class SpaceSpec(BaseModel):
     lora_target_modules: NameDomain[ModuleNames] = Fixed[ModuleNames]("all-linear")
     """Module name suffixes that LoRA, its variants, VeRA and OFT wrap, with commas between."""
     quantization: NameDomain[Quantization] = Fixed[Quantization]("none")
-    """How the blocks' frozen linear layers are held: `nf4` in 4.5 bits a weight (QLoRA), `int8` in 8 (LLM.int8()), `none` in the
-    precision; only with LoRA, its variants, OFT and bottlenecks, and on one rank or with `ddp`."""
+    """How the blocks' frozen linear layers are held: `nf4` in 4.5 bits a weight (QLoRA), `int8` in 8 (LLM.int8()), `float8` in
+    8 (e4m3), `none` in the precision; only with LoRA, its variants, OFT and bottlenecks, and on one rank or with `ddp`."""
     warmup_fraction: FloatDomain[WarmupFraction] = Fixed[WarmupFraction](0.1)
     """Share of the optimizer steps in which the learning rate rises."""
     weight_decay: FloatDomain[WeightDecay] = Fixed[WeightDecay](0.0)

@@ -168,6 +168,13 @@ QUANTIZED = [
     for c in ("none", "full")
     for r, n in ((2, 16), (8, 32), (16, 48))
 ]
+QUANTIZED += [
+    Case(family=f, adapter="all-linear", precision=p, rows=r, length=n, recomputation=c, quantization="float8")
+    for f in ("llama", "gemma", "bert")
+    for p in PRECISIONS
+    for c in ("none", "full")
+    for r, n in ((2, 16), (8, 32))
+]
 ALONE += QUANTIZED
 VARIANTS = [
     Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation=c, method=m)

@@ -1,4 +1,9 @@
-"""Quantised linear layers of a frozen base, through bitsandbytes: layers, weights and results are those of transformers' loading."""
+"""Quantised linear layers of a frozen base.
+
+Through bitsandbytes (nf4, int8): layers, weights and results are those of transformers' loading. In float8 a weight is what
+torchao's `Float8WeightOnlyConfig` makes of it; its own product keeps the weight that it spread out for the backward pass, and so all
+of the memory that it should save (torchao 0.18).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -17,6 +23,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from spaces.config import Quantization
 from spaces.quantization import NF4_BLOCK
+
+FLOAT8 = torch.float8_e4m3fn
 
 # On some CPUs it says at its import, in every worker, that a kernel is not installed which we do not use, and in every evaluation
 # that int8 goes through fp16.
@@ -53,9 +61,10 @@ class Packed:
     """A quantised weight of a linear layer."""
 
     weight: torch.Tensor
-    """Two values of four bits in a uint8, flat; or int8 (outputs, inputs)."""
+    """Two values of four bits in a uint8, flat; or (outputs, inputs) in int8, or in float8, whose bytes are in uint8: nothing then
+    casts them as it does floating-point weights."""
     scales: torch.Tensor
-    """fp32, one for each block of values (nf4) or each row (int8)."""
+    """fp32, one for each block of values (nf4) or each row (int8, float8)."""
     state: Any = None
     """What bitsandbytes knows of an nf4 weight: its scales, shape and number format."""
 
@@ -82,6 +91,8 @@ def spread_out(module: nn.Module, packed: Mapping[str, Packed]) -> None:
         linear: Any = module.get_submodule(name)
         if weight.state is not None:
             values = dequantize_4bit(weight.weight, weight.state)
+        elif weight.weight.dtype == torch.uint8:
+            values = _of_float8(weight.weight, weight.scales, torch.float32)
         else:
             values = int8_vectorwise_dequant(weight.weight, weight.scales)
         linear.weight.data = (values.T if isinstance(linear, Conv1D) else values).to(linear.weight.dtype).contiguous()
@@ -100,19 +111,22 @@ def quantize(module: nn.Module, packed: Mapping[str, Packed], dtype: torch.dtype
         num_outputs, num_inputs = _weight(linear).shape
         # On `meta`: the weights that a layer makes for itself are thrown away.
         with torch.device("meta"):
-            layer: Nf4Linear | Int8Linear
+            layer: QuantizedLinear
             sizes = (num_inputs, num_outputs, linear.bias is not None)
             if weight.state is not None:
                 layer = Nf4Linear(*sizes, compute_dtype=dtype, compress_statistics=False, quant_type="nf4")
+            elif weight.weight.dtype == torch.uint8:
+                layer = Float8Linear(*sizes)
             else:
                 layer = Int8Linear(*sizes, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD)
         layer.hold(weight)
         layer.bias = linear.bias
         module.set_submodule(name, layer)
-    if packed:
-        # PEFT asks for it before it looks at the layers.
-        is_nf4 = next(iter(packed.values())).state is not None
-        setattr(module, "is_loaded_in_4bit" if is_nf4 else "is_loaded_in_8bit", True)
+    # PEFT asks for it before it looks at the layers of bitsandbytes.
+    kinds = {type(part) for part in module.modules()}
+    for kind, flag in ((Nf4Linear, "is_loaded_in_4bit"), (Int8Linear, "is_loaded_in_8bit")):
+        if kind in kinds:
+            setattr(module, flag, True)
 
 
 class Nf4Linear(Linear4bit):
@@ -168,7 +182,44 @@ class Int8Linear(Linear8bitLt):
         return result
 
 
-def quantized_product(x: torch.Tensor, layer: Nf4Linear | Int8Linear) -> torch.Tensor:
+class Float8Linear(nn.Linear):
+    """A frozen linear layer in float8 (e4m3) with a scale for each row."""
+
+    def hold(self, packed: Packed) -> None:
+        """Take a weight."""
+        self.weight = nn.Parameter(packed.weight, requires_grad=False)
+        self.register_buffer("scales", packed.scales, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W' + b."""
+        return quantized_product(x, self)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply with the weight spread out, and keep nothing but the weight as it is held."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        result: torch.Tensor = _Float8Product.apply(x.to(dtype), self.weight, self.scales, bias)
+        return result
+
+
+class _Float8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        context.save_for_backward(weight, scales)
+        return functional.linear(x, _of_float8(weight, scales, x.dtype), bias)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = gradients
+        weight, scales = context.saved_tensors
+        return gradient @ _of_float8(weight, scales, gradient.dtype), None, None, None
+
+
+QuantizedLinear = Nf4Linear | Int8Linear | Float8Linear
+
+
+def quantized_product(x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
     """Return the layer's result: a function of its own, because that is what `trainables.meter` sees."""
     if has_torch_function_unary(x):
         return handle_torch_function(quantized_product, (x,), x, layer)
@@ -193,5 +244,15 @@ def _pack(weight: torch.Tensor, method: Quantization) -> Packed:
     if method == "nf4":
         data, state = quantize_4bit(weight, blocksize=NF4_BLOCK, compress_statistics=False, quant_type="nf4")
         return Packed(weight=data, scales=state.absmax, state=state)
+    if method == "float8":
+        largest = torch.finfo(FLOAT8).max
+        # A row of zeros has any scale.
+        scales = (weight.abs().amax(dim=1) / largest).float().clamp(min=torch.finfo(torch.float32).tiny)
+        return Packed(weight=(weight.float() / scales[:, None]).clamp(-largest, largest).to(FLOAT8).view(torch.uint8), scales=scales)
     data, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
     return Packed(weight=data, scales=scales)
+
+
+def _of_float8(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what a weight in float8 stands for: (outputs, inputs)."""
+    return weight.view(FLOAT8).to(dtype).mul_(scales.to(dtype)[:, None])

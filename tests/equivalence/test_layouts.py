@@ -32,7 +32,7 @@ from trainables.tokenization import IGNORE, Encoded
 RELATIVE, STEPS = 2e-4, 12
 TASKS = ("causal-lm", "sequence-classification")
 # LoRA on a base in fp32, and on quantised ones, which are not sharded.
-QUANTIZED = ("nf4", "int8")
+QUANTIZED = ("nf4", "int8", "float8")
 VECTORS = ("vera", "ia3")
 LORA = ("lora", "rslora", "dora", "oft", "bottleneck", *VECTORS, *QUANTIZED)
 STRATEGIES = ("ddp", "fsdp", "tp")

@@ -138,7 +138,9 @@ def test_what_oft_rotates_is_cut_into_whole_blocks():
     assert value(lora_rank=1) == 1, "nothing would train"
     gpt2 = replace(ROOMY, plan=blueprint({"model_type": "gpt2", **sizes}, "causal-lm"))
     assert violations(config(adapter="oft", lora_rank=4), gpt2)["layers_adaptable"] == 1
-    assert why_none_trains([config(adapter="oft", lora_rank=4)], gpt2).startswith("oft rotates")
+    assert why_none_trains([config(adapter="oft", lora_rank=4)], gpt2).startswith("oft and float8")
+    assert violations(config(quantization="float8"), gpt2)["layers_adaptable"] == 1
+    assert violations(config(quantization="float8"), limits)["layers_adaptable"] == 0
     assert not why_none_trains([config(adapter="oft", lora_rank=7)], limits), "another rank may do"
     assert violations(config(adapter="oft", lora_rank=7), ROOMY)[name] == 0, "not known without a plan"
     assert violations(config(adapter="oft", world_size=2, strategy="tp"), ROOMY)["vectors_whole"] == 1

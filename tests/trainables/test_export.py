@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from trainables.loop import Command, load_weights, train
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
 from trainables.preparation import prepare
-from trainables.quantize import pack_linears
+from trainables.quantize import Packed, pack_linears
 
 Parts = tuple[TaskData, BaseModel]
 
@@ -181,7 +182,7 @@ def test_bottlenecks_of_another_model_are_refused(parts: Parts, tmp_path: Path) 
         bottleneck.load(model, tmp_path / "out")
 
 
-@pytest.mark.parametrize("method", ["nf4", "int8"])
+@pytest.mark.parametrize("method", ["nf4", "int8", "float8"])
 def test_a_quantised_base_is_spread_out_before_it_is_merged(parts: Parts, tmp_path: Path, method: str) -> None:
     data, base = parts
     config = config_of(adapter="lora", quantization=method, lora_rank=4)
@@ -191,13 +192,18 @@ def test_a_quantised_base_is_spread_out_before_it_is_merged(parts: Parts, tmp_pa
     plain = merged_module(replace(config, recipe=replace(config.recipe, quantization="none")), base, weights)
     packed = pack_linears(base.module, config.recipe.quantization, torch.float32, torch.device("cpu"), base.new_parameters)
     assert len(packed) > 10
+    spread_by: dict[str, Callable[[Packed], torch.Tensor]] = {
+        "nf4": lambda held: dequantize_4bit(held.weight, held.state),
+        "int8": lambda held: held.weight * held.scales[:, None] / 127,
+        "float8": lambda held: held.weight.view(torch.float8_e4m3fn).float() * held.scales[:, None],
+    }
     for name, weight in packed.items():
-        spread = dequantize_4bit(weight.weight, weight.state) if method == "nf4" else weight.weight * weight.scales[:, None] / 127
+        spread = spread_by[method](weight)
         ours, original = merged.get_submodule(name).weight, before[f"{name}.weight"]
         assert not torch.allclose(spread, original, atol=1e-4), "nothing was quantised, so the comparison is empty"
         torch.testing.assert_close(ours - plain.get_submodule(name).weight, spread - original, rtol=0, atol=1e-5)
     # int8 products round their inputs too, which no weight can.
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if method == "nf4" else {"rtol": 0.05, "atol": 0.05}
+    tolerance = {"rtol": 0.05, "atol": 0.05} if method == "int8" else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(logits_of(merged), logits_of(trained(base, weights, config)), **tolerance)
     assert all(torch.equal(value, before[name]) for name, value in base.module.state_dict().items())
     assert scores(merged, config, data)["accuracy"] == pytest.approx(accuracy, abs=0.1)

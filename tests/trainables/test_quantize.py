@@ -24,9 +24,10 @@ from trainables.meter import FlopWatch
 from trainables.model import BaseModel, build, trainable
 from trainables.optim import make_optimizer
 from trainables.parallelize import autocast, recompute
-from trainables.quantize import Int8Linear, Nf4Linear
+from trainables.quantize import Float8Linear, Nf4Linear, QuantizedLinear, pack_linears
 
-METHODS, PRECISIONS = ("nf4", "int8"), ("fp32", "bf16")
+METHODS, PRECISIONS = ("nf4", "int8", "float8"), ("fp32", "bf16")
+OF_BITSANDBYTES = ("nf4", "int8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLASSES = {"causal-lm": AutoModelForCausalLM, "sequence-classification": AutoModelForSequenceClassification}
 
@@ -35,9 +36,13 @@ def case(family: str, method: str, precision: str = "fp32", adapter: str = "all-
     return Case(family=family, adapter=adapter, quantization=method, precision=precision, **changes)
 
 
-def layers(module: nn.Module) -> dict[str, Nf4Linear | Int8Linear]:
+def layers(module: nn.Module) -> dict[str, QuantizedLinear]:
     """Return the quantised layers by their names without PEFT's."""
-    found = {name: part for name, part in module.named_modules() if isinstance(part, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)}
+    found = {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt | Float8Linear)
+    }
     return {name.removeprefix("base_model.model.").removesuffix(".base_layer"): part for name, part in found.items()}
 
 
@@ -59,7 +64,7 @@ def loaded_by_transformers(directory: Path, trial: Case, module: nn.Module) -> n
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_BITSANDBYTES)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "mixtral"])
 def test_the_same_layers_hold_the_same_weights_and_give_the_same_results_as_transformers_own(
     tmp_path: Path, family: str, method: str, precision: str
@@ -83,12 +88,53 @@ def test_the_same_layers_hold_the_same_weights_and_give_the_same_results_as_tran
         assert torch.equal(*results)
 
 
+# What torchao 0.18 made of `WEIGHT` with `Float8WeightOnlyConfig()`: bytes by precision, and scales.
+WEIGHT = [[0.75, -1.0, 0.3, 0.001, -0.0007, 0.0, 0.11, -0.62], [3.0, -0.2, 0.017, 5.5, -7.0, 1e-5, 0.9, 2.2]]
+OF_TORCHAO = {
+    "fp32": ([122, 254, 112, 46, 170, 0, 100, 249], 0.0022321429569274187),
+    "bf16": ([123, 254, 112, 46, 170, 0, 100, 249], 0.002227783203125),
+}
+SECOND_ROW, SECOND_SCALE = [116, 213, 57, 123, 254, 0, 102, 113], 0.015625
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_float8_is_that_of_torchao(precision: str) -> None:
+    module: Any = case("llama", "float8").base().module
+    module.model.layers[0].mlp.up_proj.weight.data.zero_()[:2, :8] = torch.tensor(WEIGHT)
+    packed = pack_linears(module, "float8", DTYPES[precision], torch.device("cpu"), ())["model.layers.0.mlp.up_proj"]
+    first, scale = OF_TORCHAO[precision]
+    assert packed.weight[:3, :8].tolist() == [first, SECOND_ROW, [0] * 8]
+    assert not packed.weight[:, 8:].any()
+    assert packed.scales.tolist()[:2] == [scale, SECOND_SCALE]
+
+
+def test_float8_is_off_by_half_a_step_of_its_three_bits() -> None:
+    """Below 2^-6 of the scale, steps are 2^-9 of it."""
+    base = case("llama", "float8").base()
+    for name, packed in pack_linears(base.module, "float8", torch.float32, torch.device("cpu"), ()).items():
+        weight, scales = base.module.get_submodule(name).weight, packed.scales[:, None]
+        error = (packed.weight.view(torch.float8_e4m3fn).float() * scales - weight).abs()
+        assert (error <= torch.maximum(weight.abs() / 16, scales / 1024) * 1.0001).all(), name
+        assert error.max() > 0
+
+
+def test_a_product_in_float8_keeps_the_weight_as_it_is_held_and_no_input() -> None:
+    module = build(case("llama", "float8").config(1), case("llama", "float8").base(), World.alone())
+    layer = next(iter(layers(module).values()))
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(torch.randn(4, layer.in_features, requires_grad=True))
+    assert {tensor.data_ptr() for tensor in kept} == {layer.weight.data_ptr(), layer.scales.data_ptr()}
+
+
 def dequantized(trial: Case, base: BaseModel) -> BaseModel:
     """Return the base with plain layers of the weights that the quantised ones stand for."""
     module = copy.deepcopy(base.module)
     for name, layer in layers(build(trial.config(1), base, World.alone())).items():
         if isinstance(layer, Nf4Linear):
             weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.quant_state)
+        elif isinstance(layer, Float8Linear):
+            weight = layer.weight.view(torch.float8_e4m3fn).float() * layer.scales[:, None]
         else:
             weight = bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.scales)
         plain: Any = module.get_submodule(name)
@@ -149,7 +195,7 @@ def test_what_computes_in_bf16_is_held_so_and_what_trains_is_not() -> None:
         for method in METHODS:
             module = build(case("bert", method, precision).config(1), case("bert", method).base(), World.alone())
             frozen = {p.dtype for p in module.parameters() if not p.requires_grad}
-            assert frozen == {dtype, torch.uint8 if method == "nf4" else torch.int8}
+            assert frozen == {dtype, torch.int8 if method == "int8" else torch.uint8}
             assert {p.dtype for p in trainable(module).values()} == {torch.float32}
             if method == "nf4":
                 assert {layer.compute_dtype for layer in layers(module).values()} == {dtype}
