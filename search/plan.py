@@ -131,7 +131,7 @@ def layout_rows(
     """
     rows = []
     for params in space.corners():
-        config = config_within(params, max_length=max_length, limits=limits if forecaster is None else forecaster.device_limits)
+        config = config_within(params, limits if forecaster is None else forecaster.device_limits)
         if isinstance(space.world_size, Profile) and config.layout.world_size > limits.num_workers:
             continue  # of those that `profile` names, a search takes what the cluster holds
         values = violations(config, limits)
@@ -145,8 +145,9 @@ def layout_rows(
                 "strategy": config.layout.strategy,
                 "shard_size": config.layout.shard_size or ("all" if config.layout.is_sharded else "-"),
                 "global_batch_size": config.recipe.global_batch_size,
-                "micro_batch_size": config.layout.micro_batch_size,
-                "num_grad_accum_steps": config.num_grad_accum_steps,
+                "micro_batch_size": config.layout.micro_batch_size or "-",
+                "micro_batch_tokens": config.layout.micro_batch_tokens or "-",
+                "num_grad_accum_steps": config.num_grad_accum_steps(max_length),
                 "recomputation": config.layout.recomputation,
                 "compile": config.layout.compile,
                 "peak_memory_bytes": None if memory is None else sum(memory.values()),

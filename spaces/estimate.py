@@ -184,7 +184,7 @@ def estimate_step(
     peak = machine.peak_flops_per_second(recipe.precision)
     compute = computed / layout.data_parallel_size / (peak * ASSUMED_UTILISATION)
     trained = num_updated(local, config)
-    num_micro_batches = config.num_grad_accum_steps
+    num_micro_batches = config.num_grad_accum_steps(length)
     num_spreads = num_micro_batches * (3 if layout.recomputation == "full" else 2)
     compute += num_spreads * spread_bytes(local, recipe, widths(config).products) / machine.memory_bytes_per_second()
     exchange = sum(part.seconds(machine) for part in exchanges(plan, config, rows * length))
@@ -230,7 +230,7 @@ def exchanges(plan: Blueprint, config: TrialConfig, num_tokens: float) -> list[E
     found = [Exchange(num_bytes=_bytes_inside(plan, config, num_tokens), num_ranks=inside, span=inside)]
     if layout.shard_size is not None:
         # Every micro batch's, as FSDP2 reduces them; of a rank's own shard.
-        gradients = FP32_BYTES * num_updated(plan, config) / inside * config.num_grad_accum_steps
+        gradients = FP32_BYTES * num_updated(plan, config) / inside * _num_micro_batches(config, num_tokens)
         found.append(Exchange(num_bytes=2 * gradients, num_ranks=layout.world_size // inside, span=layout.world_size))
     return found
 
@@ -246,7 +246,11 @@ def _bytes_inside(plan: Blueprint, config: TrialConfig, num_tokens: float) -> fl
     blocks = plan.shape.num_layers * plan.num_block_params
     # Blocks are gathered for the forward and again for the backward pass, what no block holds once.
     gathered = widths(config).products * (held + blocks)
-    return float(config.num_grad_accum_steps * (gathered + gradients))
+    return float(_num_micro_batches(config, num_tokens) * (gathered + gradients))
+
+
+def _num_micro_batches(config: TrialConfig, num_tokens: float) -> int:
+    return config.num_grad_accum_steps(num_tokens / config.recipe.global_batch_size)
 
 
 def _summed_activations(plan: Blueprint, config: TrialConfig) -> int:
