@@ -197,7 +197,8 @@ def _layout_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         table.append(cells)
     verdicts = ["runs there" if is_forecast else "runs here", *(_verdict(row) for row in rows)]
     lines = [f"{line}  {verdict}" for line, verdict in zip(aligned(table), verdicts, strict=True)]
-    return [*lines, "all with " + ", ".join(f"{knob.replace('_', ' ')} {rows[0][knob]}" for knob in shared)] if shared else lines
+    told = [f"{knob.replace('_', ' ')} {rows[0][knob]}" for knob in shared if rows[0][knob] != "-"]
+    return [*lines, "all with " + ", ".join(told)] if told else lines
 
 
 def _step_cells(step: Mapping[str, Any] | None) -> list[str]:
@@ -232,7 +233,7 @@ def _forecast_lines(forecast: Mapping[str, Any]) -> list[str]:
     if forecast["num_rows"] is None:
         lines.append("no hours: how many training rows there are is not known here; say it with --rows")
     if run:
-        layout = ", ".join(f"{knob.replace('_', ' ')} {run[knob]}" for knob in KNOB_COLUMNS if knob in run)
+        layout = ", ".join(f"{knob.replace('_', ' ')} {run[knob]}" for knob in KNOB_COLUMNS if run.get(knob, "-") != "-")
         lines.append(f"one run of the fastest layout on all the data: {_cost_text(run)} ({layout})")
     if search:
         lines.append(f"the whole search: {_cost_text(search)}")

@@ -32,7 +32,9 @@ def sizes(padded: list[int]) -> StepSizes:
         padded_tokens=array,
         squared_lengths=array.astype(float) ** 2,
         micro_targets=array,
+        micro_batches=np.ones_like(array),
         micro_tokens=array,
+        micro_rows=np.ones_like(array),
     )
 
 

@@ -41,7 +41,9 @@ def sizes(padded: np.ndarray) -> StepSizes:
         padded_tokens=padded,
         squared_lengths=padded**2.0,
         micro_targets=padded,
+        micro_batches=np.ones_like(padded),
         micro_tokens=padded,
+        micro_rows=np.ones_like(padded),
     )
 
 
