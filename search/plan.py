@@ -219,7 +219,7 @@ def _verdict(row: Mapping[str, Any]) -> str:
 def _memory_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the predicted memory of a rank by term, once for all layouts that agree in it."""
     terms = [f.name for f in fields(RankMemory)]
-    columns = [knob for knob in KNOB_COLUMNS if knob not in ("global_batch_size", "num_grad_accum_steps")]
+    columns = [knob for knob in KNOB_COLUMNS if knob != "num_grad_accum_steps"]
     table = [[name.removesuffix("_bytes").replace("_", " ") for name in (*columns, *terms)]]
     for row in rows:
         if row["memory"]:

@@ -61,6 +61,17 @@ def test_a_base_is_quantised_only_with_lora():
     assert TrialConfig.from_dict(older) == whole, "a search that was begun before can go on"
 
 
+def test_a_number_of_rows_is_one_and_auto_is_a_budget_of_tokens():
+    rows = TrialConfig.from_params(space(micro_batch_size=4).first())
+    assert (rows.layout.micro_batch_size, rows.layout.micro_batch_tokens) == (4, None)
+    tokens = TrialConfig.from_params(space().first())
+    assert (tokens.layout.micro_batch_size, tokens.layout.micro_batch_tokens) == (None, 4096)
+    assert TrialConfig.from_dict(tokens.to_dict()) == tokens
+    older = rows.to_dict()
+    del older["layout"]["micro_batch_tokens"]
+    assert TrialConfig.from_dict(older) == rows, "of a search that was begun when there were only rows"
+
+
 def test_the_learning_rate_follows_the_adapter():
     seen = {p["adapter"]: [] for p in proposals(space(**BOTH))}
     for params in proposals(space(**BOTH)):
