@@ -114,7 +114,7 @@ class Case:
         }
         if self.adapter == "none":
             del params["lora_rank"], params["quantization"]
-        return TrialConfig.from_params(SpaceSpec.model_validate(params).first(), max_length=length)
+        return TrialConfig.from_params(SpaceSpec.model_validate(params).first())
 
 
 CASES = [

@@ -126,7 +126,7 @@ class Recorder:
 
     def untrained(self) -> dict[str, float]:
         """Return the scores before any training: the corner of a hypervolume over the loss."""
-        config = TrialConfig.from_params(self.spec.space.first(), max_length=self.spec.model.max_length)
+        config = TrialConfig.from_params(self.spec.space.first())
         scores = evaluate_untrained(config, self.data, self.base, World.alone())
         return {name: scores[name] for name in (metrics.EVAL_LOSS, metrics.ACCURACY)}
 
@@ -134,7 +134,7 @@ class Recorder:
         """Train one trial whole; return its row."""
         params = self.spec.space.suggest(Draw(f"{self.task.name} {number}"))
         smaller = {**params, "dataset_fraction": params["dataset_fraction"] * self.task.share}
-        config = TrialConfig.from_params(smaller, max_length=self.spec.model.max_length)
+        config = TrialConfig.from_params(smaller)
         row: dict[str, Any] = {"task": self.task.name, "number": number, **{k: params[k] for k in KNOBS if k in params}}
         try:
             return row | self._train(Trainer(config, self.data, self.base, World.alone(), checkpoints=None, rungs=SHARES))

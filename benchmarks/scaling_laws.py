@@ -65,7 +65,7 @@ def grid(spec: SearchSpec, share: float, batch: int) -> Iterator[tuple[float, Tr
                 params = {**spec.space.first(), "adapter": adapter, "lora_rank": 8, "lora_alpha": 16.0, "learning_rate": rate}
                 params |= {"dataset_fraction": fraction * share, "global_batch_size": batch, "epochs": 1.0}
                 params |= {"world_size": 1, "strategy": "ddp", "micro_batch_size": "auto"}
-                yield fraction, TrialConfig.from_params(params, max_length=spec.model.max_length)
+                yield fraction, TrialConfig.from_params(params)
 
 
 def thinned(table: TokenTable, num_rows: int) -> TokenTable:

@@ -81,7 +81,7 @@ class Case:
             "dataset_fraction": self.fraction,
             "lora_rank": 16,
         }
-        return TrialConfig.from_params(SpaceSpec.model_validate(space).first(), max_length=self.max_length)
+        return TrialConfig.from_params(SpaceSpec.model_validate(space).first())
 
 
 CASES = [

@@ -202,7 +202,7 @@ def _check(loaded: LoadedSpec, methods: Sequence[Method], limits: Limits) -> Non
         CompareError: one cannot.
     """
     for point in loaded.spec.sampler.points_to_evaluate or ():
-        config = TrialConfig.from_params(loaded.spec.space.first(**point), max_length=loaded.spec.model.max_length)
+        config = TrialConfig.from_params(loaded.spec.space.first(**point))
         violated = [name for name, value in violations(config, limits).items() if value > 0]
         if violated:
             name = next(method.name for method in methods if method.params.items() <= point.items())

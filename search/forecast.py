@@ -123,7 +123,7 @@ class Forecaster:
         known: dict[TrialConfig, dict[TrialConfig, float]] = {}
         for _ in range(NUM_DRAWS):
             params = self.spec.space.suggest(suggester)
-            config = config_within(params, max_length=length, limits=self.device_limits)
+            config = config_within(params, self.device_limits)
             step = config.of_step()
             if step not in known:
                 known[step] = self._hours_of_steps(params)

@@ -45,6 +45,7 @@ STEP_KNOBS = (
     "tp_size",
     "global_batch_size",
     "micro_batch_size",
+    "micro_batch_tokens",
     "recomputation",
     "compile",
 )
@@ -67,7 +68,7 @@ def layouts_of(params: Mapping[str, Any], spec: SearchSpec, limits: Limits) -> l
     """Return a proposed recipe under every layout that is to be measured; under its own, where none is."""
     candidates = []
     for each in spec.space.measured_layouts(params):
-        config = constraints.config_within(each, max_length=spec.model.max_length, limits=limits)
+        config = constraints.config_within(each, limits)
         candidates.append(Candidate(params=each, config=config, constraints=constraints.violations(config, limits)))
     return candidates
 

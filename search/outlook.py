@@ -132,14 +132,23 @@ class Outlook:
         )
 
     def _memory(self, config: TrialConfig, sizes: StepSizes) -> dict[str, int] | None:
-        """Return the bytes of the step with the most padded tokens, by term."""
+        """Return the bytes of the step with the largest micro batch, by term."""
         if self._plan is None:
             return None
         largest = sizes.largest
-        # Rows of unequal length that are laid end to end hold what as many tokens in equal rows do.
-        length = math.ceil(int(sizes.micro_tokens[largest]) / config.layout.micro_batch_size)
-        num_targets = int(sizes.micro_targets[largest])
-        return asdict(rank_memory(self._plan, config, length, num_targets, is_on_gpu=self._device["type"] == "cuda"))
+        num_tokens = int(sizes.micro_tokens[largest])
+        return asdict(
+            rank_memory(
+                self._plan,
+                config,
+                # Rows of unequal length that are laid end to end hold what as many tokens in equal rows do.
+                math.ceil(num_tokens / int(sizes.micro_rows[largest])),
+                int(sizes.micro_targets[largest]),
+                num_tokens=num_tokens,
+                num_micro_batches=int(sizes.micro_batches[largest]),
+                is_on_gpu=self._device["type"] == "cuda",
+            )
+        )
 
     def _estimated_seconds(self, config: TrialConfig, sizes: StepSizes) -> float | None:
         num_rows = sizes.rows.sum()

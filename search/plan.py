@@ -131,7 +131,7 @@ def layout_rows(
     """
     rows = []
     for params in space.corners():
-        config = config_within(params, max_length=max_length, limits=limits if forecaster is None else forecaster.device_limits)
+        config = config_within(params, limits if forecaster is None else forecaster.device_limits)
         if isinstance(space.world_size, Profile) and config.layout.world_size > limits.num_workers:
             continue  # of those that `profile` names, a search takes what the cluster holds
         values = violations(config, limits)
@@ -146,8 +146,9 @@ def layout_rows(
                 "shard_size": config.layout.shard_size or ("all" if config.layout.is_sharded else "-"),
                 "tp_size": config.layout.tp_size or ("all" if config.layout.tensor_parallel_size > 1 else "-"),
                 "global_batch_size": config.recipe.global_batch_size,
-                "micro_batch_size": config.layout.micro_batch_size,
-                "num_grad_accum_steps": config.num_grad_accum_steps,
+                "micro_batch_size": config.layout.micro_batch_size or "-",
+                "micro_batch_tokens": config.layout.micro_batch_tokens or "-",
+                "num_grad_accum_steps": config.num_grad_accum_steps(max_length),
                 "recomputation": config.layout.recomputation,
                 "compile": config.layout.compile,
                 "peak_memory_bytes": None if memory is None else sum(memory.values()),
@@ -197,7 +198,8 @@ def _layout_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         table.append(cells)
     verdicts = ["runs there" if is_forecast else "runs here", *(_verdict(row) for row in rows)]
     lines = [f"{line}  {verdict}" for line, verdict in zip(aligned(table), verdicts, strict=True)]
-    return [*lines, "all with " + ", ".join(f"{knob.replace('_', ' ')} {rows[0][knob]}" for knob in shared)] if shared else lines
+    told = [f"{knob.replace('_', ' ')} {rows[0][knob]}" for knob in shared if rows[0][knob] != "-"]
+    return [*lines, "all with " + ", ".join(told)] if told else lines
 
 
 def _step_cells(step: Mapping[str, Any] | None) -> list[str]:
@@ -218,7 +220,7 @@ def _verdict(row: Mapping[str, Any]) -> str:
 def _memory_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the predicted memory of a rank by term, once for all layouts that agree in it."""
     terms = [f.name for f in fields(RankMemory)]
-    columns = [knob for knob in KNOB_COLUMNS if knob not in ("global_batch_size", "num_grad_accum_steps")]
+    columns = [knob for knob in KNOB_COLUMNS if knob != "num_grad_accum_steps"]
     table = [[name.removesuffix("_bytes").replace("_", " ") for name in (*columns, *terms)]]
     for row in rows:
         if row["memory"]:
@@ -232,7 +234,7 @@ def _forecast_lines(forecast: Mapping[str, Any]) -> list[str]:
     if forecast["num_rows"] is None:
         lines.append("no hours: how many training rows there are is not known here; say it with --rows")
     if run:
-        layout = ", ".join(f"{knob.replace('_', ' ')} {run[knob]}" for knob in KNOB_COLUMNS if knob in run)
+        layout = ", ".join(f"{knob.replace('_', ' ')} {run[knob]}" for knob in KNOB_COLUMNS if run.get(knob, "-") != "-")
         lines.append(f"one run of the fastest layout on all the data: {_cost_text(run)} ({layout})")
     if search:
         lines.append(f"the whole search: {_cost_text(search)}")

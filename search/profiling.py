@@ -57,7 +57,7 @@ def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[s
             device = examine(dispatcher, store, spec, limits, interruption)
             limits = replace(limits, memory_bytes=device["usable_bytes"])
             outlook = Outlook(spec, prepared.data, model=prepared.model, plan=prepared.plan, device=device, profiles=profiles)
-            configs = [c for c in timed_configs(spec.space, spec.model.max_length, limits) if is_feasible(violations(c, limits))]
+            configs = [c for c in timed_configs(spec.space, limits) if is_feasible(violations(c, limits))]
             kept = [(config, profiles.get(outlook.key(config))) for config in configs]
             known = {config: profile for config, profile in kept if profile is not None and not noise_of(profile)}
             parts: dict[TrialConfig, list[dict[str, Any]]] = {config: [] for config in configs if config not in known}
@@ -95,12 +95,12 @@ def mean_profile(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def timed_configs(space: SpaceSpec, max_length: int, limits: Limits) -> Iterator[TrialConfig]:
+def timed_configs(space: SpaceSpec, limits: Limits) -> Iterator[TrialConfig]:
     """Yield one config for each step of the space that takes a time of its own; of a range its two ends."""
     for corner in space.corners():
         knobs = [knob for knob in ("lora_rank", "lora_target_modules") if knob in ADAPTER_KNOBS[corner["adapter"]]]
         for values in itertools.product(*(getattr(space, knob).ends() for knob in knobs)):
-            yield config_within({**corner, **dict(zip(knobs, values, strict=True))}, max_length=max_length, limits=limits)
+            yield config_within({**corner, **dict(zip(knobs, values, strict=True))}, limits)
 
 
 def render_profiles(rows: Sequence[Mapping[str, Any]]) -> str:

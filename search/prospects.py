@@ -96,8 +96,7 @@ class Prospects:
     def trial(self, number: int | None, params: Mapping[str, Any]) -> Prospect:
         """Return what is known of a trial, by its number; of one of an earlier search, which has none, by its params."""
         record = None if number is None else self._records.get(number)
-        length = self._spec.model.max_length
-        config = record.trial_config if record else config_within(params, max_length=length, limits=self.limits)
+        config = record.trial_config if record else config_within(params, self.limits)
         return self._prospect(config, is_open=False)
 
     def _exclude(self, record: TrialRecord) -> None:
@@ -163,11 +162,13 @@ def features(config: TrialConfig, width: int | None) -> tuple[Features, Features
         "world_size": math.log(layout.world_size),
         "num_shards": math.log(layout.num_shards),
         "tensor_parallel_size": math.log(layout.tensor_parallel_size),
-        "micro_batch_size": math.log(layout.micro_batch_size),
         f"strategy={layout.strategy}": 1.0,
         f"recomputation={layout.recomputation}": 1.0,
         f"compile={layout.compile}": 1.0,
     }
+    for name in ("micro_batch_size", "micro_batch_tokens"):
+        if (most := getattr(layout, name)) is not None:
+            timed[name] = math.log(most)
     return learned, timed
 
 

@@ -225,13 +225,13 @@ def check_fit(prepared: Prepared, capacity: int) -> Limits:
         plan=prepared.plan,
         max_length=max(int(table.lengths.max()) for table in (prepared.data.train, prepared.data.evaluation)),
         max_targets=int(prepared.data.train.num_targets.max()),
+        targets_per_token=float((prepared.data.train.num_targets / prepared.data.train.lengths).max()),
         is_on_gpu=prepared.spec.resources.gpus_per_worker > 0,
     )
     sizes = sorted({world_size for world_size, _ in prepared.spec.space.layouts()})
     if min(sizes) > capacity:
         raise NothingFits(prepared.loaded.locate(cluster.why_too_small(prepared.spec.resources, capacity, sizes)))
-    why = why_none_trains(_corners(prepared.spec, limits), limits)
-    if why:
+    if why := why_none_trains(_corners(prepared.spec, limits), limits):
         raise NothingFits(prepared.loaded.locate(f"space.strategy: no layout of the space can train this model: {why}"))
     return limits
 
@@ -359,7 +359,7 @@ def _first_job(kind: str, store: Store, spec: SearchSpec, limits: Limits) -> Job
 
 
 def _corners(spec: SearchSpec, limits: Limits) -> Iterator[TrialConfig]:
-    return (config_within(params, max_length=spec.model.max_length, limits=limits) for params in spec.space.corners())
+    return (config_within(params, limits) for params in spec.space.corners())
 
 
 def _score_on_test(engine: Engine, dispatcher: Any, store: Store, interruption: Interruption) -> None:

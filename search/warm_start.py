@@ -135,7 +135,7 @@ def new_study(spec: SearchSpec, state: SearchState, limits: Limits, objectives: 
     past = [{**trial, "params": spec.space.with_defaults(trial["params"])} for trial in written]
     points = sampler.points_to_evaluate
     if points is None:
-        points = () if past else tuple(starting_points(spec.space, width=width, limits=limits, max_length=spec.model.max_length))
+        points = () if past else tuple(starting_points(spec.space, width=width, limits=limits))
     study = Study(
         space=spec.space,
         objectives=objectives,
@@ -150,7 +150,7 @@ def new_study(spec: SearchSpec, state: SearchState, limits: Limits, objectives: 
 
 
 def _past(trial: Mapping[str, Any], spec: SearchSpec, limits: Limits) -> PastTrial:
-    config = TrialConfig.from_params(trial["params"], max_length=spec.model.max_length)
+    config = TrialConfig.from_params(trial["params"])
     # It ran, whatever the limits are here.
     known = {name: min(0.0, value) for name, value in constraints.violations(config, limits).items()}
     return PastTrial(params=trial["params"], values=trial["values"], constraints=known)

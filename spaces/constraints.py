@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -9,7 +10,7 @@ from typing import Any
 
 from spaces.adapters import is_wrapped, trains_factors
 from spaces.blueprint import Blueprint
-from spaces.config import TrialConfig, micro_batch_sizes
+from spaces.config import TrialConfig
 from spaces.memory import RankMemory, rank_memory
 from spaces.tensor_parallel import PLANS, left_over
 
@@ -28,6 +29,8 @@ class Limits:
     """Tokens of the longest row."""
     max_targets: int | None = None
     """Positions that the loss counts in the row that has the most; by default those of plain text or of a class."""
+    targets_per_token: float | None = None
+    """Of these in the row that has the most for its length."""
     memory_bytes: int | None = None
     """What the tensors of one rank may take; None where it is not known."""
     is_on_gpu: bool = False
@@ -35,8 +38,10 @@ class Limits:
 
 
 def global_batch_divisible(config: TrialConfig, limits: Limits) -> float:
-    """Rows left over when the global batch is dealt to ranks and accumulation steps."""
+    """Rows left over when the global batch is dealt to ranks and accumulation steps; by a budget of tokens, ranks without a row."""
     layout = config.layout
+    if layout.micro_batch_size is None:
+        return max(0, layout.data_parallel_size - config.recipe.global_batch_size)
     return config.recipe.global_batch_size % (layout.data_parallel_size * layout.micro_batch_size)
 
 
@@ -137,8 +142,19 @@ def predicted_memory(config: TrialConfig, limits: Limits) -> RankMemory | None:
     """Return what a rank would hold with the longest rows, or None for a family without formulas."""
     if limits.plan is None:
         return None
-    most = None if limits.max_targets is None else limits.max_targets * config.layout.micro_batch_size
-    return _memory_of_step(limits.plan, config.of_step(), limits.max_length, most, limits.is_on_gpu)
+    return _memory_of_step(limits.plan, config.of_step(), limits.max_length, _most_targets(config, limits), limits.is_on_gpu)
+
+
+def _most_targets(config: TrialConfig, limits: Limits) -> int | None:
+    """Return the most positions of a micro batch that the loss counts."""
+    if limits.max_targets is None:
+        return None
+    if config.layout.micro_batch_size is not None:
+        return limits.max_targets * config.layout.micro_batch_size
+    most = limits.max_targets * config.recipe.global_batch_size
+    # As many short rows as fit a budget of tokens may count more than the longest ones do.
+    per_token = 1.0 if limits.targets_per_token is None else limits.targets_per_token
+    return min(most, math.ceil(per_token * config.most_tokens(limits.max_length)))
 
 
 # Of hundreds of points that are looked at for one proposal most have the same few steps.
@@ -147,23 +163,20 @@ def _memory_of_step(plan: Blueprint, config: TrialConfig, length: int, num_targe
     return rank_memory(plan, config, length, num_targets, is_on_gpu=is_on_gpu)
 
 
-def config_within(params: Mapping[str, Any], *, max_length: int, limits: Limits) -> TrialConfig:
+def config_within(params: Mapping[str, Any], limits: Limits) -> TrialConfig:
     """Translate the params of a space as `TrialConfig.from_params` does; `micro_batch_size: auto` also fits the device.
 
-    Where more is predicted to be held than fits, it is the next smaller divisor of a rank's rows, down to one row: the global batch
-    stays, and what is learned with it.
+    Where more is predicted to be held than fits, the budget of tokens is halved, down to the longest row: the global batch stays, and
+    what is learned with it.
 
     Raises:
         KeyError: a param is missing.
     """
-    config = TrialConfig.from_params(params, max_length=max_length)
-    layout = config.layout
-    if params["micro_batch_size"] == "auto":
-        sizes = micro_batch_sizes(config.recipe.global_batch_size, layout.data_parallel_size)
-        for size in (size for size in sizes if size <= layout.micro_batch_size):
-            config = replace(config, layout=replace(layout, micro_batch_size=size))
-            if memory_within_device(config, limits) <= 0:
-                break
+    config = TrialConfig.from_params(params, is_on_gpu=limits.is_on_gpu)
+    tokens = config.layout.micro_batch_tokens
+    while tokens is not None and tokens > limits.max_length and memory_within_device(config, limits) > 0:
+        tokens = max(tokens // 2, limits.max_length)
+        config = replace(config, layout=replace(config.layout, micro_batch_tokens=tokens))
     return config
 
 
@@ -188,8 +201,12 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
     """Return in words why a config violates a constraint."""
     recipe, layout = config.recipe, config.layout
     words = {
-        global_batch_divisible.__name__: f"a global batch of {recipe.global_batch_size} rows is not divisible by "
-        f"{layout.data_parallel_size} ranks of {layout.micro_batch_size}",
+        global_batch_divisible.__name__: f"a global batch of {recipe.global_batch_size} rows "
+        + (
+            f"leaves {layout.data_parallel_size - recipe.global_batch_size} of {layout.data_parallel_size} ranks without a row"
+            if layout.micro_batch_size is None
+            else f"is not divisible by {layout.data_parallel_size} ranks of {layout.micro_batch_size}"
+        ),
         world_size_within_cluster.__name__: f"needs {layout.world_size} workers, and there are {limits.num_workers}",
         matrices_split_evenly.__name__: _why_not_split(config, limits),
         shards_of_equal_size.__name__: f"{layout.world_size} ranks are no multiple of "

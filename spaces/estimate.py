@@ -185,7 +185,7 @@ def estimate_step(
     peak = machine.peak_flops_per_second(recipe.precision)
     compute = computed / layout.data_parallel_size / (peak * ASSUMED_UTILISATION)
     trained = num_updated(local, config)
-    num_micro_batches = config.num_grad_accum_steps
+    num_micro_batches = config.num_grad_accum_steps(length)
     num_spreads = num_micro_batches * (3 if layout.recomputation == "full" else 2)
     compute += num_spreads * spread_bytes(local, recipe, widths(config).products) / machine.memory_bytes_per_second()
     parts = exchanges(plan, config, rows * length)
@@ -243,21 +243,25 @@ def exchanges(plan: Blueprint, config: TrialConfig, num_tokens: float) -> list[E
     if layout.is_sharded:
         size, local = layout.num_shards, local_blueprint(plan, layout.tensor_parallel_size)
         span = size if layout.tp_size is None else num_ranks
-        found.append(Exchange(num_bytes=_gathered_and_reduced(local, config), num_ranks=size, span=span))
+        found.append(Exchange(num_bytes=_gathered_and_reduced(local, config, num_tokens), num_ranks=size, span=span))
     if layout.shard_size is not None:
         # Every micro batch's, as FSDP2 reduces them; of a rank's own shard.
-        shard = FP32_BYTES * num_updated(plan, config) / layout.shard_size * config.num_grad_accum_steps
+        shard = FP32_BYTES * num_updated(plan, config) / layout.shard_size * _num_micro_batches(config, num_tokens)
         found.append(Exchange(num_bytes=2 * shard, num_ranks=num_ranks // layout.shard_size, span=num_ranks))
     return found
 
 
-def _gathered_and_reduced(plan: Blueprint, config: TrialConfig) -> float:
+def _gathered_and_reduced(plan: Blueprint, config: TrialConfig, num_tokens: float) -> float:
     """Return the bytes of weights that FSDP2 gathers in a step and of gradients that it reduces."""
     held = plan.num_params + num_adapter_params(plan, config.recipe)
     blocks = plan.shape.num_layers * plan.num_block_params
     # Blocks are gathered for the forward and again for the backward pass, what no block holds once.
     gathered = widths(config).products * (held + blocks)
-    return float(config.num_grad_accum_steps * (gathered + FP32_BYTES * num_updated(plan, config)))
+    return float(_num_micro_batches(config, num_tokens) * (gathered + FP32_BYTES * num_updated(plan, config)))
+
+
+def _num_micro_batches(config: TrialConfig, num_tokens: float) -> int:
+    return config.num_grad_accum_steps(num_tokens / config.recipe.global_batch_size)
 
 
 def _summed_activations(plan: Blueprint, config: TrialConfig) -> int:

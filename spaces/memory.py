@@ -77,43 +77,45 @@ def num_updated(plan: Blueprint, config: TrialConfig) -> int:
 
 
 def rank_memory(
-    plan: Blueprint, config: TrialConfig, length: int, num_targets: int | None = None, *, is_on_gpu: bool = False
+    plan: Blueprint,
+    config: TrialConfig,
+    length: int,
+    num_targets: int | None = None,
+    *,
+    num_tokens: int | None = None,
+    num_micro_batches: int | None = None,
+    is_on_gpu: bool = False,
 ) -> RankMemory:
     """Return what a rank holds at its peak.
 
     Args:
         plan: the model.
         config: recipe and layout; the layout's micro batch counts.
-        length: padded tokens per row.
+        length: padded tokens per row, at most.
         num_targets: positions of a micro batch that the loss counts; by default those of plain text or of a class.
+        num_tokens: padded tokens of a micro batch; by default the most that it may have.
+        num_micro_batches: of a rank and step; by default those of rows of that length.
         is_on_gpu: whether ranks exchange by NCCL, which makes no copy, or on CPUs by gloo.
     """
-    recipe, rows = config.recipe, config.layout.micro_batch_size
+    recipe = config.recipe
+    tokens = config.most_tokens(length) if num_tokens is None else num_tokens
+    accumulates = (config.num_grad_accum_steps(length) if num_micro_batches is None else num_micro_batches) > 1
     # Whose ranks split matrices hold what one rank would of a model with fewer heads and a narrower inner width.
     num_partial = num_partial_params(plan, recipe) if config.layout.tensor_parallel_size > 1 else 0
     plan = local_blueprint(plan, config.layout.tensor_parallel_size)
-    recomputes = config.layout.recomputation == "full"
-    targets = int(rows * plan.targets_per_row(length)) if num_targets is None else num_targets
+    targets = int(tokens * plan.targets_per_row(length) / length) if num_targets is None else num_targets
     step = Activations(
         plan=plan,
         recipe=recipe,
         width=widths(config),
-        num_tokens=rows * length,
+        num_tokens=tokens,
         length=length,
         num_targets=targets,
-        recomputes=recomputes,
+        recomputes=config.layout.recomputation == "full",
         is_on_gpu=is_on_gpu,
     )
-    trained = num_updated(plan, config)
-    idle = num_trained(plan, recipe) - trained
-    frozen = FP32_BYTES * idle if recipe.adapter == "none" else frozen_bytes(plan, recipe, step.width.frozen)
-    shards = config.layout.num_shards
-    state = RankMemory(
-        weights_bytes=(FP32_BYTES * trained + frozen) // shards + FP32_BYTES * shared_params(plan, recipe),
-        optimizer_bytes=FP32_BYTES * ADAMW_STATES * trained // shards,
-        # DDP's buckets are a second copy of all gradients, made before the first step.
-        communication_bytes=FP32_BYTES * trained if shards == 1 and config.layout.data_parallel_size > 1 else 0,
-    )
+    trained, shards = num_updated(plan, config), config.layout.num_shards
+    state = _between_steps(plan, config)
     computed = _while_computing(step, state)
     at_update = replace(state, gradients_bytes=FP32_BYTES * trained // shards)
     if num_partial:
@@ -122,16 +124,29 @@ def rank_memory(
     if plan.is_head_tied and recipe.adapter == "none":
         # The gradients that the shared matrix gets as head and as embedding are there beside their sum, and beside that of the micro
         # batches before.
-        shared = (3 if config.num_grad_accum_steps > 1 else 2) * FP32_BYTES * plan.head[-1].num_weights
+        shared = (3 if accumulates else 2) * FP32_BYTES * plan.head[-1].num_weights
         at_embedding = replace(at_update, gradients_bytes=at_update.gradients_bytes + shared)
     moments = [*computed, at_embedding, at_update]
     if shards > 1:
         moments = _while_sharded(step, shards, is_on_gpu, computed, at_update)
-    if config.num_grad_accum_steps > 1:
+    if accumulates:
         # Those of the micro batches before are all there, beside that of the product whose backward pass runs.
         summed = at_update.gradients_bytes + FP32_BYTES * _num_trained_of(plan.feed_forward_out, recipe)
         moments = [replace(m, gradients_bytes=max(m.gradients_bytes, summed)) if m is not at_update else m for m in moments]
     return max(moments, key=_peak)
+
+
+def _between_steps(plan: Blueprint, config: TrialConfig) -> RankMemory:
+    """Return what a rank holds all the time."""
+    recipe, trained, shards = config.recipe, num_updated(plan, config), config.layout.num_shards
+    idle = num_trained(plan, recipe) - trained
+    frozen = FP32_BYTES * idle if recipe.adapter == "none" else frozen_bytes(plan, recipe, widths(config).frozen)
+    return RankMemory(
+        weights_bytes=(FP32_BYTES * trained + frozen) // shards + FP32_BYTES * shared_params(plan, recipe),
+        optimizer_bytes=FP32_BYTES * ADAMW_STATES * trained // shards,
+        # DDP's buckets are a second copy of all gradients, made before the first step.
+        communication_bytes=FP32_BYTES * trained if shards == 1 and config.layout.data_parallel_size > 1 else 0,
+    )
 
 
 def targets_at_once(vocab_size: int) -> int:

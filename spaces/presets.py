@@ -77,7 +77,7 @@ TRAININGS = (
 SHORT_TRAINING = Training(passes=0.1, epochs=1, rate=2.0)
 
 
-def starting_points(space: SpaceSpec, *, width: int, limits: Limits, max_length: int) -> list[dict[str, Any]]:
+def starting_points(space: SpaceSpec, *, width: int, limits: Limits) -> list[dict[str, Any]]:
     """Return what to try first: usual trainings of several lengths in full or else with one adapter, and a short one with each other.
 
     Full fine-tuning has the lengths where it can run: with much to train it learns the most (Biderman et al. 2024, arXiv 2405.09673).
@@ -90,17 +90,16 @@ def starting_points(space: SpaceSpec, *, width: int, limits: Limits, max_length:
         width: of the model's layers.
         limits: what proposals are held against. Each takes the fewest workers with which a strategy of the space is feasible, and the
             first such strategy.
-        max_length: tokens per row.
     """
 
     def point(adapter: Adapter, training: Training) -> dict[str, Any]:
         recipe = _recipe(space, adapter, training, width)
         if adapter == "oft":
-            recipe["lora_rank"] = _block_size(space, recipe, limits, max_length)
-        return recipe | _layout(space, recipe, limits, max_length)
+            recipe["lora_rank"] = _block_size(space, recipe, limits)
+        return recipe | _layout(space, recipe, limits)
 
     def can_run(adapter: Adapter) -> bool:
-        config = config_within(space.first(**point(adapter, SHORT_TRAINING)), max_length=max_length, limits=limits)
+        config = config_within(space.first(**point(adapter, SHORT_TRAINING)), limits)
         return is_feasible(violations(config, limits))
 
     adapters = sorted(space.adapter.ends(), key=lambda adapter: (adapter != "none", adapter))
@@ -142,20 +141,20 @@ def _recipe(space: SpaceSpec, adapter: Adapter, training: Training, width: int) 
     return point | {knob: usual[knob] for knob in ADAPTER_KNOBS[adapter]}
 
 
-def _block_size(space: SpaceSpec, recipe: dict[str, Any], limits: Limits, max_length: int) -> int:
+def _block_size(space: SpaceSpec, recipe: dict[str, Any], limits: Limits) -> int:
     """Return the size that is the nearest to the usual rank of those of which OFT's blocks are whole; failing that, of all."""
     domain = space.lora_rank
     sizes = range(domain.bounds[0], domain.bounds[1] + 1) if isinstance(domain, IntRange) else domain.ends()
 
     def is_whole(size: int) -> bool:
-        config = TrialConfig.from_params(space.first(**{**recipe, "lora_rank": size}), max_length=max_length)
+        config = TrialConfig.from_params(space.first(**{**recipe, "lora_rank": size}))
         return rotated_in_whole_blocks(config, limits) <= 0
 
     ordered = sorted(sizes, key=lambda size: (abs(math.log(size / LORA_RANK)), size))
     return next(filter(is_whole, ordered), ordered[0])
 
 
-def _layout(space: SpaceSpec, point: dict[str, Any], limits: Limits, max_length: int) -> dict[str, Any]:
+def _layout(space: SpaceSpec, point: dict[str, Any], limits: Limits) -> dict[str, Any]:
     """Return the first layout with which the point is feasible, where the knobs that it leaves open have their first values.
 
     Failing that, the first of all.
@@ -165,7 +164,7 @@ def _layout(space: SpaceSpec, point: dict[str, Any], limits: Limits, max_length:
     layouts = [{"world_size": world_size, "strategy": strategy} for world_size in sizes for strategy in strategies]
 
     def fits(layout: dict[str, Any]) -> bool:
-        config = config_within(space.first(**point, **layout), max_length=max_length, limits=limits)
+        config = config_within(space.first(**point, **layout), limits)
         return is_feasible(violations(config, limits))
 
     return next(filter(fits, layouts), layouts[0])

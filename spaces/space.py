@@ -152,8 +152,8 @@ class SpaceSpec(BaseModel):
     """Ranks that `tp` splits the matrices over; `auto`: all. Where there are more ranks they are several such groups, each with rows
     of its own, over which FSDP2 shards the pieces: with the GPUs of a node, activations are summed inside it."""
     micro_batch_size: LayoutNameDomain[MicroBatch] = Fixed[MicroBatch]("auto")
-    """Rows per rank and forward pass; `auto` takes what fits a fixed number of tokens, and fewer where the device has too little
-    memory for them: the rows of a step stay."""
+    """Rows per rank and forward pass. `auto`: as many as fit a budget of tokens, 16,384 on a GPU and 4,096 on a CPU, halved until the
+    device has the memory, also after a trial ran out of it: the rows of a step stay. Ranks need not divide them."""
     recomputation: LayoutNameDomain[Recomputation] = Fixed[Recomputation]("none")
     """`full` computes the activations of each block again in the backward pass: less memory, about a third more work."""
     compile: LayoutNameDomain[Compilation] = Fixed[Compilation]("none")

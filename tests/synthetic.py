@@ -56,7 +56,7 @@ def synthetic_events(num_trials: int = 12, *, name: str = "synthetic", seed: int
     for number in range(num_trials):
         worker = number % 2
         params = _params(random_)
-        config = TrialConfig.from_params(params, max_length=64).to_dict()
+        config = TrialConfig.from_params(params).to_dict()
         known = {"number": number, "params": params, "config": config}
         if number % 11 == 5:
             events.append(_event("trial_infeasible", clock[worker], **known, constraints={"world_size_within_cluster": 2.0}))

@@ -35,7 +35,7 @@ class Case:
         params = {**SpaceSpec().first(), "dataset_fraction": self.dataset_fraction, "lora_alpha": 16.0, **dict(self.params)}
         if params["adapter"] == "lora":
             params.setdefault("lora_rank", 8)
-        return TrialConfig.from_params({**params, "learning_rate": 1e-4}, max_length=self.max_length)
+        return TrialConfig.from_params({**params, "learning_rate": 1e-4})
 
 
 def _case(max_length: int, dataset_fraction: float, **params: Any) -> Case:

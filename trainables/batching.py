@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -139,18 +142,12 @@ class BatchPlan:
         self._lengths, self._num_targets = data.train.lengths, data.train.num_targets
         self._pad = data.pad_token_id
         self._layout = config.layout
-        self._num_accum = config.num_grad_accum_steps
         self._batches = _global_batches(config, data)
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole trial."""
         return len(self._batches)
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Forward passes per rank and step."""
-        return self._num_accum
 
     @property
     def num_distinct_rows(self) -> int:
@@ -178,11 +175,13 @@ class BatchPlan:
     def sizes(self) -> StepSizes:
         """Return what every step works on, over all ranks."""
         lengths, num_targets = self._lengths, self._num_targets
-        dealt = [[part for parts in self._dealt(step) for part in parts if len(part)] for step in range(self.num_steps)]
+        rounds = [self._dealt(step) for step in range(self.num_steps)]
+        dealt = [[part for parts in step for part in parts if len(part)] for step in rounds]
         rows = np.array([len(batch) for batch in self._batches])
         tokens = np.array([lengths[batch].sum() for batch in self._batches])
         squares = np.array([(lengths[batch].astype(np.float64) ** 2).sum() for batch in self._batches])
         computed = [[self._computed(lengths[part]) for part in parts] for parts in dealt]
+        fullest = [int(np.argmax(step)) for step in computed]
         targets = np.array([num_targets[batch].sum() for batch in self._batches])
         micro_targets = np.array([max(int(num_targets[part].sum()) for part in parts) for parts in dealt])
         return StepSizes(
@@ -190,7 +189,9 @@ class BatchPlan:
             tokens=tokens,
             targets=targets,
             padded_tokens=np.array([sum(step) for step in computed]),
-            micro_tokens=np.array([max(step) for step in computed]),
+            micro_batches=np.array([len(step) for step in rounds]),
+            micro_tokens=np.array([step[i] for step, i in zip(computed, fullest, strict=True)]),
+            micro_rows=np.array([len(parts[i]) for parts, i in zip(dealt, fullest, strict=True)]),
             squared_lengths=squares,
             micro_targets=micro_targets,
         )
@@ -200,15 +201,53 @@ class BatchPlan:
         return int(lengths.sum() if self._packing is not None else len(lengths) * lengths.max())
 
     def _dealt(self, step: int) -> list[list[np.ndarray]]:
-        """Return rows by accumulation step and rank.
+        """Return rows by accumulation step and rank; an empty part for a rank that there are no rows for.
 
         Sorted by length and cut into neighbours: the ranks then work on rows of nearly the same length at the same time.
         """
-        batch = self._batches[step]
+        batch, layout = self._batches[step], self._layout
         by_length = batch[np.argsort(self._lengths[batch], kind="stable")]
-        size, world = self._layout.micro_batch_size, self._layout.data_parallel_size
-        parts = [by_length[i * size : (i + 1) * size] for i in range(self._num_accum * world)]
-        return [parts[i * world : (i + 1) * world] for i in range(self._num_accum)]
+        world = layout.data_parallel_size
+        if layout.micro_batch_size is not None:
+            ends = list(range(layout.micro_batch_size, len(batch), layout.micro_batch_size))
+        else:
+            assert layout.micro_batch_tokens is not None  # one of the two is given
+            lengths = self._lengths[by_length].tolist()
+            ends = cuts(lengths, layout.micro_batch_tokens, world, is_padded=self._packing is None)
+        parts = np.split(by_length, ends)
+        parts += [by_length[:0]] * (-len(parts) % world)
+        return [parts[i : i + world] for i in range(0, len(parts), world)]
+
+
+def cuts(lengths: Sequence[int], most_tokens: int, num_ranks: int, *, is_padded: bool) -> list[int]:
+    """Return where a global batch is cut into micro batches of neighbours, by a budget of tokens.
+
+    As few on every rank as the budget allows, as even as whole rows can be, and none empty that need not be: no rank then waits for
+    others for long. A row that exceeds the budget is a micro batch of its own.
+
+    Args:
+        lengths: tokens of every row, ascending.
+        most_tokens: the budget.
+        num_ranks: those that the micro batches are dealt to.
+        is_padded: whether the rows of a micro batch count as long as the longest of them.
+    """
+    num_rows, sums = len(lengths), [0, *accumulate(lengths)]
+
+    def ends(most: int) -> list[int]:
+        """Return the end of every part, each with as many rows as fit. Neighbours cannot be cut into fewer parts."""
+        found = [0]
+        while (start := found[-1]) < num_rows:
+            tokens = (lambda end: (end - start) * lengths[end - 1]) if is_padded else (lambda end: sums[end] - sums[start])
+            found.append(start + 1 + bisect_right(range(start + 2, num_rows + 1), most, key=tokens))
+        return found[1:]
+
+    num_parts = -(-len(ends(most_tokens)) // num_ranks) * num_ranks
+    found = ends(bisect_left(range(most_tokens), True, key=lambda most: len(ends(most)) <= num_parts))
+    while len(found) < min(num_parts, num_rows):
+        starts = [0, *found[:-1]]
+        start, end = max(zip(starts, found, strict=True), key=lambda part: part[1] - part[0])
+        insort(found, (start + end) // 2)
+    return found[:-1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,16 +260,24 @@ class StepSizes:
     """Positions that the loss counts."""
     padded_tokens: np.ndarray
     """Of tokens and padding; without padding the tokens."""
+    micro_batches: np.ndarray
+    """Of each rank."""
     micro_tokens: np.ndarray
     """Of the micro batch that has the most of these."""
+    micro_rows: np.ndarray
+    """Of the same micro batch."""
     squared_lengths: np.ndarray
     micro_targets: np.ndarray
     """Positions that the loss counts, in the micro batch that has the most of them."""
 
     @property
     def largest(self) -> int:
-        """The step with the most tokens; not the first one, where there are others: the optimizer's state is not there yet."""
-        return 1 + int(np.argmax(self.padded_tokens[1:])) if len(self.padded_tokens) > 1 else 0
+        """The step with the largest micro batch, of equal ones the one with the most tokens: there a rank holds the most.
+
+        Not the first one, where there are others: the optimizer's state is not there yet.
+        """
+        steps = range(1, len(self.padded_tokens))
+        return max(steps, key=lambda step: (self.micro_tokens[step], self.padded_tokens[step]), default=0)
 
 
 def evaluation_batches(table: TokenTable, world: World, *, training_tokens: int, vocab_size: int = 0) -> list[np.ndarray]:

@@ -52,7 +52,7 @@ def evaluate(
     rows_world = world.data_parallel(config.layout)
     tally = _Tally(data, table)
     vocab_size = unwrapped(module).config.get_text_config().vocab_size if data.task == "causal-lm" else 0
-    training_tokens = config.layout.micro_batch_size * int(data.train.lengths.max())
+    training_tokens = config.most_tokens(int(data.train.lengths.max()))
     packing = packing_for(unwrapped(module), config, data)
     for rows in evaluation_batches(table, rows_world, training_tokens=training_tokens, vocab_size=vocab_size):
         batch = collate(table, rows, data.pad_token_id, packing).to(world.device)

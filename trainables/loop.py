@@ -243,7 +243,7 @@ class Trainer:
 
     @property
     def largest_step(self) -> int:
-        """The step with the most padded tokens; the first one comes before the optimizer's state is there."""
+        """The step with the largest micro batch; the first one comes before the optimizer's state is there."""
         return self.sizes.largest if self.num_steps > 1 else 1
 
     def _evaluate(self, *, is_final: bool) -> dict[str, float]:

@@ -127,7 +127,7 @@ def data_spec(directory: str) -> dict[str, str]:
 
 
 def config_of(params: Mapping[str, Any]) -> TrialConfig:
-    return TrialConfig.from_params({**FIXED, **params}, max_length=MODEL["max_length"])
+    return TrialConfig.from_params({**FIXED, **params})
 
 
 def suggest(trial: Any) -> dict[str, Any]:

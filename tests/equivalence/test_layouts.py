@@ -189,6 +189,36 @@ def test_every_layout_has_the_loss_curve_of_one_process(
                     assert metrics[f"accuracy.{part}"] == pytest.approx(scores[f"accuracy.{part}"]), layout
 
 
+def by_tokens(trial: TrialConfig, budget: int) -> TrialConfig:
+    return replace(trial, layout=replace(trial.layout, micro_batch_size=None, micro_batch_tokens=budget))
+
+
+# Of a step's eight rows of 4 to 29 tokens: single rows, some at a time, all at once.
+BUDGETS = (8, 64, 1000)
+
+
+def budgeted(world: World, names: dict[str, str]) -> dict[tuple[Any, ...], Any]:
+    """Train by budgets of tokens."""
+    return {
+        (task, adapter, strategy, budget): losses(
+            world, names[task], task, by_tokens(config(adapter, world.world_size, strategy), budget)
+        )
+        for task in TASKS
+        for adapter in ("none", "lora")
+        for strategy in STRATEGIES[:2]
+        for budget in BUDGETS
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_budget_of_tokens_has_the_loss_curve_of_all_rows_at_once(names: dict[str, str], world_size: int) -> None:
+    for ranks in distributed.run(2, budgeted, names) if world_size == 2 else [budgeted(World.alone(), names)]:
+        for (task, adapter, *layout), (curve, metrics) in ranks.items():
+            reference, scores = losses(World.alone(), names[task], task, config(adapter))
+            assert curve == pytest.approx(reference, rel=RELATIVE), (task, adapter, layout)
+            assert metrics["eval_loss"] == pytest.approx(scores["eval_loss"], rel=RELATIVE), (task, adapter, layout)
+
+
 HYBRID = [("none", 2, "none"), ("lora", 1, "full"), ("none", 1, "full")]
 
 

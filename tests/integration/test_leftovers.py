@@ -97,7 +97,7 @@ def _train_both_world_sizes(dispatcher: Any, store: Store, data: TaskData, turn:
     spec = store.load_spec().spec
     for world_size in (1, 2):
         params = {**spec.space.first(), "world_size": world_size, "dataset_fraction": 0.2}
-        config = TrialConfig.from_params(params, max_length=spec.model.max_length)
+        config = TrialConfig.from_params(params)
         job = Job(
             job_id=f"{turn}-{world_size}",
             kind="train",

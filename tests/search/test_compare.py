@@ -53,7 +53,7 @@ def test_the_grid_is_every_method_at_every_share_with_every_rate_and_nothing_els
     spec = grid_spec(make_spec(tmp_path, space=space), [], METHODS, fractions).spec
     points = spec.sampler.points_to_evaluate or ()
     assert spec.budget.max_trials == len(points) == len(METHODS) * len(fractions) * len(RATES)
-    configs = {TrialConfig.from_params(spec.space.first(**point), max_length=32) for point in points}
+    configs = {TrialConfig.from_params(spec.space.first(**point)) for point in points}
     assert len(configs) == len(points)
     assert {(c.recipe.epochs, c.recipe.global_batch_size, c.layout.world_size) for c in configs} == {(4, 8, 1)}
     assert {Method(adapter=c.recipe.adapter, rank=c.recipe.adapter_rank, quantization=c.recipe.quantization) for c in configs} == {

@@ -95,14 +95,17 @@ def test_where_a_trial_ran_out_of_memory_an_automatic_micro_batch_becomes_smalle
     limits = Limits(num_workers=1, hidden_size=64, plan=plan, max_length=32, memory_bytes=10**9)
     points = [{"learning_rate": 1e-3}, {"learning_rate": 2e-3}]
     engine, seen, _ = make(tmp_path, limits=limits, trials=8, points=points, global_batch_size=8, lora_rank=4)
-    tried, rates = [], []
+    tried, rates, sizes = [], [], set()
     while (assignment := engine.next()) is not None:
-        tried.append(assignment.config.layout.micro_batch_size)
+        tried.append(assignment.config.layout.micro_batch_tokens)
+        sizes.add(assignment.config.recipe.global_batch_size)
         rates.append(assignment.config.recipe.learning_rate)
         failed = {"state": "failed", "kind": "out_of_memory", "message": "x"}
-        engine.ended(assignment.number, failed if tried[-1] > 2 else {"state": "stopped"})
-    assert tried == [8, 4, *[2] * 8], "what is tried again takes nothing from the budget of eight trials"
-    assert rates[:3] == [1e-3] * 3, "the same recipe with fewer rows at a time"
+        engine.ended(assignment.number, failed if tried[-1] > 64 else {"state": "stopped"})
+    # Eight rows of 32 tokens are 256.
+    assert tried == [4096, 128, *[64] * 8], "what is tried again takes nothing from the budget of eight trials"
+    assert rates[:3] == [1e-3] * 3, "the same recipe with fewer tokens at a time"
+    assert sizes == {8}, "the global batch stays"
     assert rates[3] == 2e-3
     assert len(set(rates[3:])) == 7
     assert [record.again for record in engine.state.records.values()] == [None, 0, 1, *[None] * 7]
@@ -122,9 +125,9 @@ def test_what_ran_out_of_memory_is_tried_again_after_a_resume_too_and_takes_no_p
     resumed, _, _ = make(tmp_path, limits=limits, trials=2, **space)
     tried = []
     while (assignment := resumed.next()) is not None:
-        tried.append((assignment.config.recipe.learning_rate, assignment.config.layout.micro_batch_size))
+        tried.append((assignment.config.recipe.learning_rate, assignment.config.layout.micro_batch_tokens))
         resumed.ended(assignment.number, {"state": "stopped"})
-    assert tried == [(1e-3, 2), (2e-3, 2)]
+    assert tried == [(1e-3, 64), (2e-3, 64)]
     assert resumed.is_handed_out
 
 

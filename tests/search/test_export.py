@@ -47,7 +47,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ledger.append("reference", metrics={"accuracy": 0.3, "eval_loss": 1.1})
     for number, fraction in ((MEMBER, 1.0), (OTHER, 0.2)):
         params = {**spec.space.first(), "dataset_fraction": fraction}
-        config = TrialConfig.from_params(params, max_length=32)
+        config = TrialConfig.from_params(params)
         ledger.append("trial_started", number=number, params=params, config=config.to_dict(), command="")
         checkpoints = CheckpointStore(store.trial_path(number)) if number == MEMBER else None
         reports = list(train(config, data, base, World.alone(), control=lambda _: Command.CONTINUE, checkpoints=checkpoints))

@@ -49,7 +49,7 @@ def test_every_trial_is_a_run_with_its_knobs_curve_and_record() -> None:
         assert record.config is not None
         assert run["params"]["learning_rate"] == record.params["learning_rate"]
         assert run["params"]["adapter_rank"] == record.params["lora_rank"]
-        assert run["params"]["micro_batch_size"] == record.config["layout"]["micro_batch_size"]
+        assert run["params"]["micro_batch_tokens"] == record.config["layout"]["micro_batch_tokens"]
         expected = [(r["step"], r["metrics"]["accuracy"]) for r in record.reports]
         assert metrics_of(run, "eval/accuracy") == expected
         assert run["tags"]["mlflow.parentRunId"] == "parent"
@@ -248,7 +248,7 @@ def test_a_record_that_is_too_long_for_a_tag_loses_its_bulk_first() -> None:
 def test_a_knob_that_some_trials_lack_is_a_column_and_no_axis() -> None:
     runs = FakeRuns()
     mirror = Mirror(runs, "synthetic", "parent")
-    without = TrialConfig.from_params({**RECORDS[0].params, "adapter": "none"}, max_length=64).to_dict()
+    without = TrialConfig.from_params({**RECORDS[0].params, "adapter": "none"}).to_dict()
     for event in EVENTS:
         mirror.deliver({**event, "config": without} if event["event"] == "trial_started" and event["number"] == 0 else event)
     mirror.save_view(["accuracy", "train_seconds"], ["learning_rate", "adapter_rank"])

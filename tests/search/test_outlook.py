@@ -59,7 +59,7 @@ SPEC = SearchSpec.model_validate(
 
 
 def config(**params: Any) -> TrialConfig:
-    return TrialConfig.from_params({**SpaceSpec().first(), "dataset_fraction": 1.0, **params}, max_length=32)
+    return TrialConfig.from_params({**SpaceSpec().first(), "dataset_fraction": 1.0, **params})
 
 
 def sizes_of(trial: TrialConfig) -> StepSizes:
@@ -86,7 +86,9 @@ def test_without_a_profile_the_time_is_an_estimate_from_flops_and_the_memory_tha
     assert predicted["time_source"] == "estimate"
     assert compute < predicted["train_seconds"] < 1.2 * compute, "the update comes on top"
     largest = sizes.largest
-    assert sum(predicted["memory"].values()) == rank_memory(plan, config(), math.ceil(sizes.micro_tokens[largest] / 16)).peak_bytes
+    tokens = int(sizes.micro_tokens[largest])
+    expected = rank_memory(plan, config(), math.ceil(tokens / 16), 16, num_tokens=tokens)
+    assert sum(predicted["memory"].values()) == expected.peak_bytes
 
 
 def test_with_a_profile_the_time_is_that_of_its_line_over_all_steps(tmp_path: Path) -> None:
@@ -252,10 +254,13 @@ def test_a_rank_may_take_what_the_device_or_its_share_of_the_host_leaves() -> No
 def test_the_memory_is_that_of_ranks_on_the_device_that_was_found(tmp_path: Path) -> None:
     sharded = config(world_size=2, strategy="fsdp", adapter="none", precision="bf16")
     sizes, plan = sizes_of(sharded), blueprint({**MODEL, "vocab_size": 20_000}, "sequence-classification", 3)
-    length = math.ceil(sizes.micro_tokens[sizes.largest] / sharded.layout.micro_batch_size)
+    tokens, rows = int(sizes.micro_tokens[sizes.largest]), int(sizes.micro_rows[sizes.largest])
     held = []
     for kind in ("cpu", "cuda"):
         predicted = outlook(ProfileCache(tmp_path), plan=plan, device={**DEVICE, "type": kind})(sharded)
         held.append(sum(predicted["memory"].values()))
-        assert held[-1] == rank_memory(plan, sharded, length, is_on_gpu=kind == "cuda").peak_bytes
+        assert (
+            held[-1]
+            == rank_memory(plan, sharded, math.ceil(tokens / rows), rows, num_tokens=tokens, is_on_gpu=kind == "cuda").peak_bytes
+        )
     assert held[1] < held[0], "gloo copies"

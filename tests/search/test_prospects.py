@@ -60,7 +60,7 @@ def params(**given: Any) -> dict[str, Any]:
 
 
 def record(given: dict[str, Any], *, took: float, held: float, number: int = 0, ended: float = 1.0) -> TrialRecord:
-    config = TrialConfig.from_params(given, max_length=128)
+    config = TrialConfig.from_params(given)
     values = {"accuracy": 0.5, "train_seconds": took}
     state = TrialState.COMPLETE
     return TrialRecord(
@@ -91,7 +91,7 @@ def test_what_cannot_run_or_end_in_time_or_is_known_is_not_open() -> None:
     search.left = 11.0
     search.outlook.source = "estimate"
     assert search.is_open()
-    search.known.add(TrialConfig.from_params(params(), max_length=128).key())
+    search.known.add(TrialConfig.from_params(params()).key())
     assert not search.is_open()
     assert search.is_open(lora_rank=8)
 
@@ -148,7 +148,7 @@ def test_rates_are_relative_to_the_usual_one_and_the_layout_is_nothing_that_is_l
     found = {}
     for adapter in ("none", "lora"):
         given = params(adapter=adapter, learning_rate=3 * usual_rate(adapter, 384), dataset_fraction=0.5, epochs=4.0)
-        one, two = (features(TrialConfig.from_params({**given, "world_size": n}, max_length=128), 384) for n in (1, 2))
+        one, two = (features(TrialConfig.from_params({**given, "world_size": n}), 384) for n in (1, 2))
         assert one[0] == two[0]
         assert one[1] != two[1]
         found[adapter] = one[0]
@@ -162,10 +162,10 @@ def test_the_usual_rate_and_the_higher_one_are_believed_in_alike_and_rates_far_o
     for adapter in ("none", "lora"):
         rates = [factor * usual_rate(adapter, 64) for factor in (1, 2, math.sqrt(2), 3 * math.sqrt(2), 100, 0.01)]
         usual, higher, middle, off, high, low = (
-            belief(TrialConfig.from_params(params(adapter=adapter, learning_rate=rate), max_length=128), 64) for rate in rates
+            belief(TrialConfig.from_params(params(adapter=adapter, learning_rate=rate)), 64) for rate in rates
         )
         assert usual == pytest.approx(higher)
         assert middle == pytest.approx(0.0)
         assert off == pytest.approx(-0.5), "one standard deviation"
         assert max(high, low) < off < usual
-    assert belief(TrialConfig.from_params(params(), max_length=128), None) == 0.0
+    assert belief(TrialConfig.from_params(params()), None) == 0.0

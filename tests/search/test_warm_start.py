@@ -56,7 +56,7 @@ def earlier(directory: Path, num_trials: int = 30, **how: Any) -> None:
     study = Study(space=loaded.spec.space, objectives=loaded.spec.resolved_objectives(), sampler="random", seed=0, startup_trials=1)
     for number in range(num_trials):
         params = study.ask().params
-        config = TrialConfig.from_params(params, max_length=128).to_dict()
+        config = TrialConfig.from_params(params).to_dict()
         ledger.append("trial_started", number=number, params=params, config=config, was_proposed=number != 4)
         values = {"accuracy": rng.random(), "train_seconds": rng.uniform(1, 9), "mfu": 0.1}
         ledger.append("trial_finished", number=number, state="PRUNED" if number % 3 == 2 else "COMPLETE", values=values)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,16 @@ from hypothesis import strategies as st
 
 from spaces.blueprint import blueprint
 from spaces.config import TrialConfig
-from spaces.constraints import Limits, config_within, is_feasible, memory_within_device, reason, violations, why_none_trains
+from spaces.constraints import (
+    Limits,
+    config_within,
+    is_feasible,
+    memory_within_device,
+    predicted_memory,
+    reason,
+    violations,
+    why_none_trains,
+)
 from spaces.memory import rank_memory
 from spaces.space import SpaceSpec
 from spaces.tensor_parallel import PLANS
@@ -19,7 +30,7 @@ SPLITTABLE = replace(ROOMY, plan=blueprint({"model_type": "llama", **SIZES}, "ca
 
 
 def config(**params: object) -> TrialConfig:
-    return TrialConfig.from_params({**SpaceSpec().first(), **params}, max_length=128)
+    return TrialConfig.from_params({**SpaceSpec().first(), **params})
 
 
 def test_the_default_space_is_feasible():
@@ -43,7 +54,7 @@ def test_the_default_space_is_feasible():
 @pytest.mark.parametrize(
     ("params", "limits", "name", "value"),
     [
-        ({"global_batch_size": 16, "world_size": 3}, ROOMY, "global_batch_divisible", 1),
+        ({"global_batch_size": 16, "world_size": 3, "micro_batch_size": 1}, ROOMY, "global_batch_divisible", 1),
         ({"global_batch_size": 16, "micro_batch_size": 5}, ROOMY, "global_batch_divisible", 1),
         ({"global_batch_size": 2, "world_size": 4}, ROOMY, "global_batch_divisible", 2),
         ({"world_size": 4}, Limits(num_workers=1, hidden_size=None), "world_size_within_cluster", 3),
@@ -147,10 +158,12 @@ def test_what_oft_rotates_is_cut_into_whole_blocks():
 
 
 def test_ranks_that_split_matrices_all_see_every_row():
-    split = config(strategy="tp", world_size=4, global_batch_size=6)
-    assert split.layout.micro_batch_size == 6
+    split = config(strategy="tp", world_size=4, global_batch_size=6, micro_batch_size=6)
+    assert split.num_grad_accum_steps(128) == 1
     assert violations(split, ROOMY)["global_batch_divisible"] == 0
-    assert violations(config(strategy="ddp", world_size=4, global_batch_size=6), ROOMY)["global_batch_divisible"] > 0
+    assert (
+        violations(config(strategy="ddp", world_size=4, global_batch_size=6, micro_batch_size=1), ROOMY)["global_batch_divisible"] > 0
+    )
 
 
 def test_what_is_predicted_to_need_more_memory_than_a_rank_may_take_is_infeasible_by_as_much():
@@ -175,11 +188,25 @@ def test_the_edges_are_feasible():
     assert is_feasible(violations(config(adapter="none", quantization="nf4", world_size=2, strategy="fsdp"), ROOMY))
 
 
-@given(batch=st.integers(1, 256), world=st.integers(1, 8), micro=st.one_of(st.just("auto"), st.integers(1, 64)))
-def test_a_feasible_layout_deals_every_row_exactly_once(batch, world, micro):
+@given(batch=st.integers(1, 256), world=st.integers(1, 8), micro=st.integers(1, 64), length=st.integers(1, 999))
+def test_a_feasible_layout_deals_every_row_exactly_once(batch, world, micro, length):
     made = config(global_batch_size=batch, world_size=world, micro_batch_size=micro)
     feasible = is_feasible(violations(made, ROOMY))
-    assert feasible == (made.num_grad_accum_steps * world * made.layout.micro_batch_size == batch)
+    assert feasible == (made.num_grad_accum_steps(length) * world * micro == batch)
+
+
+@given(batch=st.integers(1, 256), world=st.integers(1, 8), budget=st.integers(1, 4096), length=st.integers(1, 999))
+def test_by_a_budget_of_tokens_every_rank_has_rows_and_passes_are_as_few_as_fit(batch, world, budget, length):
+    made = config(global_batch_size=batch, world_size=world)
+    made = replace(made, layout=replace(made.layout, micro_batch_tokens=budget))
+    values = violations(made, ROOMY)
+    assert is_feasible(values) == (batch >= world)
+    if batch < world:
+        assert f"{world - batch} of {world} ranks without a row" in reason("global_batch_divisible", made, ROOMY)
+    rows = math.ceil(batch / world)
+    passes = next(n for n in itertools.count(1) if math.ceil(rows / n) * length <= budget or n == rows)
+    assert made.num_grad_accum_steps(length) == passes
+    assert math.ceil(rows / passes) * length <= made.most_tokens(length) <= max(budget, length)
 
 
 def test_a_space_where_no_layout_trains_says_why():
@@ -194,18 +221,27 @@ SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "i
 
 @pytest.mark.parametrize("megabytes", [0.1, 2, 3, 4, 6, 10, 100])
 @pytest.mark.parametrize(("world_size", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "tp")])
-def test_an_automatic_micro_batch_is_the_largest_that_fits(megabytes: float, world_size: int, strategy: str) -> None:
+def test_an_automatic_micro_batch_is_the_largest_budget_of_tokens_that_fits(megabytes: float, world_size: int, strategy: str) -> None:
     plan = blueprint({"model_type": "llama", **SIZES}, "causal-lm")
-    limits = replace(ROOMY, plan=plan, max_length=128, memory_bytes=int(megabytes * 1e6))
+    limits = replace(ROOMY, plan=plan, max_length=100, memory_bytes=int(megabytes * 1e6))
     params = {**SpaceSpec().first(), "global_batch_size": 24, "world_size": world_size, "strategy": strategy, "adapter": "none"}
-    chosen = config_within(params, max_length=128, limits=limits)
-    usual = TrialConfig.from_params(params, max_length=128)
-    rows = 24 if strategy == "tp" else 24 // world_size
-    every = [replace(usual, layout=replace(usual.layout, micro_batch_size=d)) for d in (1, 2, 3, 4, 6, 8, 12, 24) if rows % d == 0]
+    chosen, usual = config_within(params, limits), TrialConfig.from_params(params)
+    every = [replace(usual, layout=replace(usual.layout, micro_batch_tokens=n)) for n in (4096, 2048, 1024, 512, 256, 128, 100)]
     fitting = [c for c in every if memory_within_device(c, limits) <= 0]
-    assert chosen == (fitting[-1] if fitting else every[0])
+    assert chosen == (fitting[0] if fitting else every[-1]), "not below the longest row"
     assert chosen.recipe == usual.recipe
-    assert violations(chosen, limits)["global_batch_divisible"] == 0
     given_size = {**params, "micro_batch_size": 6}
-    assert config_within(given_size, max_length=128, limits=limits).layout.micro_batch_size == 6
-    assert config_within(params, max_length=128, limits=replace(limits, memory_bytes=None)) == usual
+    assert config_within(given_size, limits).layout == replace(usual.layout, micro_batch_size=6, micro_batch_tokens=None)
+    assert config_within(params, replace(limits, memory_bytes=None)) == usual
+    on_gpu = config_within(params, replace(limits, memory_bytes=None, is_on_gpu=True))
+    assert on_gpu == replace(usual, layout=replace(usual.layout, micro_batch_tokens=16_384)), "which wants more work at once"
+
+
+def test_by_a_budget_of_tokens_short_rows_that_count_much_are_held_against_the_device() -> None:
+    plan = blueprint({"model_type": "bert", **SIZES}, "sequence-classification", 3)
+    limits = replace(ROOMY, plan=plan, max_length=100, max_targets=1)
+    made = config(adapter="none", global_batch_size=512)
+    assert made.most_tokens(100) == 4096
+    for per_token, num_targets in ((0.01, 41), (0.1, 410), (0.5, 512), (None, 512)):
+        predicted = predicted_memory(made, replace(limits, targets_per_token=per_token))
+        assert predicted == rank_memory(plan, made, 100, num_targets, num_tokens=4096, num_micro_batches=2)

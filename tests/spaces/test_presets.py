@@ -50,8 +50,8 @@ def some_space(rng: random.Random) -> SpaceSpec:
 def test_points_lie_in_the_space_and_are_few_and_distinct_and_the_same_every_time() -> None:
     for seed in range(300):
         space = some_space(random.Random(seed))
-        points = starting_points(space, width=768, limits=Limits(num_workers=4, hidden_size=768), max_length=128)
-        assert points == starting_points(space, width=768, limits=Limits(num_workers=4, hidden_size=768), max_length=128)
+        points = starting_points(space, width=768, limits=Limits(num_workers=4, hidden_size=768))
+        assert points == starting_points(space, width=768, limits=Limits(num_workers=4, hidden_size=768))
         assert 1 <= len(points) <= 7
         for point in points:
             assert space.problem_with_point(point) is None, (point, space)
@@ -61,7 +61,7 @@ def test_points_lie_in_the_space_and_are_few_and_distinct_and_the_same_every_tim
 def test_without_limits_the_usual_rate_of_lora_is_ten_times_that_of_full_fine_tuning_and_falls_with_the_width() -> None:
     space = SpaceSpec.model_validate({"adapter": {"choice": ["none", "lora"]}, "learning_rate": {"log_uniform": [1e-7, 1.0]}})
     for width in (256, 1024, 4096):
-        points = starting_points(space, width=width, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
+        points = starting_points(space, width=width, limits=Limits(num_workers=1, hidden_size=768))
         assert all(usual_rate(p["adapter"], width) < p["learning_rate"] < 3 * usual_rate(p["adapter"], width) for p in points)
         assert usual_rate("lora", width) == pytest.approx(10 * usual_rate("none", width))
         assert usual_rate("none", width) > usual_rate("none", 2 * width)
@@ -78,7 +78,7 @@ def test_the_usual_blocks_of_oft_are_the_nearest_that_divide_the_widths(ranks: A
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 172, "vocab_size": 97}
     limits = Limits(num_workers=1, hidden_size=64, plan=blueprint({"model_type": "llama", **sizes}, "causal-lm"))
     space = SpaceSpec.model_validate({"adapter": {"choice": ["lora", "oft"]}, "lora_rank": ranks})
-    points = starting_points(space, width=64, limits=limits, max_length=128)
+    points = starting_points(space, width=64, limits=limits)
     assert {p["lora_rank"] for p in points if p["adapter"] == "oft"} == {size}
     assert {p["lora_rank"] for p in points if p["adapter"] == "lora"} == {nearest(space.lora_rank, 16)}
 
@@ -87,7 +87,7 @@ def test_what_lies_outside_becomes_the_nearest_inside() -> None:
     space = SpaceSpec.model_validate(
         {"learning_rate": {"log_uniform": [0.1, 1.0]}, "global_batch_size": {"choice": [128, 64]}, "lora_rank": {"int": [1, 4]}}
     )
-    for point in starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128):
+    for point in starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768)):
         assert (point["learning_rate"], point["global_batch_size"], point["lora_rank"]) == (0.1, 64, 4)
 
 
@@ -108,7 +108,7 @@ def test_what_lies_outside_becomes_the_nearest_inside() -> None:
 def test_the_first_trainings_are_of_several_lengths(epochs: Any, fraction: Any, expected: list[tuple[float, float]]) -> None:
     knobs = {"epochs": epochs, "dataset_fraction": fraction, "global_batch_size": {"choice": [8, 32, 16]}}
     space = SpaceSpec.model_validate({**knobs, "learning_rate": {"log_uniform": [1e-5, 1.0]}})
-    points = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
+    points = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768))
     assert list(dict.fromkeys((p["dataset_fraction"], p["epochs"]) for p in points)) == expected
     assert {p["global_batch_size"] for p in points[:5]} <= {16, 32}
 
@@ -116,14 +116,14 @@ def test_the_first_trainings_are_of_several_lengths(epochs: Any, fraction: Any, 
 def test_no_knob_of_the_first_trainings_follows_from_the_others() -> None:
     """Or a model of them could not say which of two knobs does something: on a line through the points every knob would do."""
     space = SpaceSpec.model_validate({"adapter": "none", "epochs": {"int": [1, 4]}, "global_batch_size": {"choice": [8, 16, 32]}})
-    points = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
+    points = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768))
     table = np.log([[p["dataset_fraction"] * p["epochs"], p["learning_rate"], p["global_batch_size"]] for p in points])
     assert np.linalg.svd(table - table.mean(axis=0), compute_uv=False).min() > 0.05
 
 
 def test_full_fine_tuning_has_all_lengths_and_every_adapter_a_short_training() -> None:
     space = SpaceSpec.model_validate({"adapter": {"choice": ["rslora", "lora", "none", "dora"]}, "epochs": {"int": [1, 4]}})
-    points = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768), max_length=128)
+    points = starting_points(space, width=768, limits=Limits(num_workers=1, hidden_size=768))
     assert [p["adapter"] for p in points] == ["none"] * 5 + ["dora", "lora", "rslora"]
     assert [p["epochs"] for p in points] == [1, 1, 1, 3, 4, 1, 1, 1]
 
@@ -135,7 +135,7 @@ def test_the_longest_comes_first_where_others_train_beside_it_and_else_last(
     num_workers: int, world_size: int, expected: list[int]
 ) -> None:
     space = SpaceSpec.model_validate({"adapter": "none", "epochs": {"int": [1, 4]}, "world_size": world_size})
-    points = starting_points(space, width=768, limits=Limits(num_workers=num_workers, hidden_size=768), max_length=128)
+    points = starting_points(space, width=768, limits=Limits(num_workers=num_workers, hidden_size=768))
     assert [p["epochs"] for p in points] == expected
 
 
@@ -144,7 +144,7 @@ def test_where_full_fine_tuning_does_not_fit_an_adapter_has_all_lengths() -> Non
     plan = blueprint(LLAMA, "causal-lm")
     # 8.03e9 weights in bf16 are 15 GiB, in full with gradients and moments in fp32 120.
     limits = Limits(num_workers=1, hidden_size=4096, plan=plan, max_length=128, max_targets=128, memory_bytes=40 * 2**30)
-    points = starting_points(space, width=4096, limits=limits, max_length=128)
+    points = starting_points(space, width=4096, limits=limits)
     assert [p["adapter"] for p in points] == ["lora"] * 5 + ["none"]
 
 
@@ -154,16 +154,16 @@ def test_points_keep_to_the_micro_batch(micro_batch: Any, batch: int) -> None:
         {"micro_batch_size": micro_batch, "global_batch_size": {"choice": [8, 16, 32, 64]}, "world_size": {"choice": [1, 2, 4]}}
     )
     limits = Limits(num_workers=4, hidden_size=768)
-    point, *_ = starting_points(space, width=768, limits=limits, max_length=128)
+    point, *_ = starting_points(space, width=768, limits=limits)
     assert (point["global_batch_size"], point["world_size"]) == (batch, 1)
-    assert is_feasible(violations(TrialConfig.from_params(space.first(**point), max_length=128), limits))
+    assert is_feasible(violations(TrialConfig.from_params(space.first(**point)), limits))
 
 
 def test_a_space_of_one_point_has_one() -> None:
     space = SpaceSpec.model_validate(
         {"learning_rate": 1e-3, "global_batch_size": 8, "dataset_fraction": 0.5, "epochs": 2, "lora_rank": 4}
     )
-    assert len(starting_points(space, width=768, limits=Limits(num_workers=4, hidden_size=768), max_length=128)) == 1
+    assert len(starting_points(space, width=768, limits=Limits(num_workers=4, hidden_size=768))) == 1
 
 
 LLAMA = {
@@ -206,9 +206,9 @@ def test_a_usual_training_has_the_smallest_layout_that_is_feasible_whatever_the_
         max_targets=128,
         memory_bytes=memory_bytes,
     )
-    point, *_ = starting_points(space, width=4096, limits=limits, max_length=128)
+    point, *_ = starting_points(space, width=4096, limits=limits)
     assert (point["world_size"], point["strategy"]) == expected
     for left in itertools.product(space.quantization.ends(), space.strategy.ends()):
         params = space.first(**{"quantization": left[0], "strategy": left[1], **point})
-        known = violations(TrialConfig.from_params(params, max_length=128), limits)
+        known = violations(TrialConfig.from_params(params), limits)
         assert is_feasible(known) or memory_bytes == 2**30, (params, known)

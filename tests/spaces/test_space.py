@@ -34,7 +34,7 @@ def proposals(of: SpaceSpec, number: int = 60) -> list[dict[str, Any]]:
 
 def test_every_proposal_is_a_trial_config():
     for params in proposals(space(**BOTH)):
-        config = TrialConfig.from_params(params, max_length=128)
+        config = TrialConfig.from_params(params)
         assert config.recipe.adapter == params["adapter"]
         assert config.layout.world_size in (1, 2, 4)
 
@@ -51,14 +51,25 @@ def test_a_base_is_quantised_only_with_lora():
     searched = space(**BOTH, quantization={"choice": ["none", "nf4", "int8"]})
     assert "quantization" in searched.names_searched()
     assert "quantization" not in space(adapter="none", quantization={"choice": ["none", "nf4"]}).names_searched()
-    recipes = [TrialConfig.from_params(params, max_length=128).recipe for params in proposals(searched)]
+    recipes = [TrialConfig.from_params(params).recipe for params in proposals(searched)]
     assert {(r.adapter, r.quantization) for r in recipes} == {("none", "none"), *(("lora", q) for q in ("none", "nf4", "int8"))}
-    whole = TrialConfig.from_params({**searched.first(adapter="none"), "quantization": "nf4"}, max_length=128)
+    whole = TrialConfig.from_params({**searched.first(adapter="none"), "quantization": "nf4"})
     assert whole.recipe.quantization == "none"
     assert TrialConfig.from_dict(whole.to_dict()) == whole
     older = whole.to_dict()
     del older["recipe"]["quantization"]
     assert TrialConfig.from_dict(older) == whole, "a search that was begun before can go on"
+
+
+def test_a_number_of_rows_is_one_and_auto_is_a_budget_of_tokens():
+    rows = TrialConfig.from_params(space(micro_batch_size=4).first())
+    assert (rows.layout.micro_batch_size, rows.layout.micro_batch_tokens) == (4, None)
+    tokens = TrialConfig.from_params(space().first())
+    assert (tokens.layout.micro_batch_size, tokens.layout.micro_batch_tokens) == (None, 4096)
+    assert TrialConfig.from_dict(tokens.to_dict()) == tokens
+    older = rows.to_dict()
+    del older["layout"]["micro_batch_tokens"]
+    assert TrialConfig.from_dict(older) == rows, "of a search that was begun when there were only rows"
 
 
 def test_the_learning_rate_follows_the_adapter():
@@ -142,7 +153,7 @@ def test_pinning_overrides_give_the_same_params_and_search_nothing(tmp_path):
     for params in proposals(loaded.spec.space, 20):
         pinned = load_spec(path, loaded.spec.space.fixed_to(params)).spec.space
         assert pinned.names_searched() == []
-        assert TrialConfig.from_params(pinned.first(), max_length=64) == TrialConfig.from_params(params, max_length=64)
+        assert TrialConfig.from_params(pinned.first()) == TrialConfig.from_params(params)
 
 
 def test_names_searched():
@@ -173,7 +184,7 @@ def test_corners_are_trial_configs_at_the_ends():
     assert {c["micro_batch_size"] for c in corners} == {"auto", 4}
     assert {c["recomputation"] for c in corners} == {"none", "full"}
     for params in corners:
-        TrialConfig.from_params(params, max_length=128)
+        TrialConfig.from_params(params)
     quantised = list(space(**BOTH, quantization={"choice": ["none", "nf4"]}).corners())
     pairs = [(c["adapter"], c.get("quantization")) for c in quantised]
     assert pairs.count(("none", None)) == pairs.count(("lora", "none")) == pairs.count(("lora", "nf4")) == len(pairs) // 3

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from synthetic_data import task_data
 
 from spaces.config import Layout, Recipe, TrialConfig
-from trainables.batching import BatchPlan, collate, evaluation_batches
+from spaces.packing import Packing
+from trainables.batching import Batch, BatchPlan, collate, cuts, evaluation_batches
 from trainables.data import TaskData, TokenTable
 from trainables.mesh import World
 from trainables.tokenization import Encoded
@@ -57,7 +62,79 @@ def test_every_layout_trains_the_same_rows_in_every_step(world_size: int, micro:
     for step in range(plan.num_steps):
         assert rows_of_step(plan, step, world_size) == rows_of_step(reference, step, 1)
         counts = {len(plan.micro_batches(step, rank)) for rank in range(world_size)}
-        assert counts == {plan.num_micro_batches}, "ranks would wait for each other for ever"
+        assert len(counts) == 1, "ranks would wait for each other for ever"
+        assert counts == {-(-len(rows_of_step(plan, step, world_size)) // (world_size * micro))}
+
+
+def by_tokens(world_size: int, budget: int, *, epochs: float = 2.0) -> TrialConfig:
+    made = config(world_size, 1, epochs=epochs)
+    return replace(made, layout=replace(made.layout, micro_batch_size=None, micro_batch_tokens=budget))
+
+
+@pytest.mark.parametrize("packing", [None, Packing(first_position=0)])
+@pytest.mark.parametrize("budget", [1, 30, 60, 100, 10_000])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_budget_trains_the_same_rows_and_is_kept_by_all_but_single_rows(
+    world_size: int, budget: int, packing: Packing | None
+) -> None:
+    reference, plan = BatchPlan(config(1, 8), data()), BatchPlan(by_tokens(world_size, budget), data(), packing)
+    sizes = plan.sizes()
+    assert plan.num_steps == reference.num_steps
+    for step in range(plan.num_steps):
+        rows = rows_of_step(reference, step, 1)
+        dealt = [plan.micro_batches(step, rank) for rank in range(world_size)]
+        real = [b for rank in dealt for b in rank if len(b.targets)]
+        assert sum(len(b.targets) for b in real) == len(rows) == sizes.rows[step]
+        seen = sorted(int(row[0]) for b in real for row in rows_of(b))
+        assert seen == rows, "every row once"
+        assert all(b.input_ids.numel() <= budget or b.num_rows == 1 for b in real)
+        assert {len(rank) for rank in dealt} == {int(sizes.micro_batches[step])}, "ranks would wait for each other for ever"
+        assert sizes.micro_tokens[step] == max(b.input_ids.numel() for b in real)
+        assert int(sizes.micro_rows[step]) in {b.num_rows for b in real if b.input_ids.numel() == sizes.micro_tokens[step]}
+        assert len(real) == min(len(rows), world_size * sizes.micro_batches[step]), "no rank is idle that need not be"
+
+
+def rows_of(batch: Batch) -> list[torch.Tensor]:
+    """The real rows of a batch, laid end to end or not."""
+    if batch.packed is None:
+        return list(batch.input_ids)
+    return list(torch.tensor_split(batch.input_ids[0], batch.packed.starts[1:]))
+
+
+def every_cut(lengths: list[int], num_parts: int) -> list[tuple[int, ...]]:
+    return list(itertools.combinations(range(1, len(lengths)), num_parts - 1))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8).map(sorted),
+    budget=st.integers(1, 60),
+    num_ranks=st.integers(1, 3),
+    is_padded=st.booleans(),
+)
+def test_a_global_batch_is_cut_into_the_fewest_and_most_even_parts(
+    lengths: list[int], budget: int, num_ranks: int, is_padded: bool
+) -> None:
+    """Against all ways to cut it."""
+
+    def largest(ends: tuple[int, ...]) -> int:
+        """Tokens of the largest part of several rows."""
+        parts = [lengths[a:b] for a, b in itertools.pairwise((0, *ends, len(lengths)))]
+        return max((len(p) * p[-1] if is_padded else sum(p) for p in parts if len(p) > 1), default=0)
+
+    found = tuple(cuts(lengths, budget, num_ranks, is_padded=is_padded))
+    fewest = next(n for n in range(1, 9) if any(largest(ends) <= budget for ends in every_cut(lengths, n)))
+    wanted = min(len(lengths), -(-fewest // num_ranks) * num_ranks)
+    assert len(found) + 1 == wanted
+    assert largest(found) == min(largest(ends) for ends in every_cut(lengths, wanted))
+
+
+def test_the_largest_step_has_the_largest_micro_batch() -> None:
+    """In tokens of all ranks it may be another one: here it has two micro batches."""
+    plan = BatchPlan(by_tokens(1, 150), data())
+    sizes = plan.sizes()
+    assert set(sizes.micro_batches) >= {1, 2}
+    assert sizes.micro_tokens[sizes.largest] == max(sizes.micro_tokens[1:])
+    assert sizes.largest != 1 + int(np.argmax(sizes.padded_tokens[1:]))
 
 
 @pytest.mark.parametrize("epochs", [0.5, 1.0, 2.0, 2.5])

@@ -82,7 +82,7 @@ def test_the_rows_of_a_domain_are_those_that_it_has_alone(model: ModelSpec, tmp_
 
 
 def config(**knobs: Any) -> TrialConfig:
-    return TrialConfig.from_params(SpaceSpec.model_validate({"global_batch_size": 4} | knobs).first(), max_length=32)
+    return TrialConfig.from_params(SpaceSpec.model_validate({"global_batch_size": 4} | knobs).first())
 
 
 def trained_rows(data: TaskData, epochs: float) -> list[np.ndarray]:

@@ -47,7 +47,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 
 def config_of(**knobs: Any) -> TrialConfig:
     space = SpaceSpec.model_validate({"global_batch_size": 8, "dataset_fraction": 1.0, "learning_rate": 5e-3, "epochs": 2, **knobs})
-    return TrialConfig.from_params(space.first(), max_length=32)
+    return TrialConfig.from_params(space.first())
 
 
 def finished(parts: Parts, directory: Path, config: TrialConfig) -> tuple[Path, float]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import replace
 
 import distributed
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from families import batch_of, make
+from families import NUM_LABELS, batch_of, make
 from memory_grid import (
     ALONE,
     ALONE_IN_SHORT,
@@ -26,19 +28,23 @@ from memory_grid import (
     measured,
     peaks_of,
 )
+from synthetic_data import task_data
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from spaces.blueprint import FAMILIES
+from spaces.blueprint import FAMILIES, with_idle_rows
+from spaces.constraints import Limits, predicted_memory
 from spaces.memory import ADAMW_STATES, num_trained, rank_memory
 from spaces.tensor_parallel import PLANS, local_blueprint
 from spaces.widths import FP32_BYTES
 from trainables.adapters import add_adapter
+from trainables.data import TokenTable
 from trainables.loop import Trainer
 from trainables.loss import evaluated
 from trainables.memory_meter import LiveBytes
 from trainables.mesh import World
 from trainables.model import build, trainable
 from trainables.parallelize import autocast, parallelize
+from trainables.tokenization import Encoded
 
 # What the grids have; what is too low is worse, since it then does not fit.
 LEAST, MOST = -0.06, 0.08
@@ -160,6 +166,49 @@ def test_the_loop_itself_holds_no_more_than_the_steps_of_the_grid(recomputation:
     held = trainer.memory.measured()
     assert held is not None
     assert LEAST < error(case, 1, held.tensor_bytes) < MOST
+
+
+@pytest.mark.parametrize(("family", "budget"), [("llama", 100), ("llama", 1000), ("gemma2", 100), ("bert", 100)])
+@pytest.mark.parametrize("adapter", ["none", "all-linear"])
+def test_a_budget_of_tokens_holds_what_is_predicted_of_the_micro_batch_that_fills_it(family: str, adapter: str, budget: int) -> None:
+    """Of rows of unequal length, laid end to end or (Gemma 2) padded."""
+    case = Case(family=family, adapter=adapter)
+    config = case.config(1)
+    config = replace(config, layout=replace(config.layout, micro_batch_size=None, micro_batch_tokens=budget))
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(3, 97, size=length).tolist() for length in rng.integers(4, 40, size=40)]
+    is_causal = case.task == "causal-lm"
+    encoded = [Encoded(input_ids=ids, targets=ids if is_causal else None) for ids in rows]
+    table = TokenTable.build(encoded, None if is_causal else [i % NUM_LABELS for i in range(40)])
+    data = task_data(case.task, table, table, () if is_causal else tuple("abcdefgh"[:NUM_LABELS]))
+    trainer = Trainer(config, data, case.base(), World.alone(), checkpoints=None)
+    for _ in range(trainer.num_steps):
+        trainer.train_step()
+    held = trainer.memory.measured()
+    assert held is not None
+    sizes, step = trainer.sizes, trainer.largest_step
+    tokens, num_rows = int(sizes.micro_tokens[step]), int(sizes.micro_rows[step])
+    plan = with_idle_rows(case.blueprint(), len(data.tokens()))
+    predicted = rank_memory(
+        plan,
+        config,
+        math.ceil(tokens / num_rows),
+        int(sizes.micro_targets[step]),
+        num_tokens=tokens,
+        num_micro_batches=int(sizes.micro_batches[step]),
+    )
+    assert LEAST < predicted.peak_bytes / held.tensor_bytes - 1 < MOST
+    limits = Limits(
+        num_workers=1,
+        hidden_size=None,
+        plan=plan,
+        max_length=data.longest,
+        max_targets=int(table.num_targets.max()),
+        targets_per_token=float((table.num_targets / table.lengths).max()),
+    )
+    full = predicted_memory(config, limits)
+    assert full is not None
+    assert full.peak_bytes >= predicted.peak_bytes, "what a search holds against the device before it knows the batches"
 
 
 def test_a_wide_vocabulary_and_a_wide_layer_move_the_peak() -> None:

@@ -20,7 +20,7 @@ from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.meter import StepTimer, mean_parts, rank_spread, speed, time_drift, train_seconds
 
-TRIAL = TrialConfig.from_params(SpaceSpec().first(), max_length=8)
+TRIAL = TrialConfig.from_params(SpaceSpec().first())
 
 
 def sizes(padded: list[int]) -> StepSizes:
@@ -32,7 +32,9 @@ def sizes(padded: list[int]) -> StepSizes:
         padded_tokens=array,
         squared_lengths=array.astype(float) ** 2,
         micro_targets=array,
+        micro_batches=np.ones_like(array),
         micro_tokens=array,
+        micro_rows=np.ones_like(array),
     )
 
 

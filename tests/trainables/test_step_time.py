@@ -41,7 +41,9 @@ def sizes(padded: np.ndarray) -> StepSizes:
         padded_tokens=padded,
         squared_lengths=padded**2.0,
         micro_targets=padded,
+        micro_batches=np.ones_like(padded),
         micro_tokens=padded,
+        micro_rows=np.ones_like(padded),
     )
 
 
@@ -138,7 +140,7 @@ def measured(
     base = BaseModel.load(str(make_model(directory)), None, data.task, data.label_names)
     weights = {name: value.clone() for name, value in base.module.state_dict().items()}
     params = {**SpaceSpec().first(), "dataset_fraction": 0.1, "global_batch_size": 8, "lora_rank": 2}
-    config = TrialConfig.from_params(params, max_length=32)
+    config = TrialConfig.from_params(params)
     collated, follow = BatchPlan.micro_batches, MemoryMeter.follow
 
     def slow(self: BatchPlan, step: int, rank: int) -> list[object]:
@@ -216,7 +218,7 @@ def of_two_ranks(world: World, model: str) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(TrainingLoss, "__call__", slow)
         patched.setattr("trainables.meter.time.perf_counter", lambda: clock[0])
-        config = TrialConfig.from_params(params, max_length=32)
+        config = TrialConfig.from_params(params)
         return measure_step(config, data, base, replace(world, node_id=f"node {world.rank}"))
 
 

@@ -70,7 +70,7 @@ def classified(directory: Path, path: str) -> tuple[ModelSpec, TaskData]:
 def test_it_is_given_labels_and_reported_beside_the_accuracy(scores: Path) -> None:
     model, data = classified(scores, "own_scores:share_right")
     base = BaseModel.load(model.name, None, model.task, data.label_names)
-    config = TrialConfig.from_params(SpaceSpec().first(), max_length=32)
+    config = TrialConfig.from_params(SpaceSpec().first())
     found = evaluate(build(config, base, World.alone()), config, data, data.evaluation, World.alone())
     assert 0 < found["custom"] < 1  # else it could be a constant
     assert found["custom"] == pytest.approx(found["accuracy"])
@@ -126,7 +126,7 @@ def test_completions_are_judged_by_it(scores: Path, shared: Path) -> None:
     data = prepare(model, DataSpec(**spec, metric="own_scores:share_right"))
     assert data.answers is None
     base, tokenizer = BaseModel.load(model.name, None, model.task, ()), load_tokenizer(model.name, None)
-    config = TrialConfig.from_params(SpaceSpec().first(), max_length=64)
+    config = TrialConfig.from_params(SpaceSpec().first())
     module = build(config, base, World.alone())
     texts = completions(module, config, data, World.alone(), tokenizer, 4)
     assert len(texts) == 4
@@ -142,7 +142,7 @@ def test_completions_are_judged_by_it(scores: Path, shared: Path) -> None:
 def test_what_is_not_defined_for_a_model_that_knows_nothing_is_left_out_until_the_end(scores: Path) -> None:
     model, data = classified(scores, "own_scores:fails_on_rows")
     base, world = BaseModel.load(model.name, None, model.task, data.label_names), World.alone()
-    config = TrialConfig.from_params(SpaceSpec().first(), max_length=32)
+    config = TrialConfig.from_params(SpaceSpec().first())
     module = build(config, base, world)
     found = evaluate(module, config, data, data.evaluation, world, is_final=False)
     assert "accuracy" in found

@@ -58,7 +58,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[TaskData, BaseModel
 def work(parts: tuple[TaskData, BaseModel], directory: Path, inbox: Inbox, *, epochs: int = 1, **changes: Any) -> dict[str, Any]:
     """Train 18 steps an epoch."""
     params = SpaceSpec(global_batch_size=4, dataset_fraction=1.0, epochs=epochs).first()
-    config = TrialConfig.from_params(params, max_length=32).to_dict()
+    config = TrialConfig.from_params(params).to_dict()
     job = Job(job_id="j", kind="train", config=config, directory=str(directory), **changes)
     return _execute(job, task=TASK, data=parts[0], base=parts[1], world=WORLD, inbox=cast(Any, inbox))
 
