@@ -42,6 +42,7 @@ RATE_FACTORS: dict[Adapter, float] = {
     "ia3": 60.0,
     "oft": 3 * LORA_FACTOR,
     "bottleneck": 3 * LORA_FACTOR,
+    "prefix": 30 * LORA_FACTOR,
 }
 # On few ranks whole copies are the fastest; shards hold less, and any model has them.
 STRATEGIES = ("ddp", "fsdp", "tp")

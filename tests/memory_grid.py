@@ -29,8 +29,8 @@ from trainables.tokenization import Encoded
 ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
 # One of every modelling file that keeps something of its own; the others repeat one of these.
 DISTINCT = ("llama", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2", "bert", "distilbert")
-VECTORS, WITHOUT_ALPHA = ("vera", "ia3"), ("vera", "ia3", "oft", "bottleneck")
-OWN_TARGETS = {"ia3": (*IA3_RESULTS, *LAST_PRODUCTS), "bottleneck": LAST_PRODUCTS}
+VECTORS, WITHOUT_ALPHA = ("vera", "ia3"), ("vera", "ia3", "oft", "bottleneck", "prefix")
+OWN_TARGETS = {"ia3": (*IA3_RESULTS, *LAST_PRODUCTS), "bottleneck": LAST_PRODUCTS, "prefix": None}
 ADAPTERS, PRECISIONS = ("none", "all-linear", "some"), ("fp32", "bf16")
 
 
@@ -78,8 +78,8 @@ class Case:
             weight_decay=0.01,
             precision=self.precision,  # type: ignore[arg-type]
             seed=0,
-            adapter=self.method if targets else "none",  # type: ignore[arg-type]
-            adapter_rank=8 if targets and self.method != "ia3" else None,
+            adapter="none" if self.adapter == "none" else self.method,  # type: ignore[arg-type]
+            adapter_rank=8 if self.adapter != "none" and self.method != "ia3" else None,
             adapter_alpha=16.0 if targets and self.method not in WITHOUT_ALPHA else None,
             adapter_target_modules=targets,
             quantization=self.quantization,  # type: ignore[arg-type]

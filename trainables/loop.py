@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spaces import metrics
+from spaces.adapters import num_prefix_tokens
 from spaces.config import TrialConfig
 from spaces.fidelity import rung_shares, rung_steps
 from spaces.flops import StepFlops
@@ -136,7 +137,7 @@ class Trainer:
         self.config, self.data, self.base, self.world, self.checkpoints = config, data, base, world, checkpoints
         self._rows_world = world.data_parallel(config.layout)
         self._started = time.perf_counter()
-        self._watch = FlopWatch(base.shape)
+        self._watch = FlopWatch(base.shape, num_prefix_tokens(config.recipe))
         saved = checkpoints.latest_valid() if checkpoints else None
         self._timer = StepTimer(world.device, saved.state["step_parts"] if saved else [])
         self._plan = BatchPlan(config, data, packing_for(base.module, config, data))
