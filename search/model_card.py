@@ -22,6 +22,11 @@ QUANTIZATIONS = {
     "int8": "BitsAndBytesConfig(load_in_8bit=True{skipped})",
 }
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+BEHIND_PREFIX = """
+# Not with model.generate: PEFT 0.21 loses a prefix there with newer transformers.
+tokens = tokenizer("TEXT", return_tensors="pt")
+mask = torch.nn.functional.pad(tokens["attention_mask"], ({tokens}, 0), value=1)
+out = base.generate(tokens["input_ids"], attention_mask=mask, past_key_values=model.get_prompt(1))"""
 
 
 def model_card(
@@ -151,6 +156,9 @@ def _usage(results: Results, recipe: Recipe, unquantized: Sequence[str], *, is_a
     if recipe.adapter == "bottleneck":
         first = 'import sys\n\nsys.path.insert(0, "THIS_DIRECTORY")\nfrom bottleneck import load'
         last = 'model = load(base, "THIS_DIRECTORY")'
+    after = []
+    if recipe.adapter == "prefix":
+        first, after = f"import torch\n{first}", [BEHIND_PREFIX.format(tokens=recipe.adapter_rank)]
     return "\n".join(
         [
             "```python",
@@ -161,6 +169,7 @@ def _usage(results: Results, recipe: Recipe, unquantized: Sequence[str], *, is_a
             f'base = {name}.from_pretrained("{base_name(model.name) or model.name}"{revision}, config=config{options})',
             last,
             'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
+            *after,
             "```",
         ]
     )

@@ -89,7 +89,7 @@ def norms_whole(config: TrialConfig, limits: Limits) -> float:
 
 
 def vectors_whole(config: TrialConfig, limits: Limits) -> float:
-    """1 where vectors (VeRA, (IA)3), rotations (OFT), bottlenecks or prefixes would be cut as tensor parallelism cuts what they act on.
+    """1 where vectors (VeRA, (IA)3), rotations (OFT), bottlenecks or prefixes would be cut as tensor parallelism cuts matrices.
 
     And where FSDP2 would cast VeRA's vectors and not its factors, which are no parameters.
     """
@@ -224,7 +224,7 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         }.get(recipe.adapter, "oft rotates what goes into nn.Linear, and GPT-2's layers are none"),
         prefix_kept.__name__: "prefix: compile blocks would compile every layer anew, and GPT-2 loses it with recomputation full",
         prefix_within_positions.__name__: f"a prefix of {recipe.adapter_rank} tokens and rows of {limits.max_length} exceed the "
-        f"model's positions, {limits.plan.num_positions if limits.plan else None}",
+        f"model's {limits.plan.num_positions if limits.plan else None} positions",
         rotated_in_whole_blocks.__name__: f"oft: blocks of {recipe.adapter_rank} do not divide the widths of the layers",
         memory_within_device.__name__: f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
     }

@@ -3,9 +3,9 @@
 Per real token of a matrix with W weights: 2W forward, 2W for the gradient of its input where that is needed, 2W for its own
 gradient where it trains. So full fine-tuning costs 6 per weight and token, and LoRA about 4 for a frozen weight. Attention has no
 weights: 4 x heads x head dim x length² forward (scores and weighted sum) and twice that backward, LoRA or not; a causal mask halves
-it, but not what every token has with a prefix. Embedding look-ups, padding, recomputation, and what no first token needs of an encoder's last block, count nothing. The split by
-what needs a gradient follows from the chain rule; the 6N and the attention term are those of PaLM (https://arxiv.org/abs/2204.02311,
-appendix B), and so is the name of what counts recomputation too: hardware FLOPs.
+it, but not what a token has with a prefix. Embedding look-ups, padding, recomputation, and what no first token needs of an encoder's
+last block, count nothing. The split by what needs a gradient follows from the chain rule; the 6N and the attention term are those of
+PaLM (https://arxiv.org/abs/2204.02311, appendix B), and so is the name of what counts recomputation too: hardware FLOPs.
 """
 
 from __future__ import annotations

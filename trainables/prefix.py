@@ -24,7 +24,7 @@ class PrefixedModel(PeftModelForCausalLM):
     """PEFT's model, whose blocks can be computed again, and whose prefix generation does not lose."""
 
     def get_prompt(self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None) -> Any:
-        """Return the prefix as a cache that is read alone, for any number of rows: PEFT's is for one pass, and a copy for each row."""
+        """Return the prefix as a cache that is only read, for any number of rows; PEFT's grows, and has a copy for each row."""
         config = self.active_peft_config
         weight = self.prompt_encoder[self.active_adapter].embedding.weight.to(self.base_model_torch_dtype)
         # A key and a value for each layer: (1, heads, tokens, head width).
