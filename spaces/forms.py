@@ -111,7 +111,7 @@ class PerAdapter(OneKey):
     bottleneck: FloatDomain[LearningRate] | None = None
     """Bottlenecks, whose best learning rate is some times LoRA's."""
     prefix: FloatDomain[LearningRate] | None = None
-    """Prefixes, whose best learning rate is some tens of times LoRA's."""
+    """Prefixes, whose best learning rate is some tens of times LoRA's, and which begin as random keys and values."""
 
     @model_serializer
     def _without_absent(self) -> dict[str, Any]:

@@ -25,19 +25,21 @@ class PrefixedModel(PeftModelForCausalLM):
 
     def get_prompt(self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None) -> Any:
         """Return the prefix as a cache that is only read, for any number of rows; PEFT's grows, and has a copy for each row."""
-        config = self.active_peft_config
-        weight = self.prompt_encoder[self.active_adapter].embedding.weight.to(self.base_model_torch_dtype)
+        config: Any = self.active_peft_config
+        encoder: Any = self.prompt_encoder[self.active_adapter]
+        weight = encoder.embedding.weight.to(self.base_model_torch_dtype)
         # A key and a value for each layer: (1, heads, tokens, head width).
         parts = weight.unflatten(1, (2 * config.num_layers, config.num_attention_heads, -1)).permute(1, 2, 0, 3)[:, None].unbind()
         return Cache(layers=[_LayerPrefix(*parts[i : i + 2]) for i in range(0, len(parts), 2)])
 
     def generate(self, *, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any) -> Any:
-        """Generate behind the prefix: PEFT 0.21 hands the model a cache that transformers from 5.20 or so on looks for elsewhere."""
-        tokens = self.active_peft_config.num_virtual_tokens
+        """Generate behind the prefix, which PEFT 0.21 loses where transformers calls a model's cache by its new name."""
+        config: Any = self.active_peft_config
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         cache = super().get_prompt(len(input_ids))
-        mask = functional.pad(mask, (tokens, 0), value=1)
-        return self.get_base_model().generate(input_ids=input_ids, attention_mask=mask, past_key_values=cache, **options)
+        mask = functional.pad(mask, (config.num_virtual_tokens, 0), value=1)
+        base: Any = self.get_base_model()
+        return base.generate(input_ids=input_ids, attention_mask=mask, past_key_values=cache, **options)
 
 
 class _LayerPrefix(DynamicLayer):
@@ -46,11 +48,11 @@ class _LayerPrefix(DynamicLayer):
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
         self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
+        self.keys, self.values = self._before = keys, values
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values with the prefix before them: (rows, heads, tokens, head width)."""
-        before = (part.expand(len(key_states), -1, -1, -1) for part in (self.keys, self.values))
+        before = (part.expand(len(key_states), -1, -1, -1) for part in self._before)
         keys, values = (torch.cat(pair, dim=2) for pair in zip(before, (key_states, value_states), strict=True))
         return keys, values
 
@@ -60,6 +62,7 @@ def add_prefix(module: Any, num_tokens: int) -> PrefixedModel:
     config = PrefixTuningConfig(num_virtual_tokens=num_tokens, task_type=TaskType.CAUSAL_LM)
     model: Any = get_peft_model(module, config)
     model.__class__ = PrefixedModel
+    block: Any
     for block in blocks_of(module):
         # Transformers takes a cache away from a block that it computes again, as that would be added to twice.
         block._can_checkpoint_with_cache = True

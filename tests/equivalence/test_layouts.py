@@ -99,7 +99,8 @@ def config(
     if adapter == "prefix":
         lora |= {"adapter_alpha": None, "adapter_target_modules": None}
     recipe = Recipe(
-        learning_rate=5e-3,
+        # What a row has before it moves the loss less than weights do.
+        learning_rate=1.0 if adapter == "prefix" else 5e-3,
         global_batch_size=8,
         dataset_fraction=1.0,
         epochs=STEPS * 8 / 90,
