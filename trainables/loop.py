@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -332,7 +332,12 @@ class Trainer:
 
 
 def evaluate_untrained(config: TrialConfig, data: TaskData, base: BaseModel, world: World) -> dict[str, float]:
-    """Return the scores of the model before any training, with the config's seed for the new weights."""
+    """Return the scores of the model before any training, with the config's seed for the new weights.
+
+    Other adapters change nothing before they are trained, but a prefix begins at random: the model is scored without it.
+    """
+    if config.recipe.adapter == "prefix":
+        config = replace(config, recipe=replace(config.recipe, adapter="none"))
     return evaluate(build(config, base, world), config, data, data.evaluation, world, is_final=False)
 
 

@@ -85,8 +85,8 @@ def attention_by_rows(
         rows = [x.unflatten(1, run).transpose(0, 1) for x in part]
         if num_before:
             rows = [torch.cat([first.expand(run[0], -1, -1, -1), x], dim=2) for first, x in zip(before, rows, strict=True)]
-        attended = functional.scaled_dot_product_attention(*rows, **options)[:, :, num_before:]
-        results.append(attended.transpose(1, 2).flatten(0, 1))
+        attended = functional.scaled_dot_product_attention(*rows, **options)
+        results.append((attended[:, :, num_before:] if num_before else attended).transpose(1, 2).flatten(0, 1))
     return torch.cat(results)
 
 

@@ -19,9 +19,9 @@ from spaces.blueprint import FAMILIES
 from spaces.packing import can_pack
 from trainables.batching import collate
 from trainables.checkpoint import CheckpointStore
-from trainables.evaluation import completions
+from trainables.evaluation import completions, evaluate
 from trainables.export import merged_module, save, trained_module, whole_module
-from trainables.loop import Command, train
+from trainables.loop import Command, evaluate_untrained, train
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
 from trainables.packed import packing_for
@@ -115,6 +115,19 @@ def test_prefixes_of_a_seed_are_the_same_and_of_another_are_others() -> None:
     first, again, others = (trainable(build(c, case.base(), World.alone()))[WEIGHT] for c in (case.config(1), case.config(1), other))
     assert torch.equal(first, again)
     assert not torch.equal(first, others)
+
+
+def test_the_untrained_model_is_scored_without_one() -> None:
+    base, data, prefixed, plain = (
+        base_of(case_of("llama")),
+        data_of("causal-lm"),
+        case_of("llama").config(1),
+        Case(family="llama").config(1),
+    )
+    assert evaluate_untrained(prefixed, data, base, World.alone()) == evaluate_untrained(plain, data, base, World.alone())
+    random = build(prefixed, base, World.alone())
+    loss = evaluate(random, prefixed, data, data.evaluation, World.alone())["eval_loss"]
+    assert loss != pytest.approx(evaluate_untrained(plain, data, base, World.alone())["eval_loss"], rel=1e-4)
 
 
 def test_an_export_is_loaded_by_peft_alone_and_is_never_merged(tmp_path: Path) -> None:
