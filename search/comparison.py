@@ -34,7 +34,7 @@ class Method:
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        """Read `none`, `lora:16`, `lora:16:nf4`, `bottleneck:16` or `ia3`.
+        """Read `none`, `lora:16`, `lora:16:nf4`, `bottleneck:16`, `prefix:16` or `ia3`.
 
         Raises:
             CompareError: it is none of these.

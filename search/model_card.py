@@ -24,6 +24,11 @@ QUANTIZATIONS = {
 }
 SKIPPED = {"nf4": "llm_int8_skip_modules", "int8": "llm_int8_skip_modules", "float8": "modules_to_not_convert"}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+BEHIND_PREFIX = """
+# Not with model.generate: PEFT 0.21 loses a prefix there with newer transformers.
+tokens = tokenizer("TEXT", return_tensors="pt")
+mask = torch.nn.functional.pad(tokens["attention_mask"], ({tokens}, 0), value=1)
+out = base.generate(tokens["input_ids"], attention_mask=mask, past_key_values=model.get_prompt(1))"""
 
 
 def model_card(
@@ -153,6 +158,9 @@ def _usage(results: Results, recipe: Recipe, unquantized: Sequence[str], *, is_a
     if recipe.adapter == "bottleneck":
         first = 'import sys\n\nsys.path.insert(0, "THIS_DIRECTORY")\nfrom bottleneck import load'
         last = 'model = load(base, "THIS_DIRECTORY")'
+    after = []
+    if recipe.adapter == "prefix":
+        first, after = f"import torch\n{first}", [BEHIND_PREFIX.format(tokens=recipe.adapter_rank)]
     if recipe.quantization == "float8":
         first = f"{first}\nfrom torchao.quantization import Float8WeightOnlyConfig"
     return "\n".join(
@@ -165,6 +173,7 @@ def _usage(results: Results, recipe: Recipe, unquantized: Sequence[str], *, is_a
             f'base = {name}.from_pretrained("{base_name(model.name) or model.name}"{revision}, config=config{options})',
             last,
             'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
+            *after,
             "```",
         ]
     )

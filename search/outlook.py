@@ -110,7 +110,7 @@ class Outlook:
         return values_under(config, trained, values, profile, self._sizes(config))
 
     def _sizes(self, config: TrialConfig) -> StepSizes:
-        packing = packing_of(self._model, self._spec.model.task, config.layout, self._data.longest)
+        packing = packing_of(self._model, self._spec.model.task, config, self._data.longest)
         return BatchPlan(config, self._data, packing).sizes()
 
     def _profile(self, config: TrialConfig) -> dict[str, Any] | None:

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spaces.adapters import adds_in_place, casts_input, factor_params, is_wrapped, keeps_input, num_between, rotation_numbers
+from spaces.adapters import (
+    adds_in_place,
+    casts_input,
+    factor_params,
+    is_wrapped,
+    keeps_input,
+    num_between,
+    num_prefix_tokens,
+    rotation_numbers,
+)
+from spaces.attention import attention_bytes, num_keys
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe
 from spaces.quantization import is_quantized
@@ -53,7 +63,7 @@ class Activations:
         elif plan.is_post_norm and not self.recomputes:
             kept = hidden
         # Attention that is written out adds a mask to its scores: one for all tokens before, one for those in the window.
-        kept += 0 if plan.is_attention_fused else 2 * self.length
+        kept += 0 if plan.is_attention_fused else 2 * num_keys(self.recipe, self.length)
         return self.num_tokens * self.width.stream * kept
 
     def after_blocks(self) -> int:
@@ -100,7 +110,8 @@ class Activations:
                 plan.block
             )
         needs_grad = self._is_full or not is_first or any(is_wrapped(m, recipe) for m in plan.attention_in)
-        before = (self._attention_per_token() if needs_grad else 0) + self._adapters_per_token(plan.attention_in)
+        of_prefix = self._attended_per_token() if num_prefix_tokens(recipe) else 0
+        before = (self._attention_per_token() if needs_grad else of_prefix) + self._adapters_per_token(plan.attention_in)
         after = self._adapters_per_token((*plan.attention_out, *plan.feed_forward_in, *plan.feed_forward_out))
         if not needs_grad and self._share_input(plan.attention_out):
             after += width.products * plan.attention_out[0].num_inputs
@@ -110,11 +121,11 @@ class Activations:
         experts = width.products * sum(m.num_params for m in plan.block if m.num_experts > 1 and is_wrapped(m, recipe))
         whole = experts + (SERIES_BYTES + width.products) * sum(rotation_numbers(m, recipe) for m in plan.block)
         if not (is_last and plan.ends_at_first_tokens):
-            return self.num_tokens * (before + after) + whole
+            return int(self.num_tokens * (before + after)) + whole
         # The normalisation that ends it is counted with what is before the next block, for all tokens.
         is_counted = self._is_full or any(is_wrapped(m, recipe) for m in plan.attention_in)
         ended = width.stream * ((2 if self._is_full else 1) * plan.shape.hidden_size + 2) * is_counted
-        return self.num_tokens * (before - ended) + self.num_targets * (after + ended) + whole
+        return int(self.num_tokens * (before - ended)) + self.num_targets * (after + ended) + whole
 
     def _adapters_per_token(self, stage: tuple[Matrix, ...]) -> int:
         """Return what adapters around matrices keep."""
@@ -260,36 +271,20 @@ class Activations:
         """Bytes of the numbers that the experts' results become once they are weighed."""
         return FP32_BYTES if self.plan.are_experts_weighed_in_fp32 else self._expert_width
 
-    def _attention_per_token(self) -> int:
+    def _attention_per_token(self) -> float:
         plan, shape, width = self.plan, self.plan.shape, self.width
-        queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        kept = self._before_per_token(plan.attention_in)
-        if not plan.is_attention_fused:
-            kept += self._written_out_per_token(queries)
-        elif len(plan.attention_in) > 1 or plan.norm == "layer":
-            # Queries, keys, values, the output and the logarithm of the sums.
-            kept += width.products * (2 * queries + 2 * keys) + FP32_BYTES * shape.num_heads
-        else:
-            # One matrix for all three: rotated queries and keys are copies, and so is the transposed output.
-            kept += width.products * (4 * queries + 3 * keys) + FP32_BYTES * shape.num_heads
+        kept = self._before_per_token(plan.attention_in) + self._attended_per_token()
         if plan.has_head_norms:
+            queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
             weighed = FP32_BYTES if plan.is_norm_weighed_in_fp32 else width.products
             kept += (FP32_BYTES + (weighed if self._is_full else 0)) * (queries + keys)
             kept += FP32_BYTES * (shape.num_heads + shape.num_kv_heads)
         return kept
 
-    def _written_out_per_token(self, queries: int) -> int:
-        """Return what attention keeps whose scores are tensors, one row of them per token and head.
-
-        Queries, and keys and values repeated for every head, are copies for the batched products. The cap keeps the tanh of the
-        scores, the softmax its result in fp32, and the product with the values that in its own format.
-        """
-        products = self.width.products
-        weights = FP32_BYTES + (products if products != FP32_BYTES else 0)
-        kept = 3 * products * queries + (products + weights) * self.plan.shape.num_heads * self.length
+    def _attended_per_token(self) -> float:
         # The output is the input of the next product; under autocast an adapter's copy is counted with it.
         is_output_kept = self._is_full or self._share_input(self.plan.attention_out)
-        return kept + (products * queries if is_output_kept else 0)
+        return attention_bytes(self.plan, self.recipe, self.width, self.length, is_output_kept=is_output_kept)
 
     def _activation_per_token(self) -> int:
         last, num_inner = self.plan.feed_forward_out[0], self.plan.num_kept_by_activation

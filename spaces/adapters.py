@@ -48,8 +48,19 @@ def keeps_input(matrix: Matrix, recipe: Recipe) -> bool:
     return is_read and is_wrapped(matrix, recipe)
 
 
+def num_prefix_tokens(recipe: Recipe) -> int:
+    """Return the keys that every row has before its own in each attention."""
+    return (recipe.adapter_rank or 0) if recipe.adapter == "prefix" else 0
+
+
+def prefix_params(plan: Blueprint, recipe: Recipe) -> int:
+    """Return the numbers of a prefix: keys and values of all layers."""
+    shape = plan.shape
+    return num_prefix_tokens(recipe) * shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim
+
+
 def adapter_params(matrices: tuple[Matrix, ...], recipe: Recipe) -> int:
-    """Return the parameters that an adapter adds and trains.
+    """Return the parameters that an adapter adds to matrices and trains.
 
     One pair of factors for each expert, and of twice the rank for gate and up in one; with DoRA a norm for each output. VeRA scales
     the rank and the outputs, (IA)3 the outputs or, before the last product of a block, the inputs. OFT has a skew matrix for every

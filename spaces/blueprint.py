@@ -97,6 +97,8 @@ class Blueprint:
     """Of the embedding, in rows that no token of the training data has; known once there are data."""
     are_experts_weighed_in_fp32: bool = False
     """Whether the router's probabilities stay in fp32 whatever the model computes in."""
+    num_positions: int | None = None
+    """Tokens that a row may have, with a prefix before it; None where the configuration does not say."""
     ends_at_first_tokens: bool = False
     """Whether the last block computes what follows its attention for the first token of a row alone, which the class is told by."""
 
@@ -163,7 +165,9 @@ def blueprint(config: Mapping[str, Any], task: Task, num_labels: int = 0) -> Blu
     family = str(sizes.get("model_type"))
     if family not in FAMILIES:
         raise ShapeError(f"config.json: model_type: no formulas for '{family}'; there are some for: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[family](sizes, ModelShape.from_config(config), task, num_labels)
+    plan = FAMILIES[family](sizes, ModelShape.from_config(config), task, num_labels)
+    positions = sizes.get("max_position_embeddings") or sizes.get("n_positions")
+    return replace(plan, num_positions=positions if isinstance(positions, int) else None)
 
 
 def _decoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -> Blueprint:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-Adapter = Literal["none", "lora", "rslora", "dora", "vera", "ia3", "oft", "bottleneck"]
+Adapter = Literal["none", "lora", "rslora", "dora", "vera", "ia3", "oft", "bottleneck", "prefix"]
 Precision = Literal["fp32", "bf16"]
 Quantization = Literal["none", "nf4", "int8", "float8"]
 Strategy = Literal["ddp", "fsdp", "tp"]
@@ -22,7 +22,7 @@ ADAPTER_KNOBS: dict[Adapter, tuple[str, ...]] = {
     "vera": ("lora_rank", "lora_target_modules"),
     "ia3": (),
     "oft": ("lora_rank", "lora_target_modules", "quantization"),
-    "bottleneck": ("lora_rank", "quantization"),
+    **dict.fromkeys(("bottleneck", "prefix"), ("lora_rank", "quantization")),
 }
 # What (IA)3 scales: what keys and values are, and what goes into the last product of a block, behind which bottlenecks are.
 IA3_RESULTS = ("k_proj", "v_proj", "key_proj", "value_proj", "self.key", "self.value", "k_lin", "v_lin", "qkv_proj", "c_attn")
@@ -65,9 +65,10 @@ class Recipe:
     norms of the rows of the sum. VeRA (https://arxiv.org/abs/2310.11454) trains two vectors around random factors that all layers
     share; (IA)3 (https://arxiv.org/abs/2205.05638) scales keys, values and the inner width of the feed-forward. OFT
     (https://arxiv.org/abs/2506.19847) rotates what goes into a frozen matrix, block by block. A bottleneck
-    (https://arxiv.org/abs/1902.00751) is a narrow layer behind the feed-forward of each block."""
+    (https://arxiv.org/abs/1902.00751) is a narrow layer behind the feed-forward of each block. A prefix
+    (https://arxiv.org/abs/2101.00190) is keys and values of each attention, before those of every row."""
     adapter_rank: int | None = None
-    """Of LoRA, its variants and VeRA; the size of OFT's blocks, and of bottlenecks."""
+    """Of LoRA, its variants and VeRA; the size of OFT's blocks, and of bottlenecks; the tokens of a prefix."""
     adapter_alpha: float | None = None
     adapter_target_modules: tuple[str, ...] | None = None
     """Module name suffixes that an adapter wraps; `("all-linear",)` for every linear layer but the head."""
@@ -231,7 +232,7 @@ def _targets(adapter: Adapter, given: Sequence[str]) -> tuple[str, ...] | None:
         return (*IA3_RESULTS, *LAST_PRODUCTS)
     if adapter == "bottleneck":
         return LAST_PRODUCTS
-    return None if adapter == "none" else tuple(target.strip() for target in given)
+    return None if adapter in ("none", "prefix") else tuple(target.strip() for target in given)
 
 
 def _part_of(world_size: int, given: int | str) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from spaces.adapters import is_wrapped, trains_factors
+from spaces.adapters import is_wrapped, num_prefix_tokens, trains_factors
 from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
 from spaces.memory import RankMemory, rank_memory
@@ -67,8 +67,8 @@ def shards_of_equal_size(config: TrialConfig, limits: Limits) -> float:
 
 
 def adapter_rank_within_width(config: TrialConfig, limits: Limits) -> float:
-    """Rank beyond the layers' width, where a low-rank update is none."""
-    if config.recipe.adapter_rank is None or limits.hidden_size is None:
+    """Rank beyond the layers' width, where a low-rank update is none; the tokens of a prefix are no rank."""
+    if config.recipe.adapter_rank is None or limits.hidden_size is None or config.recipe.adapter == "prefix":
         return 0.0
     return config.recipe.adapter_rank - limits.hidden_size
 
@@ -95,7 +95,7 @@ def norms_whole(config: TrialConfig, limits: Limits) -> float:
 
 
 def vectors_whole(config: TrialConfig, limits: Limits) -> float:
-    """1 where vectors (VeRA, (IA)3), rotations (OFT) or bottlenecks would have to be cut as tensor parallelism cuts what they act on.
+    """1 where vectors (VeRA, (IA)3), rotations (OFT), bottlenecks or prefixes would be cut as tensor parallelism cuts matrices.
 
     And where FSDP2 would cast VeRA's vectors and not its factors, which are no parameters.
     """
@@ -109,14 +109,36 @@ def layers_adaptable(config: TrialConfig, limits: Limits) -> float:
     """1 where an adapter has no layers to change.
 
     OFT, of GPT-2, whose layers are no `nn.Linear`: PEFT has nothing for them, nor has torchao a float8. A bottleneck, of experts in
-    one stacked weight.
+    one stacked weight. A prefix, of classifiers, to which PEFT 0.21 cannot hand one.
     """
     recipe, plan = config.recipe, limits.plan
     if plan is None:
         return 0.0
-    is_stacked = recipe.adapter == "bottleneck" and plan.feed_forward_out[-1].num_experts > 1
-    is_no_linear = plan.family == "gpt2" and (recipe.adapter == "oft" or recipe.quantization == "float8")
-    return float(is_stacked or is_no_linear)
+    is_without = {
+        "oft": plan.family == "gpt2",
+        "bottleneck": plan.feed_forward_out[-1].num_experts > 1,
+        "prefix": not plan.head[-1].is_output,
+    }
+    is_no_linear = plan.family == "gpt2" and recipe.quantization == "float8"
+    return float(is_without.get(recipe.adapter, False) or is_no_linear)
+
+
+def prefix_kept(config: TrialConfig, limits: Limits) -> float:
+    """1 where a prefix would be lost, or cost more than it is worth.
+
+    GPT-2 drops what is before a row where its blocks are computed again. Every block has a prefix of its own, so that torch would
+    compile each of them anew.
+    """
+    is_lost = config.layout.recomputation != "none" and limits.plan is not None and limits.plan.family == "gpt2"
+    return float(config.recipe.adapter == "prefix" and (is_lost or config.layout.compile != "none"))
+
+
+def prefix_within_positions(config: TrialConfig, limits: Limits) -> float:
+    """Tokens of prefix and longest row beyond the model's positions."""
+    num_before = num_prefix_tokens(config.recipe)
+    if not num_before or limits.plan is None or limits.plan.num_positions is None:
+        return 0.0
+    return num_before + limits.max_length - limits.plan.num_positions
 
 
 def rotated_in_whole_blocks(config: TrialConfig, limits: Limits) -> float:
@@ -190,11 +212,13 @@ CONSTRAINTS = (
     norms_whole,
     vectors_whole,
     layers_adaptable,
+    prefix_kept,
+    prefix_within_positions,
     rotated_in_whole_blocks,
     memory_within_device,
 )
 # Those between a method and a strategy or a model, whatever the ranges of the space.
-OF_METHODS = (matrices_split_evenly, quantized_base_whole, norms_whole, vectors_whole, layers_adaptable)
+OF_METHODS = (matrices_split_evenly, quantized_base_whole, norms_whole, vectors_whole, layers_adaptable, prefix_kept)
 
 
 def reason(name: str, config: TrialConfig, limits: Limits) -> str:
@@ -215,13 +239,22 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
         norms_whole.__name__: "dora trains the norms of whole rows: not of what tp splits, int8 or float8 holds, or experts share",
         vectors_whole.__name__: f"{recipe.adapter} trains what tp would cut; and vera not with fsdp in bf16",
-        layers_adaptable.__name__: "oft and float8 are of nn.Linear, and GPT-2's layers are none"
-        if limits.plan is not None and limits.plan.family == "gpt2"
-        else "bottlenecks are behind a feed-forward, and these experts are one stacked weight",
+        layers_adaptable.__name__: _why_not_adaptable(config, limits),
+        prefix_kept.__name__: "prefix: compile blocks would compile every layer anew, and GPT-2 loses it with recomputation full",
+        prefix_within_positions.__name__: f"a prefix of {recipe.adapter_rank} tokens and rows of {limits.max_length} exceed the "
+        f"model's {limits.plan.num_positions if limits.plan else None} positions",
         rotated_in_whole_blocks.__name__: f"oft: blocks of {recipe.adapter_rank} do not divide the widths of the layers",
         memory_within_device.__name__: f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
     }
     return words[name]
+
+
+def _why_not_adaptable(config: TrialConfig, limits: Limits) -> str:
+    if config.recipe.adapter == "prefix" and limits.plan is not None and not limits.plan.head[-1].is_output:
+        return "prefix is for causal-lm: PEFT cannot hand one to a classifier"
+    if limits.plan is not None and limits.plan.family == "gpt2":
+        return "oft and float8 are of nn.Linear, and GPT-2's layers are none"
+    return "bottlenecks are behind a feed-forward, and these experts are one stacked weight"
 
 
 def _why_not_split(config: TrialConfig, limits: Limits) -> str:

@@ -3,9 +3,9 @@
 Per real token of a matrix with W weights: 2W forward, 2W for the gradient of its input where that is needed, 2W for its own
 gradient where it trains. So full fine-tuning costs 6 per weight and token, and LoRA about 4 for a frozen weight. Attention has no
 weights: 4 x heads x head dim x length² forward (scores and weighted sum) and twice that backward, LoRA or not; a causal mask halves
-it. Embedding look-ups, padding, recomputation, and what no first token needs of an encoder's last block, count nothing. The split by
-what needs a gradient follows from the chain rule; the 6N and the attention term are those of PaLM (https://arxiv.org/abs/2204.02311,
-appendix B), and so is the name of what counts recomputation too: hardware FLOPs.
+it, but not what a token has with a prefix. Embedding look-ups, padding, recomputation, and what no first token needs of an encoder's
+last block, count nothing. The split by what needs a gradient follows from the chain rule; the 6N and the attention term are those of
+PaLM (https://arxiv.org/abs/2204.02311, appendix B), and so is the name of what counts recomputation too: hardware FLOPs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from spaces.adapters import adds_in_place, num_between, rotation_numbers
+from spaces.adapters import adds_in_place, num_between, num_prefix_tokens, rotation_numbers
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe, TrialConfig
 
@@ -83,12 +83,22 @@ class AttentionUse:
     num_heads: int
     head_dim: int
     causal: bool
+    num_before: int = 0
+    """Keys of a prefix, which every token sees beside those of its row."""
 
     @property
     def flops(self) -> float:
         """Forward and backward FLOPs per token pair; key-value heads that query heads share save memory, not FLOPs."""
-        whole = 2.0 * self.num_products * self.num_heads * self.head_dim
-        return whole / 2 if self.causal else whole
+        return self._of_pair / 2 if self.causal else self._of_pair
+
+    @property
+    def flops_per_token(self) -> float:
+        """Forward and backward FLOPs of a token with the prefix."""
+        return self._of_pair * self.num_before
+
+    @property
+    def _of_pair(self) -> float:
+        return 2.0 * self.num_products * self.num_heads * self.head_dim
 
 
 def attention_products(query_needs_grad: bool, key_needs_grad: bool, value_needs_grad: bool) -> int:
@@ -103,7 +113,7 @@ def training_flops(linears: Iterable[LinearUse], attention: AttentionUse) -> Tra
     """Sum the products of a forward pass and their gradients."""
     uses = list(linears)
     return TrainingFlops(
-        per_token=sum(use.flops for use in uses if use.per == "token"),
+        per_token=sum(use.flops for use in uses if use.per == "token") + attention.flops_per_token,
         per_target=sum(use.flops for use in uses if use.per == "target"),
         per_squared_length=attention.flops,
     )
@@ -113,7 +123,7 @@ def recomputed_flops(linears: Iterable[LinearUse], attention: AttentionUse) -> T
     """Sum products that are computed once more; of attention, those of `attention.num_products`."""
     uses = list(linears)
     return TrainingFlops(
-        per_token=sum(use.forward_flops for use in uses if use.per == "token"),
+        per_token=sum(use.forward_flops for use in uses if use.per == "token") + attention.flops_per_token,
         per_target=sum(use.forward_flops for use in uses if use.per == "target"),
         per_squared_length=attention.flops,
     )
@@ -127,12 +137,13 @@ def flops_of_blueprint(plan: Blueprint, recipe: Recipe) -> TrainingFlops:
     shape = plan.shape
     needs_grad = recipe.adapter == "none"
     linears: list[LinearUse] = []
-    num_products = 0
+    num_products, num_before = 0, num_prefix_tokens(recipe)
     for layer in range(shape.num_layers):
         heads = [_uses((matrix,), recipe, needs_grad) for matrix in plan.attention_in]
         linears += [use for uses, _ in heads for use in uses]
         # Queries, keys and values, or one matrix for all three.
-        grads = [grad for _, grad in heads] * (3 // len(heads))
+        query, key, value = [grad for _, grad in heads] * (3 // len(heads))
+        grads = (query, key or num_before > 0, value or num_before > 0)
         num_products += attention_products(*grads)
         after = any(grads)
         for stage in plan.after_attention(is_last=layer == shape.num_layers - 1):
@@ -148,6 +159,7 @@ def flops_of_blueprint(plan: Blueprint, recipe: Recipe) -> TrainingFlops:
         num_heads=shape.num_heads,
         head_dim=shape.head_dim,
         causal=shape.causal,
+        num_before=num_before,
     )
     return training_flops(linears, attention)
 
@@ -172,6 +184,7 @@ def recomputed_flops_of_blueprint(plan: Blueprint, config: TrialConfig) -> Train
         num_heads=shape.num_heads,
         head_dim=shape.head_dim,
         causal=shape.causal,
+        num_before=num_prefix_tokens(recipe),
     )
     return recomputed_flops(again if recomputes else (), attention)
 

@@ -110,6 +110,8 @@ class PerAdapter(OneKey):
     """OFT, whose best learning rate is some times LoRA's, and higher for smaller blocks."""
     bottleneck: FloatDomain[LearningRate] | None = None
     """Bottlenecks, whose best learning rate is some times LoRA's."""
+    prefix: FloatDomain[LearningRate] | None = None
+    """Prefixes, whose best learning rate is some tens of times LoRA's, and which begin as random keys and values."""
 
     @model_serializer
     def _without_absent(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from spaces.activations import Activations
-from spaces.adapters import adapter_params, is_wrapped, shared_params
+from spaces.adapters import adapter_params, is_wrapped, prefix_params, shared_params
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe, TrialConfig
 from spaces.quantization import frozen_bytes
@@ -62,7 +62,8 @@ def num_trained_of_block(plan: Blueprint, recipe: Recipe) -> int:
 
 def num_adapter_params(plan: Blueprint, recipe: Recipe) -> int:
     """Return the parameters that an adapter adds and trains."""
-    return plan.shape.num_layers * adapter_params(plan.block, recipe) + adapter_params(plan.head, recipe)
+    of_blocks = plan.shape.num_layers * adapter_params(plan.block, recipe)
+    return of_blocks + adapter_params(plan.head, recipe) + prefix_params(plan, recipe)
 
 
 def leaves_rows_alone(config: TrialConfig) -> bool:

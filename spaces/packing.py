@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from spaces.adapters import num_prefix_tokens
 from spaces.architecture import DECODERS, ENCODERS
-from spaces.config import Layout
+from spaces.config import TrialConfig
 
 # Gemma 2 caps its scores, so that its attention is written out; most layers of Gemma 3 see a short window alone.
 NOT_PACKED = ("gemma2", "gemma3_text")
@@ -21,6 +22,8 @@ class Packing:
 
     first_position: int
     """The position of every row's first token."""
+    num_before: int = 0
+    """Keys of a prefix, which every row has before its own."""
 
 
 def can_pack(family: str) -> bool:
@@ -28,7 +31,7 @@ def can_pack(family: str) -> bool:
     return family in (*DECODERS, *ENCODERS) and family not in NOT_PACKED
 
 
-def packing_of(model: Mapping[str, Any], task: str, layout: Layout, longest: int) -> Packing | None:
+def packing_of(model: Mapping[str, Any], task: str, config: TrialConfig, longest: int) -> Packing | None:
     """Return how rows are laid end to end; None where they are padded.
 
     A language model's loss is at single tokens, and an encoder's class is at the first token of a row. What decodes and classifies
@@ -37,13 +40,15 @@ def packing_of(model: Mapping[str, Any], task: str, layout: Layout, longest: int
     Args:
         model: its `config.json`.
         task: the task.
-        layout: the trial's.
+        config: the trial's.
         longest: tokens of the longest row of the data.
     """
     family = str(model.get("model_type"))
     is_of_task = family in (DECODERS if task == "causal-lm" else ENCODERS)
     window = model.get("sliding_window") if model.get("use_sliding_window", True) else None
-    is_windowed = window is not None and longest > int(window)
-    if not is_of_task or not can_pack(family) or is_windowed or layout.compile != "none":
+    num_before = num_prefix_tokens(config.recipe)
+    is_windowed = window is not None and num_before + longest > int(window)
+    if not is_of_task or not can_pack(family) or is_windowed or config.layout.compile != "none":
         return None
-    return Packing(first_position=int(model.get("pad_token_id") or 0) + 1 if family in LATER_POSITIONS else 0)
+    first_position = int(model.get("pad_token_id") or 0) + 1 if family in LATER_POSITIONS else 0
+    return Packing(first_position=first_position, num_before=num_before)

@@ -32,7 +32,9 @@ LORA_RANK = 16
 # 4e-4), (IA)3 with 3e-3 (Liu et al. 2022, arXiv 2205.05638, section 3.3). OFT as measured with MiniLM on an eighth of banking77:
 # one to three passes were the best at 2 to 4 times LoRA's usual rate with blocks of 32, and at 8 times or more with blocks of 8; and
 # bottlenecks of 16 there, in three passes, with 4 to 8 times LoRA's (0.77; 0.48 with
-# LoRA's own, where LoRA has 0.67), which the first trainings reach from 3; 15 times LoRA's learned nothing.
+# LoRA's own, where LoRA has 0.67), which the first trainings reach from 3; 15 times LoRA's learned nothing. Prefixes of 16 tokens as
+# measured with a Llama of 260,000 weights on 3 % of GSM8K: two passes bring the loss from 7.0 to 4.9 with 100 times LoRA's, 5.1 with
+# 30, 5.7 with 10 and nowhere with LoRA's own, which brings LoRA to 3.2; from a tenth or a fiftieth of PEFT's initial values the same.
 RATE_FACTORS: dict[Adapter, float] = {
     "none": 1.0,
     "lora": LORA_FACTOR,
@@ -42,6 +44,7 @@ RATE_FACTORS: dict[Adapter, float] = {
     "ia3": 60.0,
     "oft": 3 * LORA_FACTOR,
     "bottleneck": 3 * LORA_FACTOR,
+    "prefix": 30 * LORA_FACTOR,
 }
 # On few ranks whole copies are the fastest; shards hold less, and any model has them.
 STRATEGIES = ("ddp", "fsdp", "tp")

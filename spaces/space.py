@@ -103,7 +103,8 @@ class SpaceSpec(BaseModel):
     large ranks learn as much as small ones; `dora` trains the norms of adapted rows too, not with `tp`, `int8` or `float8`.
     `vera` and `ia3` train some vectors alone, in small files for many tasks, and not with `tp`; `oft` rotates what goes into a
     layer, not with `tp`, and not of GPT-2; `bottleneck` has a narrow layer behind the feed-forward of each block, which no
-    weights stand for, so that it is never merged, and not with `tp`."""
+    weights stand for, so that it is never merged, and not with `tp`; `prefix` has keys and values before those of every row in
+    each attention, of language models, never merged, and not with `tp` or `compile`."""
     learning_rate: LearningRateDomain = ByAdapter(
         by_adapter=PerAdapter(
             none=LogUniform[LearningRate](log_uniform=(1e-5, 1e-3)),
@@ -114,6 +115,7 @@ class SpaceSpec(BaseModel):
             ia3=LogUniform[LearningRate](log_uniform=(5e-4, 5e-2)),
             oft=LogUniform[LearningRate](log_uniform=(3e-4, 3e-2)),
             bottleneck=LogUniform[LearningRate](log_uniform=(3e-4, 3e-2)),
+            prefix=LogUniform[LearningRate](log_uniform=(3e-3, 3e-1)),
         )
     )
     """Peak learning rate of AdamW; `{by_adapter: {none: ..., lora: ...}}` where it depends on the adapter."""
@@ -125,14 +127,14 @@ class SpaceSpec(BaseModel):
     """Passes over the chosen rows."""
     lora_rank: IntDomain[Rank] = Choice[Rank](choice=(4, 8, 16, 32))
     """Width of the matrices of LoRA, its variants and VeRA, and of bottlenecks; size of OFT's blocks, which divides the layers'
-    widths."""
+    widths; tokens of a prefix."""
     lora_alpha: FloatDomain[Alpha] = Fixed[Alpha](32.0)
     """LoRA's scale is alpha / rank, rsLoRA's alpha / sqrt(rank)."""
     lora_target_modules: NameDomain[ModuleNames] = Fixed[ModuleNames]("all-linear")
     """Module name suffixes that LoRA, its variants, VeRA and OFT wrap, with commas between."""
     quantization: NameDomain[Quantization] = Fixed[Quantization]("none")
     """How the blocks' frozen linear layers are held: `nf4` in 4.5 bits a weight (QLoRA), `int8` in 8 (LLM.int8()), `float8` in
-    8 (e4m3), `none` in the precision; only with LoRA, its variants, OFT and bottlenecks, and on one rank or with `ddp`."""
+    8 (e4m3), `none` in the precision; only with LoRA, its variants, OFT, bottlenecks and prefixes, and on one rank or with `ddp`."""
     warmup_fraction: FloatDomain[WarmupFraction] = Fixed[WarmupFraction](0.1)
     """Share of the optimizer steps in which the learning rate rises."""
     weight_decay: FloatDomain[WeightDecay] = Fixed[WeightDecay](0.0)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from spaces.adapters import num_prefix_tokens
 from spaces.architecture import ModelShape
 from spaces.blueprint import FAMILIES, Blueprint, blueprint
 from spaces.config import IA3_RESULTS, LAST_PRODUCTS, Layout, Recipe, TrialConfig
@@ -47,6 +48,7 @@ def targets_of(family: str, adapter: str) -> tuple[str, ...] | None:
 
 def trial(targets: tuple[str, ...] | None, recomputation: str = "none", method: str = "lora") -> TrialConfig:
     targets = {"ia3": (*IA3_RESULTS, *LAST_PRODUCTS), "bottleneck": LAST_PRODUCTS}.get(method, targets)
+    own = None if method == "prefix" else targets
     recipe = Recipe(
         learning_rate=1,
         global_batch_size=1,
@@ -59,7 +61,7 @@ def trial(targets: tuple[str, ...] | None, recomputation: str = "none", method: 
         adapter=method if targets else "none",  # type: ignore[arg-type]
         adapter_rank=None if method == "ia3" else 4,
         adapter_alpha=8,
-        adapter_target_modules=targets,
+        adapter_target_modules=own,
     )
     layout = Layout(world_size=1, strategy="ddp", micro_batch_size=1, recomputation=recomputation)  # type: ignore[arg-type]
     return TrialConfig(recipe=recipe, layout=layout)
@@ -101,7 +103,7 @@ def counted(module: nn.Module, task: str, batch: Batch, config: TrialConfig, *, 
         is_hardware: with the attention kernel that training takes, which computes its scores twice. It is not in the counter's
             table: else the mathematical one is taken, which computes the model's products and no more.
     """
-    watch = FlopWatch(ModelShape.from_config(config_of(module)))
+    watch = FlopWatch(ModelShape.from_config(config_of(module)), num_prefix_tokens(config.recipe))
     if task == "sequence-classification":
         end_at_first_tokens(module)
     if config.recipe.adapter != "none":

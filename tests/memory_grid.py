@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from spaces.architecture import ModelShape
 from spaces.blueprint import FAMILIES, Blueprint, blueprint, with_idle_rows
 from spaces.config import IA3_RESULTS, LAST_PRODUCTS, Layout, Recipe, TrialConfig
 from spaces.memory import rank_memory
+from spaces.packing import Packing, can_pack
 from spaces.tensor_parallel import PLANS
 from trainables.batching import Batch
 from trainables.data import TaskData, TokenTable
@@ -22,6 +23,8 @@ from trainables.memory_meter import LiveBytes
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
 from trainables.optim import make_optimizer, update
+from trainables.packed import attend_by_rows
+from trainables.packed_rows import PackedRows
 from trainables.parallelize import autocast, gradient_sync, summing
 from trainables.tensor_parallel import sum_partial_gradients
 from trainables.tokenization import Encoded
@@ -29,8 +32,9 @@ from trainables.tokenization import Encoded
 ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
 # One of every modelling file that keeps something of its own; the others repeat one of these.
 DISTINCT = ("llama", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2", "bert", "distilbert")
-VECTORS, WITHOUT_ALPHA = ("vera", "ia3"), ("vera", "ia3", "oft", "bottleneck")
-OWN_TARGETS = {"ia3": (*IA3_RESULTS, *LAST_PRODUCTS), "bottleneck": LAST_PRODUCTS}
+VECTORS, WITHOUT_ALPHA = ("vera", "ia3"), ("vera", "ia3", "oft", "bottleneck", "prefix")
+OWN_TARGETS = {"ia3": (*IA3_RESULTS, *LAST_PRODUCTS), "bottleneck": LAST_PRODUCTS, "prefix": None}
+RANK = 8
 ADAPTERS, PRECISIONS = ("none", "all-linear", "some"), ("fp32", "bf16")
 
 
@@ -81,8 +85,8 @@ class Case:
             weight_decay=0.01,
             precision=self.precision,  # type: ignore[arg-type]
             seed=0,
-            adapter=self.method if targets else "none",  # type: ignore[arg-type]
-            adapter_rank=8 if targets and self.method != "ia3" else None,
+            adapter="none" if self.adapter == "none" else self.method,  # type: ignore[arg-type]
+            adapter_rank=RANK if self.adapter != "none" and self.method != "ia3" else None,
             adapter_alpha=16.0 if targets and self.method not in WITHOUT_ALPHA else None,
             adapter_target_modules=targets,
             quantization=self.quantization,  # type: ignore[arg-type]
@@ -92,12 +96,18 @@ class Case:
     def base(self) -> BaseModel:
         module = make(self.family, self.task, **dict(self.changes))
         module.config.use_cache = False
+        if self.method == "prefix":
+            attend_by_rows(module)
         shape = ModelShape.from_config(config_of(module))
         return BaseModel(name="", revision=None, task=self.task, module=module, new_parameters=(), shape=shape)
 
     def batch(self) -> Batch:
-        """Return one micro batch without padding."""
-        return batch_of(self.task, torch.randint(3, 97, (self.rows, self.length)), num_prompt=self.num_prompt)
+        """Return one micro batch without padding; behind a prefix it is laid end to end."""
+        batch = batch_of(self.task, torch.randint(3, 97, (self.rows, self.length)), num_prompt=self.num_prompt)
+        if self.method != "prefix" or not can_pack(self.family):
+            return batch
+        rows = PackedRows.of(np.full(self.rows, self.length), Packing(first_position=0, num_before=RANK))
+        return replace(batch, input_ids=batch.input_ids.reshape(1, -1), attention_mask=None, packed=rows)
 
     def data(self, num_steps: int) -> TaskData:
         """Return random rows for a causal model, all of one length, with as many targets as a prompt of one token leaves."""
@@ -195,19 +205,25 @@ VARIANTS += [
         ("oft", "all-linear"),
         ("oft", "some"),
         ("bottleneck", "all-linear"),
+        ("prefix", "all-linear"),
     )
-    if not (f == "gpt2" and m == "oft")
+    if not (f == "gpt2" and m == "oft") and not (f in ENCODERS and m == "prefix")
     for p in PRECISIONS
     for c in ("none", "full")
+    if not (f == "gpt2" and m == "prefix" and c == "full")
     for r, n in ((2, 16), (8, 32), (16, 48))
 ]
 VARIANTS += [
     Case(family=f, adapter="all-linear", precision=p, recomputation=c, quantization=q, method=m)
-    for m in ("oft", "bottleneck")
+    for m in ("oft", "bottleneck", "prefix")
     for f in ("llama", "gemma", "bert")
+    if not (f in ENCODERS and m == "prefix")
     for q in ("nf4", "int8")
     for p in PRECISIONS
     for c in ("none", "full")
+]
+VARIANTS += [
+    Case(family=f, adapter="all-linear", method="prefix", precision=p) for f in ("gemma3_text", "mixtral") for p in PRECISIONS
 ]
 ALONE += VARIANTS
 IDLE = [

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from spaces.config import IA3_RESULTS, LAST_PRODUCTS, Recipe
 from trainables.bottleneck import Bottleneck
 from trainables.low_rank import adapted_product
+from trainables.prefix import add_prefix
 from trainables.quantize import is_head
 from trainables.report import TrialError
 from trainables.rotation import rotate
@@ -50,6 +51,10 @@ def add_adapter(module: nn.Module, recipe: Recipe, task: str, new_parameters: tu
     heads = {name for name, _ in module.named_modules() if is_head(name)}
     if recipe.adapter == "bottleneck":
         return _add_bottlenecks(module, recipe.adapter_rank or 0, heads | new)
+    if recipe.adapter == "prefix":
+        if task != "causal-lm" or new:
+            raise TrialError("space.adapter: prefix trains keys and values alone: of language models, and with all weights there")
+        return add_prefix(module, recipe.adapter_rank or 0)
     saved: Any = {"task_type": TASK_TYPES[task], "modules_to_save": sorted(new - heads) or None}
     if recipe.adapter == "ia3":
         return _add_ia3(module, saved)

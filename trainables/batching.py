@@ -94,7 +94,8 @@ def collate(table: TokenTable, rows: np.ndarray, pad_token_id: int, packing: Pac
         table: the rows.
         rows: indices into it.
         pad_token_id: what they are padded with.
-        packing: how they are laid end to end; None: they are padded. Rows of one length need neither.
+        packing: how they are laid end to end; None: they are padded. Rows of one length need neither, but behind a prefix, where
+            attention takes a mask of what is not laid end to end.
     """
     is_dummy = len(rows) == 0
     indices = np.zeros(1, dtype=np.int64) if is_dummy else rows
@@ -105,7 +106,7 @@ def collate(table: TokenTable, rows: np.ndarray, pad_token_id: int, packing: Pac
     tokens = np.concatenate([np.arange(table.offsets[i], table.offsets[i + 1]) for i in indices])
     input_ids = np.full(is_real.shape, pad_token_id, dtype=np.int64)
     input_ids[is_real] = table.input_ids[tokens]
-    is_packed = packing is not None and not is_real.all()
+    is_packed = packing is not None and (packing.num_before > 0 or not is_real.all())
     if table.labels is None:
         assert table.targets is not None  # of a language model
         # The token at i is predicted from the tokens before it.

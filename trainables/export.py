@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig
 
-from spaces.config import Layout, TrialConfig
+from spaces.config import Adapter, Layout, TrialConfig
 from trainables import bottleneck
 from trainables.checkpoint import read_checkpoint
 from trainables.data import TaskData
@@ -29,6 +29,11 @@ from trainables.quantize import is_head, pack_linears, spread_out
 from trainables.tokenization import load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What no change of weights is, and why not.
+UNMERGED: dict[Adapter, str] = {
+    "bottleneck": "no weights stand for a bottleneck, which is not linear: leave --merge out",
+    "prefix": "no weights stand for a prefix, which is keys and values of its own: leave --merge out",
+}
 # Nothing is split or sharded in a file.
 ONE_RANK = {"world_size": 1, "strategy": "ddp", "shard_size": None, "tp_size": None, "recomputation": "none"}
 
@@ -54,8 +59,8 @@ def merged_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:
     Raises:
         ValueError: the weights are damaged, or the adapter cannot be merged.
     """
-    if config.recipe.adapter == "bottleneck":
-        raise ValueError("no weights stand for a bottleneck, which is not linear: leave --merge out")
+    if config.recipe.adapter in UNMERGED:
+        raise ValueError(UNMERGED[config.recipe.adapter])
     adapted = trained_module(config, _spread_base(config, base), weights)
     head = adapted.get_output_embeddings()
     if isinstance(head, BaseTunerLayer) and head.get_base_layer().weight is adapted.get_input_embeddings().weight:
@@ -71,7 +76,7 @@ def whole_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:
     """
     if config.recipe.adapter == "none":
         module = trained_module(config, base, weights)
-    elif config.recipe.adapter == "bottleneck":
+    elif config.recipe.adapter in UNMERGED:
         module = trained_module(config, _spread_base(config, base), weights)
     else:
         module = merged_module(config, base, weights)

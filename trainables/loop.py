@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spaces import metrics
+from spaces.adapters import num_prefix_tokens
 from spaces.config import TrialConfig
 from spaces.fidelity import rung_shares, rung_steps
 from spaces.flops import StepFlops
@@ -136,7 +137,7 @@ class Trainer:
         self.config, self.data, self.base, self.world, self.checkpoints = config, data, base, world, checkpoints
         self._rows_world = world.data_parallel(config.layout)
         self._started = time.perf_counter()
-        self._watch = FlopWatch(base.shape)
+        self._watch = FlopWatch(base.shape, num_prefix_tokens(config.recipe))
         saved = checkpoints.latest_valid() if checkpoints else None
         self._timer = StepTimer(world.device, saved.state["step_parts"] if saved else [])
         self._sum_pieces = summing(world.tensor_parallel(config.layout), self._timer)
@@ -338,7 +339,12 @@ class Trainer:
 
 
 def evaluate_untrained(config: TrialConfig, data: TaskData, base: BaseModel, world: World) -> dict[str, float]:
-    """Return the scores of the model before any training, with the config's seed for the new weights."""
+    """Return the scores of the model before any training, with the config's seed for the new weights.
+
+    Other adapters change nothing before they are trained, but a prefix begins at random: the model is scored without it.
+    """
+    if config.recipe.adapter == "prefix":
+        config = replace(config, recipe=replace(config.recipe, adapter="none"))
     return evaluate(build(config, base, world), config, data, data.evaluation, world, is_final=False)
 
 

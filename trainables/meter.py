@@ -291,8 +291,14 @@ class FlopWatch:
     Attention that is no `scaled_dot_product_attention` is taken from the model's shape, with every layer trained through.
     """
 
-    def __init__(self, shape: ModelShape) -> None:
-        self._shape = shape
+    def __init__(self, shape: ModelShape, num_before: int = 0) -> None:
+        """Watch a model.
+
+        Args:
+            shape: its sizes.
+            num_before: keys of a prefix.
+        """
+        self._shape, self._num_before = shape, num_before
         self._forward: CountingPass | None = None
         self._again: CountingPass | None = None
 
@@ -328,6 +334,7 @@ class FlopWatch:
             num_heads=self._shape.num_heads,
             head_dim=self._shape.head_dim,
             causal=self._shape.causal,
+            num_before=self._num_before,
         )
 
 

@@ -39,7 +39,7 @@ def packing_for(module: Any, config: TrialConfig, data: TaskData) -> Packing | N
     """
     if module.config._attn_implementation != ATTENTION:
         return None
-    return packing_of(module.config.to_dict(), data.task, config.layout, data.longest)
+    return packing_of(module.config.to_dict(), data.task, config, data.longest)
 
 
 def attend_by_rows(module: Any) -> None:
@@ -63,9 +63,12 @@ def attention_by_rows(
 ) -> torch.Tensor:
     """Return every row's attention to itself, (tokens, heads, head width); a function of its own, because `trainables.meter` sees it.
 
+    A prefix is before all rows, and every row sees it. Its own queries are zeros, whose results are dropped: what is causal then
+    stays so in a square, which fast kernels know.
+
     Args:
         query: (1, heads, tokens, head width)
-        key: the same, of fewer heads where queries share them
+        key: the same, of fewer heads where queries share them, and with a prefix before
         value: the same
         runs: `PackedRows.runs`
         options: of `scaled_dot_product_attention`
@@ -74,11 +77,16 @@ def attention_by_rows(
         return handle_torch_function(attention_by_rows, (query,), query, key, value, runs, **options)
     # Split at once: the gradient of a slice is as long as what it was cut from, that of all parts together too.
     sizes = [num_rows * length for num_rows, length in runs]
-    parts = zip(*(x.squeeze(0).split(sizes, dim=1) for x in (query, key, value)), strict=True)
+    num_before = key.shape[2] - query.shape[2]
+    query = functional.pad(query, (0, 0, num_before, 0)) if num_before else query
+    before, *parts = zip(*(x.squeeze(0).split([num_before, *sizes], dim=1) for x in (query, key, value)), strict=True)
     results = []
     for run, part in zip(runs, parts, strict=True):
-        rows = (x.unflatten(1, run).transpose(0, 1) for x in part)
-        results.append(functional.scaled_dot_product_attention(*rows, **options).transpose(1, 2).flatten(0, 1))
+        rows = [x.unflatten(1, run).transpose(0, 1) for x in part]
+        if num_before:
+            rows = [torch.cat([first.expand(run[0], -1, -1, -1), x], dim=2) for first, x in zip(before, rows, strict=True)]
+        attended = functional.scaled_dot_product_attention(*rows, **options)
+        results.append((attended[:, :, num_before:] if num_before else attended).transpose(1, 2).flatten(0, 1))
     return torch.cat(results)
 
 

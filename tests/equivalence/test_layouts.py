@@ -34,7 +34,9 @@ TASKS = ("causal-lm", "sequence-classification")
 # LoRA on a base in fp32, and on quantised ones, which are not sharded.
 QUANTIZED = ("nf4", "int8", "float8")
 VECTORS = ("vera", "ia3")
-LORA = ("lora", "rslora", "dora", "oft", "bottleneck", *VECTORS, *QUANTIZED)
+LORA = ("lora", "rslora", "dora", "oft", "bottleneck", "prefix", *VECTORS, *QUANTIZED)
+# A prefix is for language models.
+TRAINED = [(task, adapter) for task in TASKS for adapter in ("none", *LORA) if adapter != "prefix" or task == "causal-lm"]
 STRATEGIES = ("ddp", "fsdp", "tp")
 
 
@@ -95,8 +97,11 @@ def config(
         lora |= {"adapter_rank": None, "adapter_alpha": None, "adapter_target_modules": (*IA3_RESULTS, *LAST_PRODUCTS)}
     if adapter == "bottleneck":
         lora |= {"adapter_alpha": None, "adapter_target_modules": LAST_PRODUCTS}
+    if adapter == "prefix":
+        lora |= {"adapter_alpha": None, "adapter_target_modules": None}
     recipe = Recipe(
-        learning_rate=5e-3,
+        # What a row has before it moves the loss less than weights do.
+        learning_rate=1.0 if adapter == "prefix" else 5e-3,
         global_batch_size=8,
         dataset_fraction=1.0,
         epochs=STEPS * 8 / 90,
@@ -152,8 +157,7 @@ def all_layouts(world: World, names: dict[str, str]) -> dict[tuple[str, ...], An
         (task, adapter, *map(str, layout)): losses(
             world, names[task], task, config(adapter, world.world_size, layout[0], layout[1], recomputation=layout[2])
         )
-        for task in TASKS
-        for adapter in ("none", *LORA)
+        for task, adapter in TRAINED
         for layout in layouts
         if not (adapter in QUANTIZED and layout[0] == "fsdp")
     }
@@ -170,8 +174,7 @@ def two_ranks(names: dict[str, str]) -> list[dict[tuple[str, ...], Any]]:
     return distributed.run(2, all_layouts, names)
 
 
-@pytest.mark.parametrize("adapter", ["none", *LORA])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "adapter"), TRAINED)
 def test_every_layout_has_the_loss_curve_of_one_process(
     names: dict[str, str], two_ranks: list[dict[tuple[str, ...], Any]], task: str, adapter: str
 ) -> None:
@@ -506,9 +509,9 @@ class Numbers:
 NUM_MATCHED = 7  # odd, so that one of two ranks has a row less
 
 
-def completions_one_by_one(name: str, data: TaskData) -> list[str]:
+def completions_one_by_one(name: str, data: TaskData, adapter: str) -> list[str]:
     """Greedy completions without padding, cache or batches."""
-    module = BaseModel.load(name, None, "causal-lm", ()).module.eval()
+    module = build(config(adapter), BaseModel.load(name, None, "causal-lm", ()), World.alone()).eval()
     limit = int(np.percentile(data.evaluation.num_targets[:NUM_MATCHED], 95))
     texts = []
     for i in range(NUM_MATCHED):
@@ -523,21 +526,28 @@ def completions_one_by_one(name: str, data: TaskData) -> list[str]:
     return texts
 
 
-def matched(world: World, name: str, data: TaskData) -> list[float]:
+# LoRA changes nothing before it is trained; a prefix does.
+MATCHED = {
+    "none": [*(("none", s) for s in STRATEGIES), *(("lora", s) for s in STRATEGIES)],
+    "prefix": [("prefix", "ddp"), ("prefix", "fsdp")],
+}
+
+
+def matched(world: World, name: str, data: TaskData, kind: str) -> list[float]:
     base = BaseModel.load(name, None, "causal-lm", ())
-    # An adapter changes nothing before it is trained.
-    trials = [config(adapter, world.world_size, strategy) for adapter in ("none", "lora") for strategy in STRATEGIES]
+    trials = [config(adapter, world.world_size, strategy) for adapter, strategy in MATCHED[kind]]
     return [
         completion_scores(build(trial, base, world), trial, data, world, Numbers(), NUM_MATCHED)["exact_match"] for trial in trials
     ]
 
 
-def test_exact_match_is_that_of_completions_one_by_one_under_every_strategy(names: dict[str, str]) -> None:
+@pytest.mark.parametrize("kind", MATCHED)
+def test_exact_match_is_that_of_completions_one_by_one_under_every_strategy(names: dict[str, str], kind: str) -> None:
     name, data = names["causal-lm"], make_data("causal-lm")
-    right = completions_one_by_one(name, data)
+    right = completions_one_by_one(name, data, kind)
     answers = tuple(text if i % 3 else "never" for i, text in enumerate(right))
     data = replace(data, answers=answers, answer_pattern=r"(.+)")
     expected = sum(a != "never" for a in answers) / NUM_MATCHED
-    assert matched(World.alone(), name, data) == [expected] * 6
-    for ranks in distributed.run(2, matched, name, data):
-        assert ranks == pytest.approx([expected] * 6)
+    assert matched(World.alone(), name, data, kind) == [expected] * len(MATCHED[kind])
+    for ranks in distributed.run(2, matched, name, data, kind):
+        assert ranks == pytest.approx([expected] * len(MATCHED[kind]))

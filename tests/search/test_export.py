@@ -167,3 +167,8 @@ def test_the_card_names_test_scores_further_seeds_and_quantisation(tmp_path: Pat
     assert "PeftModel" not in code
     assert 'load(base, "THIS_DIRECTORY")' in code
     compile(code, "card", "exec")
+    prefix = replace(record, config=replace(config, recipe=replace(config.recipe, adapter="prefix", adapter_rank=12)).to_dict())
+    code = re.findall(r"```python\n(.*?)```", model_card(results, prefix, is_merged=False, scores={}), re.DOTALL)[0]
+    assert 'PeftModel.from_pretrained(base, "THIS_DIRECTORY")' in code
+    assert 'pad(tokens["attention_mask"], (12, 0), value=1)' in code
+    compile(code, "card", "exec")

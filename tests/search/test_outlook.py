@@ -63,7 +63,7 @@ def config(**params: Any) -> TrialConfig:
 
 
 def sizes_of(trial: TrialConfig) -> StepSizes:
-    packing = packing_of(MODEL, "sequence-classification", trial.layout, 32)
+    packing = packing_of(MODEL, "sequence-classification", trial, 32)
     assert packing is not None
     return BatchPlan(trial, token_data(), packing).sizes()
 

@@ -183,7 +183,7 @@ def test_compute_reaches_what_is_assumed_and_a_slow_network_shows() -> None:
     assert inside.communication_seconds == pytest.approx(max(0.0, sent / 450e9 - overlap))
 
 
-@pytest.mark.parametrize("adapter", ["dora", "vera", "ia3", "bottleneck"])
+@pytest.mark.parametrize("adapter", ["dora", "vera", "ia3", "bottleneck", "prefix"])
 def test_every_adapter_has_a_plan_for_this_machine(spec: Path, adapter: str) -> None:
     """Whose memory is told and held against nothing."""
     planned = json.loads(plan(str(spec), "--json", "--set", f"space.adapter={adapter}").stdout)

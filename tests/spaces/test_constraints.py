@@ -45,6 +45,8 @@ def test_the_default_space_is_feasible():
         "norms_whole",
         "vectors_whole",
         "layers_adaptable",
+        "prefix_kept",
+        "prefix_within_positions",
         "rotated_in_whole_blocks",
         "memory_within_device",
     ]
@@ -64,6 +66,7 @@ def test_the_default_space_is_feasible():
         ({"quantization": "nf4", "world_size": 2, "strategy": "fsdp"}, ROOMY, "quantized_base_whole", 1),
         ({"quantization": "int8", "world_size": 8, "strategy": "fsdp"}, ROOMY, "quantized_base_whole", 1),
         ({"adapter": "vera", "precision": "bf16", "world_size": 2, "strategy": "fsdp"}, ROOMY, "vectors_whole", 1),
+        ({"adapter": "prefix", "compile": "blocks"}, ROOMY, "prefix_kept", 1),
     ],
 )
 def test_each_constraint_alone(params, limits, name, value):
@@ -155,6 +158,30 @@ def test_what_oft_rotates_is_cut_into_whole_blocks():
     assert not why_none_trains([config(adapter="oft", lora_rank=7)], limits), "another rank may do"
     assert violations(config(adapter="oft", lora_rank=7), ROOMY)[name] == 0, "not known without a plan"
     assert violations(config(adapter="oft", world_size=2, strategy="tp"), ROOMY)["vectors_whole"] == 1
+
+
+def test_a_prefix_is_for_language_models_that_keep_it_and_have_positions_for_it():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 97}
+
+    def limits(family, task, max_length=32, **positions):
+        plan = blueprint({"model_type": family, **sizes, **positions}, task, 3)
+        return replace(ROOMY, plan=plan, max_length=max_length, hidden_size=64)
+
+    llama, prefix = limits("llama", "causal-lm", max_position_embeddings=48), config(adapter="prefix", lora_rank=16)
+    assert is_feasible(violations(prefix, llama))
+    assert is_feasible(violations(config(adapter="prefix", lora_rank=100), limits("llama", "causal-lm"))), "it is no rank"
+    longer = replace(llama, max_length=33)
+    assert violations(prefix, longer)["prefix_within_positions"] == 1
+    assert reason("prefix_within_positions", prefix, longer) == "a prefix of 16 tokens and rows of 33 exceed the model's 48 positions"
+    assert is_feasible(violations(config(adapter="lora", lora_rank=16), longer))
+    for family in ("llama", "bert"):
+        classifier = limits(family, "sequence-classification")
+        assert why_none_trains([prefix], classifier) == "prefix is for causal-lm: PEFT cannot hand one to a classifier"
+    gpt2, full = limits("gpt2", "causal-lm", n_positions=1024), config(adapter="prefix", lora_rank=16, recomputation="full")
+    assert is_feasible(violations(prefix, gpt2))
+    assert is_feasible(violations(full, llama))
+    assert why_none_trains([full], gpt2).startswith("prefix: ")
+    assert violations(config(adapter="prefix", world_size=2, strategy="tp"), llama)["vectors_whole"] == 1
 
 
 def test_ranks_that_split_matrices_all_see_every_row():

@@ -232,7 +232,7 @@ LINES = {
         "{log_uniform: [1e-4, 1e-2]}",
         "{by_adapter: {lora: 1e-3, nome: 1e-4}}",
         r"spec.yaml:7: space.learning_rate.by_adapter.nome: unknown key, got 0.0001; "
-        r"allowed: none, lora, rslora, dora, vera, ia3, oft, bottleneck; did you mean 'none'\?",
+        r"allowed: none, lora, rslora, dora, vera, ia3, oft, bottleneck, prefix; did you mean 'none'\?",
     ),
     "wrong inside by adapter": (
         "{log_uniform: [1e-4, 1e-2]}",

@@ -92,6 +92,25 @@ def test_vectors_and_bottlenecks_need_no_gradients_of_matrices(family: str, meth
         assert hardware == pytest.approx(theirs, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("family", "recomputation"),
+    [
+        *((f, r) for f in ("llama", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral") for r in ("none", "full")),
+        ("gpt2", "none"),
+    ],
+)
+def test_a_prefix_costs_its_scores_alone(family: str, recomputation: str) -> None:
+    """Every token sees all of it, so that no mask halves its scores."""
+    module, plan = make_model(family, "causal-lm")
+    lengths, config = [LENGTH] * ROWS, trial(("all-linear",), recomputation, "prefix")
+    batch = make_batch("causal-lm", lengths)
+    theirs, seen = counted(module, "causal-lm", batch, config, is_hardware=True)
+    planned = StepFlops(model=flops_of_blueprint(plan, config.recipe), recomputed=recomputed_flops_of_blueprint(plan, config))
+    for ours in (seen, planned):
+        parts = [total(part, lengths, family, len(batch.targets)) for part in (ours.model, ours.recomputed)]
+        assert sum(parts) == pytest.approx(theirs, rel=0.01)
+
+
 @pytest.mark.parametrize("recomputation", ["none", "full"])
 @pytest.mark.parametrize(("family", "task", "adapter"), CASES)
 def test_hardware_flops_are_all_that_torch_computes(family: str, task: str, adapter: str, recomputation: str) -> None:

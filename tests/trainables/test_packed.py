@@ -12,8 +12,8 @@ from families import config_of
 from memory_grid import Case
 from unequal_rows import LENGTHS, base_of, data_of, gradients
 
+from spaces.adapters import num_prefix_tokens
 from spaces.blueprint import FAMILIES
-from spaces.config import Layout
 from spaces.flops import flops_of_blueprint
 from spaces.packing import NOT_PACKED, packing_of
 from trainables.batching import BatchPlan, collate
@@ -92,14 +92,17 @@ METHODS = [("none", "lora"), *(("all-linear", method) for method in ("lora", "do
 
 @pytest.mark.parametrize(
     ("family", "adapter", "method"),
-    [(f, a, m) for f in ("llama", "bert", "gpt2", "distilbert") for a, m in METHODS if (f, m) != ("gpt2", "oft")],
+    [
+        *((f, a, m) for f in ("llama", "bert", "gpt2", "distilbert") for a, m in METHODS if (f, m) != ("gpt2", "oft")),
+        *((f, "all-linear", "prefix") for f in ("llama", "gpt2")),
+    ],
 )
 def test_its_flops_are_those_of_the_formula(family: str, adapter: str, method: str) -> None:
     case = Case(family=family, adapter=adapter, method=method)
     config, base, data = case.config(1), base_of(case), data_of(case.task)
     batch = collate(data.train, np.arange(len(LENGTHS)), 0, packing_for(base.module, config, data))
     module = build(config, base, World.alone()).train()
-    watch = FlopWatch(base.shape)
+    watch = FlopWatch(base.shape, num_prefix_tokens(config.recipe))
     with watch.forward(batch):
         loss = TrainingLoss(case.task)(module, batch)
     loss.backward()
@@ -111,17 +114,21 @@ def test_its_flops_are_those_of_the_formula(family: str, adapter: str, method: s
 
 def test_which_rows_are_packed() -> None:
     llama, bert = ({"model_type": family} for family in ("llama", "bert"))
-    layout = Layout(world_size=1, strategy="ddp", micro_batch_size=1)
-    assert packing_of(llama, "causal-lm", layout, 100) is not None
-    assert packing_of(llama, "sequence-classification", layout, 100) is None
-    assert packing_of(bert, "sequence-classification", layout, 100) is not None
-    assert packing_of(llama, "causal-lm", replace(layout, compile="blocks"), 100) is None
-    assert packing_of({"model_type": "stablelm"}, "causal-lm", layout, 100) is None
+    trial = Case(family="llama").config(1)
+    compiled = replace(trial, layout=replace(trial.layout, compile="blocks"))
+    assert packing_of(llama, "causal-lm", trial, 100) is not None
+    assert packing_of(llama, "sequence-classification", trial, 100) is None
+    assert packing_of(bert, "sequence-classification", trial, 100) is not None
+    assert packing_of(llama, "causal-lm", compiled, 100) is None
+    assert packing_of({"model_type": "stablelm"}, "causal-lm", trial, 100) is None
     windowed = {"model_type": "mistral", "sliding_window": 64}
-    assert packing_of(windowed, "causal-lm", layout, 64) is not None
-    assert packing_of(windowed, "causal-lm", layout, 65) is None
-    assert packing_of(windowed | {"use_sliding_window": False}, "causal-lm", layout, 65) is not None
-    roberta = packing_of({"model_type": "roberta", "pad_token_id": 1}, "sequence-classification", layout, 100)
+    assert packing_of(windowed, "causal-lm", trial, 64) is not None
+    assert packing_of(windowed, "causal-lm", trial, 65) is None
+    assert packing_of(windowed | {"use_sliding_window": False}, "causal-lm", trial, 65) is not None
+    prefixed = Case(family="llama", adapter="all-linear", method="prefix").config(1)
+    assert packing_of(windowed, "causal-lm", prefixed, 57) is None, "the first of the eight keys of the prefix would not be seen"
+    assert packing_of(windowed, "causal-lm", prefixed, 56) is not None
+    roberta = packing_of({"model_type": "roberta", "pad_token_id": 1}, "sequence-classification", trial, 100)
     assert roberta is not None
     assert roberta.first_position == 2
     assert config_of(Case(family="llama").base().module)["model_type"] == "llama"
