@@ -107,7 +107,7 @@ def grid_spec(path: Path, overrides: Sequence[str], methods: Sequence[Method], f
         values["space.lora_rank"] = _choice(ranks)
         values["space.quantization"] = _choice([method.quantization for method in methods if method.rank is not None])
     grid = load_spec(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in values.items())])
-    limits = Limits(num_workers=EVERYWHERE, hidden_size=width)
+    limits = Limits(num_workers=EVERYWHERE, hidden_size=width, max_length=spec.model.max_length)
     with suppress(ShapeError):  # a family without formulas
         limits = replace(limits, plan=blueprint(config, spec.model.task))
     _check(grid, methods, limits)

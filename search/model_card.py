@@ -20,7 +20,7 @@ CLASSES = {"sequence-classification": "AutoModelForSequenceClassification", "cau
 QUANTIZATIONS = {
     "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="{dtype}"{skipped})',
     "int8": "BitsAndBytesConfig(load_in_8bit=True{skipped})",
-    "float8": "TorchAoConfig(Float8WeightOnlyConfig(){skipped})",
+    "float8": 'TorchAoConfig(Float8WeightOnlyConfig(){skipped}), dtype="{dtype}"',
 }
 SKIPPED = {"nf4": "llm_int8_skip_modules", "int8": "llm_int8_skip_modules", "float8": "modules_to_not_convert"}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}

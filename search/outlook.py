@@ -12,7 +12,7 @@ from search.profiles import ProfileCache, fewest_nodes, profile_key
 from spaces import metrics
 from spaces.config import TrialConfig
 from spaces.estimate import MeasuredMachine, NoPeak, estimate_step
-from spaces.memory import rank_memory
+from spaces.memory import RankMemory, rank_memory
 from spaces.packing import packing_of
 from spaces.spec import SearchSpec
 from trainables.batching import BatchPlan, StepSizes
@@ -132,23 +132,25 @@ class Outlook:
         )
 
     def _memory(self, config: TrialConfig, sizes: StepSizes) -> dict[str, int] | None:
-        """Return the bytes of the step with the largest micro batch, by term."""
+        """Return the bytes of the step that holds the most, by term."""
         if self._plan is None:
             return None
-        largest = sizes.largest
-        num_tokens = int(sizes.micro_tokens[largest])
-        return asdict(
-            rank_memory(
-                self._plan,
+        plan, is_on_gpu = self._plan, self._device["type"] == "cuda"
+
+        def held(step: int) -> RankMemory:
+            num_tokens = int(sizes.micro_tokens[step])
+            return rank_memory(
+                plan,
                 config,
                 # Rows of unequal length that are laid end to end hold what as many tokens in equal rows do.
-                math.ceil(num_tokens / int(sizes.micro_rows[largest])),
-                int(sizes.micro_targets[largest]),
+                math.ceil(num_tokens / int(sizes.micro_rows[step])),
+                int(sizes.micro_targets[step]),
                 num_tokens=num_tokens,
-                num_micro_batches=int(sizes.micro_batches[largest]),
-                is_on_gpu=self._device["type"] == "cuda",
+                num_micro_batches=int(sizes.micro_batches[step]),
+                is_on_gpu=is_on_gpu,
             )
-        )
+
+        return asdict(max(map(held, sizes.fullest), key=lambda memory: memory.peak_bytes))
 
     def _estimated_seconds(self, config: TrialConfig, sizes: StepSizes) -> float | None:
         num_rows = sizes.rows.sum()

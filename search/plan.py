@@ -59,6 +59,7 @@ def make_plan(loaded: LoadedSpec, rental: Rental | None = None) -> dict[str, Any
         num_workers=capacity,
         hidden_size=None if plan is None else plan.shape.hidden_size,
         plan=plan,
+        max_length=spec.model.max_length,
         is_on_gpu=rental is not None or spec.resources.gpus_per_worker > 0,
     )
     forecaster = None
@@ -143,7 +144,8 @@ def layout_rows(
                 "precision": config.recipe.precision,
                 "world_size": config.layout.world_size,
                 "strategy": config.layout.strategy,
-                "shard_size": config.layout.shard_size or ("all" if config.layout.is_sharded else "-"),
+                "shard_size": config.layout.shard_size
+                or ("all" if config.layout.is_sharded and config.layout.tp_size is None else "-"),
                 "tp_size": config.layout.tp_size or ("all" if config.layout.tensor_parallel_size > 1 else "-"),
                 "global_batch_size": config.recipe.global_batch_size,
                 "micro_batch_size": config.layout.micro_batch_size or "-",

@@ -272,13 +272,15 @@ class StepSizes:
     """Positions that the loss counts, in the micro batch that has the most of them."""
 
     @property
-    def largest(self) -> int:
-        """The step with the largest micro batch, of equal ones the one with the most tokens: there a rank holds the most.
+    def fullest(self) -> tuple[int, ...]:
+        """The steps in one of which a rank holds the most: with the largest micro batch of those of one pass, and of several passes.
 
-        Not the first one, where there are others: the optimizer's state is not there yet.
+        These hold gradients beside it. Of equal ones it is that with the most tokens. Not the first step, where there are others: the
+        optimizer's state is not there yet.
         """
-        steps = range(1, len(self.padded_tokens))
-        return max(steps, key=lambda step: (self.micro_tokens[step], self.padded_tokens[step]), default=0)
+        steps = range(1, len(self.padded_tokens)) or range(1)
+        kinds = [[step for step in steps if (self.micro_batches[step] > 1) == accumulates] for accumulates in (False, True)]
+        return tuple(sorted(max(kind, key=lambda s: (self.micro_tokens[s], self.padded_tokens[s])) for kind in kinds if kind))
 
 
 def evaluation_batches(table: TokenTable, world: World, *, training_tokens: int, vocab_size: int = 0) -> list[np.ndarray]:

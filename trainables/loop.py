@@ -165,7 +165,7 @@ class Trainer:
     def train_step(self) -> None:
         """Train one global batch: this rank's micro batches, one exchange of gradients, one update."""
         recipe = self.config.recipe
-        followed = self.memory.follow() if self.step >= self.largest_step else nullcontext(False)
+        followed = self.memory.follow() if self._is_to_be_followed() else nullcontext(False)
         with followed as is_disturbed, self._timer.step(is_disturbed=is_disturbed) as mark:
             rate = learning_rate(recipe, self.step, self.num_steps)
             for group in self._optimizer.param_groups:
@@ -242,10 +242,11 @@ class Trainer:
             self.checkpoints.save(self.step, Checkpoint(weights=weights, optimizer=optimizer, state=state))
             self.checkpoints.save_seconds = time.perf_counter() - started
 
-    @property
-    def largest_step(self) -> int:
-        """The step with the largest micro batch; the first one comes before the optimizer's state is there."""
-        return self.sizes.largest if self.num_steps > 1 else 1
+    def _is_to_be_followed(self) -> bool:
+        """Return whether this step may hold the most, or comes after these and none was followed; the optimizer's state is there."""
+        fullest = self.sizes.fullest
+        is_missed = self.step > fullest[-1] and self.memory.measured() is None
+        return self.step > 0 and (self.step in fullest or is_missed)
 
     def _evaluate(self, *, is_final: bool) -> dict[str, float]:
         with self.memory.pause():
@@ -341,10 +342,12 @@ class Trainer:
 def evaluate_untrained(config: TrialConfig, data: TaskData, base: BaseModel, world: World) -> dict[str, float]:
     """Return the scores of the model before any training, with the config's seed for the new weights.
 
-    Other adapters change nothing before they are trained, but a prefix begins at random: the model is scored without it.
+    Other adapters change nothing before they are trained, but a prefix begins at random: the model is scored with another one, which
+    has it frozen and quantised as a prefix has.
     """
     if config.recipe.adapter == "prefix":
-        config = replace(config, recipe=replace(config.recipe, adapter="none"))
+        lora: dict[str, Any] = {"adapter": "lora", "adapter_rank": 1, "adapter_alpha": 1.0, "adapter_target_modules": ("all-linear",)}
+        config = replace(config, recipe=replace(config.recipe, **lora))
     return evaluate(build(config, base, world), config, data, data.evaluation, world, is_final=False)
 
 

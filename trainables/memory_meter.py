@@ -95,7 +95,6 @@ class MemoryMeter:
         self._device, self._module, self._optimizer = device, module, optimizer
         self._trained_peak = self._peak = 0
         self._weights_bytes = self._optimizer_bytes = 0
-        self._is_followed = False
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         elif (control := Path("/proc/self/clear_refs")).exists():
@@ -103,16 +102,15 @@ class MemoryMeter:
 
     @contextmanager
     def follow(self) -> Iterator[bool]:
-        """Follow the tensors of a step on a CPU, once, and say whether it does; the optimizer's state must be there."""
-        if self._device.type == "cuda" or self._is_followed:
+        """Follow the tensors of a step on a CPU, and say whether it does; the optimizer's state must be there."""
+        if self._device.type == "cuda":
             yield False
             return
-        self._is_followed = True
         with LiveBytes(is_resized=isinstance(self._module, FSDPModule)) as tensors:
             for tensor in (*self._weights(), *self._optimizer_state()):
                 tensors.hold(tensor)
             yield True
-        self._trained_peak = tensors.peak
+        self._trained_peak = max(self._trained_peak, tensors.peak)
         self._weigh()
 
     @contextmanager
@@ -168,7 +166,6 @@ class MemoryMeter:
         """Go on from what was measured before the trial was cut off."""
         self._trained_peak, self._peak = state["trained_peak"], state["peak"]
         self._weights_bytes, self._optimizer_bytes = state["weights_bytes"], state["optimizer_bytes"]
-        self._is_followed = self._trained_peak > 0
 
     def _weigh(self) -> None:
         """Note what is held all the time; later an evaluation may leave FSDP2's weights gathered."""

@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicLayer
 
 from trainables.parallelize import blocks_of
+from trainables.report import TrialError
 
 # As PEFT calls the cache, and transformers did.
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
@@ -58,9 +59,16 @@ class _LayerPrefix(DynamicLayer):
 
 
 def add_prefix(module: Any, num_tokens: int) -> PrefixedModel:
-    """Freeze a language model and give each of its layers a prefix that trains."""
+    """Freeze a language model and give each of its layers a prefix that trains.
+
+    Raises:
+        TrialError: PEFT does not find in the model's configuration how many heads it has.
+    """
     config = PrefixTuningConfig(num_virtual_tokens=num_tokens, task_type=TaskType.CAUSAL_LM)
-    model: Any = get_peft_model(module, config)
+    try:
+        model: Any = get_peft_model(module, config)
+    except ValueError as error:
+        raise TrialError(f"space.adapter: a prefix of this model's layers cannot be made: {error}") from error
     model.__class__ = PrefixedModel
     block: Any
     for block in blocks_of(module):

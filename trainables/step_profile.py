@@ -20,8 +20,8 @@ def measure_step(config: TrialConfig, data: TaskData, base: BaseModel, world: Wo
     """Train some steps of a trial and return what they took, in plain values; nothing is kept of what was learned.
 
     The steps are those of a trial on all the data, whose batches are as long as those of any share of it, and as many epochs as it
-    takes. The last one is the largest of that trial, where that is none of the others: there is the peak of the memory. Every rank
-    must call it.
+    takes. The last ones are the fullest of that trial, where these are none of the others: there is the peak of the memory. Every
+    rank must call it.
 
     Raises:
         OutOfMemory: on the rank that ran out.
@@ -32,13 +32,12 @@ def measure_step(config: TrialConfig, data: TaskData, base: BaseModel, world: Wo
     long_enough = replace(config, recipe=replace(recipe, dataset_fraction=1.0, epochs=float(epochs)))
     with memory_errors():
         trainer = Trainer(long_enough, data, base, world, checkpoints=None)
-        for _ in range(NUM_STEPS - 1):
+        later = [step for step in trainer.sizes.fullest if step >= NUM_STEPS]
+        for step in (*range(NUM_STEPS - len(later)), *later):
+            trainer.step = step
             trainer.train_step()
-        trainer.step = last = max(trainer.step, trainer.largest_step)
-        trainer.train_step()
-    parts = trainer.step_parts()
-    if last >= NUM_STEPS:
-        parts.pop()  # it is larger than what is at its place in the sizes, and on a CPU its tensors were followed
+    # The later ones are larger than what is at their places in the sizes, and on a CPU their tensors were followed.
+    parts = trainer.step_parts()[: NUM_STEPS - len(later)]
     seconds = [sum(step) for step in parts]
     time = fit_steady(seconds, trainer.sizes)
     step_seconds = float(time.of(trainer.sizes.padded_tokens[:NUM_STEPS]).mean())

@@ -275,7 +275,7 @@ def sharded_pieces(world: World, name: str, directory: str, data: TaskData) -> d
 
 def test_sharded_pieces_go_on_compute_in_bf16_and_complete(names: dict[str, str], tmp_path: Path) -> None:
     name, data = names["causal-lm"], make_data("causal-lm")
-    answers = tuple(text if i % 3 else "never" for i, text in enumerate(completions_one_by_one(name, data)))
+    answers = tuple(text if i % 3 else "never" for i, text in enumerate(completions_one_by_one(name, data, "lora")))
     data = replace(data, answers=answers, answer_pattern=r"(.+)")
     reference, _ = losses(World.alone(), name, "causal-lm", config("lora"))
     for found in distributed.run(4, sharded_pieces, name, str(tmp_path), data):

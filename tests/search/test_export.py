@@ -158,7 +158,7 @@ def test_the_card_names_test_scores_further_seeds_and_quantisation(tmp_path: Pat
     card = model_card(results, in_float8, is_merged=False, scores={}, unquantized=["classifier"])
     code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
     assert "from torchao.quantization import Float8WeightOnlyConfig\nfrom transformers import" in code
-    assert "quantization_config=TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert=['classifier'])" in code
+    assert "quantization_config=TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert=['classifier']), dtype=" in code
     compile(code, "card", "exec")
     bottleneck = replace(record, config=replace(config, recipe=replace(config.recipe, adapter="bottleneck")).to_dict())
     card = model_card(results, bottleneck, is_merged=False, scores={})

@@ -85,8 +85,8 @@ def test_without_a_profile_the_time_is_an_estimate_from_flops_and_the_memory_tha
     compute = len(sizes.rows) * flops / (1e10 * ASSUMED_UTILISATION)
     assert predicted["time_source"] == "estimate"
     assert compute < predicted["train_seconds"] < 1.2 * compute, "the update comes on top"
-    largest = sizes.largest
-    tokens = int(sizes.micro_tokens[largest])
+    (fullest,) = sizes.fullest
+    tokens = int(sizes.micro_tokens[fullest])
     expected = rank_memory(plan, config(), math.ceil(tokens / 16), 16, num_tokens=tokens)
     assert sum(predicted["memory"].values()) == expected.peak_bytes
 
@@ -254,7 +254,8 @@ def test_a_rank_may_take_what_the_device_or_its_share_of_the_host_leaves() -> No
 def test_the_memory_is_that_of_ranks_on_the_device_that_was_found(tmp_path: Path) -> None:
     sharded = config(world_size=2, strategy="fsdp", adapter="none", precision="bf16")
     sizes, plan = sizes_of(sharded), blueprint({**MODEL, "vocab_size": 20_000}, "sequence-classification", 3)
-    tokens, rows = int(sizes.micro_tokens[sizes.largest]), int(sizes.micro_rows[sizes.largest])
+    (fullest,) = sizes.fullest
+    tokens, rows = int(sizes.micro_tokens[fullest]), int(sizes.micro_rows[fullest])
     held = []
     for kind in ("cpu", "cuda"):
         predicted = outlook(ProfileCache(tmp_path), plan=plan, device={**DEVICE, "type": kind})(sharded)

@@ -128,13 +128,18 @@ def test_a_global_batch_is_cut_into_the_fewest_and_most_even_parts(
     assert largest(found) == min(largest(ends) for ends in every_cut(lengths, wanted))
 
 
-def test_the_largest_step_has_the_largest_micro_batch() -> None:
-    """In tokens of all ranks it may be another one: here it has two micro batches."""
-    plan = BatchPlan(by_tokens(1, 150), data())
-    sizes = plan.sizes()
-    assert set(sizes.micro_batches) >= {1, 2}
-    assert sizes.micro_tokens[sizes.largest] == max(sizes.micro_tokens[1:])
-    assert sizes.largest != 1 + int(np.argmax(sizes.padded_tokens[1:]))
+def test_the_fullest_steps_are_the_largest_of_one_pass_and_of_several() -> None:
+    sizes = BatchPlan(by_tokens(1, 150), data()).sizes()
+    is_single = sizes.micro_batches == 1
+    assert {int(n) for n in sizes.micro_batches} >= {1, 2}
+    found = {bool(is_single[step]): step for step in sizes.fullest}
+    assert list(sizes.fullest) == sorted(sizes.fullest)
+    assert 0 not in sizes.fullest
+    for kind, step in found.items():
+        assert sizes.micro_tokens[step] == sizes.micro_tokens[1:][is_single[1:] == kind].max()
+    assert len(found) == 2
+    (only,) = BatchPlan(by_tokens(1, 10**6), data()).sizes().fullest
+    assert only == 1 + int(np.argmax(BatchPlan(by_tokens(1, 10**6), data()).sizes().padded_tokens[1:]))
 
 
 @pytest.mark.parametrize("epochs", [0.5, 1.0, 2.0, 2.5])

@@ -55,16 +55,18 @@ def state(module: torch.nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def test_a_step_is_followed_once() -> None:
+def test_of_the_steps_that_are_followed_the_fullest_counts() -> None:
     module = torch.nn.Linear(4, 4)
     meter = MemoryMeter(CPU, module, torch.optim.AdamW(module.parameters()))
     assert meter.measured() is None, "nothing was followed yet"
-    followed = []
-    for _ in range(3):
-        with meter.follow() as is_followed:
-            followed.append(is_followed)
-            module(torch.ones(2, 4)).sum().backward()
-    assert followed == [True, False, False]
+    held = []
+    for num_rows in (100, 1000, 10):
+        with meter.follow():
+            module(torch.ones(num_rows, 4)).sum().backward()
+        measured = meter.measured()
+        assert measured is not None
+        held.append(measured.tensor_bytes)
+    assert held[0] < held[1] == held[2]
 
 
 def test_a_storage_counts_once_and_only_while_it_lives() -> None:
