@@ -265,6 +265,19 @@ def plan(*args: str) -> Any:
     return CliRunner().invoke(app, ["plan", *args])
 
 
+def test_a_plan_says_which_sizes_a_layout_has_and_which_prefixes_have_no_positions(spec: Path) -> None:
+    model = spec.parent / "model/config.json"
+    model.write_text(json.dumps({**json.loads(model.read_text()), "max_position_embeddings": 8192}))
+    rows = planned_with(spec, world_size="8", strategy="{choice: [tp, fsdp]}", tp_size="2", adapter="{choice: [lora, prefix]}")[
+        "layouts"
+    ]
+    sizes = {row["strategy"]: (row["shard_size"], row["tp_size"]) for row in rows}
+    assert sizes == {"tp": ("-", 2), "fsdp": ("all", "-")}
+    assert not any("prefix_within_positions" in row["violated"] for row in rows), "rows of 4,096 tokens"
+    rows = planned_with(spec, "--set", "model.max_length=8190", adapter="prefix", lora_rank="16")["layouts"]
+    assert all("prefix_within_positions" in row["violated"] for row in rows)
+
+
 # Every recipe costs the same here, on one GPU and with full fine-tuning too little memory.
 PROFILED = {
     "adapter": "none",
