@@ -274,8 +274,10 @@ def test_a_plan_says_which_sizes_a_layout_has_and_which_prefixes_have_no_positio
     sizes = {row["strategy"]: (row["shard_size"], row["tp_size"]) for row in rows}
     assert sizes == {"tp": ("-", 2), "fsdp": ("all", "-")}
     assert not any("prefix_within_positions" in row["violated"] for row in rows), "rows of 4,096 tokens"
-    rows = planned_with(spec, "--set", "model.max_length=8190", adapter="prefix", lora_rank="16")["layouts"]
-    assert all("prefix_within_positions" in row["violated"] for row in rows)
+    sets = ("model.max_length=8190", "space.adapter=prefix", "space.lora_rank=16")
+    result = plan(str(spec), "--json", *(part for each in sets for part in ("--set", each)))
+    assert result.exit_code == 3, "none can run"
+    assert all("prefix_within_positions" in row["violated"] for row in json.loads(result.stdout)["layouts"])
 
 
 # Every recipe costs the same here, on one GPU and with full fine-tuning too little memory.
