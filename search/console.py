@@ -118,8 +118,7 @@ class SearchView:
                 why += f" NOISY: {record.noise}" if record.noise else ""
                 return f"trial {number:04d} {record.state.value:9} {self._metrics(record.values)}{why} | {self._summary()}"
             case "trial_infeasible" if record:
-                broken = ", ".join(f"{k} = {v:g}" for k, v in record.constraints.items() if v > 0)
-                return f"trial {number:04d} INFEASIBLE {self._knob_text(record)}: {broken}"
+                return f"trial {number:04d} INFEASIBLE {self._knob_text(record)}: {'; '.join(event['why'])}"
             case "test_scored":
                 return f"trial {number:04d} on the test file: {self._metrics(event['metrics'])}"
             case "resumed":

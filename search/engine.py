@@ -278,7 +278,8 @@ class Engine:
         number, config, self._violated = proposal.number, chosen.config, chosen.constraints
         if not chosen.is_feasible:
             known = {"number": number, "params": chosen.params, "config": config.to_dict()}
-            self._record("trial_infeasible", **known, constraints=chosen.constraints)
+            why = constraints.why_not(config, self._prospects.limits)
+            self._record("trial_infeasible", **known, constraints=chosen.constraints, why=why)
             self._study.tell_infeasible(number, chosen.constraints)
             return None
         if self._spec.reuse and self._is_known(proposal, config):

@@ -28,7 +28,8 @@ BEHIND_PREFIX = """
 # Not with model.generate: PEFT 0.21 loses a prefix there with newer transformers.
 tokens = tokenizer("TEXT", return_tensors="pt")
 mask = torch.nn.functional.pad(tokens["attention_mask"], ({tokens}, 0), value=1)
-out = base.generate(tokens["input_ids"], attention_mask=mask, past_key_values=model.get_prompt(1))"""
+out = base.generate(tokens["input_ids"], attention_mask=mask, past_key_values=model.get_prompt(1), max_new_tokens=50)
+print(tokenizer.decode(out[0], skip_special_tokens=True))"""
 
 
 def model_card(
@@ -104,7 +105,8 @@ def base_name(name: str) -> str | None:
 
 def _origin_text(results: Results, record: TrialRecord, *, is_merged: bool) -> str:
     model, recipe = results.spec.model, record.trial_config.recipe
-    rank = "" if recipe.adapter_rank is None else f" of rank {recipe.adapter_rank}"
+    size = f"{recipe.adapter_rank} tokens" if recipe.adapter == "prefix" else f"rank {recipe.adapter_rank}"
+    rank = "" if recipe.adapter_rank is None else f" of {size}"
     how = "every weight trained" if recipe.adapter == "none" else f"{recipe.adapter}{rank}"
     merged = ", merged into the weights" if is_merged else ""
     rows = f", {record.details['distinct_rows']:,} training rows" if "distinct_rows" in record.details else ""

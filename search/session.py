@@ -231,8 +231,8 @@ def check_fit(prepared: Prepared, capacity: int) -> Limits:
     sizes = sorted({world_size for world_size, _ in prepared.spec.space.layouts()})
     if min(sizes) > capacity:
         raise NothingFits(prepared.loaded.locate(cluster.why_too_small(prepared.spec.resources, capacity, sizes)))
-    if why := why_none_trains(_corners(prepared.spec, limits), limits):
-        raise NothingFits(prepared.loaded.locate(f"space.strategy: no layout of the space can train this model: {why}"))
+    if why := why_none_trains(_corners(prepared.spec, limits), limits, has_all_batches=prepared.spec.space.has_all_batches):
+        raise NothingFits(prepared.loaded.locate(why))
     return limits
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -35,6 +35,9 @@ class Limits:
     """What the tensors of one rank may take; None where it is not known."""
     is_on_gpu: bool = False
     """Whether workers have GPUs, between which nothing is copied to be exchanged."""
+
+
+Constraint = Callable[[TrialConfig, Limits], float]
 
 
 def global_batch_divisible(config: TrialConfig, limits: Limits) -> float:
@@ -217,8 +220,16 @@ CONSTRAINTS = (
     rotated_in_whole_blocks,
     memory_within_device,
 )
-# Those between a method and a strategy or a model, whatever the ranges of the space.
-OF_METHODS = (matrices_split_evenly, quantized_base_whole, norms_whole, vectors_whole, layers_adaptable, prefix_kept)
+# Those between a method and a strategy or a model, whatever the ranges of the space, with the knob that is the first to look at.
+OF_METHODS: dict[Constraint, str] = {
+    matrices_split_evenly: "strategy",
+    quantized_base_whole: "quantization",
+    norms_whole: "adapter",
+    vectors_whole: "adapter",
+    layers_adaptable: "adapter",
+    prefix_kept: "adapter",
+}
+OF_BATCHES: dict[Constraint, str] = {global_batch_divisible: "micro_batch_size"}
 
 
 def reason(name: str, config: TrialConfig, limits: Limits) -> str:
@@ -229,7 +240,7 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         + (
             f"leaves {layout.data_parallel_size - recipe.global_batch_size} of {layout.data_parallel_size} ranks without a row"
             if layout.micro_batch_size is None
-            else f"is not divisible by {layout.data_parallel_size} ranks of {layout.micro_batch_size}"
+            else f"cannot be dealt to {layout.data_parallel_size} ranks in micro batches of {layout.micro_batch_size} rows"
         ),
         world_size_within_cluster.__name__: f"needs {layout.world_size} workers, and there are {limits.num_workers}",
         matrices_split_evenly.__name__: _why_not_split(config, limits),
@@ -238,9 +249,13 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         adapter_rank_within_width.__name__: f"rank {recipe.adapter_rank} exceeds the model's width of {limits.hidden_size}",
         quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
         norms_whole.__name__: "dora trains the norms of whole rows: not of what tp splits, int8 or float8 holds, or experts share",
-        vectors_whole.__name__: f"{recipe.adapter} trains what tp would cut; and vera not with fsdp in bf16",
+        vectors_whole.__name__: f"{recipe.adapter} trains what tp would cut"
+        if layout.tensor_parallel_size > 1
+        else "fsdp in bf16 would cast vera's vectors, and not its factors",
         layers_adaptable.__name__: _why_not_adaptable(config, limits),
-        prefix_kept.__name__: "prefix: compile blocks would compile every layer anew, and GPT-2 loses it with recomputation full",
+        prefix_kept.__name__: "prefix: each layer has its own, and compile blocks would compile every layer anew"
+        if layout.compile != "none"
+        else "prefix: GPT-2 loses it with recomputation full",
         prefix_within_positions.__name__: f"a prefix of {recipe.adapter_rank} tokens and rows of {limits.max_length} exceed the "
         f"model's {limits.plan.num_positions if limits.plan else None} positions",
         rotated_in_whole_blocks.__name__: f"oft: blocks of {recipe.adapter_rank} do not divide the widths of the layers",
@@ -269,20 +284,30 @@ def violations(config: TrialConfig, limits: Limits) -> dict[str, float]:
     return {constraint.__name__: float(constraint(config, limits)) for constraint in CONSTRAINTS}
 
 
-def why_none_trains(configs: Iterable[TrialConfig], limits: Limits) -> str:
-    """Return why no layout that the cluster holds can train the model; empty where one can.
+def why_not(config: TrialConfig, limits: Limits) -> list[str]:
+    """Return in words all that makes a config infeasible."""
+    return [reason(name, config, limits) for name, value in violations(config, limits).items() if value > 0]
+
+
+def why_none_trains(configs: Iterable[TrialConfig], limits: Limits, *, has_all_batches: bool = False) -> str:
+    """Return why no layout that the cluster holds can train the model, with the knob in front; empty where one can.
 
     Args:
         configs: the corners of a space; between the ends of its ranges nothing changes that.
         limits: what they are held against.
+        has_all_batches: whether the corners have all world sizes and global batches, so that these decide too.
     """
+    constraints = {**OF_METHODS, **(OF_BATCHES if has_all_batches else {})}
     words = ""
     for config in configs:
         if world_size_within_cluster(config, limits) <= 0:
-            against = [constraint for constraint in OF_METHODS if constraint(config, limits) > 0]
+            against = [constraint for constraint in constraints if constraint(config, limits) > 0]
             if not against:
                 return ""
-            words = words or reason(against[0].__name__, config, limits)
+            why = (
+                f"space.{constraints[against[0]]}: nothing in the space can be trained: {reason(against[0].__name__, config, limits)}"
+            )
+            words = words or why
     return words
 
 

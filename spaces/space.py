@@ -104,7 +104,7 @@ class SpaceSpec(BaseModel):
     `vera` and `ia3` train some vectors alone, in small files for many tasks, and not with `tp`; `oft` rotates what goes into a
     layer, not with `tp`, and not of GPT-2; `bottleneck` has a narrow layer behind the feed-forward of each block, which no
     weights stand for, so that it is never merged, and not with `tp`; `prefix` has keys and values before those of every row in
-    each attention, of language models, never merged, and not with `tp` or `compile`."""
+    each attention, of language models, never merged, not with `tp` or `compile`, and of GPT-2 not with `recomputation`."""
     learning_rate: LearningRateDomain = ByAdapter(
         by_adapter=PerAdapter(
             none=LogUniform[LearningRate](log_uniform=(1e-5, 1e-3)),
@@ -266,6 +266,11 @@ class SpaceSpec(BaseModel):
                 if "quantization" in ADAPTER_KNOBS[adapter] or quantization == self.quantization.ends()[0]:
                     given = dict(zip(knobs, values, strict=True))
                     yield self.first(world_size=world_size, strategy=strategy, shard_size=shard_size, tp_size=tp_size, **given)
+
+    @property
+    def has_all_batches(self) -> bool:
+        """Whether `corners` has every world size and global batch: where these are listed, and no range."""
+        return not isinstance(self.world_size, IntRange) and not isinstance(self.global_batch_size, IntRange)
 
     def _sizes(self, knob: str, says_something: bool, world_size: int) -> list[Any]:
         """Return a value for each size of groups that there may be; where all ranks are one group, one value stands for all."""

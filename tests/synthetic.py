@@ -59,7 +59,15 @@ def synthetic_events(num_trials: int = 12, *, name: str = "synthetic", seed: int
         config = TrialConfig.from_params(params).to_dict()
         known = {"number": number, "params": params, "config": config}
         if number % 11 == 5:
-            events.append(_event("trial_infeasible", clock[worker], **known, constraints={"world_size_within_cluster": 2.0}))
+            events.append(
+                _event(
+                    "trial_infeasible",
+                    clock[worker],
+                    **known,
+                    constraints={"world_size_within_cluster": 2.0},
+                    why=["needs 4 workers, and there are 2"],
+                )
+            )
             continue
         predicted = {"memory": PREDICTED_MEMORY, "train_seconds": 50.0, "time_source": "estimate" if number % 2 else "profile"}
         events.append(_event("trial_started", clock[worker], **known, command=f"train {number} again", predicted=predicted))

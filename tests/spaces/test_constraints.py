@@ -152,7 +152,9 @@ def test_what_oft_rotates_is_cut_into_whole_blocks():
     assert value(lora_rank=1) == 1, "nothing would train"
     gpt2 = replace(ROOMY, plan=blueprint({"model_type": "gpt2", **sizes}, "causal-lm"))
     assert violations(config(adapter="oft", lora_rank=4), gpt2)["layers_adaptable"] == 1
-    assert why_none_trains([config(adapter="oft", lora_rank=4)], gpt2).startswith("oft and float8")
+    assert why_none_trains([config(adapter="oft", lora_rank=4)], gpt2).startswith(
+        "space.adapter: nothing in the space can be trained: oft and float8"
+    )
     assert violations(config(quantization="float8"), gpt2)["layers_adaptable"] == 1
     assert violations(config(quantization="float8"), limits)["layers_adaptable"] == 0
     assert not why_none_trains([config(adapter="oft", lora_rank=7)], limits), "another rank may do"
@@ -162,6 +164,8 @@ def test_what_oft_rotates_is_cut_into_whole_blocks():
 
 def test_a_prefix_is_for_language_models_that_keep_it_and_have_positions_for_it():
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 97}
+
+    nothing = "space.adapter: nothing in the space can be trained: "
 
     def limits(family, task, max_length=32, **positions):
         plan = blueprint({"model_type": family, **sizes, **positions}, task, 3)
@@ -176,11 +180,11 @@ def test_a_prefix_is_for_language_models_that_keep_it_and_have_positions_for_it(
     assert is_feasible(violations(config(adapter="lora", lora_rank=16), longer))
     for family in ("llama", "bert"):
         classifier = limits(family, "sequence-classification")
-        assert why_none_trains([prefix], classifier) == "prefix is for causal-lm: PEFT cannot hand one to a classifier"
+        assert why_none_trains([prefix], classifier) == f"{nothing}prefix is for causal-lm: PEFT cannot hand one to a classifier"
     gpt2, full = limits("gpt2", "causal-lm", n_positions=1024), config(adapter="prefix", lora_rank=16, recomputation="full")
     assert is_feasible(violations(prefix, gpt2))
     assert is_feasible(violations(full, llama))
-    assert why_none_trains([full], gpt2).startswith("prefix: ")
+    assert why_none_trains([full], gpt2) == f"{nothing}prefix: GPT-2 loses it with recomputation full"
     assert violations(config(adapter="prefix", world_size=2, strategy="tp"), llama)["vectors_whole"] == 1
 
 
@@ -238,7 +242,16 @@ def test_by_a_budget_of_tokens_every_rank_has_rows_and_passes_are_as_few_as_fit(
 
 def test_a_space_where_no_layout_trains_says_why():
     sharded, whole = config(quantization="nf4", world_size=2, strategy="fsdp"), config(quantization="nf4", world_size=2)
-    assert why_none_trains([sharded, config(strategy="tp", world_size=2)], ROOMY) == reason("quantized_base_whole", sharded, ROOMY)
+    assert why_none_trains([sharded, config(strategy="tp", world_size=2)], ROOMY) == (
+        f"space.quantization: nothing in the space can be trained: {reason('quantized_base_whole', sharded, ROOMY)}"
+    )
+    uneven = config(global_batch_size=16, micro_batch_size=5)
+    assert why_none_trains([uneven], ROOMY) == "", "between the ends of a range there may be others"
+    assert why_none_trains([uneven], ROOMY, has_all_batches=True) == (
+        "space.micro_batch_size: nothing in the space can be trained: "
+        "a global batch of 16 rows cannot be dealt to 1 ranks in micro batches of 5 rows"
+    )
+    assert why_none_trains([uneven, config()], ROOMY, has_all_batches=True) == ""
     assert why_none_trains([sharded, whole], ROOMY) == ""
     assert why_none_trains([whole, config(world_size=16)], replace(ROOMY, num_workers=1)) == "", "that is said elsewhere"
 
