@@ -39,8 +39,14 @@ CASES = {
     ),
     "a quantised base that is sharded": (
         ["space.world_size=2", "space.strategy=fsdp", "space.quantization=nf4"],
-        "space.strategy",
+        "space.quantization",
         "a base in nf4 is not spread over ranks",
+    ),
+    "a prefix of a classifier": (["space.adapter=prefix"], "space.adapter", "prefix is for causal-lm"),
+    "batches that nothing divides": (
+        ["space.micro_batch_size=5", "space.global_batch_size=16"],
+        "space.micro_batch_size",
+        "16 rows cannot be dealt to 1 ranks in micro batches of 5 rows",
     ),
     "unknown model": (["model.name=nobody/nothing"], "model.name", "no model 'nobody/nothing'"),
     "no such directory": (["model.name=./nowhere"], "model.name", "no such directory: ./nowhere"),
