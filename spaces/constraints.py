@@ -240,7 +240,8 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         + (
             f"leaves {layout.data_parallel_size - recipe.global_batch_size} of {layout.data_parallel_size} ranks without a row"
             if layout.micro_batch_size is None
-            else f"cannot be dealt to {layout.data_parallel_size} ranks in micro batches of {layout.micro_batch_size} rows"
+            else f"is no whole number of micro batches of {layout.micro_batch_size} rows on {layout.data_parallel_size} "
+            + ("rank" if layout.data_parallel_size == 1 else "ranks")
         ),
         world_size_within_cluster.__name__: f"needs {layout.world_size} workers, and there are {limits.num_workers}",
         matrices_split_evenly.__name__: _why_not_split(config, limits),

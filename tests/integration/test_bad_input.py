@@ -46,7 +46,7 @@ CASES = {
     "batches that nothing divides": (
         ["space.micro_batch_size=5", "space.global_batch_size=16"],
         "space.micro_batch_size",
-        "16 rows cannot be dealt to 1 ranks in micro batches of 5 rows",
+        "16 rows is no whole number of micro batches of 5 rows on 1 rank",
     ),
     "unknown model": (["model.name=nobody/nothing"], "model.name", "no model 'nobody/nothing'"),
     "no such directory": (["model.name=./nowhere"], "model.name", "no such directory: ./nowhere"),

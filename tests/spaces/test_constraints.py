@@ -249,7 +249,7 @@ def test_a_space_where_no_layout_trains_says_why():
     assert why_none_trains([uneven], ROOMY) == "", "between the ends of a range there may be others"
     assert why_none_trains([uneven], ROOMY, has_all_batches=True) == (
         "space.micro_batch_size: nothing in the space can be trained: "
-        "a global batch of 16 rows cannot be dealt to 1 ranks in micro batches of 5 rows"
+        "a global batch of 16 rows is no whole number of micro batches of 5 rows on 1 rank"
     )
     assert why_none_trains([uneven, config()], ROOMY, has_all_batches=True) == ""
     assert why_none_trains([sharded, whole], ROOMY) == ""
