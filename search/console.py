@@ -118,7 +118,9 @@ class SearchView:
                 why += f" NOISY: {record.noise}" if record.noise else ""
                 return f"trial {number:04d} {record.state.value:9} {self._metrics(record.values)}{why} | {self._summary()}"
             case "trial_infeasible" if record:
-                return f"trial {number:04d} INFEASIBLE {self._knob_text(record)}: {'; '.join(event['why'])}"
+                # Searches begun before have no words for it.
+                why = event.get("why") or [name for name, value in record.constraints.items() if value > 0]
+                return f"trial {number:04d} INFEASIBLE {self._knob_text(record)}: {'; '.join(why)}"
             case "test_scored":
                 return f"trial {number:04d} on the test file: {self._metrics(event['metrics'])}"
             case "resumed":

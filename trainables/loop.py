@@ -152,6 +152,7 @@ class Trainer:
         if checkpoints is not None:
             checkpoints.save_seconds = sum(p.nbytes for p in self._parameters.values()) * STATES / SAVED_BYTES_PER_SECOND
         self.sizes = self._plan.sizes()
+        self._fullest = self.sizes.fullest
         self.num_steps = self._plan.num_steps
         self.rungs = {*rung_steps(rungs, self.num_steps), self.num_steps}
         self.step = 0
@@ -244,9 +245,8 @@ class Trainer:
 
     def _is_to_be_followed(self) -> bool:
         """Return whether this step may hold the most, or comes after these and none was followed; the optimizer's state is there."""
-        fullest = self.sizes.fullest
-        is_missed = self.step > fullest[-1] and self.memory.measured() is None
-        return self.step > 0 and (self.step in fullest or is_missed)
+        is_missed = self.step > self._fullest[-1] and not self.memory.is_measured
+        return self.step > 0 and (self.step in self._fullest or is_missed)
 
     def _evaluate(self, *, is_final: bool) -> dict[str, float]:
         with self.memory.pause():

@@ -140,9 +140,14 @@ class MemoryMeter:
                     return max(self._peak, int(line.split()[1]) * 1024)
         return max(self._peak, int(psutil.Process().memory_info().rss))
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether a step was followed, or a GPU's allocator asked."""
+        return self._trained_peak > 0
+
     def measured(self) -> MeasuredMemory | None:
         """Return what was held; None on a CPU where no step was followed."""
-        if self._trained_peak == 0:
+        if not self.is_measured:
             return None
         weights, optimizer = self._weights_bytes, self._optimizer_bytes
         process = torch.cuda.memory_reserved(self._device) if self._device.type == "cuda" else self.peak_bytes()

@@ -68,3 +68,17 @@ def test_a_search_says_at_its_begin_that_its_precision_has_no_peak(tmp_path: Pat
         view = SearchView(load_spec(make_spec(tmp_path, space={"precision": precision})).spec)
         view({"event": "device_examined", "time": 0.0, "device": device})
         assert ("no bf16 peak known for Tesla T4" in capsys.readouterr().err) == is_said
+
+
+@pytest.mark.parametrize("is_from_before", [False, True])
+def test_an_infeasible_trial_says_why_and_one_from_before_by_its_constraint(
+    spec: SearchSpec, capsys: pytest.CaptureFixture[str], is_from_before: bool
+) -> None:
+    events = synthetic_events(40)
+    event = next(dict(e) for e in events if e["event"] == "trial_infeasible")
+    if is_from_before:
+        del event["why"]
+    with SearchView(spec, heartbeat_seconds=1e6) as view:
+        view(event)
+    words = "world_size_within_cluster" if is_from_before else "needs 4 workers, and there are 2"
+    assert capsys.readouterr().err.strip().endswith(words)
