@@ -119,8 +119,8 @@ class SearchView:
                 return f"trial {number:04d} {record.state.value:9} {self._metrics(record.values)}{why} | {self._summary()}"
             case "trial_infeasible" if record:
                 # Searches begun before have no words for it.
-                why = event.get("why") or [name for name, value in record.constraints.items() if value > 0]
-                return f"trial {number:04d} INFEASIBLE {self._knob_text(record)}: {'; '.join(why)}"
+                broken = event.get("why") or [name for name, value in record.constraints.items() if value > 0]
+                return f"trial {number:04d} INFEASIBLE {self._knob_text(record)}: {'; '.join(broken)}"
             case "test_scored":
                 return f"trial {number:04d} on the test file: {self._metrics(event['metrics'])}"
             case "resumed":
