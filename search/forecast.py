@@ -16,6 +16,8 @@ from spaces.constraints import Limits, config_within
 from spaces.draws import Draw
 from spaces.estimate import (
     ASSUMED_UTILISATION,
+    HOST_LINK_BYTES_PER_SECOND,
+    HOST_MEMORY_BYTES_PER_SECOND,
     MEMORY_KEPT_FREE,
     NETWORK_BYTES_PER_SECOND,
     GpuCluster,
@@ -182,6 +184,11 @@ class Forecaster:
             lines.append("no trial is stopped early, and the search ends by its other limits")
         if max(self.spec.space.world_size.ends()) > 1:
             lines += [OVERLAPS[strategy] for strategy in self.spec.space.strategy.ends()]
+        if "cpu" in self.spec.space.offload.ends():
+            lines.append(
+                f"what is left to the host moves at {HOST_LINK_BYTES_PER_SECOND / 1e9:g} GB/s each way (PCIe 4.0), and is updated at "
+                f"{HOST_MEMORY_BYTES_PER_SECOND / 1e9:.0f} GB/s"
+            )
         if self.plan.num_params < PUBLISHED_PARAMS:
             lines.append("a model this small is bound by kernel launches, and reaches less than the share of the peak above")
         if self.spec.space.quantization.ends() != ["none"]:

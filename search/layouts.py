@@ -43,6 +43,7 @@ STEP_KNOBS = (
     "strategy",
     "shard_size",
     "tp_size",
+    "offload",
     "global_batch_size",
     "micro_batch_size",
     "micro_batch_tokens",

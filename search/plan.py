@@ -18,7 +18,7 @@ from spaces.constraints import Limits, config_within, is_feasible, reason, viola
 from spaces.domains import Profile
 from spaces.estimate import GpuCluster
 from spaces.loading import LoadedSpec, SpecError, dump_spec
-from spaces.memory import RankMemory, rank_memory
+from spaces.memory import RankMemory, host_bytes, rank_memory
 from spaces.space import SpaceSpec
 from spaces.spec import SearchSpec
 from trainables.formats import DataError, read_rows
@@ -147,6 +147,7 @@ def layout_rows(
                 "shard_size": config.layout.shard_size
                 or ("all" if config.layout.is_sharded and config.layout.tp_size is None else "-"),
                 "tp_size": config.layout.tp_size or ("all" if config.layout.tensor_parallel_size > 1 else "-"),
+                "offload": config.layout.offload if config.layout.strategy == "fsdp" else "-",
                 "global_batch_size": config.recipe.global_batch_size,
                 "micro_batch_size": config.layout.micro_batch_size or "-",
                 "micro_batch_tokens": config.layout.micro_batch_tokens or "-",
@@ -155,6 +156,7 @@ def layout_rows(
                 "compile": config.layout.compile,
                 "peak_memory_bytes": None if memory is None else sum(memory.values()),
                 "memory": memory,
+                "host_bytes": None if plan is None else host_bytes(plan, config),
                 "feasible": is_feasible(values),
                 "violated": {name: reason(name, config, limits) for name, value in values.items() if value > 0},
                 **({} if forecaster is None else forecaster.layout(config)),
@@ -223,10 +225,12 @@ def _memory_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the predicted memory of a rank by term, once for all layouts that agree in it."""
     terms = [f.name for f in fields(RankMemory)]
     columns = [knob for knob in KNOB_COLUMNS if knob != "num_grad_accum_steps"]
-    table = [[name.removesuffix("_bytes").replace("_", " ") for name in (*columns, *terms)]]
+    on_host = ["host_bytes"] if any(row["host_bytes"] for row in rows) else []
+    table = [[name.removesuffix("_bytes").replace("_", " ") for name in (*columns, *terms, *on_host)]]
     for row in rows:
         if row["memory"]:
-            table.append([*(str(row[c]) for c in columns), *(_gib(row["memory"][t]) for t in terms)])
+            held = {**row["memory"], "host_bytes": row["host_bytes"]}
+            table.append([*(str(row[c]) for c in columns), *(_gib(held[t]) for t in (*terms, *on_host))])
     return ["# GiB a rank by term, at the moment of its peak", *dict.fromkeys(aligned(table))]
 
 

@@ -89,7 +89,7 @@ def profile_key(
         "device": {name: device[name] for name in ("type", "name", "threads")},
         "num_nodes": num_nodes,
         # What a step computes: 4 since LoRA around a plain linear layer is one operation.
-        "step": 4,
+        "step": 5,
         "versions": {**device["versions"], "paretune": version("paretune")},
     }
 

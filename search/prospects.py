@@ -163,6 +163,7 @@ def features(config: TrialConfig, width: int | None) -> tuple[Features, Features
         "num_shards": math.log(layout.num_shards),
         "tensor_parallel_size": math.log(layout.tensor_parallel_size),
         f"strategy={layout.strategy}": 1.0,
+        f"offload={layout.offload}": 1.0,
         f"recomputation={layout.recomputation}": 1.0,
         f"compile={layout.compile}": 1.0,
     }

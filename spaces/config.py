@@ -13,6 +13,7 @@ Precision = Literal["fp32", "bf16"]
 Quantization = Literal["none", "nf4", "int8", "float8"]
 Strategy = Literal["ddp", "fsdp", "tp"]
 Recomputation = Literal["none", "full"]
+Offload = Literal["none", "cpu"]
 Compilation = Literal["none", "blocks"]
 
 # Which knobs say something with an adapter.
@@ -24,6 +25,8 @@ ADAPTER_KNOBS: dict[Adapter, tuple[str, ...]] = {
     "oft": ("lora_rank", "lora_target_modules", "quantization"),
     **dict.fromkeys(("bottleneck", "prefix"), ("lora_rank", "quantization")),
 }
+# And with a strategy.
+STRATEGY_KNOBS: dict[Strategy, tuple[str, ...]] = {"ddp": (), "fsdp": ("shard_size", "offload"), "tp": ("tp_size",)}
 # What (IA)3 scales: what keys and values are, and what goes into the last product of a block, behind which bottlenecks are.
 IA3_RESULTS = ("k_proj", "v_proj", "key_proj", "value_proj", "self.key", "self.value", "k_lin", "v_lin", "qkv_proj", "c_attn")
 LAST_PRODUCTS = ("down_proj", "layer.*.output.dense", "ffn.lin2", "mlp.c_proj", "fc2")
@@ -99,11 +102,15 @@ class Layout:
     """Ranks that FSDP2 spreads one copy of the weights over (hybrid sharding); None: all."""
     tp_size: int | None = None
     """Ranks that tensor parallelism splits every matrix over, where there are several such groups; None: all."""
+    offload: Offload = "none"
+    """`cpu` has FSDP2 keep a rank's shards, their gradients and the optimizer's state in the host's memory, and update them there."""
 
     @property
     def is_sharded(self) -> bool:
-        """Whether FSDP2 spreads weights, or what a rank has of them, over ranks; one rank has nothing to spread."""
-        return self.world_size > 1 if self.strategy == "fsdp" else self.tp_size is not None
+        """Whether FSDP2 spreads weights, or what a rank has of them, over ranks; one rank has nothing to spread but to the host."""
+        if self.strategy == "fsdp":
+            return self.world_size > 1 or self.offload != "none"
+        return self.tp_size is not None
 
     @property
     def num_shards(self) -> int:
@@ -189,7 +196,8 @@ class TrialConfig:
             compile=params.get("compile", "none"),
         )
         if layout.strategy == "fsdp":
-            layout = replace(layout, shard_size=_part_of(layout.world_size, params.get("shard_size", "auto")))
+            shard_size = _part_of(layout.world_size, params.get("shard_size", "auto"))
+            layout = replace(layout, shard_size=shard_size, offload=params.get("offload", "none"))
         elif layout.strategy == "tp":
             layout = replace(layout, tp_size=_part_of(layout.world_size, params.get("tp_size", "auto")))
         return cls(recipe=recipe, layout=layout)
@@ -218,6 +226,11 @@ class TrialConfig:
     def most_tokens(self, length: int) -> int:
         """See `Layout`."""
         return self.layout.most_tokens(self.recipe.global_batch_size, length)
+
+    def trained_alike(self) -> TrialConfig:
+        """Return one config for all that are trained alike: on one rank that keeps its weights, every strategy is `ddp`."""
+        is_whole = self.layout.world_size == 1 and not self.layout.is_sharded
+        return replace(self, layout=replace(self.layout, strategy="ddp")) if is_whole else self
 
     def of_step(self) -> TrialConfig:
         """Return what time and memory of a step depend on: the same for all rates, rows, epochs, decays, alphas and seeds."""

@@ -82,8 +82,13 @@ def quantized_base_whole(config: TrialConfig, limits: Limits) -> float:
     A shard of an int8 weight has lost the scales that bitsandbytes hangs on it; of nf4 and float8, every rank would hold all scales
     beside its shard of the weights, and there is no formula for that.
     """
-    is_spread = config.layout.strategy != "ddp" and config.layout.world_size > 1
+    is_spread = config.layout.is_sharded or config.layout.tensor_parallel_size > 1
     return float(config.recipe.quantization != "none" and is_spread)
+
+
+def offloaded_from_gpu(config: TrialConfig, limits: Limits) -> float:
+    """1 where weights would be left to the host by a worker that is on it."""
+    return float(config.layout.offload != "none" and not limits.is_on_gpu)
 
 
 def norms_whole(config: TrialConfig, limits: Limits) -> float:
@@ -212,6 +217,7 @@ CONSTRAINTS = (
     shards_of_equal_size,
     adapter_rank_within_width,
     quantized_base_whole,
+    offloaded_from_gpu,
     norms_whole,
     vectors_whole,
     layers_adaptable,
@@ -224,6 +230,7 @@ CONSTRAINTS = (
 OF_METHODS: dict[Constraint, str] = {
     matrices_split_evenly: "strategy",
     quantized_base_whole: "quantization",
+    offloaded_from_gpu: "offload",
     norms_whole: "adapter",
     vectors_whole: "adapter",
     layers_adaptable: "adapter",
@@ -248,7 +255,8 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         shards_of_equal_size.__name__: f"{layout.world_size} ranks are no multiple of "
         + (f"a shard size of {layout.shard_size}" if layout.tp_size is None else f"a tp size of {layout.tp_size}"),
         adapter_rank_within_width.__name__: f"rank {recipe.adapter_rank} exceeds the model's width of {limits.hidden_size}",
-        quantized_base_whole.__name__: f"a base in {recipe.quantization} is not spread over ranks: ddp, or one rank",
+        quantized_base_whole.__name__: f"a base in {recipe.quantization} is neither spread over ranks nor left to the host: ddp",
+        offloaded_from_gpu.__name__: "offload cpu moves weights from a GPU, and the workers have none (resources.gpus_per_worker)",
         norms_whole.__name__: "dora trains the norms of whole rows: not of what tp splits, int8 or float8 holds, or experts share",
         vectors_whole.__name__: f"{recipe.adapter} trains what tp would cut"
         if layout.tensor_parallel_size > 1

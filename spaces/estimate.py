@@ -13,6 +13,10 @@ What is assumed, and stands beside every number that follows from it:
 - a quantised base is read, and written spread out, once for the forward and once for the backward pass of every micro batch, and once
   more where the forward pass is computed again; none of that overlaps with the matrix units' work;
 - ranks that hold a copy of the weights together, or split matrices, are in one node, where a node holds as many;
+- what is left to the host comes and goes over PCIe 4.0 with 16 lanes, 32 GB/s each way (5.0 has twice that;
+  https://pcisig.com/specifications), beside the computation as FSDP2's exchange does, but that a single rank fetches nothing ahead
+  (torch 2.13), and is updated at a GPU's share of its host's memory bandwidth: an eighth of two sockets with eight channels of
+  DDR5-4800, as a DGX H100 has;
 - between nodes every GPU has one adapter of 400 Gbit/s, as in https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html.
 """
 
@@ -26,7 +30,7 @@ from spaces.blueprint import Blueprint
 from spaces.config import TrialConfig
 from spaces.flops import TrainingFlops, flops_of_blueprint, recomputed_flops_of_blueprint
 from spaces.hardware import Device
-from spaces.memory import num_adapter_params, num_updated
+from spaces.memory import num_adapter_params, num_trained_of_block, num_updated
 from spaces.quantization import spread_bytes
 from spaces.tensor_parallel import local_blueprint, num_partial_params
 from spaces.widths import FP32_BYTES, widths
@@ -36,6 +40,8 @@ from spaces.widths import FP32_BYTES, widths
 # each (35 %, compiled and with selective recomputation; https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md).
 ASSUMED_UTILISATION = 0.38
 NETWORK_BYTES_PER_SECOND = 50e9
+HOST_LINK_BYTES_PER_SECOND = 32e9
+HOST_MEMORY_BYTES_PER_SECOND = 2 * 8 * 38.4e9 / 8
 # AdamW reads weight, gradient and two moments, and writes all but the gradient, in fp32.
 UPDATE_BYTES_PER_PARAM = 7 * FP32_BYTES
 # Of a device's memory, for the CUDA context, NCCL's buffers, workspaces and what the allocator cannot use: an assumption.
@@ -190,10 +196,17 @@ def estimate_step(
     compute += num_spreads * spread_bytes(local, recipe, widths(config).products) / machine.memory_bytes_per_second()
     parts = exchanges(plan, config, rows * length)
     waiting, beside = (sum(p.seconds(machine) for p in parts if p.is_beside == flag) for flag in (False, True))
+    fetched, returned = _moved_to_and_from_host(plan, config, rows * length)
+    beside += returned / HOST_LINK_BYTES_PER_SECOND
+    if layout.num_shards > 1:
+        beside += fetched / HOST_LINK_BYTES_PER_SECOND
+    else:
+        waiting += fetched / HOST_LINK_BYTES_PER_SECOND
     # Two thirds of the work are the backward pass.
     overlap = compute * 2 / 3 / num_micro_batches if layout.strategy == "ddp" else compute
     communication = waiting + max(0.0, beside - overlap)
-    update = UPDATE_BYTES_PER_PARAM * trained / layout.num_shards / machine.memory_bytes_per_second()
+    update_rate = machine.memory_bytes_per_second() if layout.offload == "none" else HOST_MEMORY_BYTES_PER_SECOND
+    update = UPDATE_BYTES_PER_PARAM * trained / layout.num_shards / update_rate
     return StepEstimate(
         compute_seconds=compute,
         communication_seconds=communication,
@@ -258,6 +271,20 @@ def _gathered_and_reduced(plan: Blueprint, config: TrialConfig, num_tokens: floa
     # Blocks are gathered for the forward and again for the backward pass, what no block holds once.
     gathered = widths(config).products * (held + blocks)
     return float(_num_micro_batches(config, num_tokens) * (gathered + FP32_BYTES * num_updated(plan, config)))
+
+
+def _moved_to_and_from_host(plan: Blueprint, config: TrialConfig, num_tokens: float) -> tuple[float, float]:
+    """Return the bytes of shards that a rank gets from its host in a step, and of gradients that it returns, as they are held."""
+    if config.layout.offload == "none":
+        return 0.0, 0.0
+    recipe, num_layers = config.recipe, plan.shape.num_layers
+    trained = num_updated(plan, config)
+    # Blocks come for the forward and again for the backward pass, what no block holds once.
+    fetched = FP32_BYTES * (trained + num_layers * num_trained_of_block(plan, recipe))
+    if recipe.adapter != "none":
+        fetched += widths(config).frozen * (plan.num_params + num_layers * plan.num_block_params)
+    share = _num_micro_batches(config, num_tokens) / config.layout.num_shards
+    return share * fetched, share * FP32_BYTES * trained
 
 
 def _num_micro_batches(config: TrialConfig, num_tokens: float) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from spaces.activations import Activations
 from spaces.adapters import adapter_params, is_wrapped, prefix_params, shared_params
 from spaces.blueprint import Blueprint, Matrix
-from spaces.config import Recipe, TrialConfig
+from spaces.config import Layout, Recipe, TrialConfig
 from spaces.quantization import frozen_bytes
 from spaces.tensor_parallel import local_blueprint, num_partial_params
 from spaces.widths import FP32_BYTES, widths
@@ -45,6 +45,17 @@ class RankMemory:
     @property
     def peak_bytes(self) -> int:
         return sum(int(getattr(self, f.name)) for f in fields(self))
+
+
+def host_bytes(plan: Blueprint, config: TrialConfig) -> int:
+    """Return what a rank leaves to its host with `offload: cpu`: its shards, their gradients and the optimizer's state."""
+    if config.layout.offload == "none":
+        return 0
+    here = replace(config, layout=replace(config.layout, offload="none"))
+    held = _between_steps(plan, here)
+    # Random factors that all of VeRA's layers share are no parameters, and stay.
+    shards = held.weights_bytes - FP32_BYTES * shared_params(plan, config.recipe)
+    return shards + held.optimizer_bytes + FP32_BYTES * num_updated(plan, config) // config.layout.num_shards
 
 
 def num_trained(plan: Blueprint, recipe: Recipe) -> int:
@@ -118,7 +129,7 @@ def rank_memory(
     trained, shards = num_updated(plan, config), config.layout.num_shards
     state = _between_steps(plan, config)
     computed = _while_computing(step, state)
-    at_update = replace(state, gradients_bytes=FP32_BYTES * trained // shards)
+    at_update = replace(state, gradients_bytes=_held_here(FP32_BYTES * trained, config.layout))
     if num_partial:
         at_update = replace(at_update, communication_bytes=FP32_BYTES * num_partial // shards)
     at_embedding = at_update
@@ -128,8 +139,8 @@ def rank_memory(
         shared = (3 if accumulates else 2) * FP32_BYTES * plan.head[-1].num_weights
         at_embedding = replace(at_update, gradients_bytes=at_update.gradients_bytes + shared)
     moments = [*computed, at_embedding, at_update]
-    if shards > 1:
-        moments = _while_sharded(step, shards, is_on_gpu, computed, at_update)
+    if config.layout.is_sharded:
+        moments = _while_sharded(step, config.layout, is_on_gpu, computed, at_update)
     if accumulates:
         # Those of the micro batches before are all there, beside that of the product whose backward pass runs.
         summed = at_update.gradients_bytes + FP32_BYTES * _num_trained_of(plan.feed_forward_out, recipe)
@@ -139,15 +150,20 @@ def rank_memory(
 
 def _between_steps(plan: Blueprint, config: TrialConfig) -> RankMemory:
     """Return what a rank holds all the time."""
-    recipe, trained, shards = config.recipe, num_updated(plan, config), config.layout.num_shards
+    recipe, trained = config.recipe, num_updated(plan, config)
     idle = num_trained(plan, recipe) - trained
     frozen = FP32_BYTES * idle if recipe.adapter == "none" else frozen_bytes(plan, recipe, widths(config).frozen)
     return RankMemory(
-        weights_bytes=(FP32_BYTES * trained + frozen) // shards + FP32_BYTES * shared_params(plan, recipe),
-        optimizer_bytes=FP32_BYTES * ADAMW_STATES * trained // shards,
+        weights_bytes=_held_here(FP32_BYTES * trained + frozen, config.layout) + FP32_BYTES * shared_params(plan, recipe),
+        optimizer_bytes=_held_here(FP32_BYTES * ADAMW_STATES * trained, config.layout),
         # DDP's buckets are a second copy of all gradients, made before the first step.
-        communication_bytes=FP32_BYTES * trained if shards == 1 and config.layout.data_parallel_size > 1 else 0,
+        communication_bytes=FP32_BYTES * trained if not config.layout.is_sharded and config.layout.data_parallel_size > 1 else 0,
     )
+
+
+def _held_here(num_bytes: int, layout: Layout) -> int:
+    """Return what of all shards a rank's device holds between steps."""
+    return num_bytes // layout.num_shards if layout.offload == "none" else 0
 
 
 def targets_at_once(vocab_size: int) -> int:
@@ -238,13 +254,13 @@ def _first_done(plan: Blueprint) -> tuple[Matrix, ...]:
 
 
 def _while_sharded(
-    step: Activations, shards: int, is_on_gpu: bool, computed: tuple[RankMemory, ...], at_update: RankMemory
+    step: Activations, layout: Layout, is_on_gpu: bool, computed: tuple[RankMemory, ...], at_update: RankMemory
 ) -> list[RankMemory]:
     """Return the moments of a sharded model: what is gathered and reduced beside the shards, block by block.
 
     What no block holds (embedding, last normalisation, head) is gathered from the forward pass to the end of the backward pass.
     """
-    plan, recipe = step.plan, step.recipe
+    plan, recipe, shards = step.plan, step.recipe, layout.num_shards
     at_loss, _, in_last_block, in_next_block, in_first_block = computed
     num_layers = plan.shape.num_layers
     trained_block = num_trained_of_block(plan, recipe)
@@ -253,22 +269,28 @@ def _while_sharded(
     held_root = num_trained(plan, recipe) + _num_frozen(plan, recipe) - num_layers * held_block
     gathered = step.width.products
     root, block = gathered * held_root, gathered * held_block
+    largest_block, largest_of_head = (max(m.num_params for m in matrices) for matrices in (plan.block, plan.head))
+    arriving_block = _arriving(step, layout, trained_block, held_block, largest_block)
+    arriving_root = _arriving(step, layout, trained_root, held_root, max(plan.num_embedding_params, largest_of_head))
+    # A single rank gathers nothing, and nothing ahead: no flat buffers, and one block at a time.
+    copies = (2, 2, GATHERED_BLOCKS, 2) if shards > 1 else (1, 0, 1, 1)
     # The embedding's gradient comes last, unless the head is tied to it.
     head_gradients = gathered * _num_trained_of(plan.head, recipe)
     last_gradients = gathered * _num_trained_of(plan.feed_forward_out, recipe)
-    # What stays to the end of the root's reduction is its last gradient, that of a head of its own.
-    last_of_root = 0 if plan.is_head_tied else head_gradients
+    # What stays to the end of the root's reduction over ranks is its last gradient, that of a head of its own.
+    last_of_root = 0 if plan.is_head_tied or shards == 1 else head_gradients
     reducing_block = _reducing(gathered, trained_block, held_block, 0, shards, is_on_gpu)
     reducing_root = _reducing(gathered, trained_root, held_root, last_of_root, shards, is_on_gpu)
-    # The flat buffer and the result stay until the next block is reduced.
-    reduced_block = FP32_BYTES * trained_block + FP32_BYTES * trained_block // shards
-    block_shards = FP32_BYTES * num_layers * trained_block // shards
+    # The flat buffer and the result, unless it went to the host, stay until the next block is reduced.
+    reduced_block = FP32_BYTES * trained_block + _held_here(FP32_BYTES * trained_block, layout)
+    block_shards = _held_here(FP32_BYTES * num_layers * trained_block, layout)
     but_one = at_loss.activations_bytes - (step.block_inputs() if step.recomputes else step.block(is_last=True))
     plain = replace(at_loss, activations_bytes=0, logits_bytes=0)
-    computing = root + head_gradients + 2 * block
+    of_root, ahead, in_forward, in_backward = copies
+    computing = root + head_gradients + in_backward * block + arriving_block
     moments = [
-        replace(plain, communication_bytes=2 * root + 2 * block),
-        replace(plain, activations_bytes=but_one, communication_bytes=root + GATHERED_BLOCKS * block),
+        replace(plain, communication_bytes=of_root * root + ahead * block + max(arriving_root, arriving_block)),
+        replace(plain, activations_bytes=but_one, communication_bytes=root + in_forward * block + arriving_block),
         replace(at_loss, communication_bytes=root),
         replace(in_last_block, gradients_bytes=gathered * _num_trained_of(_first_done(plan), recipe), communication_bytes=computing),
         replace(plain, activations_bytes=but_one, communication_bytes=root + head_gradients + block + reducing_block),
@@ -287,6 +309,20 @@ def _while_sharded(
             replace(in_first_block, gradients_bytes=last_gradients + later_shards, communication_bytes=computing + reduced_block),
         ]
     return moments
+
+
+def _arriving(step: Activations, layout: Layout, num_trained: int, num_held: int, largest: int) -> int:
+    """Return the bytes, at most, of what comes from the host and is not gathered yet: as wide as it is held there.
+
+    Of several shards all of a block's; one rank alone copies and casts one weight after the other.
+    """
+    if layout.offload == "none":
+        return 0
+    frozen, products = step.width.frozen, step.width.products
+    if layout.num_shards > 1:
+        return (FP32_BYTES * num_trained + frozen * (num_held - num_trained)) // layout.num_shards
+    held = FP32_BYTES if step.recipe.adapter == "none" else frozen
+    return largest * (held + (products if held != products else 0))
 
 
 def _reducing(gathered: int, num_trained: int, num_held: int, last: int, shards: int, is_on_gpu: bool) -> int:

@@ -20,7 +20,18 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from spaces.config import ADAPTER_KNOBS, Adapter, Compilation, Precision, Quantization, Recomputation, Strategy
+from spaces.config import (
+    ADAPTER_KNOBS,
+    STRATEGY_KNOBS,
+    Adapter,
+    Compilation,
+    Offload,
+    Precision,
+    Quantization,
+    Recomputation,
+    Strategy,
+    TrialConfig,
+)
 from spaces.domains import Choice, Domain, Fixed, IntRange, LogUniform, Position, Profile, Suggester, Uniform, Within
 from spaces.forms import (
     ByAdapter,
@@ -48,11 +59,12 @@ WeightDecay = Annotated[float, Within(ge=0, le=100)]
 
 # What says nothing with some adapters.
 CONDITIONAL = frozenset(knob for knobs in ADAPTER_KNOBS.values() for knob in knobs)
-LAYOUT_KNOBS = ("world_size", "strategy", "shard_size", "tp_size", "micro_batch_size", "recomputation", "compile")
+LAYOUT_KNOBS = ("world_size", "strategy", "shard_size", "tp_size", "offload", "micro_batch_size", "recomputation", "compile")
 # What `profile` alone stands for.
 EVERY: dict[str, list[Any]] = {
     "world_size": [2**i for i in range(13)],
     "strategy": ["ddp", "fsdp", "tp"],
+    "offload": ["none", "cpu"],
     "recomputation": ["none", "full"],
     "compile": ["none", "blocks"],
 }
@@ -153,6 +165,9 @@ class SpaceSpec(BaseModel):
     tp_size: LayoutNameDomain[TensorParallelSize] = Fixed[TensorParallelSize]("auto")
     """Ranks that `tp` splits the matrices over; `auto`: all. Where there are more ranks they are several such groups, each with rows
     of its own, over which FSDP2 shards the pieces: with the GPUs of a node, activations are summed inside it."""
+    offload: LayoutNameDomain[Offload] = Fixed[Offload]("none")
+    """Where `fsdp` keeps what it shards: `cpu` in the host's memory, gradients and optimizer state too, which is updated there; the
+    GPU, also a single one, then holds activations and two or three blocks. For models that do not fit otherwise: it is slower."""
     micro_batch_size: LayoutNameDomain[MicroBatch] = Fixed[MicroBatch]("auto")
     """Rows per rank and forward pass. `auto`: as many as fit a budget of tokens, 16,384 on a GPU and 4,096 on a CPU, halved until the
     device has the memory, also after a trial ran out of it: the rows of a step stay. Ranks need not divide them."""
@@ -252,35 +267,25 @@ class SpaceSpec(BaseModel):
     def corners(self) -> Iterator[dict[str, Any]]:
         """Yield params for every layout and what its memory and time depend on: a range's ends, and the first value elsewhere.
 
-        On one rank the strategies are the same, and one of them stands for all; so do shards of all ranks.
+        Of those that are trained alike, as all strategies on one rank, the first stands for all.
         """
-        strategies = self.strategy.ends()
         knobs = ("adapter", "quantization", "precision", "global_batch_size", "micro_batch_size", "recomputation")
+        seen: set[TrialConfig] = set()
         for world_size, strategy in self.layouts():
-            if world_size == 1 and strategy != strategies[0]:
-                continue
-            domains = [getattr(self, knob).ends() for knob in knobs]
-            sizes = (self._sizes(knob, of == strategy, world_size) for of, knob in (("fsdp", "shard_size"), ("tp", "tp_size")))
-            for *values, shard_size, tp_size in itertools.product(*domains, *sizes):
-                adapter, quantization, *_ = values
-                if "quantization" in ADAPTER_KNOBS[adapter] or quantization == self.quantization.ends()[0]:
-                    given = dict(zip(knobs, values, strict=True))
-                    yield self.first(world_size=world_size, strategy=strategy, shard_size=shard_size, tp_size=tp_size, **given)
+            varied = (*knobs, *STRATEGY_KNOBS[strategy])
+            for values in itertools.product(*(getattr(self, knob).ends() for knob in varied)):
+                params = self.first(world_size=world_size, strategy=strategy, **dict(zip(varied, values, strict=True)))
+                config = TrialConfig.from_params(params).trained_alike()
+                if config not in seen:
+                    seen.add(config)
+                    yield params
 
     @property
     def has_all_batches(self) -> bool:
         """Whether `corners` has every world size and global batch: where these are listed, and no range."""
         return not isinstance(self.world_size, IntRange) and not isinstance(self.global_batch_size, IntRange)
 
-    def _sizes(self, knob: str, says_something: bool, world_size: int) -> list[Any]:
-        """Return a value for each size of groups that there may be; where all ranks are one group, one value stands for all."""
-        found: dict[Any, Any] = {}
-        for size in getattr(self, knob).ends():
-            is_whole = not says_something or size == "auto" or size >= world_size
-            found.setdefault(None if is_whole else size, size)
-        return list(found.values())
-
-    def layouts(self) -> list[tuple[int, str]]:
+    def layouts(self) -> list[tuple[int, Strategy]]:
         """Return every combination of world size and strategy."""
         ends = self.world_size.ends()
         sizes = range(ends[0], ends[1] + 1) if isinstance(self.world_size, IntRange) else sorted(ends)
@@ -295,13 +300,12 @@ class SpaceSpec(BaseModel):
         return [knob for knob in LAYOUT_KNOBS if isinstance(getattr(self, knob), Profile)]
 
     def measured_layouts(self, params: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the params under every layout that is to be measured for them; on one rank the strategies are the same."""
-        knobs = self.profiled_knobs()
-        values = itertools.product(*(getattr(self, knob).ends() for knob in knobs))
-        layouts = [{**params, **dict(zip(knobs, each, strict=True))} for each in values]
-        first = self.strategy.ends()[0]
-        is_measured = "strategy" in knobs
-        return [p for p in layouts if not (is_measured and p["world_size"] == 1 and p["strategy"] != first)]
+        """Return the params under every layout that is to be measured for them; of those that are trained alike, the first."""
+        knobs, found = self.profiled_knobs(), dict[TrialConfig, dict[str, Any]]()
+        for values in itertools.product(*(getattr(self, knob).ends() for knob in knobs)):
+            each = {**params, **dict(zip(knobs, values, strict=True))}
+            found.setdefault(TrialConfig.from_params(each).trained_alike(), each)
+        return list(found.values())
 
     def names_searched(self) -> list[str]:
         """Return the knobs that have more than one value."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from families import NUM_LABELS, SOME_TARGETS, batch_of, config_of, make
 from synthetic_data import task_data
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from spaces.architecture import ModelShape
 from spaces.blueprint import FAMILIES, Blueprint, blueprint, with_idle_rows
@@ -60,6 +63,7 @@ class Case:
     """Ranks that hold one copy of a sharded model; None: all."""
     tp_size: int | None = None
     """Ranks that split matrices together; None: all, where any do."""
+    offload: str = "none"
 
     @property
     def task(self) -> str:
@@ -75,6 +79,7 @@ class Case:
             recomputation=self.recomputation,  # type: ignore[arg-type]
             shard_size=self.shard_size,
             tp_size=self.tp_size,
+            offload=self.offload,  # type: ignore[arg-type]
         )
         recipe = Recipe(
             learning_rate=1e-3,
@@ -292,6 +297,22 @@ SHARDED_IN_SHORT = [c for c in SHARDED if c.precision in _SHARDED_IN_SHORT.get(c
 SPLIT_IN_SHORT = [c for c in SPLIT if c.rows == 8 and c.adapter != "some" and (c.precision == "fp32" or c.family == "llama")]
 
 
+class OnDevice(LiveBytes):
+    """Counts what would be on a GPU whose weights are left to the host, on a machine where both are one."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(is_resized=True)
+        self._shards: list[Any] = list(module.parameters())
+        self._optimizer = optimizer
+
+    def now(self) -> int:
+        """See `LiveBytes`."""
+        states = [value for state in self._optimizer.state.values() for value in state.values()]
+        left: list[Any] = [*self._shards, *(p.grad for p in self._shards if p.grad is not None), *states]
+        storages = [(t.to_local() if isinstance(t, DTensor) else t).untyped_storage() for t in left]
+        return super().now() - sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
 def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
     """Return the peak of a step in bytes, and the parameters that train.
 
@@ -305,7 +326,9 @@ def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
     trained = trainable(module)
     optimizer = make_optimizer(trained, config.recipe)
     # The optimizer's state is there from the second step on.
-    with LiveBytes(is_resized=isinstance(module, FSDPModule)) as tensors:
+    is_here = config.layout.offload == "none"
+    follower = LiveBytes(is_resized=isinstance(module, FSDPModule)) if is_here else OnDevice(module, optimizer)
+    with follower as tensors:
         for part in (*module.parameters(), *module.buffers()):
             tensors.hold(part)
         peaks = []

@@ -35,7 +35,7 @@ UNMERGED: dict[Adapter, str] = {
     "prefix": "no weights stand for a prefix, which is keys and values of its own: leave --merge out",
 }
 # Nothing is split or sharded in a file.
-ONE_RANK = {"world_size": 1, "strategy": "ddp", "shard_size": None, "tp_size": None, "recomputation": "none"}
+ONE_RANK = {"world_size": 1, "strategy": "ddp", "shard_size": None, "tp_size": None, "offload": "none", "recomputation": "none"}
 
 
 def trained_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:

@@ -386,5 +386,6 @@ def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     part = piece_of(parameter) or rows_of(parameter)
     whole = (whole if part is None else part.of(whole)).to(parameter.device)
     if isinstance(parameter, DTensor):
-        return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        # A mesh of GPUs takes it there, also where the parameter is left to the host.
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements).to(parameter.device)
     return whole

@@ -80,8 +80,12 @@ class LiveBytes(TorchDispatchMode):
             for key, reference in list(self._held.items()):
                 if (storage := reference()) is not None:
                     self._weigh(key, storage)
-        self.peak = max(self.peak, self._total)
+        self.peak = max(self.peak, self.now())
         return out
+
+    def now(self) -> int:
+        """Return the bytes of all storages that live."""
+        return self._total
 
 
 class MemoryMeter:
@@ -177,11 +181,15 @@ class MemoryMeter:
         self._weights_bytes, self._optimizer_bytes = _num_bytes(self._weights()), _num_bytes(self._optimizer_state())
 
     def _weights(self) -> list[torch.Tensor]:
-        return [*self._module.parameters(), *self._module.buffers()]
+        return [t for t in (*self._module.parameters(), *self._module.buffers()) if self._is_here(t)]
 
     def _optimizer_state(self) -> list[torch.Tensor]:
         values = [value for state in self._optimizer.state.values() for value in state.values()]
-        return [value for value in values if isinstance(value, torch.Tensor)]
+        return [value for value in values if isinstance(value, torch.Tensor) and self._is_here(value)]
+
+    def _is_here(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor is on the device, and not left to the host."""
+        return tensor.device.type == self._device.type
 
 
 def _storage(tensor: torch.Tensor) -> Any:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -34,7 +34,8 @@ def parallelize(
     compilation come before sharding: what is computed again, or compiled, is the block without its gathering of weights. One
     compilation serves all blocks, which are alike. They come before the root: what that then shards is only what no block holds
     (embeddings, head), so that no more than one block is gathered at a time. Where groups of ranks split the matrices, a rank's
-    pieces are sharded over the ranks that hold the same ones. One process has nothing to share and is left as it is.
+    pieces are sharded over the ranks that hold the same ones. One process has nothing to share and is left as it is, unless it
+    leaves its weights to the host, which FSDP2 does too.
 
     Args:
         timer: is told where the computation waits for other ranks.
@@ -47,7 +48,7 @@ def parallelize(
         recompute(module)
     if compilation is not None:
         compilation.blocks(blocks_of(module))
-    if config.layout.data_parallel_size == 1:
+    if config.layout.data_parallel_size == 1 and not config.layout.is_sharded:
         return module.to(world.device)
     if config.layout.strategy == "ddp":
         # Buffers are tables that all ranks compute alike: without this they would be sent in every forward pass.
@@ -61,9 +62,12 @@ def parallelize(
     if config.recipe.precision == "bf16":
         # Gradients are summed in fp32: a sum over many ranks in bf16 loses the small ones.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in blocks_of(module):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+    offload = OffloadPolicy()
+    if config.layout.offload == "cpu":
+        # From pinned memory a block comes while the one before computes.
+        offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    for part in (*blocks_of(module), module):
+        fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload)
     mark(module, marks)
     # On a GPU the exchange is on streams of its own, and what the computation waits for it is not to be seen from here.
     if timer is not None and world.device.type == "cpu":

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 from synthetic_data import task_data
+from torch.distributed.fsdp import FSDPModule
 
 from spaces import memory
-from spaces.config import IA3_RESULTS, LAST_PRODUCTS, Layout, Recipe, TrialConfig
+from spaces.config import IA3_RESULTS, LAST_PRODUCTS, Layout, Offload, Recipe, TrialConfig
 from trainables.batching import BatchPlan
 from trainables.checkpoint import CheckpointStore, read_checkpoint
 from trainables.data import TaskData, TokenTable
@@ -87,6 +88,7 @@ def config(
     recomputation: str = "none",
     shard_size: int | None = None,
     tp_size: int | None = None,
+    offload: Offload = "none",
 ) -> TrialConfig:
     lora: dict[str, Any] = {}
     if adapter in LORA:
@@ -118,6 +120,7 @@ def config(
         recomputation=recomputation,
         shard_size=shard_size,
         tp_size=tp_size,
+        offload=offload,
     )
     return TrialConfig(recipe=recipe, layout=layout)
 
@@ -260,6 +263,48 @@ def test_copies_of_a_sharded_model_learn_what_one_process_learns(names: dict[str
             assert metrics["eval_loss"] == pytest.approx(scores["eval_loss"], rel=RELATIVE)
 
 
+def offloaded(world: World, names: dict[str, str], directory: str, data: TaskData) -> dict[str, Any]:
+    """Leave the weights to the host: which moves nothing where the ranks are on it, but goes FSDP2's way, on a single rank too."""
+    shards = 2 if world.world_size == 4 else None
+
+    def trial(adapter: str, **changes: Any) -> TrialConfig:
+        return config(adapter, world.world_size, "fsdp", 2, shard_size=shards, offload="cpu", **changes)
+
+    base = BaseModel.load(names["causal-lm"], None, "causal-lm", ())
+    module = build(trial("lora"), base, world)
+    assert isinstance(module, FSDPModule)
+    return {
+        "curves": {
+            (task, adapter): losses(world, names[task], task, trial(adapter, recomputation=recomputation))
+            for task in TASKS
+            for adapter, recomputation in (("none", "none"), ("lora", "full"))
+        },
+        "resumed": resumed_curve(world, names["causal-lm"], trial("none"), directory),
+        "bf16": losses(world, names["causal-lm"], "causal-lm", trial("lora", precision="bf16"))[0],
+        "exact_match": completion_scores(module, trial("lora"), data, world, Numbers(), NUM_MATCHED)["exact_match"],
+    }
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_weights_left_to_the_host_learn_what_one_process_learns(names: dict[str, str], tmp_path: Path, num_ranks: int) -> None:
+    data, is_right = completed_in_part(names["causal-lm"])
+    for found in distributed.run(num_ranks, offloaded, names, str(tmp_path), data):
+        for (task, adapter), (curve, metrics) in found["curves"].items():
+            reference, scores = losses(World.alone(), names[task], task, config(adapter))
+            assert curve == pytest.approx(reference, rel=RELATIVE), (task, adapter)
+            assert metrics["eval_loss"] == pytest.approx(scores["eval_loss"], rel=RELATIVE)
+        assert found["resumed"] == pytest.approx(found["curves"]["causal-lm", "none"][0], rel=1e-6)
+        reference, _ = losses(World.alone(), names["causal-lm"], "causal-lm", config("lora"))
+        assert found["bf16"] == pytest.approx(reference, rel=2e-2)
+        assert found["exact_match"] == pytest.approx(is_right)
+
+
+def completed_in_part(name: str) -> tuple[TaskData, float]:
+    """Return data whose answers a model that nothing has trained gives in part, and in which share of them."""
+    answers = tuple(text if i % 3 else "never" for i, text in enumerate(completions_one_by_one(name, make_data("causal-lm"), "lora")))
+    return replace(make_data("causal-lm"), answers=answers, answer_pattern=r"(.+)"), sum(a != "never" for a in answers) / NUM_MATCHED
+
+
 def sharded_pieces(world: World, name: str, directory: str, data: TaskData) -> dict[str, Any]:
     """Two ranks split the matrices, and two such groups share the pieces: the curves of fp32 from a checkpoint and of bf16, and the
     share of right completions."""
@@ -274,15 +319,14 @@ def sharded_pieces(world: World, name: str, directory: str, data: TaskData) -> d
 
 
 def test_sharded_pieces_go_on_compute_in_bf16_and_complete(names: dict[str, str], tmp_path: Path) -> None:
-    name, data = names["causal-lm"], make_data("causal-lm")
-    answers = tuple(text if i % 3 else "never" for i, text in enumerate(completions_one_by_one(name, data, "lora")))
-    data = replace(data, answers=answers, answer_pattern=r"(.+)")
+    name = names["causal-lm"]
+    data, is_right = completed_in_part(name)
     reference, _ = losses(World.alone(), name, "causal-lm", config("lora"))
     for found in distributed.run(4, sharded_pieces, name, str(tmp_path), data):
         assert found["resumed"] == pytest.approx(reference, rel=RELATIVE)
         assert found["bf16"] == pytest.approx(reference, rel=2e-2)
         assert found["bf16"] != pytest.approx(reference, rel=1e-6), "this was no bf16"
-        assert found["exact_match"] == pytest.approx(sum(a != "never" for a in answers) / NUM_MATCHED)
+        assert found["exact_match"] == pytest.approx(is_right)
 
 
 def repeated(world: World, name: str) -> list[tuple[list[float], dict[str, float]]]:

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from search.cli import app
 from spaces.blueprint import Blueprint, blueprint
-from spaces.config import Layout, Recipe, TrialConfig
+from spaces.config import Layout, Offload, Recipe, TrialConfig
 from spaces.estimate import ASSUMED_UTILISATION, GpuCluster, estimate_step, exchanges
 from spaces.hardware import device_named
-from spaces.memory import rank_memory
+from spaces.memory import host_bytes, rank_memory
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8}
 _QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 152064}
@@ -71,6 +71,7 @@ def config(
     micro_batch_size: int = 1,
     shard_size: int | None = None,
     tp_size: int | None = None,
+    offload: Offload = "none",
 ) -> TrialConfig:
     lora: dict[str, Any] = {"adapter_rank": 16, "adapter_alpha": 32.0, "adapter_target_modules": ("all-linear",)}
     recipe = Recipe(
@@ -93,6 +94,7 @@ def config(
         recomputation=recomputation,  # type: ignore[arg-type]
         shard_size=shard_size,
         tp_size=tp_size,
+        offload=offload,
     )
     return TrialConfig(recipe=recipe, layout=layout)
 
@@ -221,6 +223,42 @@ def test_groups_that_split_matrices_sum_what_their_own_rows_make_and_exchange_pi
     spread = estimate_step(model, config("none", 32, "tp", tp_size=8), machine, LENGTH)
     whole = estimate_step(model, config("none", 32, "tp"), machine, LENGTH)
     assert spread.communication_seconds < whole.communication_seconds
+
+
+def test_what_is_left_to_the_host_comes_and_goes_and_is_updated_there() -> None:
+    model = shape("Llama-3 8B")
+    num_blocks = model.num_params - 2 * 128256 * 4096 - 4096
+    alone, spread = (config("none", n, "fsdp", offload="cpu") for n in (1, 8))
+    # 16 micro batches, in fp32: blocks come twice, all else once; a rank alone computes nothing meanwhile. Gradients leave beside.
+    step = estimate_step(model, alone, cluster(1), LENGTH)
+    fetched, returned = 16 * 4 * (model.num_params + num_blocks), 16 * 4 * model.num_params
+    assert step.communication_seconds == pytest.approx(fetched / 32e9 + max(0, returned / 32e9 - step.compute_seconds))
+    assert step.update_seconds == pytest.approx(28 * model.num_params / 76.8e9)
+    # Eight ranks move an eighth of it in two micro batches, beside what they exchange, and that is all hidden.
+    eight = estimate_step(model, spread, cluster(8), LENGTH)
+    moving = 2 * 4 * (2 * model.num_params + num_blocks) / 8 / 32e9
+    exchanged = sum(each.seconds(cluster(8)) for each in exchanges(model, spread, 16 * LENGTH))
+    assert eight.communication_seconds == pytest.approx(max(0, moving + exchanged - eight.compute_seconds))
+    assert eight.update_seconds == pytest.approx(step.update_seconds / 8)
+    # A frozen base comes as it is held, in bf16.
+    lora = estimate_step(model, config("lora", 1, "fsdp", offload="cpu"), cluster(1), LENGTH)
+    assert lora.communication_seconds == pytest.approx(16 * 2 * (model.num_params + num_blocks) / 32e9, rel=0.02)
+
+
+def test_a_device_that_leaves_its_weights_to_the_host_holds_no_share_of_them() -> None:
+    """What it holds beside is measured in `tests/trainables/test_memory.py`."""
+    model = shape("Llama-3 8B")
+    for num_ranks in (1, 8):
+        left = config("none", num_ranks, "fsdp", "full", offload="cpu")
+        assert host_bytes(model, left) == pytest.approx(16 * model.num_params / num_ranks, abs=16)
+        memory = rank_memory(model, left, LENGTH, is_on_gpu=True)
+        assert (memory.weights_bytes, memory.optimizer_bytes) == (0, 0)
+        assert memory.peak_bytes < 12 * 2**30
+    kept = config("none", 8, "fsdp", "full")
+    assert host_bytes(model, kept) == 0
+    # An eighth of weights, moments and, in the second of two micro batches, gradients.
+    difference = rank_memory(model, kept, LENGTH, is_on_gpu=True).peak_bytes - memory.peak_bytes
+    assert difference == pytest.approx(16 * model.num_params / 8, rel=0.1)
 
 
 @pytest.mark.parametrize(("recomputation", "passes"), [("none", 2), ("full", 3)])

@@ -25,6 +25,7 @@ from spaces.space import SpaceSpec
 from spaces.tensor_parallel import PLANS
 
 ROOMY = Limits(num_workers=8, hidden_size=384)
+ON_GPUS = replace(ROOMY, is_on_gpu=True)
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 96, "vocab_size": 97}
 SPLITTABLE = replace(ROOMY, plan=blueprint({"model_type": "llama", **SIZES}, "causal-lm"))
 
@@ -42,6 +43,7 @@ def test_the_default_space_is_feasible():
         "shards_of_equal_size",
         "adapter_rank_within_width",
         "quantized_base_whole",
+        "offloaded_from_gpu",
         "norms_whole",
         "vectors_whole",
         "layers_adaptable",
@@ -65,6 +67,8 @@ def test_the_default_space_is_feasible():
         ({"lora_rank": 385}, ROOMY, "adapter_rank_within_width", 1),
         ({"quantization": "nf4", "world_size": 2, "strategy": "fsdp"}, ROOMY, "quantized_base_whole", 1),
         ({"quantization": "int8", "world_size": 8, "strategy": "fsdp"}, ROOMY, "quantized_base_whole", 1),
+        ({"quantization": "nf4", "strategy": "fsdp", "offload": "cpu"}, ON_GPUS, "quantized_base_whole", 1),
+        ({"strategy": "fsdp", "offload": "cpu"}, ROOMY, "offloaded_from_gpu", 1),
         ({"adapter": "vera", "precision": "bf16", "world_size": 2, "strategy": "fsdp"}, ROOMY, "vectors_whole", 1),
         ({"adapter": "prefix", "compile": "blocks"}, ROOMY, "prefix_kept", 1),
     ],
@@ -110,6 +114,24 @@ def test_groups_split_matrices_where_tp_has_more_ranks(params, sizes):
     layout = config(**params).layout
     assert (layout.tensor_parallel_size, layout.data_parallel_size, layout.num_shards) == sizes
     assert layout.tp_size == (2 if params == {"world_size": 8, "strategy": "tp", "tp_size": 2} else None)
+
+
+@pytest.mark.parametrize(
+    ("params", "is_sharded", "trained_as"),
+    [
+        ({"world_size": 1, "strategy": "fsdp", "offload": "cpu"}, True, ("fsdp", "cpu")),
+        ({"world_size": 2, "strategy": "fsdp", "offload": "cpu"}, True, ("fsdp", "cpu")),
+        ({"world_size": 2, "strategy": "fsdp"}, True, ("fsdp", "none")),
+        ({"world_size": 1, "strategy": "fsdp"}, False, ("ddp", "none")),
+        ({"world_size": 1, "strategy": "tp", "offload": "cpu"}, False, ("ddp", "none")),
+        ({"world_size": 2, "strategy": "ddp", "offload": "cpu"}, False, ("ddp", "none")),
+    ],
+)
+def test_fsdp_leaves_weights_to_the_host_on_one_rank_too(params, is_sharded, trained_as):
+    made = config(**params)
+    alike = made.trained_alike().layout
+    assert (made.layout.is_sharded, (alike.strategy, alike.offload)) == (is_sharded, trained_as)
+    assert is_feasible(violations(made, ON_GPUS)) or params["strategy"] == "tp"
 
 
 def test_matrices_are_split_where_the_family_has_a_plan_and_the_sizes_divide():

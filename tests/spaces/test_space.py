@@ -213,6 +213,23 @@ def test_a_corner_is_no_layout_that_another_tp_size_gives_too():
     assert list(kinds) == [(1, "tp", 2), (2, "tp", 2), (2, "ddp", 2), (4, "tp", 2), (4, "tp", "auto"), (4, "ddp", 2)]
 
 
+BOTH_PLACES = {"world_size": [1, 2], "strategy": ["fsdp", "ddp", "tp"], "offload": ["cpu", "none"]}
+# One rank that leaves nothing to the host has no strategy, and none but fsdp leaves anything.
+PLACES = [(1, "fsdp", "cpu"), (1, "fsdp", "none"), (2, "fsdp", "cpu"), (2, "fsdp", "none"), (2, "ddp", "cpu"), (2, "tp", "cpu")]
+
+
+def test_a_corner_and_a_measured_layout_are_none_that_another_offload_gives_too():
+    def places(found):
+        return list(dict.fromkeys((each["world_size"], each["strategy"], each["offload"]) for each in found))
+
+    choices = space(**{knob: {"choice": values} for knob, values in BOTH_PLACES.items()})
+    assert places(choices.corners()) == PLACES
+    profiled = space(**{knob: {"profile": values} for knob, values in BOTH_PLACES.items()})
+    assert places(profiled.measured_layouts(profiled.first())) == PLACES
+    profiled = space(world_size="profile", strategy="profile", offload="profile")
+    assert places(profiled.measured_layouts(profiled.first()))[:3] == [(1, "ddp", "none"), (1, "fsdp", "cpu"), (2, "ddp", "none")]
+
+
 @pytest.mark.parametrize("value", [1, 0, "all", 2.5, True])
 def test_a_shard_has_ranks_to_be_spread_over(value):
     with pytest.raises(ValidationError, match="not a shard size"):

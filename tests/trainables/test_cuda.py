@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from memory_grid import Case
 
 from spaces.config import TrialConfig
 from spaces.memory import rank_memory
+from trainables.checkpoint import CheckpointStore
 from trainables.loop import Trainer
 from trainables.mesh import World
 
@@ -67,3 +71,42 @@ def test_what_a_gpu_holds_is_predicted(adapter: str, precision: str, recomputati
     print(f"{adapter} {precision} {recomputation}: predicted {error:+.1%} of {held.tensor_bytes / 2**20:.0f} MiB")
     # No formula has the workspaces of cuBLAS.
     assert -0.12 < error < 0.1
+
+
+@pytest.fixture
+def one_of_a_group() -> Iterator[World]:
+    """The process group that a worker has."""
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield GPU
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("adapter", ["none", "all-linear"])
+def test_a_gpu_that_leaves_its_weights_to_the_host_learns_and_goes_on_and_holds_what_is_predicted(
+    one_of_a_group: World, adapter: str, precision: str, tmp_path: Path
+) -> None:
+    case = Case(family="llama", adapter=adapter, precision=precision, rows=8, length=512, offload="cpu", changes=WIDE)
+    kept = replace(case, offload="none")
+    expected = losses(kept, kept.config(1), GPU)
+    assert losses(case, case.config(1, "fsdp"), one_of_a_group) == pytest.approx(expected, rel=1e-3 if precision == "fp32" else 2e-2)
+    ends = []
+    for start in (0, STEPS // 2):
+        trainer = Trainer(
+            case.config(1, "fsdp"), case.data(STEPS), case.base(), one_of_a_group, checkpoints=CheckpointStore(tmp_path)
+        )
+        assert trainer.step == start
+        while trainer.step < trainer.num_steps:
+            trainer.train_step()
+            if trainer.step == STEPS // 2:
+                trainer.save()
+        with trainer.memory.pause():
+            held = trainer.memory.measured()
+        ends.append(trainer.final_report(0).metrics["eval_loss"])
+        del trainer
+    assert ends[1] == pytest.approx(ends[0], rel=1e-5)
+    assert held is not None
+    predicted = rank_memory(case.blueprint(), case.config(1, "fsdp"), 512, 8 * 511, is_on_gpu=True).peak_bytes
+    error = predicted / held.tensor_bytes - 1
+    print(f"{adapter} {precision}: predicted {error:+.1%} of {held.tensor_bytes / 2**20:.0f} MiB")
+    assert -0.12 < error < 0.15

@@ -31,6 +31,7 @@ from memory_grid import (
 from synthetic_data import task_data
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from spaces import memory
 from spaces.blueprint import FAMILIES, with_idle_rows
 from spaces.constraints import Limits, predicted_memory
 from spaces.memory import ADAMW_STATES, num_trained, rank_memory
@@ -114,6 +115,15 @@ def test_sharded_pieces_are_predicted_where_no_collective_copies(world_size: int
     """Two ranks split the matrices, and others have the other shards of their pieces."""
     families = ("llama", "qwen3", "gemma2")
     check_without_copies([replace(case, tp_size=2) for case in SPLIT_IN_SHORT if case.family in families], world_size, "tp")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_what_stays_on_a_device_that_leaves_its_weights_to_the_host_is_predicted(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what comes from the host nothing is seen here, where both are one."""
+    monkeypatch.setattr(memory, "_arriving", lambda *_: 0)
+    check_without_copies([replace(case, offload="cpu") for case in UNCOPIED], world_size, "fsdp")
 
 
 def check_without_copies(cases: list[Case], world_size: int, strategy: str) -> None:
