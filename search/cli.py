@@ -245,7 +245,7 @@ def compare_methods(
     spec: SpecPath,
     set_: Set = None,
     methods: Annotated[
-        str | None, typer.Option(metavar="METHOD,METHOD", help="none, lora:16, dora:16, lora:16:nf4 and so on, with commas.")
+        str | None, typer.Option(metavar="METHOD,METHOD", help="none, lora:16, bottleneck:16, lora:16:nf4 and so on, with commas.")
     ] = None,
     fractions: Annotated[str | None, typer.Option(metavar="SHARE,SHARE", help="Of the training rows: 0.01,0.1,1.")] = None,
     seeds: Annotated[int, typer.Option(metavar="N", help="Further seeds of the best of each method and share.")] = 3,
@@ -263,12 +263,12 @@ def compare_methods(
         if seeds < 1:
             fail(USAGE, f"--seeds {seeds}: at least one further seed; from 2 on there is an interval")
         try:
-            chosen = comparison.METHODS if methods is None else tuple(map(comparison.Method.parse, methods.split(",")))
-            loaded = compare.grid_spec(spec, set_ or (), chosen, compare.parse_fractions(fractions))
+            chosen = None if methods is None else tuple(map(comparison.Method.parse, methods.split(",")))
             say = teller(quiet=quiet)
+            loaded = compare.grid_spec(spec, set_ or (), chosen, compare.parse_fractions(fractions), say)
             with SearchView(loaded.spec, quiet=quiet) as view:
                 store = compare.search(loaded, view)
-            found, files, failures = compare.confirm_best(store, chosen, num_seeds=seeds, say=say)
+            found, files, failures = compare.confirm_best(store, num_seeds=seeds, say=say)
         except (comparison.CompareError, ConfirmError) as error:
             fail(USAGE, str(error))
         except Interrupted as left:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from search.comparison import Cell, CompareError, Comparison, Method, write
+from search.comparison import METHODS, Cell, CompareError, Comparison, Method, write
 from search.confidence import confirmed
 from search.confirm import confirm
 from search.pareto import eligible, sign_of
@@ -58,7 +58,13 @@ def parse_fractions(text: str | None) -> tuple[float, ...]:
     return fractions
 
 
-def grid_spec(path: Path, overrides: Sequence[str], methods: Sequence[Method], fractions: Sequence[float]) -> LoadedSpec:
+def grid_spec(
+    path: Path,
+    overrides: Sequence[str],
+    methods: Sequence[Method] | None,
+    fractions: Sequence[float],
+    say: Callable[[str], None] = lambda _: None,
+) -> LoadedSpec:
     """Return the search that trains every method at every share of the rows with every rate, and nothing else.
 
     Knobs that the file leaves open and that are not compared get one value: batches of the usual size, the most epochs, and of all
@@ -67,8 +73,9 @@ def grid_spec(path: Path, overrides: Sequence[str], methods: Sequence[Method], f
     Args:
         path: the user's file.
         overrides: of the command line.
-        methods: at least one.
+        methods: at least one; None: of `METHODS` those that the model can be trained with.
         fractions: of the training rows.
+        say: is told which of `METHODS` are left out, and why.
 
     Raises:
         SpecError: the file or its model cannot be used.
@@ -79,10 +86,13 @@ def grid_spec(path: Path, overrides: Sequence[str], methods: Sequence[Method], f
     spec, width = loaded.spec, shape.hidden_size
     if not any(metric_of(o.metric).section == "eval" for o in spec.resolved_objectives()):
         raise CompareError("objectives: none says how good a model is; allowed: with accuracy, eval_loss or another score among them")
-    methods, fractions = list(dict.fromkeys(methods)), sorted(set(fractions))
+    limits = Limits(num_workers=EVERYWHERE, hidden_size=width, max_length=spec.model.max_length)
+    with suppress(ShapeError):  # a family without formulas
+        limits = replace(limits, plan=blueprint(config, spec.model.task))
+    fixed = _fixed_knobs(spec.space)
+    methods, fractions = _trainable(methods, {**spec.space.first(), **fixed}, limits, say), sorted(set(fractions))
     adapters = list(dict.fromkeys(method.adapter for method in methods))
     rates = {adapter: [factor * usual_rate(adapter, width) for factor in RATES] for adapter in adapters}
-    fixed = _fixed_knobs(spec.space)
     points = [
         {**method.params, "dataset_fraction": fraction, "learning_rate": rate}
         for fraction in fractions
@@ -106,12 +116,7 @@ def grid_spec(path: Path, overrides: Sequence[str], methods: Sequence[Method], f
     if ranks:
         values["space.lora_rank"] = _choice(ranks)
         values["space.quantization"] = _choice([method.quantization for method in methods if method.rank is not None])
-    grid = load_spec(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in values.items())])
-    limits = Limits(num_workers=EVERYWHERE, hidden_size=width, max_length=spec.model.max_length)
-    with suppress(ShapeError):  # a family without formulas
-        limits = replace(limits, plan=blueprint(config, spec.model.task))
-    _check(grid, methods, limits)
-    return grid
+    return load_spec(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in values.items())])
 
 
 def search(loaded: LoadedSpec, emit: Emit) -> Store:
@@ -131,15 +136,16 @@ def search(loaded: LoadedSpec, emit: Emit) -> Store:
     return store if _results(store).state.finished else resume(store, emit)
 
 
-def confirm_best(
-    store: Store, methods: Sequence[Method], *, num_seeds: int, say: Callable[[str], None]
-) -> tuple[Comparison, list[Path], list[str]]:
+def confirm_best(store: Store, *, num_seeds: int, say: Callable[[str], None]) -> tuple[Comparison, list[Path], list[str]]:
     """Confirm the best trial of every method and share; return what was found, files, and a line for each seed without a result.
 
     Raises:
         NoResult: no trial is complete.
         What `search.confirm.confirm` raises.
     """
+    spec = store.load_spec().spec
+    configs = [TrialConfig.from_params(spec.space.first(**point)) for point in spec.sampler.points_to_evaluate or ()]
+    methods = list(dict.fromkeys(map(Method.of, configs)))
     best = [cell.record.number for cell in _cells(_results(store), methods) if cell.record is not None]
     if not best:
         raise NoResult(f"{store.name}: no trial is complete, so there is nothing to compare")
@@ -160,7 +166,7 @@ def _cells(results: Results, methods: Sequence[Method]) -> list[Cell]:
     whole = eligible(records, results.objectives)
     for fraction in sorted({float(record.params["dataset_fraction"]) for record in records}):
         for method in methods:
-            own = [r for r in records if Method.of(r) == method and float(r.params["dataset_fraction"]) == fraction]
+            own = [r for r in records if Method.of(r.trial_config) == method and float(r.params["dataset_fraction"]) == fraction]
             best = min((r for r in own if r in whole), key=lambda r: sign_of(objective) * r.values[objective.metric], default=None)
             quality = None if best is None else confirmed(best, objective.metric)
             why = "" if best is not None else ", ".join(sorted({_why(record) for record in own})) or "not trained"
@@ -195,18 +201,27 @@ def _fixed_knobs(space: SpaceSpec) -> dict[str, Any]:
     return fixed
 
 
-def _check(loaded: LoadedSpec, methods: Sequence[Method], limits: Limits) -> None:
-    """Check that every method can be trained somewhere.
+def _trainable(
+    methods: Sequence[Method] | None, params: Mapping[str, Any], limits: Limits, say: Callable[[str], None]
+) -> list[Method]:
+    """Return the methods, each once; of those that nobody asked for, the ones that can be trained somewhere.
 
     Raises:
-        CompareError: one cannot.
+        CompareError: one that was asked for cannot.
     """
-    for point in loaded.spec.sampler.points_to_evaluate or ():
-        config = TrialConfig.from_params(loaded.spec.space.first(**point))
+    found = []
+    for method in dict.fromkeys(METHODS if methods is None else methods):
+        config = TrialConfig.from_params({**SpaceSpec().first(adapter=method.adapter), **params, **method.params})
         violated = [name for name, value in violations(config, limits).items() if value > 0]
-        if violated:
-            name = next(method.name for method in methods if method.params.items() <= point.items())
-            raise CompareError(f"--methods: {name}: {reason(violated[0], config, limits)}")
+        if not violated:
+            found.append(method)
+        elif methods is None:
+            say(f"left out: {method.name}: {reason(violated[0], config, limits)}")
+        else:
+            raise CompareError(f"--methods: {method.name}: {reason(violated[0], config, limits)}")
+    if not found:
+        raise CompareError("--methods: none of the usual ones can be trained; name those that can")
+    return found
 
 
 def _choice(values: Sequence[Any]) -> Any:

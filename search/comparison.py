@@ -12,7 +12,7 @@ from search.formatting import aligned, number_text, short_text
 from search.pareto import sign_of
 from search.picture import draw_methods
 from search.record import TrialRecord
-from spaces.config import ADAPTER_KNOBS, Adapter, Quantization
+from spaces.config import ADAPTER_KNOBS, Adapter, Quantization, TrialConfig
 from spaces.metrics import PEAK_MEMORY_BYTES, TRAIN_SECONDS, domain_of, in_order
 from spaces.presets import LORA_RANK
 from spaces.spec import Objective
@@ -51,9 +51,9 @@ class Method:
         return cls(adapter=adapter, rank=int(rank) if "lora_rank" in knobs else None, quantization=quantization)  # type: ignore[arg-type]
 
     @classmethod
-    def of(cls, record: TrialRecord) -> Method:
+    def of(cls, config: TrialConfig) -> Method:
         """Return the method of a trial."""
-        recipe = record.trial_config.recipe
+        recipe = config.recipe
         return cls(adapter=recipe.adapter, rank=recipe.adapter_rank, quantization=recipe.quantization)
 
     @property
@@ -75,6 +75,7 @@ METHODS = (
     Method(adapter="lora", rank=4),
     Method(adapter="lora", rank=LORA_RANK),
     Method(adapter="dora", rank=LORA_RANK),
+    Method(adapter="bottleneck", rank=LORA_RANK),
     Method(adapter="lora", rank=LORA_RANK, quantization="nf4"),
 )
 

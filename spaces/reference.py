@@ -20,10 +20,10 @@ checks a file.
 
 A knob of `space` is a value, or one of these: `{choice: [a, b]}`; `{int: [low, high]}`, both included; `{uniform: [low, high]}`;
 `{log_uniform: [low, high]}`, where every order of magnitude is as likely. The learning rate may depend on the adapter:
-`{by_adapter: {none: ..., lora: ...}}`. `world_size`, `strategy`, `shard_size`, `tp_size`, `offload`, `micro_batch_size`, `recomputation`
-and `compile` only change how fast a trial runs, so they may be `{profile: [a, b]}`: every recipe is trained once, at the smallest world
-size that fits (of layouts that were all timed before, at the one that takes the least of the devices), and has a point for each of
-the others from the time of some steps.
+`{by_adapter: {none: ..., lora: ...}}`. `world_size`, `strategy`, `shard_size`, `tp_size`, `offload`, `micro_batch_size`,
+`recomputation` and `compile` only change how fast a trial runs, so they may be `{profile: [a, b]}`: every recipe is trained once, at
+the smallest world size that fits (of layouts that were all timed before, at the one that takes the least of the devices), and has a
+point for each of the others from the time of some steps.
 """
 
 

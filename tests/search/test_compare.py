@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,9 +57,7 @@ def test_the_grid_is_every_method_at_every_share_with_every_rate_and_nothing_els
     configs = {TrialConfig.from_params(spec.space.first(**point)) for point in points}
     assert len(configs) == len(points)
     assert {(c.recipe.epochs, c.recipe.global_batch_size, c.layout.world_size) for c in configs} == {(4, 8, 1)}
-    assert {Method(adapter=c.recipe.adapter, rank=c.recipe.adapter_rank, quantization=c.recipe.quantization) for c in configs} == {
-        *METHODS
-    }
+    assert set(map(Method.of, configs)) == {*METHODS}
     rates = {c.recipe.learning_rate for c in configs if c.recipe.adapter == "dora"}
     assert rates == {factor * usual_rate("dora", 32) for factor in RATES}
 
@@ -82,6 +81,21 @@ def test_a_method_that_nothing_can_train_is_refused(tmp_path: Path, text: str) -
     """Of a model that is 32 wide."""
     with pytest.raises(CompareError, match=r"--methods: (dora 16 int8: dora trains the norms|lora 64: rank 64 exceeds)"):
         grid_spec(make_spec(tmp_path, space={}), [], (METHODS[0], Method.parse(text)), (1.0,))
+
+
+def test_usual_methods_that_a_model_cannot_be_trained_with_are_left_out_and_told(tmp_path: Path) -> None:
+    (tmp_path / "mixtral").mkdir()
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 97}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **shape, **experts}
+    (tmp_path / "mixtral/config.json").write_text(json.dumps(config))
+    model = {"name": str(tmp_path / "mixtral"), "task": "causal-lm", "max_length": 32}
+    path = make_spec(tmp_path, space={}, model=model, objectives=[{"metric": "eval_loss"}, {"metric": "train_seconds"}])
+    told: list[str] = []
+    spec = grid_spec(path, [], None, (1.0,), told.append).spec
+    kept = {Method.of(TrialConfig.from_params(spec.space.first(**point))).name for point in spec.sampler.points_to_evaluate or ()}
+    assert kept == {"full", "lora 4", "lora 16", "lora 16 nf4"}
+    assert [line.split(": ")[:2] for line in told] == [["left out", "dora 16"], ["left out", "bottleneck 16"]]
 
 
 def test_objectives_without_a_score_are_refused(tmp_path: Path) -> None:
@@ -121,14 +135,16 @@ def test_the_best_is_named_with_what_the_seeds_do_not_tell_apart_from_it() -> No
 def test_a_method_without_a_result_is_told_with_the_reason() -> None:
     events = synthetic_events(12)
     records = replay(events).records
-    trained = {Method.of(record) for record in records.values()}
+    trained = {Method.of(record.trial_config) for record in records.values()}
     results = SimpleNamespace(objectives=(SECONDS, ACCURACY), state=SimpleNamespace(records=records))
     never = Method(adapter="dora", rank=2)
     cells = _cells(results, [*trained, never])  # type: ignore[arg-type]
     assert {c.why for c in cells if c.method == never} == {"not trained"}
     assert len({(c.method, c.fraction) for c in cells}) == len(cells) == len({c.fraction for c in cells}) * (len(trained) + 1)
     infeasible = next(record for record in records.values() if not record.feasible)
-    own = next(c for c in cells if c.method == Method.of(infeasible) and c.fraction == infeasible.params["dataset_fraction"])
+    own = next(
+        c for c in cells if c.method == Method.of(infeasible.trial_config) and c.fraction == infeasible.params["dataset_fraction"]
+    )
     assert (own.record, own.why) == (None, "world_size_within_cluster")
     comparison = Comparison(name="c", objective=ACCURACY, cells=tuple(cells))
     assert "no result: world_size_within_cluster" in render(comparison)
@@ -145,7 +161,7 @@ def test_a_best_rate_at_the_edge_of_those_that_were_tried_is_marked(scores: tupl
         config = replace(trial, recipe=replace(trial.recipe, learning_rate=1e-3 * 2**i))
         records[i] = replace(plain, number=i, config=config.to_dict(), values={**plain.values, "accuracy": score})
     results = SimpleNamespace(objectives=(ACCURACY,), state=SimpleNamespace(records=records))
-    (found,) = _cells(results, [Method.of(plain)])  # type: ignore[arg-type]
+    (found,) = _cells(results, [Method.of(plain.trial_config)])  # type: ignore[arg-type]
     assert found.record is not None
     assert found.record.values["accuracy"] == 0.7
     comparison = Comparison(name="c", objective=ACCURACY, cells=(found,))
