@@ -333,7 +333,7 @@ class Engine:
                 self._pending.append(number)
 
     def _propose_again(self, record: TrialRecord) -> None:
-        """Have what ran out of memory tried with fewer rows at a time, where that is left open."""
+        """Have what ran out of memory tried with less of it, where that is left open."""
         if self._prospects.fits_smaller(record):
             with contextlib.suppress(ValueError):  # the user has changed the space since
                 self._known.put_back(self._study.again(record.number, record.params))

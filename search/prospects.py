@@ -83,8 +83,12 @@ class Prospects:
         return [replace(c, constraints={**c.constraints, **lacks}) if c.config.of_step() in self._too_large else c for c in found]
 
     def fits_smaller(self, record: TrialRecord) -> bool:
-        """Return whether what ran out of memory is held to fit with a smaller micro batch, which is left open and learns the same."""
-        if not record.ran_out_of_memory or record.source is not None or record.params.get("micro_batch_size") != "auto":
+        """Return whether what ran out of memory is held to fit with fewer rows at a time or blocks that are computed again.
+
+        Where one of them is left open: it learns the same.
+        """
+        is_open = "auto" in (record.params.get("micro_batch_size"), record.params.get("recomputation"))
+        if not record.ran_out_of_memory or record.source is not None or not is_open:
             return False
         return layout_to_train(self.candidates(record.params), self._outlook).is_feasible
 

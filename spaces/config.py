@@ -12,7 +12,7 @@ Adapter = Literal["none", "lora", "rslora", "dora", "vera", "ia3", "oft", "bottl
 Precision = Literal["fp32", "bf16"]
 Quantization = Literal["none", "nf4", "int8", "float8"]
 Strategy = Literal["ddp", "fsdp", "tp"]
-Recomputation = Literal["none", "full"]
+Recomputation = Literal["none", "half", "full"]
 Offload = Literal["none", "cpu"]
 Compilation = Literal["none", "blocks"]
 
@@ -27,6 +27,8 @@ ADAPTER_KNOBS: dict[Adapter, tuple[str, ...]] = {
 }
 # And with a strategy.
 STRATEGY_KNOBS: dict[Strategy, tuple[str, ...]] = {"ddp": (), "fsdp": ("shard_size", "offload"), "tp": ("tp_size",)}
+# Of which blocks the backward pass computes one again.
+RECOMPUTED_EVERY: dict[Recomputation, int] = {"half": 2, "full": 1}
 # What (IA)3 scales: what keys and values are, and what goes into the last product of a block, behind which bottlenecks are.
 IA3_RESULTS = ("k_proj", "v_proj", "key_proj", "value_proj", "self.key", "self.value", "k_lin", "v_lin", "qkv_proj", "c_attn")
 LAST_PRODUCTS = ("down_proj", "layer.*.output.dense", "ffn.lin2", "mlp.c_proj", "fc2")
@@ -95,7 +97,7 @@ class Layout:
     micro_batch_tokens: int | None = None
     """Tokens per rank and forward pass, with padding where rows are padded: as many rows as fit, and one at least."""
     recomputation: Recomputation = "none"
-    """`full` keeps the input of each block alone, and computes the block again in the backward pass."""
+    """`full` keeps the input of each block alone, and computes the block again in the backward pass; `half` of every other block."""
     compile: Compilation = "none"
     """`blocks` has torch.compile fuse the operations of each block, and those of the loss."""
     shard_size: int | None = None
@@ -126,6 +128,15 @@ class Layout:
     def data_parallel_size(self) -> int:
         """Ranks, or groups of them, that rows are dealt to."""
         return self.world_size // self.tensor_parallel_size
+
+    def recomputes(self, index: int) -> bool:
+        """Return whether the backward pass computes this block again, counted from 0."""
+        every = RECOMPUTED_EVERY.get(self.recomputation)
+        return every is not None and index % every == 0
+
+    def num_recomputed(self, num_layers: int) -> int:
+        """Return of how many blocks it does."""
+        return sum(map(self.recomputes, range(num_layers)))
 
     def num_grad_accum_steps(self, global_batch_size: int, length: float) -> int:
         """Return the forward passes per rank and optimizer step, rounded up, with rows that all have this many tokens."""
@@ -161,6 +172,8 @@ class TrialConfig:
     def from_params(cls, params: Mapping[str, Any], *, is_on_gpu: bool = False) -> TrialConfig:
         """Translate the flat params of the user's space; the only place that does.
 
+        With `recomputation: auto` nothing is computed again; `spaces.constraints.config_within` knows where that is needed.
+
         Args:
             params: one value for every name of `spaces.space.SpaceSpec`; those of adapters may be absent without one.
             is_on_gpu: whether ranks have GPUs, which sets what `micro_batch_size: auto` means.
@@ -192,7 +205,7 @@ class TrialConfig:
             strategy=params["strategy"],
             micro_batch_size=None if micro == "auto" else int(micro),
             micro_batch_tokens=AUTO_MICRO_BATCH_TOKENS["cuda" if is_on_gpu else "cpu"] if micro == "auto" else None,
-            recomputation=params["recomputation"],
+            recomputation="none" if params["recomputation"] == "auto" else params["recomputation"],
             compile=params.get("compile", "none"),
         )
         if layout.strategy == "fsdp":

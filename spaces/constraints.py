@@ -10,7 +10,7 @@ from typing import Any
 
 from spaces.adapters import is_wrapped, num_prefix_tokens, trains_factors
 from spaces.blueprint import Blueprint
-from spaces.config import TrialConfig
+from spaces.config import RECOMPUTED_EVERY, TrialConfig
 from spaces.memory import RankMemory, rank_memory
 from spaces.tensor_parallel import PLANS, left_over
 
@@ -194,18 +194,32 @@ def _memory_of_step(plan: Blueprint, config: TrialConfig, length: int, num_targe
 
 
 def config_within(params: Mapping[str, Any], limits: Limits) -> TrialConfig:
-    """Translate the params of a space as `TrialConfig.from_params` does; `micro_batch_size: auto` also fits the device.
+    """Translate the params of a space as `TrialConfig.from_params` does; what is `auto` also fits the device.
 
-    Where more is predicted to be held than fits, the budget of tokens is halved, down to the longest row: the global batch stays, and
-    what is learned with it.
+    Where more is predicted to be held than fits, the budget of tokens is halved twice, then half of the blocks are computed again,
+    then all, and then the budget is halved down to the longest row: the global batch stays, and what is learned with it.
 
     Raises:
         KeyError: a param is missing.
     """
     config = TrialConfig.from_params(params, is_on_gpu=limits.is_on_gpu)
+    steps = [config]
+    if params["recomputation"] == "auto":
+        others = [replace(config, layout=replace(config.layout, recomputation=each)) for each in RECOMPUTED_EVERY]
+        steps += [each for each in others if prefix_kept(each, limits) <= 0]
+    budget = config.layout.micro_batch_tokens or 0
+    for each in steps:
+        found = _within_memory(each, limits, least_tokens=max(budget // 4, limits.max_length))
+        if memory_within_device(found, limits) <= 0:
+            return found
+    return _within_memory(steps[-1], limits, least_tokens=limits.max_length)
+
+
+def _within_memory(config: TrialConfig, limits: Limits, *, least_tokens: int) -> TrialConfig:
+    """Halve a budget of tokens until a rank holds what fits, down to a least one."""
     tokens = config.layout.micro_batch_tokens
-    while tokens is not None and tokens > limits.max_length and memory_within_device(config, limits) > 0:
-        tokens = max(tokens // 2, limits.max_length)
+    while tokens is not None and tokens > least_tokens and memory_within_device(config, limits) > 0:
+        tokens = max(tokens // 2, least_tokens)
         config = replace(config, layout=replace(config.layout, micro_batch_tokens=tokens))
     return config
 
@@ -264,7 +278,7 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         layers_adaptable.__name__: _why_not_adaptable(config, limits),
         prefix_kept.__name__: "prefix: each layer has its own, and compile blocks would compile every layer anew"
         if layout.compile != "none"
-        else "prefix: GPT-2 loses it with recomputation full",
+        else f"prefix: GPT-2 loses it with recomputation {layout.recomputation}",
         prefix_within_positions.__name__: f"a prefix of {recipe.adapter_rank} tokens and rows of {limits.max_length} exceed the "
         f"model's {limits.plan.num_positions if limits.plan else None} positions",
         rotated_in_whole_blocks.__name__: f"oft: blocks of {recipe.adapter_rank} do not divide the widths of the layers",

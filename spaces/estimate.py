@@ -192,7 +192,8 @@ def estimate_step(
     compute = computed / layout.data_parallel_size / (peak * ASSUMED_UTILISATION)
     trained = num_updated(local, config)
     num_micro_batches = config.num_grad_accum_steps(length)
-    num_spreads = num_micro_batches * (3 if layout.recomputation == "full" else 2)
+    num_layers = plan.shape.num_layers
+    num_spreads = num_micro_batches * (2 + layout.num_recomputed(num_layers) / num_layers)
     compute += num_spreads * spread_bytes(local, recipe, widths(config).products) / machine.memory_bytes_per_second()
     parts = exchanges(plan, config, rows * length)
     waiting, beside = (sum(p.seconds(machine) for p in parts if p.is_beside == flag) for flag in (False, True))
@@ -295,8 +296,8 @@ def _summed_activations(plan: Blueprint, config: TrialConfig) -> int:
     """Return the bytes per token that tensor-parallel ranks sum: results forward and again, gradients of their inputs backward."""
     width = widths(config)
     # Recomputation ends before the last sum, where nothing after it in the block needs that.
-    again = (1 + plan.is_last_result_needed) if config.layout.recomputation == "full" else 0
     num_layers = plan.shape.num_layers
+    again = (1 + plan.is_last_result_needed) * config.layout.num_recomputed(num_layers)
     # Where nothing before the blocks trains, the first one's input needs no gradient.
     backward = 2 * num_layers - (config.recipe.adapter != "none")
-    return plan.shape.hidden_size * (num_layers * (2 + again) * width.products + backward * width.stream)
+    return plan.shape.hidden_size * ((2 * num_layers + again) * width.products + backward * width.stream)

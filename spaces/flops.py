@@ -165,28 +165,28 @@ def flops_of_blueprint(plan: Blueprint, recipe: Recipe) -> TrainingFlops:
 
 
 def recomputed_flops_of_blueprint(plan: Blueprint, config: TrialConfig) -> TrainingFlops:
-    """Return the FLOPs that the backward pass computes a second time: every block's forward pass, and attention's scores.
+    """Return the FLOPs that the backward pass computes a second time: the forward pass of blocks, and attention's scores.
 
     A block's last product is not, where nothing after it in the block needs its result: recomputation ends before it.
     """
     recipe, shape = config.recipe, plan.shape
-    recomputes = config.layout.recomputation == "full"
     # DoRA and VeRA scale what is multiplied last, and keep it; LoRA as one operation keeps what it needs at its end.
     is_kept = adds_in_place(plan, recipe) or recipe.adapter in ("dora", "vera")
     is_computed = is_kept and _is_wrapped(plan.feed_forward_out[-1], recipe)
     again: list[LinearUse] = []
-    for layer in range(shape.num_layers):
+    recomputed = [layer for layer in range(shape.num_layers) if config.layout.recomputes(layer)]
+    for layer in recomputed:
         later = [m for stage in plan.after_attention(is_last=layer == shape.num_layers - 1) for m in stage]
         uses = [use for matrix in (*plan.attention_in, *later) for use in _with_adapter(matrix, recipe, True)]
         again += uses if plan.is_last_result_needed or is_computed else uses[:-1]
     attention = AttentionUse(
-        num_products=((2 if recomputes else 0) + plan.is_attention_fused) * shape.num_layers,
+        num_products=2 * len(recomputed) + plan.is_attention_fused * shape.num_layers,
         num_heads=shape.num_heads,
         head_dim=shape.head_dim,
         causal=shape.causal,
         num_before=num_prefix_tokens(recipe),
     )
-    return recomputed_flops(again if recomputes else (), attention)
+    return recomputed_flops(again, attention)
 
 
 def _is_wrapped(matrix: Matrix, recipe: Recipe) -> bool:

@@ -123,12 +123,12 @@ def rank_memory(
         num_tokens=tokens,
         length=length,
         num_targets=targets,
-        recomputes=config.layout.recomputation == "full",
+        recomputes=config.layout.recomputes(0),
         is_on_gpu=is_on_gpu,
     )
     trained, shards = num_updated(plan, config), config.layout.num_shards
     state = _between_steps(plan, config)
-    computed = _while_computing(step, state)
+    computed = _while_computing(step, config.layout, state)
     at_update = replace(state, gradients_bytes=_held_here(FP32_BYTES * trained, config.layout))
     if num_partial:
         at_update = replace(at_update, communication_bytes=FP32_BYTES * num_partial // shards)
@@ -202,32 +202,30 @@ def _logits_bytes(step: Activations) -> int:
     return inputs + max(softmax, products * logits + (products + (held if held != products else 0)) * head.num_weights)
 
 
-def _while_computing(step: Activations, state: RankMemory) -> tuple[RankMemory, ...]:
+def _while_computing(step: Activations, layout: Layout, state: RankMemory) -> tuple[RankMemory, ...]:
     """Return five moments: the loss, and the backward pass of the last normalisation, of the last block, the next and the first.
 
-    In between, activations go and gradients come at an even pace, so one of the ends is the largest. With recomputation a block
+    In between, activations go and gradients come at an even pace, so one of the ends is the largest. A block that is computed again
     keeps its input, and all of it lives again while its own backward pass runs.
     """
     plan, recipe, num_layers = step.plan, step.recipe, step.plan.shape.num_layers
     before, casts = step.before_blocks(), step.cast_block_weights()
-    if step.recomputes:
-        blocks, but_last = num_layers * step.block_inputs(), (num_layers - 1) * step.block_inputs()
+    kept_by = _kept_by_blocks(step, layout)
+
+    def inside(index: int) -> int:
+        """Return what is kept up to a block in whose backward pass that is, and what lives there beside."""
+        is_last, recomputes = index == num_layers - 1, layout.recomputes(index)
+        again = step.again(is_last=is_last) if recomputes else 0
         # Autocast keeps what it casts to the end of the forward pass; a block that is computed again casts its own again.
-        last = before + blocks + step.again(is_last=True) + casts
-        later = before + but_last + step.again() + casts
-        first = before + step.block_inputs() + step.again(is_last=num_layers == 1) + casts
-    else:
-        first_block = step.block(is_first=True, is_last=num_layers == 1)
-        but_last = first_block + (num_layers - 2) * step.block() if num_layers > 1 else 0
-        blocks = but_last + (step.block(is_last=True) if num_layers > 1 else first_block)
-        last = before + blocks + num_layers * casts
-        later = before + but_last + (num_layers - 1) * casts
-        first = before + first_block + casts
-    kept = before + blocks + step.after_blocks() + num_layers * casts + step.cast_head_weights()
-    inside, of_head = step.inside_block(), _num_trained_of(plan.head, recipe)
-    inside_last = step.inside_attention() if plan.ends_at_first_tokens else inside
+        num_cast = sum(not layout.recomputes(i) for i in range(index + 1)) + recomputes
+        is_short = is_last and plan.ends_at_first_tokens
+        beside = step.inside_attention() if is_short else replace(step, recomputes=recomputes).inside_block()
+        return before + sum(kept_by[: index + 1]) + again + num_cast * casts + beside
+
+    kept = before + sum(kept_by) + step.after_blocks() + num_layers * casts + step.cast_head_weights()
+    of_head = _num_trained_of(plan.head, recipe)
     of_last_block = of_head + _num_trained_of(_first_done(plan), recipe)
-    in_last_block = replace(state, activations_bytes=last + inside_last, gradients_bytes=FP32_BYTES * of_last_block)
+    in_last_block = replace(state, activations_bytes=inside(num_layers - 1), gradients_bytes=FP32_BYTES * of_last_block)
     # The gradient of a block's last product comes first.
     of_last = _num_trained_of(plan.feed_forward_out, recipe)
     of_next = of_head + num_trained_of_block(plan, recipe) + of_last
@@ -238,9 +236,16 @@ def _while_computing(step: Activations, state: RankMemory) -> tuple[RankMemory, 
         replace(state, activations_bytes=kept, logits_bytes=_logits_bytes(step)),
         replace(state, activations_bytes=kept + step.inside_last_norm(), gradients_bytes=FP32_BYTES * of_head),
         in_last_block,
-        in_last_block if is_alone else replace(state, activations_bytes=later + inside, gradients_bytes=FP32_BYTES * of_next),
-        replace(state, activations_bytes=first + (inside_last if is_alone else inside), gradients_bytes=FP32_BYTES * of_first),
+        in_last_block if is_alone else replace(state, activations_bytes=inside(num_layers - 2), gradients_bytes=FP32_BYTES * of_next),
+        replace(state, activations_bytes=inside(0), gradients_bytes=FP32_BYTES * of_first),
     )
+
+
+def _kept_by_blocks(step: Activations, layout: Layout) -> list[int]:
+    """Return what each block keeps for the backward pass."""
+    last, inputs, between = step.plan.shape.num_layers - 1, step.block_inputs(), step.block()
+    ends = {index: step.block(is_first=index == 0, is_last=index == last) for index in (0, last)}
+    return [inputs if layout.recomputes(index) else ends.get(index, between) for index in range(last + 1)]
 
 
 def _first_done(plan: Blueprint) -> tuple[Matrix, ...]:
@@ -284,7 +289,7 @@ def _while_sharded(
     # The flat buffer and the result, unless it went to the host, stay until the next block is reduced.
     reduced_block = FP32_BYTES * trained_block + _held_here(FP32_BYTES * trained_block, layout)
     block_shards = _held_here(FP32_BYTES * num_layers * trained_block, layout)
-    but_one = at_loss.activations_bytes - (step.block_inputs() if step.recomputes else step.block(is_last=True))
+    but_one = at_loss.activations_bytes - _kept_by_blocks(step, layout)[-1]
     plain = replace(at_loss, activations_bytes=0, logits_bytes=0)
     of_root, ahead, in_forward, in_backward = copies
     computing = root + head_gradients + in_backward * block + arriving_block

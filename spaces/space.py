@@ -28,7 +28,6 @@ from spaces.config import (
     Offload,
     Precision,
     Quantization,
-    Recomputation,
     Strategy,
     TrialConfig,
 )
@@ -65,7 +64,7 @@ EVERY: dict[str, list[Any]] = {
     "world_size": [2**i for i in range(13)],
     "strategy": ["ddp", "fsdp", "tp"],
     "offload": ["none", "cpu"],
-    "recomputation": ["none", "full"],
+    "recomputation": ["none", "half", "full"],
     "compile": ["none", "blocks"],
 }
 
@@ -92,6 +91,7 @@ def _auto_or(what: str, least: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+RecomputationOrAuto = Literal["auto", "none", "half", "full"]
 ModuleNames = Annotated[StrictStr, AfterValidator(_module_names)]
 MicroBatch = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], _auto_or("micro batch size", 1)]
 ShardSize = Annotated[Literal["auto"] | Annotated[int, Field(ge=2)], _auto_or("shard size", 2)]
@@ -171,8 +171,9 @@ class SpaceSpec(BaseModel):
     micro_batch_size: LayoutNameDomain[MicroBatch] = Fixed[MicroBatch]("auto")
     """Rows per rank and forward pass. `auto`: as many as fit a budget of tokens, 16,384 on a GPU and 4,096 on a CPU, halved until the
     device has the memory, also after a trial ran out of it: the rows of a step stay. Ranks need not divide them."""
-    recomputation: LayoutNameDomain[Recomputation] = Fixed[Recomputation]("none")
-    """`full` computes the activations of each block again in the backward pass: less memory, about a third more work."""
+    recomputation: LayoutNameDomain[RecomputationOrAuto] = Fixed[RecomputationOrAuto]("auto")
+    """`full` computes the activations of each block again in the backward pass: less memory, about a third more work; `half` those of
+    every other block. `auto`: none where the device has the memory, else half, else all."""
     compile: LayoutNameDomain[Compilation] = Fixed[Compilation]("none")
     """`blocks` has torch.compile fuse the operations of each block, and those of the loss: on GPUs faster steps, after some ten
     seconds at the trial's start, which count in `train_seconds`: with `profile` a search finds from which length on it pays."""

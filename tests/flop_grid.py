@@ -109,8 +109,7 @@ def counted(module: nn.Module, task: str, batch: Batch, config: TrialConfig, *, 
     if config.recipe.adapter != "none":
         module = add_adapter(module, config.recipe, task, ())
     module = parallelize(module, config, World.alone())
-    if config.layout.recomputation == "full":
-        recompute(module, watch.recomputation)
+    recompute(module, config.layout, watch.recomputation)
     module.train()
     counter = FlopCounterMode(display=False, custom_mapping=FLASH)
     with nullcontext() if is_hardware else sdpa_kernel(SDPBackend.MATH), counter:

@@ -140,6 +140,14 @@ ALONE += [
     for a in ADAPTERS
     for r, n in ((8, 32), (16, 48))
 ]
+# The last block of three is computed again, that of four is not.
+ALONE += [
+    Case(family=f, adapter=a, precision=p, recomputation="half", changes=(("num_hidden_layers", n),))
+    for f in ("llama", "gemma2", "mixtral", "gpt2", "bert", "distilbert")
+    for p in PRECISIONS
+    for a in ("none", "all-linear")
+    for n in (3, 4)
+]
 WIDE = (("vocab_size", 2000),)
 ALONE += [
     Case(family=f, adapter=a, precision=p, num_prompt=24, changes=WIDE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
@@ -256,7 +256,7 @@ class Trainer:
         """Run one micro batch forward and backward; return its part of the step's loss."""
         is_first = self.flops is None
         if is_first:
-            self._watch_recomputation(self._watch.recomputation)
+            recompute(unwrapped(self.module), self.config.layout, self._watch.recomputation)
         with autocast(self.config, self.world), self._watched(batch) if is_first else nullcontext():
             loss = self._loss(self.module, batch)
         mark("forward")
@@ -266,7 +266,7 @@ class Trainer:
         mark("backward")
         if is_first:
             self.flops = self._watch.flops()
-            self._watch_recomputation(None)
+            recompute(unwrapped(self.module), self.config.layout)
         return loss.detach() / self._rows_world.world_size
 
     @contextmanager
@@ -274,10 +274,6 @@ class Trainer:
         """Count the FLOPs of a forward pass."""
         with marked_while_gathered(blocks_of(self.module)), self._watch.forward(batch):
             yield
-
-    def _watch_recomputation(self, watch: Callable[[], AbstractContextManager[object]] | None) -> None:
-        if self.config.layout.recomputation == "full":
-            recompute(unwrapped(self.module), watch)
 
     def _runs_as_written(self, batch: Batch, is_followed: bool) -> bool:
         """Return whether compiled blocks run uncompiled: what torch compiles is seen by nobody."""

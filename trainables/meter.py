@@ -222,6 +222,12 @@ class CountingPass(TorchFunctionMode):
         self.linears: list[LinearUse] = []
         self.attention: list[int] = []
         """Of every layer's attention, the products forward and backward."""
+        self.num_entered = 0
+
+    def __enter__(self) -> CountingPass:
+        self.num_entered += 1
+        super().__enter__()
+        return self
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -321,7 +327,7 @@ class FlopWatch:
             # Fused attention keeps no scores: its backward pass computes one of the two products of the forward pass again.
             products_again = 2 * len(again.attention) + sum(products > 2 for products in forward.attention)
         else:
-            products_again = 2 * self._shape.num_layers if again.linears else 0
+            products_again = 2 * again.num_entered
         layers = forward.attention or [attention_products(True, True, True)] * self._shape.num_layers
         return StepFlops(
             model=training_flops(forward.linears, self._attention(sum(layers))),

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from spaces.config import TrialConfig
+from spaces.config import Layout, TrialConfig
 from trainables.compilation import Compilation
 from trainables.mesh import World
 from trainables.meter import StepTimer
@@ -44,8 +44,7 @@ def parallelize(
     if config.layout.tensor_parallel_size > 1:
         splitting = world.tensor_parallel(config.layout)
         module = split(module, splitting, summing(splitting, timer))
-    if config.layout.recomputation == "full":
-        recompute(module)
+    recompute(module, config.layout)
     if compilation is not None:
         compilation.blocks(blocks_of(module))
     if config.layout.data_parallel_size == 1 and not config.layout.is_sharded:
@@ -78,14 +77,17 @@ def parallelize(
     return module
 
 
-def recompute(module: nn.Module, watch: Callable[[], AbstractContextManager[object]] | None = None) -> None:
-    """Have the backward pass compute every block again.
+def recompute(module: nn.Module, layout: Layout, watch: Callable[[], AbstractContextManager[object]] | None = None) -> None:
+    """Have the backward pass compute blocks again, those that the layout says.
 
     Args:
         module: not wrapped in DDP.
+        layout: says of each block whether it is.
         watch: called in every block's forward pass; what it returns is entered around the block's recomputation. No block that is
             compiled can run with it.
     """
+    if layout.recomputation == "none":
+        return
     # The reentrant form needs an input that requires a gradient, which a frozen embedding does not give.
     options: dict[str, Any] = {"use_reentrant": False}
     if watch is not None:
@@ -93,6 +95,8 @@ def recompute(module: nn.Module, watch: Callable[[], AbstractContextManager[obje
     cast("Any", module).gradient_checkpointing_enable(options)
     # Beside an adapter transformers makes the look-up require one, and the first block then computes gradients of nothing.
     cast("Any", module).disable_input_require_grads()
+    for index, block in enumerate(blocks_of(module)):
+        cast("Any", block).gradient_checkpointing = layout.recomputes(index)
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:

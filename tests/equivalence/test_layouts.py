@@ -158,7 +158,7 @@ def all_layouts(world: World, names: dict[str, str]) -> dict[tuple[str, ...], An
 
     In full and with LoRA each strategy is trained both ways; of the other adapters every strategy, accumulation and recomputation.
     """
-    layouts = [("ddp", 2, "full"), ("fsdp", 4, "none"), ("ddp", 4, "none"), ("fsdp", 1, "full")]
+    layouts = [("ddp", 2, "full"), ("fsdp", 4, "none"), ("ddp", 4, "none"), ("fsdp", 1, "half")]
     return {
         (task, adapter, *map(str, layout)): losses(
             world, names[task], task, config(adapter, world.world_size, layout[0], layout[1], recomputation=layout[2])

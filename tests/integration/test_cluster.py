@@ -115,15 +115,20 @@ def test_a_submitted_search_trains_one_trial_over_two_nodes(two_nodes: TwoNodes,
     )
     submit = ["job", "submit", "--address", two_nodes.job_server, "--working-dir", str(working_dir), "--"]
     entrypoint = ["python", "-m", "search.cli", "search", "spec.yaml"]
-    done = subprocess.run(
-        [BIN / "ray", *submit, *entrypoint],
-        env=two_nodes.env,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=tmp_path,
-        check=False,
-    )
+    end = time.monotonic() + 120
+    while True:
+        done = subprocess.run(
+            [BIN / "ray", *submit, *entrypoint],
+            env=two_nodes.env,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            cwd=tmp_path,
+            check=False,
+        )
+        # A node is alive before the agent on it that starts jobs.
+        if "No available agent" not in done.stdout + done.stderr or time.monotonic() > end:
+            break
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     lines = (working_dir / "runs/tiny/ledger.jsonl").read_text().splitlines()
     trials = [e for e in map(json.loads, lines) if e["event"] == "trial_finished"]

@@ -94,7 +94,8 @@ def test_where_a_trial_ran_out_of_memory_an_automatic_micro_batch_becomes_smalle
     plan = blueprint({"model_type": "bert", **sizes}, "sequence-classification", 3)
     limits = Limits(num_workers=1, hidden_size=64, plan=plan, max_length=32, memory_bytes=10**9)
     points = [{"learning_rate": 1e-3}, {"learning_rate": 2e-3}]
-    engine, seen, _ = make(tmp_path, limits=limits, trials=8, points=points, global_batch_size=8, lora_rank=4)
+    space = {"points": points, "global_batch_size": 8, "lora_rank": 4, "recomputation": "none"}
+    engine, seen, _ = make(tmp_path, limits=limits, trials=8, **space)
     tried, rates, sizes = [], [], set()
     while (assignment := engine.next()) is not None:
         tried.append(assignment.config.layout.micro_batch_tokens)
@@ -112,11 +113,26 @@ def test_where_a_trial_ran_out_of_memory_an_automatic_micro_batch_becomes_smalle
     assert not [e for e in seen if e["event"] == "trial_infeasible"]
 
 
+def test_where_a_trial_ran_out_of_memory_blocks_are_computed_again(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 97}
+    plan = blueprint({"model_type": "llama", **sizes}, "causal-lm")
+    limits = Limits(num_workers=1, hidden_size=64, plan=plan, max_length=32, memory_bytes=10**9)
+    engine, seen, _ = make(tmp_path, limits=limits, trials=2, global_batch_size=256, lora_rank=4, micro_batch_size=32)
+    tried = []
+    while (assignment := engine.next()) is not None:
+        tried.append((assignment.config.layout.recomputation, assignment.config.layout.micro_batch_size))
+        failed = {"state": "failed", "kind": "out_of_memory", "message": "x"}
+        engine.ended(assignment.number, failed if tried[-1][0] != "full" else {"state": "stopped"})
+    assert tried == [("none", 32), ("half", 32), ("full", 32), ("full", 32)]
+    assert not [e for e in seen if e["event"] == "trial_infeasible"]
+
+
 def test_what_ran_out_of_memory_is_tried_again_after_a_resume_too_and_takes_no_point_of_the_user(tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 97}
     plan = blueprint({"model_type": "bert", **sizes}, "sequence-classification", 3)
     limits = Limits(num_workers=1, hidden_size=64, plan=plan, max_length=32, memory_bytes=10**9)
     space = {"points": [{"learning_rate": 1e-3}, {"learning_rate": 2e-3}], "global_batch_size": 8, "lora_rank": 4}
+    space["recomputation"] = "none"
     engine, _, _ = make(tmp_path, limits=limits, trials=2, **space)
     for _ in range(2):
         assignment = engine.next()

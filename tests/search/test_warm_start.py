@@ -104,7 +104,7 @@ def test_trials_of_before_a_knob_existed_had_its_default(tmp_path: Path, now: di
     loaded = write(tmp_path, "now", space={**SPACE, **now}, sampler={"warm_start": "earlier"})
     past = earlier_trials(loaded, "abc")
     assert len(past["trials"]) == num_held
-    assert all((t["params"]["quantization"], t["params"]["recomputation"]) == ("none", "none") for t in past["trials"])
+    assert all((t["params"]["quantization"], t["params"]["recomputation"]) == ("none", "auto") for t in past["trials"])
     spec = loaded.spec
     for trial in past["trials"][::2]:
         del trial["params"]["quantization"], trial["params"]["recomputation"]

@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -286,7 +287,8 @@ SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "i
 def test_an_automatic_micro_batch_is_the_largest_budget_of_tokens_that_fits(megabytes: float, world_size: int, strategy: str) -> None:
     plan = blueprint({"model_type": "llama", **SIZES}, "causal-lm")
     limits = replace(ROOMY, plan=plan, max_length=100, memory_bytes=int(megabytes * 1e6))
-    params = {**SpaceSpec().first(), "global_batch_size": 24, "world_size": world_size, "strategy": strategy, "adapter": "none"}
+    given = {"world_size": world_size, "strategy": strategy, "adapter": "none", "recomputation": "none"}
+    params = {**SpaceSpec().first(), "global_batch_size": 24, **given}
     chosen, usual = config_within(params, limits), TrialConfig.from_params(params)
     every = [replace(usual, layout=replace(usual.layout, micro_batch_tokens=n)) for n in (4096, 2048, 1024, 512, 256, 128, 100)]
     fitting = [c for c in every if memory_within_device(c, limits) <= 0]
@@ -297,6 +299,38 @@ def test_an_automatic_micro_batch_is_the_largest_budget_of_tokens_that_fits(mega
     assert config_within(params, replace(limits, memory_bytes=None)) == usual
     on_gpu = config_within(params, replace(limits, memory_bytes=None, is_on_gpu=True))
     assert on_gpu == replace(usual, layout=replace(usual.layout, micro_batch_tokens=16_384)), "which wants more work at once"
+
+
+@pytest.mark.parametrize("size", ["auto", 8])
+def test_blocks_are_computed_again_where_memory_forces_it(size: object) -> None:
+    """None, every other or all, the fewest that fit; a quarter of the usual tokens at once is tried before."""
+    plan = blueprint({"model_type": "llama", **SIZES, "num_hidden_layers": 4}, "causal-lm")
+    params = {**SpaceSpec().first(), "adapter": "none", "global_batch_size": 512, "micro_batch_size": size}
+    least = {"auto": [4096, 2048, 1024], 8: [None]}[size]  # type: ignore[index]
+    usual = TrialConfig.from_params(params)
+    ladder = [
+        replace(usual, layout=replace(usual.layout, recomputation=recomputation, micro_batch_tokens=tokens))
+        for recomputation in ("none", "half", "full")
+        for tokens in least
+    ]
+    ladder += [
+        replace(ladder[-1], layout=replace(ladder[-1].layout, micro_batch_tokens=n)) for n in (512, 256, 128, 100) if size == "auto"
+    ]
+    limits = replace(ROOMY, plan=plan, max_length=100)
+    seen = set()
+    for megabytes in np.geomspace(0.5, 200, 60):
+        limited = replace(limits, memory_bytes=int(megabytes * 1e6))
+        fitting = [each for each in ladder if memory_within_device(each, limited) <= 0]
+        chosen = config_within(params, limited)
+        assert chosen == (fitting[0] if fitting else ladder[-1])
+        seen.add((chosen.layout.recomputation, chosen.layout.micro_batch_tokens))
+    assert {recomputation for recomputation, _ in seen} == {"none", "half", "full"}
+    assert config_within(params, limits) == usual, "of unknown memory nothing is forced"
+    gpt2 = replace(
+        limits, plan=blueprint({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 97}, "causal-lm")
+    )
+    prefix = {**params, "adapter": "prefix", "lora_rank": 4}
+    assert config_within(prefix, replace(gpt2, memory_bytes=1)).layout.recomputation == "none", "which would lose the prefix"
 
 
 def test_by_a_budget_of_tokens_short_rows_that_count_much_are_held_against_the_device() -> None:

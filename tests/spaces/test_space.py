@@ -295,4 +295,4 @@ def test_a_profiled_layout_is_asked_of_nobody_and_every_one_gets_its_turn() -> N
 def test_profile_alone_is_every_value() -> None:
     space = SpaceSpec.model_validate({"world_size": "profile", "recomputation": "profile"})
     assert space.world_size.ends()[:4] == [1, 2, 4, 8]
-    assert space.recomputation.ends() == ["none", "full"]
+    assert space.recomputation.ends() == ["none", "half", "full"]

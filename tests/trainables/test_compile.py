@@ -48,7 +48,7 @@ def trained(case: Case, compile: str, data: TaskData | None = None) -> tuple[lis
     [
         ("all-linear", "none"),
         pytest.param("none", "full", marks=pytest.mark.slow),
-        pytest.param("all-linear", "full", marks=pytest.mark.slow),
+        pytest.param("all-linear", "half", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_blocks_learn_the_same_and_count_the_same(adapter: str, recomputation: str) -> None:
@@ -59,8 +59,8 @@ def test_compiled_blocks_learn_the_same_and_count_the_same(adapter: str, recompu
     losses, compiled_twice = trained(case, "blocks")
     assert losses == pytest.approx(expected, rel=1e-4)
     assert compiled_twice == pytest.approx(twice)
-    # One of the loss, the others of blocks: the first one's input may need no gradient.
-    assert 2 <= counters["stats"]["unique_graphs"] <= 3
+    # One of the loss, the others of blocks: the first one's input may need no gradient, and what is computed again is one of its own.
+    assert 2 <= counters["stats"]["unique_graphs"] <= 3 + (recomputation == "half")
     assert not counters["graph_break"]
 
 

@@ -36,8 +36,7 @@ def transformers_own(case: Case) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(case.config(1).recipe.seed)
             module = add_adapter(module, case.config(1).recipe, case.task, ())
-    if case.recomputation == "full":
-        recompute(module)
+    recompute(module, case.config(1).layout)
     return module.train()
 
 

@@ -125,6 +125,27 @@ def test_hardware_flops_are_all_that_torch_computes(family: str, task: str, adap
         assert (recomputed > 0.1 * model) == (recomputation == "full")
 
 
+@pytest.mark.parametrize(
+    ("family", "adapter"),
+    [*((f, a) for f in ("llama", "gemma2", "gpt2", "bert") for a in ("none", "all-linear")), ("mixtral", "none")],
+)
+def test_every_other_block_is_computed_again(family: str, adapter: str) -> None:
+    """The first and the last of three."""
+    task = task_of(family)
+    counts = []
+    for recomputation in ("half", "full"):
+        module, plan = make_model(family, task)
+        lengths, config = [LENGTH] * ROWS, trial(targets_of(family, adapter), recomputation)
+        batch = make_batch(task, lengths)
+        theirs, seen = counted(module, task, batch, config, is_hardware=True)
+        planned = StepFlops(model=flops_of_blueprint(plan, config.recipe), recomputed=recomputed_flops_of_blueprint(plan, config))
+        for ours in (seen, planned):
+            model, recomputed = (total(part, lengths, family, len(batch.targets)) for part in (ours.model, ours.recomputed))
+            assert model + recomputed == pytest.approx(theirs, rel=0.01)
+        counts.append(theirs - model)
+    assert counts[0] < 0.85 * counts[1]
+
+
 @pytest.mark.parametrize("targets", [("down_proj",), ("o_proj",), ("k_proj", "up_proj")])
 def test_nothing_below_the_first_trained_weight_is_differentiated(targets: tuple[str, ...]) -> None:
     module = make("llama", "causal-lm", tie_word_embeddings=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import replace
+from typing import Any, cast
 
 import distributed
 import numpy as np
@@ -44,7 +45,7 @@ from trainables.loss import evaluated
 from trainables.memory_meter import LiveBytes
 from trainables.mesh import World
 from trainables.model import build, trainable
-from trainables.parallelize import autocast, parallelize
+from trainables.parallelize import autocast, blocks_of, parallelize
 from trainables.tokenization import Encoded
 
 # What the grids have; what is too low is worse, since it then does not fit.
@@ -249,12 +250,13 @@ def test_a_wide_vocabulary_and_a_wide_layer_move_the_peak() -> None:
 
 @pytest.mark.parametrize("adapter", ["none", "all-linear"])
 def test_recomputation_is_switched_on_where_the_layout_says_so(adapter: str) -> None:
-    for recomputation in ("none", "full"):
+    for recomputation, blocks in (("none", []), ("half", [0, 2]), ("full", [0, 1, 2])):
         config = Case(family="llama", adapter=adapter, recomputation=recomputation).config(1)
         module = make("llama", "causal-lm")
         if config.recipe.adapter == "lora":
             module = add_adapter(module, config.recipe, "causal-lm", ())
-        assert parallelize(module, config, World.alone()).is_gradient_checkpointing == (recomputation == "full")
+        spread: Any = parallelize(module, config, World.alone())
+        assert [i for i, block in enumerate(blocks_of(spread)) if cast("Any", block).gradient_checkpointing] == blocks
 
 
 def test_frozen_weights_are_held_in_the_precision_of_the_recipe() -> None:

@@ -265,8 +265,7 @@ def test_model_flops_are_those_of_a_base_that_is_not_quantised(family: str, adap
         base = trial.base()
         watch = FlopWatch(base.shape)
         module = build(trial.config(1), base, World.alone())
-        if recomputation == "full":
-            recompute(module, watch.recomputation)
+        recompute(module, trial.config(1).layout, watch.recomputation)
         module.train()
         batch = batch_of(trial.task, ids())
         with watch.forward(batch):
