@@ -24,7 +24,7 @@ from trainables.data import TaskData
 from trainables.evaluation import evaluate
 from trainables.loop import load_weights
 from trainables.mesh import World
-from trainables.model import BaseModel, build, trainable
+from trainables.model import BaseModel, build, quietly, trainable
 from trainables.quantize import is_head, pack_linears, spread_out
 from trainables.tokenization import load_tokenizer
 
@@ -133,7 +133,8 @@ def save(module: Any, base: BaseModel, config: TrialConfig, directory: Path, ori
         save_file({name: p.detach().contiguous() for name, p in trainable(module).items()}, directory / bottleneck.WEIGHTS)
         shutil.copy(bottleneck.__file__, directory)
     else:
-        module.save_pretrained(directory)
+        with quietly():
+            module.save_pretrained(directory)
     # Beside an adapter, for the names of the labels; a whole model has written the same.
     module.config.save_pretrained(directory)
     load_tokenizer(base.name, base.revision).save_pretrained(directory)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
 
 from spaces.architecture import ModelShape
 from spaces.config import Quantization, TrialConfig
@@ -60,14 +63,15 @@ class BaseModel:
             config.label2id = {label: i for i, label in enumerate(label_names)}
             if getattr(config, "pad_token_id", None) is None:
                 config.pad_token_id = getattr(config, "eos_token_id", None)
-        module, info = CLASSES[task].from_pretrained(
-            name,
-            revision=revision,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with quietly():
+            module, info = CLASSES[task].from_pretrained(
+                name,
+                revision=revision,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
         attend_by_rows(module)
         new = {*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))}
         return BaseModel(
@@ -111,6 +115,20 @@ class BaseModel:
         for parameter in module.parameters():
             if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = held[parameter.data_ptr()] if parameter.data_ptr() in held else parameter.data.to(device, dtype)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Have transformers draw no progress, and not advise to train the head that is about to be trained."""
+    verbosity, had_progress = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_progress:
+            transformers_logging.enable_progress_bar()
 
 
 def build(
