@@ -126,8 +126,7 @@ def rank_memory(
         recomputes=config.layout.recomputes(0),
         is_on_gpu=is_on_gpu,
     )
-    trained, shards = num_updated(plan, config), config.layout.num_shards
-    state = _between_steps(plan, config)
+    trained, shards, state = _num_updated(plan, config), config.layout.num_shards, _between_steps(plan, config)
     computed = _while_computing(step, config.layout, state)
     at_update = replace(state, gradients_bytes=_held_here(FP32_BYTES * trained, config.layout))
     if num_partial:
@@ -150,15 +149,32 @@ def rank_memory(
 
 def _between_steps(plan: Blueprint, config: TrialConfig) -> RankMemory:
     """Return what a rank holds all the time."""
-    recipe, trained = config.recipe, num_updated(plan, config)
-    idle = num_trained(plan, recipe) - trained
-    frozen = FP32_BYTES * idle if recipe.adapter == "none" else frozen_bytes(plan, recipe, widths(config).frozen)
+    recipe, trained = config.recipe, _num_updated(plan, config)
+    frozen = FP32_BYTES * (num_trained(plan, recipe) - num_updated(plan, config))
+    if recipe.adapter != "none":
+        filling = plan.shape.num_layers * _num_filled(plan, config.layout)
+        frozen = frozen_bytes(plan, recipe, widths(config).frozen) + widths(config).frozen * filling
     return RankMemory(
         weights_bytes=_held_here(FP32_BYTES * trained + frozen, config.layout) + FP32_BYTES * shared_params(plan, recipe),
         optimizer_bytes=_held_here(FP32_BYTES * ADAMW_STATES * trained, config.layout),
         # DDP's buckets are a second copy of all gradients, made before the first step.
         communication_bytes=FP32_BYTES * trained if not config.layout.is_sharded and config.layout.data_parallel_size > 1 else 0,
     )
+
+
+def _num_filled(plan: Blueprint, layout: Layout) -> int:
+    """Return the numbers by which FSDP2 fills up one block's stacked experts, which it deals to the shards one by one.
+
+    Other weights are dealt by rows: what those are filled up by is next to nothing.
+    """
+    stacked = [m for m in plan.block if m.num_experts > 1]
+    return sum(-m.num_experts % layout.num_shards * m.num_params // m.num_experts for m in stacked)
+
+
+def _num_updated(plan: Blueprint, config: TrialConfig) -> int:
+    """Return `num_updated`, and what it is filled up by where it is sharded."""
+    filling = plan.shape.num_layers * _num_filled(plan, config.layout) if config.recipe.adapter == "none" else 0
+    return num_updated(plan, config) + filling
 
 
 def _held_here(num_bytes: int, layout: Layout) -> int:
@@ -272,6 +288,8 @@ def _while_sharded(
     held_block = plan.num_block_params + adapter_params(plan.block, recipe)
     trained_root = num_trained(plan, recipe) - num_layers * trained_block
     held_root = num_trained(plan, recipe) + _num_frozen(plan, recipe) - num_layers * held_block
+    held_block += _num_filled(plan, layout)
+    trained_block += _num_filled(plan, layout) if recipe.adapter == "none" else 0
     gathered = step.width.products
     root, block = gathered * held_root, gathered * held_block
     largest_block, largest_of_head = (max(m.num_params for m in matrices) for matrices in (plan.block, plan.head))

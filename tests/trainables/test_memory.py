@@ -118,6 +118,15 @@ def test_sharded_pieces_are_predicted_where_no_collective_copies(world_size: int
     check_without_copies([replace(case, tp_size=2) for case in SPLIT_IN_SHORT if case.family in families], world_size, "tp")
 
 
+def test_experts_that_the_shards_do_not_divide_are_filled_up() -> None:
+    """Four of one stacked weight on eight ranks."""
+    kinds = (("none", "none"), ("none", "full"), ("all-linear", "none"))
+    families = ("mixtral", "qwen3_moe")
+    cases = [Case(family=f, adapter=a, precision=p, recomputation=r) for f in families for p in ("fp32", "bf16") for a, r in kinds]
+    assert {m.num_experts for c in cases for m in c.blueprint().block} == {1, 4}
+    check_without_copies(cases, 8, "fsdp")
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 def test_what_stays_on_a_device_that_leaves_its_weights_to_the_host_is_predicted(
     world_size: int, monkeypatch: pytest.MonkeyPatch
