@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from search.session import Emit, NoResult, checked_model, resume, start
 from search.store import Store, StoreError
 from spaces.architecture import ShapeError
 from spaces.blueprint import blueprint
-from spaces.config import TrialConfig
+from spaces.config import ADAPTER_KNOBS, TrialConfig
 from spaces.constraints import Limits, reason, violations
 from spaces.loading import LoadedSpec, load_spec
 from spaces.metrics import metric_of
@@ -87,10 +87,10 @@ def grid_spec(
     if not any(metric_of(o.metric).section == "eval" for o in spec.resolved_objectives()):
         raise CompareError("objectives: none says how good a model is; allowed: with accuracy, eval_loss or another score among them")
     limits = Limits(num_workers=EVERYWHERE, hidden_size=width, max_length=spec.model.max_length)
+    limits = replace(limits, is_on_gpu=spec.resources.gpus_per_worker > 0)
     with suppress(ShapeError):  # a family without formulas
         limits = replace(limits, plan=blueprint(config, spec.model.task))
-    fixed = _fixed_knobs(spec.space)
-    methods, fractions = _trainable(methods, {**spec.space.first(), **fixed}, limits, say), sorted(set(fractions))
+    methods, fractions = _trainable(methods, spec.space, limits, say), sorted(set(fractions))
     adapters = list(dict.fromkeys(method.adapter for method in methods))
     rates = {adapter: [factor * usual_rate(adapter, width) for factor in RATES] for adapter in adapters}
     points = [
@@ -101,7 +101,7 @@ def grid_spec(
     ]
     ranks = [method.rank for method in methods if method.rank is not None]
     values: dict[str, Any] = {
-        **{f"space.{knob}": value for knob, value in fixed.items()},
+        **{f"space.{knob}": value for knob, value in _fixed_knobs(spec.space).items()},
         "space.adapter": _choice(adapters),
         "space.dataset_fraction": _choice(fractions),
         "space.learning_rate": {"by_adapter": {adapter: {"choice": values} for adapter, values in rates.items()}},
@@ -201,9 +201,7 @@ def _fixed_knobs(space: SpaceSpec) -> dict[str, Any]:
     return fixed
 
 
-def _trainable(
-    methods: Sequence[Method] | None, params: Mapping[str, Any], limits: Limits, say: Callable[[str], None]
-) -> list[Method]:
+def _trainable(methods: Sequence[Method] | None, space: SpaceSpec, limits: Limits, say: Callable[[str], None]) -> list[Method]:
     """Return the methods, each once; of those that nobody asked for, the ones that can be trained somewhere.
 
     Raises:
@@ -211,7 +209,9 @@ def _trainable(
     """
     found = []
     for method in dict.fromkeys(METHODS if methods is None else methods):
-        config = TrialConfig.from_params({**SpaceSpec().first(adapter=method.adapter), **params, **method.params})
+        # The space may have no such adapter, and then no learning rate of it, which decides nothing here.
+        own = {knob: getattr(space, knob).ends()[0] for knob in ADAPTER_KNOBS[method.adapter]}
+        config = TrialConfig.from_params({**space.first(), **own, **_fixed_knobs(space), **method.params})
         violated = [name for name, value in violations(config, limits).items() if value > 0]
         if not violated:
             found.append(method)

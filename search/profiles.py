@@ -88,7 +88,7 @@ def profile_key(
         **config.of_step().to_dict(),
         "device": {name: device[name] for name in ("type", "name", "threads")},
         "num_nodes": num_nodes,
-        # What a step computes: 4 since LoRA around a plain linear layer is one operation.
+        # What a step computes: 5 since AdamW's fused kernel updates shards too.
         "step": 5,
         "versions": {**device["versions"], "paretune": version("paretune")},
     }

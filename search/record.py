@@ -109,7 +109,7 @@ class TrialRecord:
     was_proposed: bool = True
     """Whether the sampler knows it; not of a further layout of a trial."""
     again: int | None = None
-    """The trial of the same proposal that ran out of memory; this one has fewer rows at a time."""
+    """The trial of the same proposal that ran out of memory; this one has fewer rows at a time, or computes blocks again."""
     details: dict[str, Any] = field(default_factory=dict)
     """Process map, memory by rank, MFU convention and the like, from the final report."""
     test: dict[str, float] = field(default_factory=dict)

@@ -51,11 +51,8 @@ def host_bytes(plan: Blueprint, config: TrialConfig) -> int:
     """Return what a rank leaves to its host with `offload: cpu`: its shards, their gradients and the optimizer's state."""
     if config.layout.offload == "none":
         return 0
-    here = replace(config, layout=replace(config.layout, offload="none"))
-    held = _between_steps(plan, here)
-    # Random factors that all of VeRA's layers share are no parameters, and stay.
-    shards = held.weights_bytes - FP32_BYTES * shared_params(plan, config.recipe)
-    return shards + held.optimizer_bytes + FP32_BYTES * num_updated(plan, config) // config.layout.num_shards
+    held = FP32_BYTES * (2 + ADAMW_STATES) * _num_updated(plan, config) + _frozen_bytes(plan, config)
+    return held // config.layout.num_shards
 
 
 def num_trained(plan: Blueprint, recipe: Recipe) -> int:
@@ -150,16 +147,21 @@ def rank_memory(
 def _between_steps(plan: Blueprint, config: TrialConfig) -> RankMemory:
     """Return what a rank holds all the time."""
     recipe, trained = config.recipe, _num_updated(plan, config)
-    frozen = FP32_BYTES * (num_trained(plan, recipe) - num_updated(plan, config))
-    if recipe.adapter != "none":
-        filling = plan.shape.num_layers * _num_filled(plan, config.layout)
-        frozen = frozen_bytes(plan, recipe, widths(config).frozen) + widths(config).frozen * filling
     return RankMemory(
-        weights_bytes=_held_here(FP32_BYTES * trained + frozen, config.layout) + FP32_BYTES * shared_params(plan, recipe),
+        weights_bytes=_held_here(FP32_BYTES * trained + _frozen_bytes(plan, config), config.layout)
+        + FP32_BYTES * shared_params(plan, recipe),
         optimizer_bytes=_held_here(FP32_BYTES * ADAMW_STATES * trained, config.layout),
         # DDP's buckets are a second copy of all gradients, made before the first step.
         communication_bytes=FP32_BYTES * trained if not config.layout.is_sharded and config.layout.data_parallel_size > 1 else 0,
     )
+
+
+def _frozen_bytes(plan: Blueprint, config: TrialConfig) -> int:
+    """Return what is held of weights that no step updates."""
+    if config.recipe.adapter == "none":
+        return FP32_BYTES * (num_trained(plan, config.recipe) - num_updated(plan, config))
+    filling = plan.shape.num_layers * _num_filled(plan, config.layout)
+    return frozen_bytes(plan, config.recipe, widths(config).frozen) + widths(config).frozen * filling
 
 
 def _num_filled(plan: Blueprint, layout: Layout) -> int:

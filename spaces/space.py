@@ -167,13 +167,14 @@ class SpaceSpec(BaseModel):
     of its own, over which FSDP2 shards the pieces: with the GPUs of a node, activations are summed inside it."""
     offload: LayoutNameDomain[Offload] = Fixed[Offload]("none")
     """Where `fsdp` keeps what it shards: `cpu` in the host's memory, gradients and optimizer state too, which is updated there; the
-    GPU, also a single one, then holds activations and two or three blocks. For models that do not fit otherwise: it is slower."""
+    GPU, also a single one, then holds activations and one to three blocks. For models that do not fit otherwise: it is slower."""
     micro_batch_size: LayoutNameDomain[MicroBatch] = Fixed[MicroBatch]("auto")
     """Rows per rank and forward pass. `auto`: as many as fit a budget of tokens, 16,384 on a GPU and 4,096 on a CPU, halved until the
     device has the memory, also after a trial ran out of it: the rows of a step stay. Ranks need not divide them."""
     recomputation: LayoutNameDomain[RecomputationOrAuto] = Fixed[RecomputationOrAuto]("auto")
     """`full` computes the activations of each block again in the backward pass: less memory, about a third more work; `half` those of
-    every other block. `auto`: none where the device has the memory, else half, else all."""
+    every other block. `auto`: none where the device has the memory for 2,048 tokens at once, else half, else all; also after a trial
+    ran out of it. Of a family without formulas none."""
     compile: LayoutNameDomain[Compilation] = Fixed[Compilation]("none")
     """`blocks` has torch.compile fuse the operations of each block, and those of the loss: on GPUs faster steps, after some ten
     seconds at the trial's start, which count in `train_seconds`: with `profile` a search finds from which length on it pays."""
@@ -195,6 +196,14 @@ class SpaceSpec(BaseModel):
                     "by_adapter has nothing for {missing}",
                     {"missing": ", ".join(missing), "allowed": "an entry for each adapter of the space"},
                 )
+        return domain
+
+    @field_validator("offload")
+    @classmethod
+    def _is_of_fsdp(cls, domain: Any, info: ValidationInfo) -> Any:
+        if domain.ends() == ["cpu"] and "strategy" in info.data and "fsdp" not in info.data["strategy"].ends():
+            allowed = {"allowed": "with strategy: fsdp, on one rank too; else none"}
+            raise PydanticCustomError("offload_without_fsdp", "cpu says nothing without strategy fsdp", allowed)
         return domain
 
     def suggest(self, suggester: Suggester) -> dict[str, Any]:
@@ -271,14 +280,14 @@ class SpaceSpec(BaseModel):
         Of those that are trained alike, as all strategies on one rank, the first stands for all.
         """
         knobs = ("adapter", "quantization", "precision", "global_batch_size", "micro_batch_size", "recomputation")
-        seen: set[TrialConfig] = set()
+        seen: set[tuple[TrialConfig, bool]] = set()
         for world_size, strategy in self.layouts():
             varied = (*knobs, *STRATEGY_KNOBS[strategy])
             for values in itertools.product(*(getattr(self, knob).ends() for knob in varied)):
                 params = self.first(world_size=world_size, strategy=strategy, **dict(zip(varied, values, strict=True)))
-                config = TrialConfig.from_params(params).trained_alike()
-                if config not in seen:
-                    seen.add(config)
+                kind = self._trained_alike(params)
+                if kind not in seen:
+                    seen.add(kind)
                     yield params
 
     @property
@@ -302,19 +311,29 @@ class SpaceSpec(BaseModel):
 
     def measured_layouts(self, params: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the params under every layout that is to be measured for them; of those that are trained alike, the first."""
-        knobs, found = self.profiled_knobs(), dict[TrialConfig, dict[str, Any]]()
+        knobs, found = self.profiled_knobs(), dict[tuple[TrialConfig, bool], dict[str, Any]]()
         for values in itertools.product(*(getattr(self, knob).ends() for knob in knobs)):
             each = {**params, **dict(zip(knobs, values, strict=True))}
-            found.setdefault(TrialConfig.from_params(each).trained_alike(), each)
+            found.setdefault(self._trained_alike(each), each)
         return list(found.values())
+
+    @staticmethod
+    def _trained_alike(params: Mapping[str, Any]) -> tuple[TrialConfig, bool]:
+        """Return the same of all params that are trained alike; what `auto` computes again only the device's memory tells."""
+        return TrialConfig.from_params(params).trained_alike(), params["recomputation"] == "auto"
 
     def names_searched(self) -> list[str]:
         """Return the knobs that have more than one value."""
         return [knob for knob in type(self).model_fields if self._is_searched(knob)]
 
     def fixed_to(self, params: Mapping[str, Any]) -> list[str]:
-        """Return the overrides that pin every knob of these params: `space.learning_rate=0.002`."""
-        return [f"space.{knob}={params[knob]}" for knob in type(self).model_fields if knob in params]
+        """Return the overrides that pin every knob of these params: `space.learning_rate=0.002`.
+
+        Knobs that say nothing with the strategy are at their defaults.
+        """
+        fields, own = type(self).model_fields, STRATEGY_KNOBS[params.get("strategy", self.strategy.ends()[0])]
+        idle = {knob: fields[knob].default.root for knobs in STRATEGY_KNOBS.values() for knob in knobs if knob not in own}
+        return [f"space.{knob}={idle.get(knob, params[knob])}" for knob in fields if knob in params]
 
     def _is_searched(self, knob: str) -> bool:
         if knob in CONDITIONAL and not any(knob in ADAPTER_KNOBS[adapter] for adapter in self.adapter.ends()):

@@ -329,8 +329,8 @@ class Trainer:
             prefix = f"{name}/"
             values = {k.removeprefix(prefix): v for k, v in saved.optimizer.items() if k.startswith(prefix)}
             self._optimizer.state[parameter] = {
-                # AdamW's step count is a scalar on the CPU, whatever the parameter is.
-                key: value.clone() if value.dim() == 0 and parameter.dim() else _like(value, parameter)
+                # AdamW's step count is a scalar, which the fused kernel wants beside the parameter.
+                key: value.to(parameter.device, copy=True) if value.dim() == 0 and parameter.dim() else _like(value, parameter)
                 for key, value in values.items()
             }
 

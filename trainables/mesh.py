@@ -74,7 +74,7 @@ class World:
 
     def place(self, layout: Layout) -> dict[str, Any]:
         """Return where this rank runs and its coordinates in the device mesh, for the process map."""
-        mesh = {AXES[layout.strategy] if self.world_size > 1 else AXES["ddp"]: self.rank}
+        mesh = {AXES[layout.strategy] if self.world_size > 1 or layout.is_sharded else AXES["ddp"]: self.rank}
         if layout.shard_size is not None or layout.tp_size is not None:
             outer, inner, size = _axes(layout)
             mesh = {outer: self.rank // size, inner: self.rank % size}

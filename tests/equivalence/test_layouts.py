@@ -140,7 +140,10 @@ def losses(world: World, name: str, task: str, trial: TrialConfig) -> tuple[list
         memory.LOGITS_BYTES = TARGETS_AT_ONCE * memory.BYTES_PER_LOGIT * base.module.config.vocab_size
     reports = list(train(trial, data, base, world, control=go_on, checkpoints=None))
     details = reports[-1].details
-    axes, size = (AXES[trial.layout.strategy] if world.world_size > 1 else "dp_replicate",), world.world_size
+    axes, size = (
+        (AXES[trial.layout.strategy] if world.world_size > 1 or trial.layout.is_sharded else "dp_replicate",),
+        world.world_size,
+    )
     if trial.layout.shard_size is not None:
         axes, size = ("dp_replicate", "dp_shard"), trial.layout.shard_size
     if trial.layout.tp_size is not None:

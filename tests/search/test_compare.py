@@ -98,6 +98,19 @@ def test_usual_methods_that_a_model_cannot_be_trained_with_are_left_out_and_told
     assert [line.split(": ")[:2] for line in told] == [["left out", "dora 16"], ["left out", "bottleneck 16"]]
 
 
+def test_a_method_is_held_against_the_adapter_knobs_and_the_workers_of_the_file(tmp_path: Path) -> None:
+    given = {"strategy": "fsdp", "offload": "cpu", "adapter": "none", "lora_alpha": {"log_uniform": [1, 64]}}
+    path = make_spec(tmp_path, space=given, resources={"gpus_per_worker": 1})
+    named = (METHODS[0], Method.parse("lora:16"))
+    assert grid_spec(path, [], named, (1.0,)).spec.space.adapter.ends() == ["none", "lora"]
+    told: list[str] = []
+    spec = grid_spec(path, [], None, (1.0,), told.append).spec
+    assert [line.split(":")[1] for line in told] == [" lora 16 nf4"], "which is not left to the host"
+    assert spec.budget.max_trials == (len(METHODS) - 1) * len(RATES)
+    path = make_spec(tmp_path, space={**given, "offload": "none", "adapter": "lora", "lora_target_modules": "query,value"})
+    assert grid_spec(path, [], named, (1.0,)).spec.space.lora_target_modules.ends() == ["query,value"]
+
+
 def test_objectives_without_a_score_are_refused(tmp_path: Path) -> None:
     objectives = [{"metric": "train_seconds"}, {"metric": "peak_memory_bytes"}]
     with pytest.raises(CompareError, match="none says how good a model is"):

@@ -230,6 +230,28 @@ def test_a_corner_and_a_measured_layout_are_none_that_another_offload_gives_too(
     assert places(profiled.measured_layouts(profiled.first()))[:3] == [(1, "ddp", "none"), (1, "fsdp", "cpu"), (2, "ddp", "none")]
 
 
+def test_what_is_computed_again_as_memory_has_it_is_a_kind_of_its_own():
+    for values in (["none", "auto"], ["auto", "none"], ["none", "half", "full", "auto"]):
+        chosen = space(recomputation={"choice": values})
+        assert [c["recomputation"] for c in chosen.corners()] == values * (len(list(chosen.corners())) // len(values))
+        profiled = space(recomputation={"profile": values})
+        assert [p["recomputation"] for p in profiled.measured_layouts(profiled.first())] == values
+
+
+def test_what_says_nothing_with_a_strategy_is_no_part_of_what_trains_it_again():
+    searched = space(world_size=2, strategy={"choice": ["ddp", "fsdp"]}, offload="cpu", shard_size={"choice": [2, "auto"]})
+    for strategy, offload, size in (("ddp", "none", "auto"), ("fsdp", "cpu", "2")):
+        params = {**searched.first(), "strategy": strategy}
+        fixed = dict(each.removeprefix("space.").split("=") for each in searched.fixed_to(params))
+        assert (fixed["strategy"], fixed["offload"], fixed["shard_size"], fixed["tp_size"]) == (strategy, offload, size, "auto")
+        fixed["shard_size"] = fixed["shard_size"] if fixed["shard_size"] == "auto" else int(fixed["shard_size"])
+        again = {knob: fixed[knob] for knob in ("strategy", "offload", "shard_size")}
+        assert TrialConfig.from_params({**params, **again}) == TrialConfig.from_params(params)
+        space(world_size=2, strategy=strategy, offload=offload)
+    with pytest.raises(ValidationError, match="says nothing without strategy fsdp"):
+        space(strategy={"choice": ["ddp", "tp"]}, offload="cpu")
+
+
 @pytest.mark.parametrize("value", [1, 0, "all", 2.5, True])
 def test_a_shard_has_ranks_to_be_spread_over(value):
     with pytest.raises(ValidationError, match="not a shard size"):

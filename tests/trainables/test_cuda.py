@@ -83,10 +83,11 @@ def one_of_a_group() -> Iterator[World]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("adapter", ["none", "all-linear"])
-def test_a_gpu_that_leaves_its_weights_to_the_host_learns_and_goes_on_and_holds_what_is_predicted(
-    one_of_a_group: World, adapter: str, precision: str, tmp_path: Path
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_a_gpu_goes_on_from_a_checkpoint_and_holds_what_is_predicted_also_where_it_leaves_weights_to_the_host(
+    one_of_a_group: World, offload: str, adapter: str, precision: str, tmp_path: Path
 ) -> None:
-    case = Case(family="llama", adapter=adapter, precision=precision, rows=8, length=512, offload="cpu", changes=WIDE)
+    case = Case(family="llama", adapter=adapter, precision=precision, rows=8, length=512, offload=offload, changes=WIDE)
     kept = replace(case, offload="none")
     expected = losses(kept, kept.config(1), GPU)
     assert losses(case, case.config(1, "fsdp"), one_of_a_group) == pytest.approx(expected, rel=1e-3 if precision == "fp32" else 2e-2)
