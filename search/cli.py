@@ -266,6 +266,9 @@ def compare_methods(
             chosen = None if methods is None else tuple(map(comparison.Method.parse, methods.split(",")))
             say = teller(quiet=quiet)
             loaded = compare.grid_spec(spec, set_ or (), chosen, compare.parse_fractions(fractions), say)
+            say(
+                f"{loaded.spec.budget.max_trials} trainings: every method, share and rate, in the place of what the file has of these"
+            )
             with SearchView(loaded.spec, quiet=quiet) as view:
                 store = compare.search(loaded, view)
             found, files, failures = compare.confirm_best(store, num_seeds=seeds, say=say)

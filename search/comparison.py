@@ -190,7 +190,7 @@ def render(comparison: Comparison) -> str:
     seeds = "/".join(str(n) for n in sorted({len(quality.values) for quality in known}))
     on = " and ".join(sorted({quality.split for quality in known}))
     intervals = f"means and {LEVEL:.0%} intervals" if min((len(q.values) for q in known), default=0) > 1 else "means"
-    lines = [*aligned(table), "", f"{intervals} over {seeds} further seeds, on the {on} rows"]
+    lines = [*aligned(table), "", f"{intervals} over {seeds} further {'seed' if seeds == '1' else 'seeds'}, on the {on} rows"]
     if any(cell.is_at_edge for cell in comparison.cells):
         lines.append("*: the lowest or the highest rate that was tried; a better one may lie beyond")
     for fraction in comparison.fractions:

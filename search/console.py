@@ -142,7 +142,7 @@ class SearchView:
         most = self._spec.budget.max_trials
         text += f"{'' if most is None else f', {most} planned'}; front of {len(members)}"
         eta = self._eta_seconds()
-        return text + (f"; about {eta / 60:.0f} min left" if eta is not None else "")
+        return text + ("" if eta is None else f"; about {eta / 60:.0f} min left" if eta >= 60 else "; less than a minute left")
 
     def _eta_seconds(self) -> float | None:
         """Extrapolate from the pace of the trials that ended in this session."""

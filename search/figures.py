@@ -194,7 +194,7 @@ def _confirmed_point(record: TrialRecord, x: str, y: str) -> ConfirmedPoint | No
 def _hover(record: TrialRecord, knobs: Sequence[str]) -> tuple[str, ...]:
     measured = [f"{m} {score_text(record, m)}" for m in record.values if is_known(m)]
     tested = [f"test {m} {number_text(m, v)}" for m, v in record.test.items() if is_known(m)]
-    chosen = [f"{k} = {short_text(record.params[k])}" for k in knobs if k in record.params]
+    chosen = [f"{k} = {short_text(record.shown_params[k])}" for k in knobs if k in record.params]
     noisy = [f"noisy: {record.noise}"] if record.noise else []
     return (f"trial {record.number}", *noisy, *measured, *tested, *chosen)
 

@@ -82,7 +82,7 @@ class Forecaster:
         return {"fits": missing == 0, "missing_bytes": missing, "step": parts, "unknown": ""}
 
     def whole(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return hours and dollars of one run of the fastest layout on all the data and of the whole search, or why it has none.
+        """Return hours and dollars of one run of the fastest layout on the space's most data, and of the whole search, or why not.
 
         Args:
             rows: those of the plan.
@@ -94,9 +94,14 @@ class Forecaster:
             return result
         best = max(fitting, key=lambda row: row["step"]["tokens_per_second"])
         space = self.spec.space
-        tokens = self._tokens(max(space.dataset_fraction.ends()), max(space.epochs.ends()))
+        most = max(space.dataset_fraction.ends())
+        tokens = self._tokens(most, max(space.epochs.ends()))
         seconds = tokens / best["step"]["tokens_per_second"]
-        result["run"] = {**{knob: best[knob] for knob in STEP_KNOBS}, **self._cost(seconds / 3600, best["world_size"])}
+        result["run"] = {
+            "dataset_fraction": most,
+            **{knob: best[knob] for knob in STEP_KNOBS},
+            **self._cost(seconds / 3600, best["world_size"]),
+        }
         drawn = self._drawn()
         device_hours = self._search_device_hours(drawn) if drawn else math.inf
         if not drawn:

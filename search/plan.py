@@ -241,7 +241,10 @@ def _forecast_lines(forecast: Mapping[str, Any]) -> list[str]:
         lines.append("no hours: how many training rows there are is not known here; say it with --rows")
     if run:
         layout = ", ".join(f"{knob.replace('_', ' ')} {run[knob]}" for knob in KNOB_COLUMNS if run.get(knob, "-") != "-")
-        lines.append(f"one run of the fastest layout on all the data: {_cost_text(run)} ({layout})")
+        share = (
+            "all the data" if run["dataset_fraction"] == 1 else f"{run['dataset_fraction']:.3g} of the data, the most of the space"
+        )
+        lines.append(f"one run of the fastest layout on {share}: {_cost_text(run)} ({layout})")
     if search:
         lines.append(f"the whole search: {_cost_text(search)}")
     if forecast["no_search"]:

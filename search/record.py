@@ -141,6 +141,15 @@ class TrialRecord:
         return TrialConfig.from_dict(self.config)
 
     @property
+    def shown_params(self) -> dict[str, Any]:
+        """The params, with what `auto` became beside it, for people."""
+        shown, layout = dict(self.params), (self.config or {}).get("layout", {})
+        meant = {"recomputation": layout.get("recomputation"), "micro_batch_size": layout.get("micro_batch_tokens")}
+        units = {"micro_batch_size": " tokens"}
+        automatic = [knob for knob, value in meant.items() if shown.get(knob) == "auto" and value is not None]
+        return shown | {knob: f"auto ({meant[knob]}{units.get(knob, '')})" for knob in automatic}
+
+    @property
     def ran_out_of_memory(self) -> bool:
         """Whether it needed more memory than there is."""
         return self.error is not None and self.error["kind"] == "out_of_memory"

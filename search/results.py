@@ -178,7 +178,7 @@ def render_front(results: Results) -> str:
             *(score_text(record, m) for m in columns),
             *(number_text(m, record.test.get(m)) for m in tested),
             *(c.short_text if (c := confirmed(record, m)) is not None else "-" for m in sure),
-            *(short_text(record.params.get(k)) for k in knobs),
+            *(short_text(record.shown_params.get(k)) for k in knobs),
         )
     console = Console(width=500, highlight=False)
     with console.capture() as capture:
@@ -220,7 +220,7 @@ def render_pick(results: Results, record: TrialRecord) -> str:
     if record.harness:
         lines += ["lm-evaluation-harness", *(f"  {line}" for run in record.harness for line in harness_lines(run))]
     lines += _confirmed_lines(results, record)
-    lines += ["configuration", *(f"  {knob}: {short_text(value)}" for knob, value in record.params.items())]
+    lines += ["configuration", *(f"  {knob}: {short_text(value)}" for knob, value in record.shown_params.items())]
     return "\n".join([*lines, "", "to train it again", results.command_of(record)])
 
 

@@ -126,7 +126,7 @@ def stopped_table(
             f"{r.stopped['place']} of {r.stopped['num_entries']}",
             f"{r.stopped['front']} of {r.stopped['num_fronts']}",
             *(number_text(m, r.reports[-1]["metrics"].get(m)) for m in metrics),
-            *(short_text(r.params.get(k)) for k in knobs),
+            *(short_text(r.shown_params.get(k)) for k in knobs),
         ]
         for r in records
         if r.stopped is not None and r.reports
@@ -150,7 +150,7 @@ def front_table(
             *(score_text(r, m) for m in metrics),
             *(number_text(m, r.test.get(m)) for m in tested),
             *(c.short_text if (c := confirmed(r, m)) is not None else "-" for m in sure),
-            *(short_text(r.params.get(k)) for k in knobs),
+            *(short_text(r.shown_params.get(k)) for k in knobs),
         ]
         for r in members
     ]

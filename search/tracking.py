@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# MLflow refuses more in one request.
-MAX_PARAMS_PER_REQUEST = 100
+# MLflow refuses more in one request, and cuts off what is longer.
+MAX_PARAMS_PER_REQUEST, MAX_PARAM_LENGTH = 100, 6000
 _ENDED = frozenset({"FINISHED", "FAILED", "KILLED"})
 _OUR_TAGS = {"mlflow.source.name": "paretune", "mlflow.source.type": "LOCAL"}
 # Answers that stay the same however often one asks; anything else may be a server that is slow, locked or away.
@@ -264,7 +264,8 @@ class _MlflowRuns:
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        rows = [Param(key, str(value)) for key, value in params.items()]
+        # Without a warning: the whole spec is a file of the run.
+        rows = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in params.items()]
         for start in range(0, len(rows), MAX_PARAMS_PER_REQUEST):
             self._client.log_batch(run_id, params=rows[start : start + MAX_PARAMS_PER_REQUEST])
 

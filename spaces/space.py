@@ -166,15 +166,16 @@ class SpaceSpec(BaseModel):
     """Ranks that `tp` splits the matrices over; `auto`: all. Where there are more ranks they are several such groups, each with rows
     of its own, over which FSDP2 shards the pieces: with the GPUs of a node, activations are summed inside it."""
     offload: LayoutNameDomain[Offload] = Fixed[Offload]("none")
-    """Where `fsdp` keeps what it shards: `cpu` in the host's memory, gradients and optimizer state too, which is updated there; the
-    GPU, also a single one, then holds activations and one to three blocks. For models that do not fit otherwise: it is slower."""
+    """Where `fsdp` keeps what it shards (other strategies: nothing): `cpu` in the host's memory, gradients and optimizer state too,
+    which is updated there; the GPU, also a single one, then holds activations and one to three blocks. For models that do not fit
+    otherwise: it is slower. Only with GPUs (`resources.gpus_per_worker`)."""
     micro_batch_size: LayoutNameDomain[MicroBatch] = Fixed[MicroBatch]("auto")
     """Rows per rank and forward pass. `auto`: as many as fit a budget of tokens, 16,384 on a GPU and 4,096 on a CPU, halved until the
     device has the memory, also after a trial ran out of it: the rows of a step stay. Ranks need not divide them."""
     recomputation: LayoutNameDomain[RecomputationOrAuto] = Fixed[RecomputationOrAuto]("auto")
     """`full` computes the activations of each block again in the backward pass: less memory, about a third more work; `half` those of
-    every other block. `auto`: none where the device has the memory for 2,048 tokens at once, else half, else all; also after a trial
-    ran out of it. Of a family without formulas none."""
+    every other block. `auto`: `none` where the device has the memory for 2,048 tokens at once, else `half`, else `full`; also
+    after a trial ran out of it. `none` of a family without formulas."""
     compile: LayoutNameDomain[Compilation] = Fixed[Compilation]("none")
     """`blocks` has torch.compile fuse the operations of each block, and those of the loss: on GPUs faster steps, after some ten
     seconds at the trial's start, which count in `train_seconds`: with `profile` a search finds from which length on it pays."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.oft import OFTLayer
 from peft.tuners.oft.layer import OFTRotationModule
 from peft.utils.integrations import dequantize_module_weight
+
+# PEFT asks for it by the name that it had before transformers 5.24.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
 

@@ -133,8 +133,10 @@ def save(module: Any, base: BaseModel, config: TrialConfig, directory: Path, ori
         save_file({name: p.detach().contiguous() for name, p in trainable(module).items()}, directory / bottleneck.WEIGHTS)
         shutil.copy(bottleneck.__file__, directory)
     else:
+        # PEFT would ask the hub whether embeddings were trained too.
+        options = {"save_embedding_layers": False} if is_adapter else {}
         with quietly():
-            module.save_pretrained(directory)
+            module.save_pretrained(directory, **options)
     # Beside an adapter, for the names of the labels; a whole model has written the same.
     module.config.save_pretrained(directory)
     load_tokenizer(base.name, base.revision).save_pretrained(directory)
