@@ -7,8 +7,14 @@ import signal
 import threading
 from types import FrameType
 
+import psutil
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 HINT = b"\ninterrupted: the trials in flight are being saved; once more leaves at once\n"
+
+# Ray's own processes of a node, which a search starts where it has no cluster; without them nothing runs and nothing is saved.
+RAY_PROCESSES = ("gcs_server", "raylet")
+LOOK_SECONDS = 0.5
 
 
 class Interrupted(Exception):
@@ -29,14 +35,18 @@ class Interruption:
         """Take the command that goes on later."""
         self._command = command
         self._signum: int | None = None
+        self._ray: list[psutil.Process] = []
+        self._left = threading.Event()
 
     def __enter__(self) -> Interruption:
+        self._ray = [child for child in psutil.Process().children() if child.name() in RAY_PROCESSES]
         self._in_main_thread = threading.current_thread() is threading.main_thread()
         if self._in_main_thread:
             self._previous = {signum: signal.signal(signum, self._take) for signum in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._left.set()
         if self._in_main_thread:
             for signum, handler in self._previous.items():
                 signal.signal(signum, handler)
@@ -62,3 +72,11 @@ class Interruption:
         self._signum = signum
         # Not print: the signal may have come in the middle of one.
         os.write(2, HINT)
+        threading.Thread(target=self._leave_without_ray, args=(signum,), daemon=True).start()
+
+    def _leave_without_ray(self, signum: int) -> None:
+        """End the process once Ray's are gone: a signal to the whole group takes them too, and Ray would wait a minute for them."""
+        while not self._left.wait(LOOK_SECONDS):
+            if any(not ray.is_running() or ray.status() == psutil.STATUS_ZOMBIE for ray in self._ray):
+                os.write(2, f"error: the signal ended Ray too, so that nothing more was saved; `{self._command}` goes on\n".encode())
+                os._exit(128 + signum)

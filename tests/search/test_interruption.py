@@ -42,3 +42,25 @@ def test_the_second_signal_ends_the_process_at_once() -> None:
     assert done.returncode == 143
     assert done.stdout == "still here\n"
     assert "once more leaves at once" in done.stderr
+
+
+@pytest.mark.parametrize("is_ended", [True, False])
+def test_where_the_signal_ended_ray_too_the_process_does_not_wait_for_it(tmp_path: Path, is_ended: bool) -> None:
+    """As `timeout` does, which sends it to the whole process group."""
+    ray = tmp_path / "raylet"
+    ray.symlink_to("/bin/sleep")
+    code = (
+        "import os, signal, subprocess, sys, time\n"
+        "from search.interruption import Interruption\n"
+        f"ray = subprocess.Popen(['{ray}', '60'])\n"
+        "with Interruption('paretune resume mine') as interruption:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"    {'ray.kill()' if is_ended else 'pass'}\n"
+        f"    time.sleep({60 if is_ended else 2})\n"
+        "ray.kill()\n"
+        "print('saved', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == (143 if is_ended else 0)
+    assert done.stdout == ("" if is_ended else "saved\n")
+    assert ("ended Ray too, so that nothing more was saved; `paretune resume mine` goes on" in done.stderr) == is_ended
