@@ -40,7 +40,17 @@ CASES = {
     "a quantised base that is sharded": (
         ["space.world_size=2", "space.strategy=fsdp", "space.quantization=nf4"],
         "space.quantization",
-        "a base in nf4 is not spread over ranks",
+        "a base in nf4 is neither spread over ranks nor left to the host",
+    ),
+    "weights left to a host that has no GPUs": (
+        ["space.strategy=fsdp", "space.offload=cpu"],
+        "space.offload",
+        "moves weights from a GPU, and the workers have none",
+    ),
+    "weights left to the host without fsdp": (
+        ["space.strategy=ddp", "space.offload=cpu"],
+        "space.offload",
+        "says nothing without strategy fsdp",
     ),
     "a prefix of a classifier": (["space.adapter=prefix"], "space.adapter", "prefix is for causal-lm"),
     "batches that nothing divides": (
