@@ -141,13 +141,14 @@ ALONE += [
     for r, n in ((8, 32), (16, 48))
 ]
 # The last block of three is computed again, that of four is not.
-ALONE += [
+HALF = [
     Case(family=f, adapter=a, precision=p, recomputation="half", changes=(("num_hidden_layers", n),))
-    for f in ("llama", "gemma2", "mixtral", "gpt2", "bert", "distilbert")
+    for f in ("llama", "bert", "gemma2", "mixtral", "gpt2", "distilbert")
     for p in PRECISIONS
     for a in ("none", "all-linear")
     for n in (3, 4)
 ]
+ALONE += HALF
 WIDE = (("vocab_size", 2000),)
 ALONE += [
     Case(family=f, adapter=a, precision=p, num_prompt=24, changes=WIDE)
@@ -294,7 +295,9 @@ SPLIT += [Case(family="llama", adapter=a, changes=(("attention_bias", True), ("m
 ALONE_IN_SHORT = [
     c
     for c in ALONE
-    if c.num_used is None and ((c.rows == 8 and c.family in DISTINCT) or (c.rows == 16 and c.recomputation == c.adapter == "none"))
+    if c.num_used is None
+    and c not in HALF[16:]
+    and ((c.rows == 8 and c.family in DISTINCT) or (c.rows == 16 and c.recomputation == c.adapter == "none"))
 ]
 ALONE_IN_SHORT += [c for c in ALONE if c.length == 120 and c.adapter != "some" and c.recomputation == "none"]
 _REPLICATED_IN_SHORT = (("llama", "fp32", 2), ("bert", "bf16", 1))
