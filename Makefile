@@ -27,7 +27,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-## make slow: the tests that need minutes: real searches, kills, two nodes
+## make slow: the tests that need minutes: real searches, kills, two nodes, four ranks, grids
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 

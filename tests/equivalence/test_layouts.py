@@ -222,7 +222,7 @@ def budgeted(world: World, names: dict[str, str]) -> dict[tuple[Any, ...], Any]:
     }
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_budget_of_tokens_has_the_loss_curve_of_all_rows_at_once(names: dict[str, str], world_size: int) -> None:
     for ranks in distributed.run(2, budgeted, names) if world_size == 2 else [budgeted(World.alone(), names)]:
         for (task, adapter, *layout), (curve, metrics) in ranks.items():
@@ -258,6 +258,7 @@ def hybrid_layouts(world: World, names: dict[str, str], directory: str) -> dict[
     return found
 
 
+@pytest.mark.slow
 def test_copies_of_a_sharded_model_learn_what_one_process_learns(names: dict[str, str], tmp_path: Path) -> None:
     for ranks in distributed.run(4, hybrid_layouts, names, str(tmp_path)):
         for (task, adapter, *kind), (curve, metrics) in ranks.items():
@@ -288,7 +289,7 @@ def offloaded(world: World, names: dict[str, str], directory: str, data: TaskDat
     }
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_weights_left_to_the_host_learn_what_one_process_learns(names: dict[str, str], tmp_path: Path, num_ranks: int) -> None:
     data, is_right = completed_in_part(names["causal-lm"])
     for found in distributed.run(num_ranks, offloaded, names, str(tmp_path), data):
@@ -321,6 +322,7 @@ def sharded_pieces(world: World, name: str, directory: str, data: TaskData) -> d
     }
 
 
+@pytest.mark.slow
 def test_sharded_pieces_go_on_compute_in_bf16_and_complete(names: dict[str, str], tmp_path: Path) -> None:
     name = names["causal-lm"]
     data, is_right = completed_in_part(name)
@@ -337,7 +339,7 @@ def repeated(world: World, name: str) -> list[tuple[list[float], dict[str, float
     return [losses(world, name, "causal-lm", config(adapter, world.world_size, strategy, 4)) for adapter, strategy in kinds * 2]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_same_recipe_and_layout_give_the_same_trial_bit_for_bit(names: dict[str, str], world_size: int) -> None:
     name = names["causal-lm"]
     for trials in distributed.run(2, repeated, name) if world_size == 2 else [repeated(World.alone(), name)]:
@@ -460,7 +462,11 @@ def trained_by(
 
 @pytest.mark.parametrize(
     ("num_ranks", "tp_size", "families"),
-    [(2, None, ("llama", "qwen3", "gemma2")), (4, None, ("qwen3",)), (4, 2, ("llama", "qwen3"))],
+    [
+        (2, None, ("llama", "qwen3", "gemma2")),
+        pytest.param(4, None, ("qwen3",), marks=pytest.mark.slow),
+        pytest.param(4, 2, ("llama", "qwen3"), marks=pytest.mark.slow),
+    ],
 )
 def test_tensor_parallel_ranks_learn_what_one_process_learns(
     num_ranks: int, tp_size: int | None, families: tuple[str, ...], tmp_path: Path

@@ -101,6 +101,7 @@ def test_replicated_layouts_are_predicted_and_hold_every_gradient_twice() -> Non
         assert peak - alone == FP32_BYTES * trained, case
 
 
+@pytest.mark.slow
 def test_sharded_layouts_are_predicted() -> None:
     check_on_two(SHARDED_IN_SHORT, "fsdp")
 
