@@ -189,7 +189,7 @@ class Forecaster:
             lines.append("no trial is stopped early, and the search ends by its other limits")
         if max(self.spec.space.world_size.ends()) > 1:
             lines += [OVERLAPS[strategy] for strategy in self.spec.space.strategy.ends()]
-        if "cpu" in self.spec.space.offload.ends():
+        if "cpu" in self.spec.space.offload.ends() and "fsdp" in self.spec.space.strategy.ends():
             lines.append(
                 f"what is left to the host moves at {HOST_LINK_BYTES_PER_SECOND / 1e9:g} GB/s each way (PCIe 4.0), and is updated at "
                 f"{HOST_MEMORY_BYTES_PER_SECOND / 1e9:.0f} GB/s; whether the host has the memory is not checked"

@@ -111,17 +111,25 @@ def test_a_prefix_costs_its_scores_alone(family: str, recomputation: str) -> Non
         assert sum(parts) == pytest.approx(theirs, rel=0.01)
 
 
-@pytest.mark.parametrize("recomputation", ["none", "full"])
-@pytest.mark.parametrize(("family", "task", "adapter"), CASES)
-def test_hardware_flops_are_all_that_torch_computes(family: str, task: str, adapter: str, recomputation: str) -> None:
+def checked_hardware_flops(family: str, task: str, adapter: str, recomputation: str) -> list[tuple[float, float]]:
+    """Hold model and recomputed FLOPs, seen and planned, together against torch's count; return both, each apart."""
     module, plan = make_model(family, task)
     lengths, config = [LENGTH] * ROWS, trial(targets_of(family, adapter), recomputation)
     batch = make_batch(task, lengths)
     theirs, seen = counted(module, task, batch, config, is_hardware=True)
     planned = StepFlops(model=flops_of_blueprint(plan, config.recipe), recomputed=recomputed_flops_of_blueprint(plan, config))
+    found = []
     for ours in (seen, planned):
         model, recomputed = (total(part, lengths, family, len(batch.targets)) for part in (ours.model, ours.recomputed))
         assert model + recomputed == pytest.approx(theirs, rel=0.01)
+        found.append((model, recomputed))
+    return found
+
+
+@pytest.mark.parametrize("recomputation", ["none", "full"])
+@pytest.mark.parametrize(("family", "task", "adapter"), CASES)
+def test_hardware_flops_are_all_that_torch_computes(family: str, task: str, adapter: str, recomputation: str) -> None:
+    for model, recomputed in checked_hardware_flops(family, task, adapter, recomputation):
         assert (recomputed > 0.1 * model) == (recomputation == "full")
 
 
@@ -131,19 +139,9 @@ def test_hardware_flops_are_all_that_torch_computes(family: str, task: str, adap
 )
 def test_every_other_block_is_computed_again(family: str, adapter: str) -> None:
     """The first and the last of three."""
-    task = task_of(family)
-    counts = []
-    for recomputation in ("half", "full"):
-        module, plan = make_model(family, task)
-        lengths, config = [LENGTH] * ROWS, trial(targets_of(family, adapter), recomputation)
-        batch = make_batch(task, lengths)
-        theirs, seen = counted(module, task, batch, config, is_hardware=True)
-        planned = StepFlops(model=flops_of_blueprint(plan, config.recipe), recomputed=recomputed_flops_of_blueprint(plan, config))
-        for ours in (seen, planned):
-            model, recomputed = (total(part, lengths, family, len(batch.targets)) for part in (ours.model, ours.recomputed))
-            assert model + recomputed == pytest.approx(theirs, rel=0.01)
-        counts.append(theirs - model)
-    assert counts[0] < 0.85 * counts[1]
+    half, full = (checked_hardware_flops(family, task_of(family), adapter, recomputation) for recomputation in ("half", "full"))
+    for (_, of_two), (_, of_three) in zip(half, full, strict=True):
+        assert of_two < 0.85 * of_three
 
 
 @pytest.mark.parametrize("targets", [("down_proj",), ("o_proj",), ("k_proj", "up_proj")])
