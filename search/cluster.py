@@ -105,6 +105,8 @@ def connected(resources: ResourcesSpec) -> Iterator[int]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray lets its workers give way to everything else (15); whatever runs beside a search would then be in its times.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # Of Ray's warnings the first would be that a private cluster has a token, which is as it should be.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         ray.init(
             address="local",
             num_cpus=max(1, local_capacity(resources) * resources.cpus_per_worker),

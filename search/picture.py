@@ -43,6 +43,9 @@ def draw_png(figure: FrontFigure, state: SearchState, spec: SearchSpec, objectiv
         table.auto_set_font_size(False)
         table.set_fontsize(7.5)
         table.auto_set_column_width(list(range(len(heading))))
+    # Where the labels are is known once the axes have their place.
+    drawing.draw_without_rendering()
+    _name_members(axes, figure)
     drawing.savefig(path, dpi=150)
 
 
@@ -88,8 +91,6 @@ def _draw_points(axes: Any, figure: FrontFigure) -> None:
         if point.number == figure.knee_number:
             ring = {"facecolors": "none", "edgecolors": KNEE_COLOR, "linewidths": 1.5}
             axes.scatter([point.x], [point.y], s=150, label="knee", zorder=4, **ring)
-        offset = {"textcoords": "offset points", "xytext": (6, -12), "fontsize": 8}
-        axes.annotate(f"trial {point.number}", (point.x, point.y), **offset)
     _draw_confirmed(axes, figure)
     if figure.untrained is not None:
         axes.axhline(figure.untrained, color="black", linewidth=0.8, linestyle=":", label="untrained model")
@@ -98,6 +99,20 @@ def _draw_points(axes: Any, figure: FrontFigure) -> None:
     axes.set(xlabel=axis_label(figure.x_metric), ylabel=axis_label(figure.y_metric))
     axes.grid(alpha=0.25)
     axes.legend(loc="best", fontsize=8)
+
+
+def _name_members(axes: Any, figure: FrontFigure) -> None:
+    """Write each member's number beside it; members too close for labels of their own share one."""
+    offset = {"textcoords": "offset points", "xytext": (6, -12), "fontsize": 8}
+    labels: list[Any] = []
+    for point in sorted((p for p in figure.points if p.on_front), key=lambda p: p.x):
+        label = axes.annotate(f"trial {point.number}", (point.x, point.y), **offset)
+        shared = next((other for other in labels if other.get_window_extent().overlaps(label.get_window_extent())), None)
+        if shared is None:
+            labels.append(label)
+        else:
+            shared.set_text(f"{shared.get_text()}, {point.number}")
+            label.remove()
 
 
 def _draw_confirmed(axes: Any, figure: FrontFigure) -> None:

@@ -189,20 +189,25 @@ def render_plan(plan: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the knobs that tell the rows apart."""
+    return [knob for knob in KNOB_COLUMNS if len({row[knob] for row in rows}) > 1]
+
+
 def _layout_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    shared = [knob for knob in KNOB_COLUMNS if len({row[knob] for row in rows}) == 1]
-    table = [[*(knob.replace("_", " ") for knob in KNOB_COLUMNS if knob not in shared), "GiB a rank"]]
+    knobs = _differing(rows)
+    table = [[*(knob.replace("_", " ") for knob in knobs), "GiB a rank"]]
     is_forecast = "fits" in rows[0]
     if is_forecast:
         table[0] += ["s a step", "tokens/s", "MFU"]
     for row in rows:
-        cells = [*(str(row[knob]) for knob in KNOB_COLUMNS if knob not in shared), _gib(row["peak_memory_bytes"])]
+        cells = [*(str(row[knob]) for knob in knobs), _gib(row["peak_memory_bytes"])]
         if is_forecast:
             cells += _step_cells(row["step"] if row["feasible"] else None)
         table.append(cells)
     verdicts = ["runs there" if is_forecast else "runs here", *(_verdict(row) for row in rows)]
     lines = [f"{line}  {verdict}" for line, verdict in zip(aligned(table), verdicts, strict=True)]
-    told = [f"{knob.replace('_', ' ')} {rows[0][knob]}" for knob in shared if rows[0][knob] != "-"]
+    told = [f"{knob.replace('_', ' ')} {rows[0][knob]}" for knob in KNOB_COLUMNS if knob not in knobs and rows[0][knob] != "-"]
     return [*lines, "all with " + ", ".join(told)] if told else lines
 
 
@@ -224,7 +229,7 @@ def _verdict(row: Mapping[str, Any]) -> str:
 def _memory_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the predicted memory of a rank by term, once for all layouts that agree in it."""
     terms = [f.name for f in fields(RankMemory)]
-    columns = [knob for knob in KNOB_COLUMNS if knob != "num_grad_accum_steps"]
+    columns = [knob for knob in _differing(rows) if knob != "num_grad_accum_steps"]
     on_host = ["host_bytes"] if any(row["host_bytes"] for row in rows) else []
     table = [[name.removesuffix("_bytes").replace("_", " ") for name in (*columns, *terms, *on_host)]]
     for row in rows:

@@ -5,14 +5,18 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure as Drawing
 from synthetic import OBJECTIVES, confirmed_event, numbers_on_front, synthetic_events, without_mfu
 
 from search.advice import caveats, recommendation
+from search.figures import Point, front_figure
 from search.ledger import SearchState, replay
 from search.pareto import front, knee
+from search.picture import draw_png
 from search.record import TrialRecord, TrialState
 from search.report import write_report
 from search.scaling import Law
@@ -208,6 +212,18 @@ def test_the_picture_is_a_picture(written: dict[str, Path]) -> None:
     header = written["png"].read_bytes()[:24]
     assert header.startswith(b"\x89PNG")
     assert int.from_bytes(header[16:20], "big") > 1000
+
+
+def test_members_too_close_for_labels_share_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn: list[Drawing] = []
+    monkeypatch.setattr(Drawing, "savefig", lambda self, *_, **__: drawn.append(self))
+    places = [(2.0, 0.2), (20.0, 0.56), (20.2, 0.57), (20.3, 0.58), (30.0, 0.9)]
+    points = tuple(Point(number=n, x=x, y=y, on_front=True, hover=()) for n, (x, y) in enumerate(places))
+    figure = replace(front_figure(STATE, [], OBJECTIVES), points=points, confirmed=())
+    draw_png(figure, STATE, SPEC, OBJECTIVES, tmp_path / "front.png")
+    labels = drawn[0].axes[0].texts
+    assert [label.get_text() for label in labels] == ["trial 0", "trial 1, 2, 3", "trial 4"]
+    assert not any(one.get_window_extent().overlaps(other.get_window_extent()) for one, other in combinations(labels, 2))
 
 
 @pytest.mark.parametrize("num_trials", [0, 1])

@@ -117,6 +117,13 @@ def test_a_learning_rate_for_one_adapter_is_enough_where_there_is_one(adapter):
         space(adapter={"choice": ["none", "lora"]}, learning_rate=rates)
 
 
+def test_only_adapters_of_the_space_have_learning_rates():
+    assert space(adapter="oft").model_dump()["learning_rate"] == {"by_adapter": {"oft": {"log_uniform": (3e-4, 3e-2)}}}
+    given = {"by_adapter": {"none": 1e-5, "lora": 1e-3, "vera": 1e-2}}
+    two = space(adapter={"choice": ["lora", "none"]}, learning_rate=given)
+    assert two.model_dump()["learning_rate"] == {"by_adapter": {"none": 1e-5, "lora": 1e-3}}
+
+
 class _Lowest:
     def suggest_float(self, name, low, high, *, log=False):
         return low
