@@ -22,11 +22,11 @@ from trainables import bottleneck
 from trainables.checkpoint import read_checkpoint
 from trainables.data import TaskData
 from trainables.evaluation import evaluate
-from trainables.loop import load_weights
 from trainables.mesh import World
 from trainables.model import BaseModel, build, quietly, trainable
 from trainables.quantize import is_head, pack_linears, spread_out
 from trainables.tokenization import load_tokenizer
+from trainables.whole import load_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What no change of weights is, and why not.

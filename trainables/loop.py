@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spaces import metrics
 from spaces.adapters import num_prefix_tokens
@@ -33,9 +32,10 @@ from trainables.optim import learning_rate, make_optimizer, update
 from trainables.packed import packing_for
 from trainables.parallelize import autocast, blocks_of, gradient_sync, recompute, summing
 from trainables.report import Diverged, OutOfMemory, TrialReport
-from trainables.tensor_parallel import marked_while_gathered, piece_of, sum_partial_gradients
+from trainables.tensor_parallel import marked_while_gathered, sum_partial_gradients
 from trainables.tokenization import load_tokenizer
 from trainables.trained_rows import rows_of
+from trainables.whole import load_state, load_weights, whole_state, whole_weights
 
 # Whether the loss is still finite is looked at this often: every look makes a GPU wait.
 CHECK_STEPS = 16
@@ -205,7 +205,7 @@ class Trainer:
             with self.memory.pause():
                 scores |= completion_scores(self.module, self.config, self.data, self.world, tokenizer, exact_match_rows)
         if self.checkpoints is not None:
-            weights = {name: _whole(p, p) for name, p in self._parameters.items()}
+            weights = whole_weights(self._parameters)
             if self.world.rank == 0:
                 state = {"config": self.config.to_dict(), "step": self.step}
                 self.checkpoints.save_final(Checkpoint(weights=weights, optimizer={}, state=state))
@@ -225,11 +225,7 @@ class Trainer:
         if self.checkpoints is None:
             return
         started = time.perf_counter()
-        weights, optimizer = {}, {}
-        for name, parameter in self._parameters.items():
-            weights[name] = _whole(parameter, parameter)
-            for key, value in self._optimizer.state[parameter].items():
-                optimizer[f"{name}/{key}"] = _whole(value, parameter)
+        weights, optimizer = whole_weights(self._parameters), whole_state(self._optimizer, self._parameters)
         assert self.flops is not None  # a step was trained
         state = {
             "step": self.step,
@@ -325,14 +321,7 @@ class Trainer:
         for rows in self._idle_rows:
             rates = (learning_rate(self.config.recipe, step, self.num_steps) for step in range(self.step))
             rows.scale = math.prod(1 - rate * self.config.recipe.weight_decay for rate in rates)
-        for name, parameter in self._parameters.items():
-            prefix = f"{name}/"
-            values = {k.removeprefix(prefix): v for k, v in saved.optimizer.items() if k.startswith(prefix)}
-            self._optimizer.state[parameter] = {
-                # AdamW's step count is a scalar, which the fused kernel wants beside the parameter.
-                key: value.to(parameter.device, copy=True) if value.dim() == 0 and parameter.dim() else _like(value, parameter)
-                for key, value in values.items()
-            }
+        load_state(self._optimizer, self._parameters, saved.optimizer)
 
 
 def evaluate_untrained(config: TrialConfig, data: TaskData, base: BaseModel, world: World) -> dict[str, float]:
@@ -353,35 +342,3 @@ def evaluate_saved(config: TrialConfig, data: TaskData, base: BaseModel, world: 
     module = build(config, base, world)
     load_weights(trainable(module), read_checkpoint(weights).weights)
     return evaluate(module, config, data, data.test, world)
-
-
-@torch.no_grad()
-def load_weights(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:
-    """Put whole tensors into parameters, sharded or not.
-
-    Raises:
-        KeyError: a parameter is not among the weights.
-    """
-    for name, parameter in parameters.items():
-        parameter.copy_(_like(weights[name], parameter))
-
-
-def _whole(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Gather a parameter, or what the optimizer keeps of it, on every rank; on the CPU, apart from the original."""
-    piece, rows = piece_of(parameter), rows_of(parameter)
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    if whole.dim() and piece is not None:  # a count of steps is no tensor of the parameter's shape
-        whole = piece.gathered(whole.detach())
-    if whole.dim() and rows is not None:
-        return rows.whole(whole, is_weight=tensor is parameter)
-    return whole.detach().cpu().clone().contiguous()
-
-
-def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Put a whole tensor where a parameter is, sharded, split or chosen from as it is."""
-    part = piece_of(parameter) or rows_of(parameter)
-    whole = (whole if part is None else part.of(whole)).to(parameter.device)
-    if isinstance(parameter, DTensor):
-        # A mesh of GPUs takes it there, also where the parameter is left to the host.
-        return distribute_tensor(whole, parameter.device_mesh, parameter.placements).to(parameter.device)
-    return whole

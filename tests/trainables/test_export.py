@@ -28,11 +28,12 @@ from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from trainables.data import TaskData
 from trainables.evaluation import evaluate
 from trainables.export import merged_module, save, scores, trained_module, unquantized, whole_module
-from trainables.loop import Command, load_weights, train
+from trainables.loop import Command, train
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
 from trainables.preparation import prepare
 from trainables.quantize import Packed, pack_linears
+from trainables.whole import load_weights
 
 Parts = tuple[TaskData, BaseModel]
 

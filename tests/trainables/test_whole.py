@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import torch
+from memory_grid import Case
+from torch import nn
+
+from trainables.optim import make_optimizer
+from trainables.whole import load_state, whole_state
+
+
+def test_an_optimizer_goes_on_on_the_device_of_its_parameters() -> None:
+    recipe = Case(family="bert").config(1).recipe
+    trained = {"w": nn.Parameter(torch.ones(3, 2)), "b": nn.Parameter(torch.ones(2))}
+    optimizer = make_optimizer(trained, recipe)
+    for parameter in trained.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    saved = whole_state(optimizer, trained)
+    assert {"w/step", "b/step", "w/exp_avg", "b/exp_avg_sq"} <= set(saved)
+    # No GPU is needed to have parameters elsewhere; all that fused AdamW reads must be there, the count of steps too.
+    elsewhere = {name: nn.Parameter(parameter.detach().to("meta")) for name, parameter in trained.items()}
+    other = make_optimizer(elsewhere, recipe)
+    load_state(other, elsewhere, saved)
+    assert {f"{n}/{key}" for n, p in elsewhere.items() for key in other.state[p]} == set(saved)
+    assert {value.device.type for p in elsewhere.values() for value in other.state[p].values()} == {"meta"}
