@@ -32,21 +32,27 @@ def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objectiv
 
 
 def recommendation_lines(members: Sequence[TrialRecord], objectives: Sequence[Objective], name: str) -> list[str]:
-    """Return which trial to take, who may be as good as it, and how sure all of that is."""
+    """Return which trial to take, what speaks against its numbers, who may be as good as it, and how sure all of that is."""
     chosen = knee(members, objectives)
-    rivals = [] if chosen is None else rival_lines(chosen, members, objectives)
-    return [recommendation(members, objectives, name), *rivals, *confidence_lines(members, objectives)]
+    own = [] if chosen is None else [*noise_lines([chosen]), *rival_lines(chosen, members, objectives)]
+    return [
+        recommendation(members, objectives, name),
+        *own,
+        *confidence_lines(members, objectives),
+        *noise_lines([r for r in members if r is not chosen]),
+        *(f"trial {r.number} is {r.why_not_trained}" for r in members if r.source is not None),
+        *_without_mfu(members),
+    ]
 
 
-def caveats(members: Sequence[TrialRecord]) -> list[str]:
-    """Return in lines whose times are not to be trusted, or not of a training of their own, and why a member has no MFU."""
+def noise_lines(records: Sequence[TrialRecord]) -> list[str]:
+    """Return in lines whose times are not to be trusted."""
     lines = []
-    for record in (r for r in members if r.noise):
+    for record in (r for r in records if r.noise):
         is_sure = confirmed(record, TRAIN_SECONDS) is not None and not any(c.noise for c in record.confirmations)
         what = "trust its confirmed times" if is_sure else "train it again before you trust its times"
         lines.append(f"trial {record.number} is noisy: {record.noise}; {what}")
-    lines += [f"trial {r.number} is {r.why_not_trained}" for r in members if r.source is not None]
-    return lines + _without_mfu(members)
+    return lines
 
 
 def _without_mfu(members: Sequence[TrialRecord]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from search.advice import caveats, recommendation_lines
+from search.advice import recommendation_lines
 from search.calibration import Calibration, calibrate, kind, summary_lines
 from search.data_scaling import DataCurve, data_curves, missing_lines, scaling_lines
 from search.figures import (
@@ -110,7 +110,7 @@ def draw_html(
         _html_table(
             *front_table(members, spec, objectives, (TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES)), marked=str(figure.knee_number)
         ),
-        *(f"<p class='note'>{html.escape(line)}</p>" for line in [*doubts, *caveats(members), *scaling_lines(scaling)]),
+        *(f"<p class='note'>{html.escape(line)}</p>" for line in [*doubts, *scaling_lines(scaling)]),
     ]
     for number, (title, note, drawing) in enumerate(_drawings(figure, state, spec, objectives, scaling)):
         # The library is embedded once, in the first figure; it is most of the file's 5 MB.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search.advice import caveats, recommendation_lines
+from search.advice import recommendation_lines
 from search.budget import used
 from search.calibration import calibration_as_json
 from search.confidence import confirmed, confirmed_as_json, failure_lines, rival_lines, score_text
@@ -200,7 +200,6 @@ def render_front(results: Results) -> str:
     if members and not any(r.confirmations for r in members):
         command = command_in(results.directory, "confirm", results.name)
         lines.append(f"one seed each: `{command}` trains the members with further seeds, and says how sure this is")
-    lines += caveats(members)
     lines += scaling_lines(data_curves(results.state.records.values()))
     written = results.report_path / "report.html"
     if written.exists():

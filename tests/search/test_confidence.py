@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from synthetic import OBJECTIVES, confirmed_event, synthetic_events
 
-from search.advice import caveats
+from search.advice import noise_lines
 from search.confidence import (
     binomial_interval,
     confidence_lines,
@@ -131,8 +131,8 @@ def test_a_noisy_seed_is_named_and_its_times_are_not_to_be_trusted() -> None:
         replace(r, values={**r.values, "time_drift": 0.3}) for r in (replay(e).records[0] for e in (events, [*events, drifting]))
     )
     assert "trial 0 is noisy with seed 2: its pace changed by 50% while it trained" in confidence_lines([noisy], OBJECTIVES)
-    assert caveats([quiet]) == ["trial 0 is noisy: its pace changed by 30% while it trained; trust its confirmed times"]
-    assert caveats([noisy])[0].endswith("train it again before you trust its times")
+    assert noise_lines([quiet]) == ["trial 0 is noisy: its pace changed by 30% while it trained; trust its confirmed times"]
+    assert noise_lines([noisy])[0].endswith("train it again before you trust its times")
 
 
 def test_rivals_are_who_the_seeds_do_not_tell_apart() -> None:

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure as Drawing
 from synthetic import OBJECTIVES, confirmed_event, numbers_on_front, synthetic_events, without_mfu
 
-from search.advice import caveats, recommendation
+from search.advice import noise_lines, recommendation, recommendation_lines
 from search.figures import Point, front_figure
 from search.ledger import SearchState, replay
 from search.pareto import front, knee
@@ -162,7 +162,7 @@ def test_a_front_without_mfu_says_why(tmp_path: Path, written: dict[str, Path]) 
     state = replay(without_mfu(synthetic_events(24), "no bf16 peak known for Tesla T4"))
     members = front(list(state.records.values()), OBJECTIVES)
     line = f"no MFU of trial {', '.join(str(r.number) for r in members)}: no bf16 peak known for Tesla T4"
-    assert caveats(members)[-1] == line
+    assert recommendation_lines(members, OBJECTIVES, "made-up")[-1] == line
     paths = write_report(state, SPEC, OBJECTIVES, tmp_path)
     assert f"<p class='note'>{line}</p>" in paths["html"].read_text(encoding="utf-8")
     assert "no MFU" not in written["html"].read_text(encoding="utf-8")
@@ -252,10 +252,15 @@ def test_three_objectives_and_prices_of_zero_can_be_drawn(tmp_path: Path) -> Non
 
 def test_a_noisy_member_is_named() -> None:
     members = front(RECORDS, OBJECTIVES)
-    assert caveats(members) == []
-    noisy = replace(members[0], values={**members[0].values, "time_drift": 0.5})
-    (line,) = caveats([noisy, *members[1:]])
-    assert line.startswith(f"trial {noisy.number} is noisy: its pace changed by 50%")
+    assert noise_lines(members) == []
+    chosen = knee(members, OBJECTIVES)
+    assert chosen is not None
+    other = next(r for r in members if r is not chosen)
+    for record, place in ((chosen, 1), (other, -1)):
+        noisy = replace(record, values={**record.values, "time_drift": 0.5})
+        lines = recommendation_lines([noisy if r is record else r for r in members], OBJECTIVES, "made-up")
+        assert lines[0].startswith(f"Take trial {chosen.number} of")
+        assert lines[place].startswith(f"trial {record.number} is noisy: its pace changed by 50%")
 
 
 def test_the_recommendation_is_one_sentence() -> None:
