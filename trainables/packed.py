@@ -2,6 +2,7 @@
 
 The model is one row of tokens long; what is between the attentions computes no padding. (Krell et al. 2021,
 https://arxiv.org/abs/2107.02027; "padding-free" in transformers and TRL, where it takes flash attention's kernels.)
+GPUs attend to all rows in one kernel; CPUs, and what that kernel does not take, to those of one length at a time.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from inspect import signature
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -26,6 +29,10 @@ from trainables.packed_rows import PackedRows
 
 # Under this name transformers finds what is below. Where rows are padded, it is `scaled_dot_product_attention` as ever.
 ATTENTION = "sdpa_of_rows"
+# FlashAttention-2's: https://github.com/Dao-AILab/flash-attention#nvidia-cuda-support
+MIN_CAPABILITY, MAX_HEAD_WIDTH = (8, 0), 256
+# Torch 2.11 takes fewer heads of keys without being told.
+TELLS_SHARED_KEYS = "enable_gqa" in signature(varlen_attn).parameters
 _is_packed: ContextVar[bool] = ContextVar("is_packed", default=False)
 
 
@@ -59,33 +66,80 @@ def packed(rows: PackedRows | None) -> Iterator[None]:
 
 
 def attention_by_rows(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, runs: tuple[tuple[int, int], ...], **options: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: PackedRows,
+    *,
+    is_causal: bool,
+    scale: float | None,
 ) -> torch.Tensor:
     """Return every row's attention to itself, (tokens, heads, head width); a function of its own, because `trainables.meter` sees it.
-
-    A prefix is before all rows, and every row sees it. Its own queries are zeros, whose results are dropped: what is causal then
-    stays so in a square, which fast kernels know.
 
     Args:
         query: (1, heads, tokens, head width)
         key: the same, of fewer heads where queries share them, and with a prefix before
         value: the same
-        runs: `PackedRows.runs`
-        options: of `scaled_dot_product_attention`
+        rows: where each row is
+        is_causal: whether a token sees none behind it
+        scale: of the scores; one over the root of the head width by default
     """
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale}
     if has_torch_function_unary(query):
-        return handle_torch_function(attention_by_rows, (query,), query, key, value, runs, **options)
+        return handle_torch_function(attention_by_rows, (query,), query, key, value, rows, **options)
+    attention = _attention_to_all_rows if _takes_all_rows(query, key) else _attention_by_length
+    return attention(query, key, value, rows, **options)
+
+
+def _dtype(query: torch.Tensor) -> torch.dtype:
+    """Return the type in which attention is computed; autocast does not know the kernel for all rows."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+
+
+def _takes_all_rows(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Return whether torch has a kernel for rows of several lengths; a prefix is before each row, and not laid out for it."""
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and torch.version.hip is None
+        and _dtype(query) in (torch.bfloat16, torch.float16)
+        and width % 8 == 0
+        and width <= MAX_HEAD_WIDTH
+        and key.shape[2] == query.shape[2]
+        and torch.cuda.get_device_capability(query.device) >= MIN_CAPABILITY
+    )
+
+
+def _attention_to_all_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: PackedRows, *, is_causal: bool, scale: float | None
+) -> torch.Tensor:
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if is_causal else (-1, -1)}
+    if TELLS_SHARED_KEYS:
+        options["enable_gqa"] = key.shape[1] != query.shape[1]
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(_dtype(query)) for x in (query, key, value))
+    return cast("torch.Tensor", varlen_attn(q, k, v, rows.bounds, rows.bounds, rows.longest, rows.longest, **options))
+
+
+def _attention_by_length(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: PackedRows, *, is_causal: bool, scale: float | None
+) -> torch.Tensor:
+    """Attend to the rows of one length together.
+
+    A prefix is before all rows, and every row sees it. Its own queries are zeros, whose results are dropped: what is causal then
+    stays so in a square, which fast kernels know.
+    """
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": key.shape[1] != query.shape[1]}
     # Split at once: the gradient of a slice is as long as what it was cut from, that of all parts together too.
-    sizes = [num_rows * length for num_rows, length in runs]
+    sizes = [num_rows * length for num_rows, length in rows.runs]
     num_before = key.shape[2] - query.shape[2]
     query = functional.pad(query, (0, 0, num_before, 0)) if num_before else query
     before, *parts = zip(*(x.squeeze(0).split([num_before, *sizes], dim=1) for x in (query, key, value)), strict=True)
     results = []
-    for run, part in zip(runs, parts, strict=True):
-        rows = [x.unflatten(1, run).transpose(0, 1) for x in part]
+    for run, part in zip(rows.runs, parts, strict=True):
+        own = [x.unflatten(1, run).transpose(0, 1) for x in part]
         if num_before:
-            rows = [torch.cat([first.expand(run[0], -1, -1, -1), x], dim=2) for first, x in zip(before, rows, strict=True)]
-        attended = functional.scaled_dot_product_attention(*rows, **options)
+            own = [torch.cat([first.expand(run[0], -1, -1, -1), x], dim=2) for first, x in zip(before, own, strict=True)]
+        attended = functional.scaled_dot_product_attention(*own, **options)
         results.append((attended[:, :, num_before:] if num_before else attended).transpose(1, 2).flatten(0, 1))
     return torch.cat(results)
 
@@ -108,9 +162,7 @@ def _attention(
         )
         return found
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    shares = key.shape[1] != query.shape[1]
-    result = attention_by_rows(query, key, value, packed_rows.runs, is_causal=causal, scale=scaling, enable_gqa=shares)
-    return result[None], None
+    return attention_by_rows(query, key, value, packed_rows, is_causal=causal, scale=scaling)[None], None
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

@@ -21,30 +21,40 @@ class PackedRows:
 
     runs: tuple[tuple[int, int], ...]
     """(rows, length) of neighbours of one length"""
-    starts: torch.Tensor
-    """int64 (rows,): where each row begins"""
+    bounds: torch.Tensor
+    """int32 (rows + 1,): where each row begins, and where the last one ends"""
     position_ids: torch.Tensor
     """int64 (1, tokens)"""
 
     @classmethod
     def of(cls, lengths: np.ndarray, packing: Packing) -> PackedRows:
         """Lay rows of these lengths end to end, in their order."""
-        starts = np.cumsum(lengths) - lengths
-        positions = np.arange(lengths.sum()) - np.repeat(starts, lengths) + packing.first_position
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths) + packing.first_position
         return cls(
             runs=tuple((len(list(run)), int(length)) for length, run in groupby(lengths.tolist())),
-            starts=torch.from_numpy(starts),
+            bounds=torch.from_numpy(bounds.astype(np.int32)),
             position_ids=torch.from_numpy(positions)[None],
         )
 
     @property
     def num_rows(self) -> int:
-        return len(self.starts)
+        return len(self.bounds) - 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(length for _, length in self.runs)
+
+    @property
+    def starts(self) -> torch.Tensor:
+        """int64 (rows,): where each row begins."""
+        return self.bounds[:-1].long()
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> PackedRows:
         """Return it on a device."""
-        starts, positions = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.starts, self.position_ids))
-        return PackedRows(runs=self.runs, starts=starts, position_ids=positions)
+        bounds, positions = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.bounds, self.position_ids))
+        return PackedRows(runs=self.runs, bounds=bounds, position_ids=positions)
 
     def inputs(self) -> dict[str, Any]:
         """Return what the model is given beside its tokens."""

@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from memory_grid import Case
+from torch.nn.attention.varlen import varlen_attn
+from unequal_rows import LENGTHS, base_of, data_of, gradients
 
 from spaces.config import TrialConfig
 from spaces.memory import rank_memory
+from trainables.batching import collate
 from trainables.checkpoint import CheckpointStore
 from trainables.loop import Trainer
 from trainables.mesh import World
+from trainables.model import build
+from trainables.packed import packing_for
+from trainables.parallelize import autocast
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 GPU = World(rank=0, world_size=1, device=torch.device("cuda", 0), control_group=None)
@@ -46,6 +54,31 @@ def test_a_gpu_learns_what_a_cpu_learns(adapter: str, method: str, changes: dict
     case = Case(family="llama", adapter=adapter, method=method)
     expected = losses(case, case.config(1), World.alone())
     assert losses(case, with_layout(case, **changes), GPU) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "bert"])
+def test_the_kernel_for_all_rows_computes_what_those_of_one_length_do(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(family=family, precision="bf16")
+    config, base, data = case.config(1), base_of(case), data_of(case.task)
+    module = build(config, base, GPU).train()
+    batch = collate(data.train, np.arange(len(LENGTHS)), 0, packing_for(base.module, config, data)).to(GPU.device)
+    calls: list[str] = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        calls.append(family)
+        return varlen_attn(*args, **options)
+
+    monkeypatch.setattr("trainables.packed.varlen_attn", watched)
+    with autocast(config, GPU):
+        loss, found = gradients(module, [batch], case.task)
+    assert len(calls) == base.shape.num_layers
+    monkeypatch.setattr("trainables.packed._takes_all_rows", lambda *_: False)
+    with autocast(config, GPU):
+        expected_loss, expected = gradients(module, [batch], case.task)
+    assert len(calls) == base.shape.num_layers
+    assert loss == pytest.approx(expected_loss, rel=1e-2)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 3e-2 * gradient.norm() + 1e-4, name
 
 
 @pytest.mark.parametrize(("quantization", "tolerance"), [("nf4", 1e-3), ("int8", 1e-2)])

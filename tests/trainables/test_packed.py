@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +16,14 @@ from unequal_rows import LENGTHS, base_of, data_of, gradients
 from spaces.adapters import num_prefix_tokens
 from spaces.blueprint import FAMILIES
 from spaces.flops import flops_of_blueprint
-from spaces.packing import NOT_PACKED, packing_of
+from spaces.packing import NOT_PACKED, Packing, packing_of
 from trainables.batching import BatchPlan, collate
 from trainables.loss import TrainingLoss, evaluated
 from trainables.mesh import World
 from trainables.meter import FlopWatch
 from trainables.model import BaseModel, build
-from trainables.packed import ATTENTION, packing_for
+from trainables.packed import ATTENTION, attention_by_rows, packing_for
+from trainables.packed_rows import PackedRows
 
 PACKED = [family for family in FAMILIES if family not in NOT_PACKED]
 
@@ -44,6 +46,70 @@ def test_a_row_has_the_loss_and_the_gradients_that_it_has_alone(family: str, ada
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+
+
+def plain_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What torch documents of `varlen_attn`, row by row, with its scores written out."""
+    assert cu_seq_q.dtype is cu_seq_k.dtype is torch.int32
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert max_q == max_k == cu_seq_q.diff().max()
+    assert enable_gqa == (key.shape[1] != query.shape[1])
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    results = []
+    for start, end in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
+        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if window_size == (-1, 0):
+            scores = scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -torch.inf)
+        results.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(results)
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_the_kernel_for_all_rows_is_asked_for_what_those_of_one_length_are(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(family=family)
+    config, base, data = case.config(1), base_of(case), data_of(case.task)
+    module = build(config, base, World.alone()).train()
+    batch = collate(data.train, np.arange(len(LENGTHS)), 0, packing_for(base.module, config, data))
+    expected_loss, expected = gradients(module, [batch], case.task)
+    called: list[str] = []
+
+    def watched(*args: Any, **options: Any) -> torch.Tensor:
+        called.append(family)
+        return plain_varlen(*args, **options)
+
+    monkeypatch.setattr("trainables.packed._takes_all_rows", lambda *_: True)
+    monkeypatch.setattr("trainables.packed.varlen_attn", watched)
+    loss, found = gradients(module, [batch], case.task)
+    assert len(called) == base.shape.num_layers
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_torch_takes_what_the_kernel_for_all_rows_is_given(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as shapes and types go, which need no GPU: torch's own operation, forward and backward, on tensors without values."""
+    monkeypatch.setattr("trainables.packed._takes_all_rows", lambda *_: True)
+    rows = PackedRows.of(np.array(LENGTHS), Packing(first_position=0)).to(torch.device("meta"))
+    shapes = {"query": (1, 8, sum(LENGTHS), 16), "key": (1, 2, sum(LENGTHS), 16), "value": (1, 2, sum(LENGTHS), 16)}
+    parts = {n: torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True) for n, shape in shapes.items()}
+    attended = attention_by_rows(**parts, rows=rows, is_causal=is_causal, scale=None)
+    assert attended.shape == (sum(LENGTHS), 8, 16)
+    attended.sum().backward()
+    assert [part.grad is not None and part.grad.shape == part.shape for part in parts.values()] == [True] * 3
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
