@@ -173,6 +173,7 @@ class Trainer:
                 group["lr"] = rate
             # DDP and FSDP2 average gradients over the ranks; the loss is a mean over the whole global batch.
             scale = self._rows_world.world_size / self._plan.num_targets(self.step)
+            # Made while a GPU computes the step before, for which nothing here waits.
             micro_batches = [b.to(self.world.device) for b in self._plan.micro_batches(self.step, self._rows_world.rank)]
             mark("data")
             for i, batch in enumerate(micro_batches, start=1):

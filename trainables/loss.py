@@ -16,7 +16,7 @@ from trainables.batching import Batch
 from trainables.compilation import Compilation
 from trainables.head_loss import Differentiate, differentiate, head_loss, head_scores
 from trainables.model import unwrapped
-from trainables.packed import packed
+from trainables.packed import inputs_of
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -95,8 +95,8 @@ class TrainingLoss:
 
 
 def _outputs(module: nn.Module, batch: Batch) -> Any:
-    with packed(batch.packed):
-        return module(**batch.inputs())
+    with inputs_of(unwrapped(module), batch) as inputs:
+        return module(**inputs)
 
 
 def _plain_head(module: nn.Module, task: str) -> nn.Linear | None:

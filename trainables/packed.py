@@ -24,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from spaces.config import TrialConfig
 from spaces.packing import Packing, can_pack, packing_of
+from trainables.batching import Batch
 from trainables.data import TaskData
 from trainables.packed_rows import PackedRows
 
@@ -33,7 +34,10 @@ ATTENTION = "sdpa_of_rows"
 MIN_CAPABILITY, MAX_HEAD_WIDTH = (8, 0), 256
 # Torch 2.11 takes fewer heads of keys without being told.
 TELLS_SHARED_KEYS = "enable_gqa" in signature(varlen_attn).parameters
-_is_packed: ContextVar[bool] = ContextVar("is_packed", default=False)
+# The mask is made without a look at whether there is anything to mask.
+NO_SKIP = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+# Of others, as in generation, nothing is known.
+_batch: ContextVar[Batch | None] = ContextVar("batch", default=None)
 
 
 def packing_for(module: Any, config: TrialConfig, data: TaskData) -> Packing | None:
@@ -56,13 +60,24 @@ def attend_by_rows(module: Any) -> None:
 
 
 @contextmanager
-def packed(rows: PackedRows | None) -> Iterator[None]:
-    """Have the model make no masks where rows are laid end to end."""
-    token = _is_packed.set(rows is not None)
+def inputs_of(module: Any, batch: Batch) -> Iterator[dict[str, Any]]:
+    """Yield what a model is called with for a batch, of which is known whether it is padded.
+
+    Transformers would read that back from the device, in every forward pass: from a mask whether it masks anything, and without one
+    from the positions whether rows are laid end to end.
+
+    Args:
+        module: transformers' model.
+        batch: what it shall compute.
+    """
+    inputs = batch.inputs()
+    if module.config._attn_implementation == ATTENTION and batch.attention_mask is None:
+        inputs["attention_mask"] = torch.ones_like(batch.input_ids)
+    token = _batch.set(batch)
     try:
-        yield
+        yield inputs
     finally:
-        _is_packed.reset(token)
+        _batch.reset(token)
 
 
 def attention_by_rows(
@@ -165,8 +180,15 @@ def _attention(
     return attention_by_rows(query, key, value, packed_rows, is_causal=causal, scale=scaling)[None], None
 
 
-def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    return None if _is_packed.get() else sdpa_mask(*args, **kwargs)
+def _mask(*, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
+    batch = _batch.get()
+    if batch is None:
+        return sdpa_mask(attention_mask=attention_mask, **options)
+    if batch.packed is not None:
+        return None
+    if batch.attention_mask is None:
+        return sdpa_mask(**options)
+    return sdpa_mask(attention_mask=attention_mask, **options | NO_SKIP)
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -51,6 +51,10 @@ class PackedRows:
         """int64 (rows,): where each row begins."""
         return self.bounds[:-1].long()
 
+    def pin_memory(self) -> PackedRows:
+        """Return it in memory from which a GPU copies by itself."""
+        return PackedRows(runs=self.runs, bounds=self.bounds.pin_memory(), position_ids=self.position_ids.pin_memory())
+
     def to(self, device: torch.device, *, non_blocking: bool = False) -> PackedRows:
         """Return it on a device."""
         bounds, positions = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.bounds, self.position_ids))
