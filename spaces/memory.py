@@ -6,6 +6,7 @@ sum with the tensors that really live. The peak is the largest of the moments be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from spaces.activations import Activations
@@ -128,6 +129,8 @@ def rank_memory(
     at_update = replace(state, gradients_bytes=_held_here(FP32_BYTES * trained, config.layout))
     if num_partial:
         at_update = replace(at_update, communication_bytes=FP32_BYTES * num_partial // shards)
+    if _has_buckets(config.layout):
+        return max(_while_replicated(plan, recipe, computed, at_update), key=_peak)
     at_embedding = at_update
     if plan.is_head_tied and recipe.adapter == "none":
         # The gradients that the shared matrix gets as head and as embedding are there beside their sum, and beside that of the micro
@@ -151,9 +154,25 @@ def _between_steps(plan: Blueprint, config: TrialConfig) -> RankMemory:
         weights_bytes=_held_here(FP32_BYTES * trained + _frozen_bytes(plan, config), config.layout)
         + FP32_BYTES * shared_params(plan, recipe),
         optimizer_bytes=_held_here(FP32_BYTES * ADAMW_STATES * trained, config.layout),
-        # DDP's buckets are a second copy of all gradients, made before the first step.
-        communication_bytes=FP32_BYTES * trained if not config.layout.is_sharded and config.layout.data_parallel_size > 1 else 0,
+        # DDP's buckets, which are there before the first step, hold all gradients.
+        communication_bytes=FP32_BYTES * trained if _has_buckets(config.layout) else 0,
     )
+
+
+def _has_buckets(layout: Layout) -> bool:
+    """Return whether gradients are exchanged by DDP."""
+    return not layout.is_sharded and layout.data_parallel_size > 1
+
+
+def _while_replicated(plan: Blueprint, recipe: Recipe, moments: Sequence[RankMemory], at_update: RankMemory) -> list[RankMemory]:
+    """Return the moments of a rank whose gradients are in DDP's buckets, but for that which is computed."""
+    of_product = FP32_BYTES * _num_trained_of(plan.feed_forward_out, recipe)
+    computed = [replace(m, gradients_bytes=min(m.gradients_bytes, of_product)) for m in moments]
+    if recipe.adapter != "none":
+        return [*computed, replace(at_update, gradients_bytes=0)]
+    # The gradients that a shared matrix gets as head and as embedding are there beside their sum.
+    table = 3 * plan.head[-1].num_weights if plan.is_head_tied else plan.num_embedding_params - plan.num_idle_params
+    return [*computed, replace(at_update, gradients_bytes=FP32_BYTES * table)]
 
 
 def _frozen_bytes(plan: Blueprint, config: TrialConfig) -> int:

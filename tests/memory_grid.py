@@ -28,7 +28,7 @@ from trainables.model import BaseModel, build, trainable
 from trainables.optim import make_optimizer, update
 from trainables.packed import attend_by_rows
 from trainables.packed_rows import PackedRows
-from trainables.parallelize import autocast, gradient_sync, summing
+from trainables.parallelize import autocast, clear_gradients, gradient_sync, summing
 from trainables.tensor_parallel import sum_partial_gradients
 from trainables.tokenization import Encoded
 
@@ -255,6 +255,16 @@ REPLICATED = [
     for c in ("none", "full")
     for n in (1, 2)
 ]
+# With few tokens the update is the peak, or the backward pass of the embedding.
+FEW_TOKENS = [
+    Case(family=f, precision=p, rows=1, length=8, num_micro_batches=n, changes=v)
+    for f in ("llama", "bert", "gpt2", "gemma2", "mixtral")
+    for p in PRECISIONS
+    for n in (1, 2)
+    for v in ((), WIDE)
+    if f not in ENCODERS or not v
+]
+REPLICATED += FEW_TOKENS
 SHARDED = [
     Case(family=f, adapter=a, precision=p, rows=r, length=n, recomputation=c, changes=v)
     for f in DISTINCT
@@ -304,6 +314,7 @@ ALONE_IN_SHORT = [
 ALONE_IN_SHORT += [c for c in ALONE if c.length == 120 and c.adapter != "some" and c.recomputation == "none"]
 _REPLICATED_IN_SHORT = (("llama", "fp32", 2), ("bert", "bf16", 1))
 REPLICATED_IN_SHORT = [c for c in REPLICATED if (c.family, c.precision, c.num_micro_batches) in _REPLICATED_IN_SHORT]
+REPLICATED_IN_SHORT += FEW_TOKENS[::5]
 _SHARDED_IN_SHORT = {"llama": ("fp32", "bf16"), "bert": ("fp32",), "qwen3_moe": ("fp32",)}
 _SHARDED_IN_SHORT |= dict.fromkeys(("gpt2", "gemma2", "mixtral"), ("bf16",))
 _SHARDED = [c for c in SHARDED if c.precision in _SHARDED_IN_SHORT.get(c.family, ())]
@@ -356,7 +367,7 @@ def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
                     del loss
             sum_partial_gradients(trained.values(), summing(world.tensor_parallel(config.layout), None))
             update(optimizer, trained.values())
-            optimizer.zero_grad()
+            clear_gradients(module, optimizer)
             peaks.append(tensors.peak)
     return min(peaks[1:]), sum(p.numel() for p in trained.values())
 

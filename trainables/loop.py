@@ -30,7 +30,7 @@ from trainables.meter import FlopWatch, StepTimer, details, speed
 from trainables.model import BaseModel, build, trainable, unwrapped
 from trainables.optim import learning_rate, make_optimizer, update
 from trainables.packed import packing_for
-from trainables.parallelize import autocast, blocks_of, gradient_sync, recompute, summing
+from trainables.parallelize import autocast, blocks_of, clear_gradients, gradient_sync, recompute, summing
 from trainables.report import Diverged, OutOfMemory, TrialReport
 from trainables.tensor_parallel import marked_while_gathered, sum_partial_gradients
 from trainables.tokenization import load_tokenizer
@@ -182,7 +182,7 @@ class Trainer:
                     self._losses[self.step] += self._backward(batch, scale, mark)
             sum_partial_gradients(self._parameters.values(), self._sum_pieces)
             update(self._optimizer, self._parameters.values())
-            self._optimizer.zero_grad()
+            clear_gradients(self.module, self._optimizer)
             for rows in self._idle_rows:
                 rows.scale *= 1 - rate * recipe.weight_decay
             mark("optimizer")

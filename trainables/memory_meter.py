@@ -111,7 +111,8 @@ class MemoryMeter:
             yield False
             return
         with LiveBytes(is_resized=isinstance(self._module, FSDPModule)) as tensors:
-            for tensor in (*self._weights(), *self._optimizer_state()):
+            gradients = [p.grad for p in self._module.parameters() if p.grad is not None]  # DDP's stay between steps
+            for tensor in (*self._weights(), *self._optimizer_state(), *gradients):
                 tensors.hold(tensor)
             yield True
         self._trained_peak = max(self._trained_peak, tensors.peak)

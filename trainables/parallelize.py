@@ -50,8 +50,9 @@ def parallelize(
     if config.layout.data_parallel_size == 1 and not config.layout.is_sharded:
         return module.to(world.device)
     if config.layout.strategy == "ddp":
-        # Buffers are tables that all ranks compute alike: without this they would be sent in every forward pass.
-        replica = DistributedDataParallel(module, broadcast_buffers=False)
+        # Buffers are tables that all ranks compute alike: without this they would be sent in every forward pass. And gradients would
+        # be there twice, as such and in the buckets that are exchanged.
+        replica = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
         if timer is not None:
             # A lambda: DDP refuses annotations that are strings.
             replica.register_comm_hook(timer, lambda timer, bucket: _timed_all_reduce(timer, bucket))  # noqa: PLW0108
@@ -75,6 +76,11 @@ def parallelize(
                 part.set_custom_all_gather(cast("Any", _TimedExchange(timer, dist.all_gather_into_tensor)))
                 part.set_custom_reduce_scatter(cast("Any", _TimedExchange(timer, dist.reduce_scatter_tensor)))
     return module
+
+
+def clear_gradients(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Begin a step without gradients. DDP's stay where they are exchanged, and are added up there; others are made anew."""
+    optimizer.zero_grad(set_to_none=not isinstance(module, DistributedDataParallel))
 
 
 def recompute(module: nn.Module, layout: Layout, watch: Callable[[], AbstractContextManager[object]] | None = None) -> None:

@@ -16,6 +16,7 @@ from families import NUM_LABELS, batch_of, make
 from memory_grid import (
     ALONE,
     ALONE_IN_SHORT,
+    FEW_TOKENS,
     IDLE,
     REPLICATED,
     REPLICATED_IN_SHORT,
@@ -94,11 +95,13 @@ def test_every_family_and_precision_is_predicted() -> None:
     check_alone(ALONE_IN_SHORT)
 
 
-def test_replicated_layouts_are_predicted_and_hold_every_gradient_twice() -> None:
-    """Beside what one rank holds, DDP's buckets and nothing else."""
+def test_replicated_layouts_are_predicted_and_hold_no_gradient_twice() -> None:
+    """Of what DDP exchanges, its buckets, one rank has all as well where the gradients of several micro batches are added up."""
     for case, peak in zip(REPLICATED_IN_SHORT, check_on_two(REPLICATED_IN_SHORT, "ddp"), strict=True):
         alone, trained = measured(case, case.config(1), World.alone())
-        assert peak - alone == FP32_BYTES * trained, case
+        assert 0 <= peak - alone <= FP32_BYTES * trained, case
+        if case in FEW_TOKENS and case.num_micro_batches > 1:
+            assert peak == alone, case
 
 
 @pytest.mark.slow
