@@ -117,21 +117,18 @@ class SpaceSpec(BaseModel):
     layer, not with `tp`, and not of GPT-2; `bottleneck` has a narrow layer behind the feed-forward of each block, which no
     weights stand for, so that it is never merged, and not with `tp`; `prefix` has keys and values before those of every row in
     each attention, of language models, never merged, not with `tp` or `compile`, and of GPT-2 not with `recomputation`."""
-    learning_rate: LearningRateDomain = Field(
-        default=ByAdapter(
-            by_adapter=PerAdapter(
-                none=LogUniform[LearningRate](log_uniform=(1e-5, 1e-3)),
-                lora=LogUniform[LearningRate](log_uniform=(1e-4, 1e-2)),
-                rslora=LogUniform[LearningRate](log_uniform=(3e-5, 3e-3)),
-                dora=LogUniform[LearningRate](log_uniform=(1e-4, 1e-2)),
-                vera=LogUniform[LearningRate](log_uniform=(1e-3, 1e-1)),
-                ia3=LogUniform[LearningRate](log_uniform=(5e-4, 5e-2)),
-                oft=LogUniform[LearningRate](log_uniform=(3e-4, 3e-2)),
-                bottleneck=LogUniform[LearningRate](log_uniform=(3e-4, 3e-2)),
-                prefix=LogUniform[LearningRate](log_uniform=(3e-3, 3e-1)),
-            )
-        ),
-        validate_default=True,
+    learning_rate: LearningRateDomain = ByAdapter(
+        by_adapter=PerAdapter(
+            none=LogUniform[LearningRate](log_uniform=(1e-5, 1e-3)),
+            lora=LogUniform[LearningRate](log_uniform=(1e-4, 1e-2)),
+            rslora=LogUniform[LearningRate](log_uniform=(3e-5, 3e-3)),
+            dora=LogUniform[LearningRate](log_uniform=(1e-4, 1e-2)),
+            vera=LogUniform[LearningRate](log_uniform=(1e-3, 1e-1)),
+            ia3=LogUniform[LearningRate](log_uniform=(5e-4, 5e-2)),
+            oft=LogUniform[LearningRate](log_uniform=(3e-4, 3e-2)),
+            bottleneck=LogUniform[LearningRate](log_uniform=(3e-4, 3e-2)),
+            prefix=LogUniform[LearningRate](log_uniform=(3e-3, 3e-1)),
+        )
     )
     """Peak learning rate of AdamW; `{by_adapter: {none: ..., lora: ...}}` where it depends on the adapter."""
     global_batch_size: IntDomain[Count] = Choice[Count](choice=(16, 32, 64))
@@ -190,17 +187,16 @@ class SpaceSpec(BaseModel):
 
     @field_validator("learning_rate")
     @classmethod
-    def _of_the_adapters(cls, domain: Any, info: ValidationInfo) -> Any:
+    def _covers_adapters(cls, domain: Any, info: ValidationInfo) -> Any:
         # `adapter` is absent from the data when it is itself wrong, and then has its own error.
         if isinstance(domain, ByAdapter) and "adapter" in info.data:
-            domains = {a: getattr(domain.by_adapter, a) for a in info.data["adapter"].ends()}
-            if missing := [a for a, own in domains.items() if own is None]:
+            missing = [a for a in info.data["adapter"].ends() if getattr(domain.by_adapter, a) is None]
+            if missing:
                 raise PydanticCustomError(
                     "adapter_without_range",
                     "by_adapter has nothing for {missing}",
                     {"missing": ", ".join(missing), "allowed": "an entry for each adapter of the space"},
                 )
-            return ByAdapter(by_adapter=PerAdapter(**domains))
         return domain
 
     @field_validator("offload")
@@ -243,6 +239,8 @@ class SpaceSpec(BaseModel):
     def with_defaults(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the params of a trial from before some knobs existed with these knobs as they were then: at their defaults."""
         known = dict(params)
+        if known["adapter"] not in self.adapter.ends():  # nor need there be learning rates for it; it is outside of the space
+            return known
         for knob, _, _ in self._active(known):
             default = type(self).model_fields[knob].default
             if isinstance(default, Fixed):

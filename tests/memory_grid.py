@@ -28,7 +28,7 @@ from trainables.model import BaseModel, build, trainable
 from trainables.optim import make_optimizer, update
 from trainables.packed import attend_by_rows
 from trainables.packed_rows import PackedRows
-from trainables.parallelize import autocast, clear_gradients, gradient_sync, summing
+from trainables.parallelize import GradientExchange, autocast, summing
 from trainables.tensor_parallel import sum_partial_gradients
 from trainables.tokenization import Encoded
 
@@ -338,18 +338,19 @@ class OnDevice(LiveBytes):
         return super().now() - sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
+def measured(case: Case, config: TrialConfig, world: World, num_steps: int | None = None) -> tuple[int, int]:
     """Return the peak of a step in bytes, and the parameters that train.
 
     Between ranks, gloo's threads let go of a collective's buffers some time after it, and in one step of about ten one more is there
-    at the peak; so it is the smallest of several equal steps.
+    at the peak; so it is the smallest of several equal steps, the first of all left out, which has no optimizer state.
     """
+    num_steps = num_steps or (2 if world.control_group is None else 7)
     used = None if case.num_used is None else np.arange(case.num_used)
     module = build(config, case.base(), world, used_tokens=used)
     module.train()
     batch = case.batch()
     trained = trainable(module)
-    optimizer = make_optimizer(trained, config.recipe)
+    optimizer, exchange = make_optimizer(trained, config.recipe), GradientExchange(module)
     # The optimizer's state is there from the second step on.
     is_here = config.layout.offload == "none"
     follower = LiveBytes(is_resized=isinstance(module, FSDPModule)) if is_here else OnDevice(module, optimizer)
@@ -357,19 +358,24 @@ def measured(case: Case, config: TrialConfig, world: World) -> tuple[int, int]:
         for part in (*module.parameters(), *module.buffers()):
             tensors.hold(part)
         peaks = []
-        for _ in range(2 if world.control_group is None else 7):
+        for _ in range(num_steps):
             tensors.peak = 0
             for i in range(1, case.num_micro_batches + 1):
-                with gradient_sync(module, i == case.num_micro_batches):
+                with exchange.passing(is_last=i == case.num_micro_batches):
                     with autocast(config, world):
                         loss = TrainingLoss(case.task)(module, batch)
                     loss.backward()
                     del loss
             sum_partial_gradients(trained.values(), summing(world.tensor_parallel(config.layout), None))
             update(optimizer, trained.values())
-            clear_gradients(module, optimizer)
+            exchange.end_step(optimizer)
             peaks.append(tensors.peak)
     return min(peaks[1:]), sum(p.numel() for p in trained.values())
+
+
+def peaks_of_second_steps(world: World, cases: list[Case], strategy: str) -> list[int]:
+    """Return the smallest peak of several second steps."""
+    return [min(measured(c, c.config(world.world_size, strategy), world, num_steps=2)[0] for _ in range(4)) for c in cases]
 
 
 def peaks_of(world: World, cases: list[Case], strategy: str) -> list[tuple[int, int]]:

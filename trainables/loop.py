@@ -30,7 +30,7 @@ from trainables.meter import FlopWatch, StepTimer, details, speed
 from trainables.model import BaseModel, build, trainable, unwrapped
 from trainables.optim import learning_rate, make_optimizer, update
 from trainables.packed import packing_for
-from trainables.parallelize import autocast, blocks_of, clear_gradients, gradient_sync, recompute, summing
+from trainables.parallelize import GradientExchange, autocast, blocks_of, recompute, summing
 from trainables.report import Diverged, OutOfMemory, TrialReport
 from trainables.tensor_parallel import marked_while_gathered, sum_partial_gradients
 from trainables.tokenization import load_tokenizer
@@ -148,6 +148,7 @@ class Trainer:
         self._parameters = trainable(self.module)
         self._idle_rows = [rows for p in self._parameters.values() if (rows := rows_of(p)) is not None]
         self._loss = TrainingLoss(data.task, self._compilation)
+        self._exchange = GradientExchange(self.module)
         self._optimizer = make_optimizer(self._parameters, config.recipe)
         if checkpoints is not None:
             checkpoints.save_seconds = sum(p.nbytes for p in self._parameters.values()) * STATES / SAVED_BYTES_PER_SECOND
@@ -160,6 +161,7 @@ class Trainer:
         self._global_losses: list[float] = []
         self.flops: StepFlops | None = None
         self.memory = MemoryMeter(world.device, self.module, self._optimizer)
+        self._saved_state: dict[str, torch.Tensor] = {}
         if saved is not None:
             self._restore(saved)
 
@@ -178,11 +180,15 @@ class Trainer:
             mark("data")
             for i, batch in enumerate(micro_batches, start=1):
                 runs_as_written = as_written(self._runs_as_written(batch, is_disturbed))
-                with gradient_sync(self.module, i == len(micro_batches)), runs_as_written:
+                with self._exchange.passing(is_last=i == len(micro_batches)), runs_as_written:
                     self._losses[self.step] += self._backward(batch, scale, mark)
             sum_partial_gradients(self._parameters.values(), self._sum_pieces)
+            if self._saved_state:
+                # Not before: the first step has what DDP makes only once.
+                load_state(self._optimizer, self._parameters, self._saved_state)
+                self._saved_state = {}
             update(self._optimizer, self._parameters.values())
-            clear_gradients(self.module, self._optimizer)
+            self._exchange.end_step(self._optimizer)
             for rows in self._idle_rows:
                 rows.scale *= 1 - rate * recipe.weight_decay
             mark("optimizer")
@@ -241,9 +247,9 @@ class Trainer:
             self.checkpoints.save_seconds = time.perf_counter() - started
 
     def _is_to_be_followed(self) -> bool:
-        """Return whether this step may hold the most, or comes after these and none was followed; the optimizer's state is there."""
+        """Return whether this step may hold the most, or comes after these and none was followed."""
         is_missed = self.step > self._fullest[-1] and not self.memory.is_measured
-        return self.step > 0 and (self.step in self._fullest or is_missed)
+        return bool(self._optimizer.state) and (self.step in self._fullest or is_missed)
 
     def _evaluate(self, *, is_final: bool) -> dict[str, float]:
         with self.memory.pause():
@@ -322,7 +328,7 @@ class Trainer:
         for rows in self._idle_rows:
             rates = (learning_rate(self.config.recipe, step, self.num_steps) for step in range(self.step))
             rows.scale = math.prod(1 - rate * self.config.recipe.weight_decay for rate in rates)
-        load_state(self._optimizer, self._parameters, saved.optimizer)
+        self._saved_state = saved.optimizer
 
 
 def evaluate_untrained(config: TrialConfig, data: TaskData, base: BaseModel, world: World) -> dict[str, float]:

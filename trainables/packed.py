@@ -30,8 +30,8 @@ from trainables.packed_rows import PackedRows
 
 # Under this name transformers finds what is below. Where rows are padded, it is `scaled_dot_product_attention` as ever.
 ATTENTION = "sdpa_of_rows"
-# FlashAttention-2's: https://github.com/Dao-AILab/flash-attention#nvidia-cuda-support
-MIN_CAPABILITY, MAX_HEAD_WIDTH = (8, 0), 256
+# FlashAttention-2's, of which wider heads have no backward pass on some: https://github.com/Dao-AILab/flash-attention#nvidia-cuda-support
+MIN_CAPABILITY, MAX_HEAD_WIDTH = (8, 0), 192
 # Torch 2.11 takes fewer heads of keys without being told.
 TELLS_SHARED_KEYS = "enable_gqa" in signature(varlen_attn).parameters
 # The mask is made without a look at whether there is anything to mask.
@@ -71,7 +71,9 @@ def inputs_of(module: Any, batch: Batch) -> Iterator[dict[str, Any]]:
         batch: what it shall compute.
     """
     inputs = batch.inputs()
-    if module.config._attn_implementation == ATTENTION and batch.attention_mask is None:
+    # A prefix is a cache, behind which nobody looks; given a mask, PEFT would send what it masks of the prefix from the host.
+    is_prefixed = batch.packed is not None and batch.packed.num_before > 0
+    if module.config._attn_implementation == ATTENTION and batch.attention_mask is None and not is_prefixed:
         inputs["attention_mask"] = torch.ones_like(batch.input_ids)
     token = _batch.set(batch)
     try:
@@ -102,7 +104,7 @@ def attention_by_rows(
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale}
     if has_torch_function_unary(query):
         return handle_torch_function(attention_by_rows, (query,), query, key, value, rows, **options)
-    attention = _attention_to_all_rows if _takes_all_rows(query, key) else _attention_by_length
+    attention = _attention_to_all_rows if _takes_all_rows(query, rows) else _attention_by_length
     return attention(query, key, value, rows, **options)
 
 
@@ -111,7 +113,7 @@ def _dtype(query: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
 
 
-def _takes_all_rows(query: torch.Tensor, key: torch.Tensor) -> bool:
+def _takes_all_rows(query: torch.Tensor, rows: PackedRows) -> bool:
     """Return whether torch has a kernel for rows of several lengths; a prefix is before each row, and not laid out for it."""
     width = query.shape[-1]
     return (
@@ -120,7 +122,7 @@ def _takes_all_rows(query: torch.Tensor, key: torch.Tensor) -> bool:
         and _dtype(query) in (torch.bfloat16, torch.float16)
         and width % 8 == 0
         and width <= MAX_HEAD_WIDTH
-        and key.shape[2] == query.shape[2]
+        and not rows.num_before
         and torch.cuda.get_device_capability(query.device) >= MIN_CAPABILITY
     )
 
@@ -146,7 +148,7 @@ def _attention_by_length(
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": key.shape[1] != query.shape[1]}
     # Split at once: the gradient of a slice is as long as what it was cut from, that of all parts together too.
     sizes = [num_rows * length for num_rows, length in rows.runs]
-    num_before = key.shape[2] - query.shape[2]
+    num_before = rows.num_before
     query = functional.pad(query, (0, 0, num_before, 0)) if num_before else query
     before, *parts = zip(*(x.squeeze(0).split([num_before, *sizes], dim=1) for x in (query, key, value)), strict=True)
     results = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -25,6 +25,8 @@ class PackedRows:
     """int32 (rows + 1,): where each row begins, and where the last one ends"""
     position_ids: torch.Tensor
     """int64 (1, tokens)"""
+    num_before: int
+    """Keys of a prefix, which every row has before its own."""
 
     @classmethod
     def of(cls, lengths: np.ndarray, packing: Packing) -> PackedRows:
@@ -35,6 +37,7 @@ class PackedRows:
             runs=tuple((len(list(run)), int(length)) for length, run in groupby(lengths.tolist())),
             bounds=torch.from_numpy(bounds.astype(np.int32)),
             position_ids=torch.from_numpy(positions)[None],
+            num_before=packing.num_before,
         )
 
     @property
@@ -53,12 +56,12 @@ class PackedRows:
 
     def pin_memory(self) -> PackedRows:
         """Return it in memory from which a GPU copies by itself."""
-        return PackedRows(runs=self.runs, bounds=self.bounds.pin_memory(), position_ids=self.position_ids.pin_memory())
+        return replace(self, bounds=self.bounds.pin_memory(), position_ids=self.position_ids.pin_memory())
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> PackedRows:
         """Return it on a device."""
         bounds, positions = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.bounds, self.position_ids))
-        return PackedRows(runs=self.runs, bounds=bounds, position_ids=positions)
+        return replace(self, bounds=bounds, position_ids=positions)
 
     def inputs(self) -> dict[str, Any]:
         """Return what the model is given beside its tokens."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -78,11 +78,6 @@ def parallelize(
     return module
 
 
-def clear_gradients(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Begin a step without gradients. DDP's stay where they are exchanged, and are added up there; others are made anew."""
-    optimizer.zero_grad(set_to_none=not isinstance(module, DistributedDataParallel))
-
-
 def recompute(module: nn.Module, layout: Layout, watch: Callable[[], AbstractContextManager[object]] | None = None) -> None:
     """Have the backward pass compute blocks again, those that the layout says.
 
@@ -154,14 +149,28 @@ def autocast(config: TrialConfig, world: World) -> AbstractContextManager[object
     return torch.autocast(world.device.type, dtype=torch.bfloat16)
 
 
-@contextmanager
-def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
-    """Exchange gradients in this backward pass, or only accumulate them on this rank.
+# In the second, DDP makes its buckets anew.
+BUCKET_STEPS = 2
 
-    FSDP2 reduces them every time: accumulated whole, they would take the memory that it is chosen to save.
+
+class GradientExchange:
+    """Which passes of a step exchange gradients between ranks, and what is left of them behind it.
+
+    DDP makes its buckets anew, by the order of the first backward pass, in the next forward pass that exchanges. Its gradients are
+    views of buckets: if there were any then, all would be there twice, beside the optimizer's state. So none are left of the first
+    step, and until the second is over every pass exchanges; the last exchange adds what it has to the mean of those before. FSDP2
+    reduces gradients in every pass: accumulated whole, they would take the memory that it is chosen to save.
     """
-    if isinstance(module, DistributedDataParallel) and not enabled:
-        with module.no_sync():
-            yield
-    else:
-        yield
+
+    def __init__(self, module: nn.Module) -> None:
+        self._ddp = module if isinstance(module, DistributedDataParallel) else None
+        self._num_steps = 0
+
+    def passing(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Return what is to be entered around a forward and backward pass; the last one of a step always exchanges."""
+        return nullcontext() if self._ddp is None or is_last or self._num_steps < BUCKET_STEPS else self._ddp.no_sync()
+
+    def end_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave no gradients: DDP's stay where they are exchanged, as zeros, others are made anew."""
+        optimizer.zero_grad(set_to_none=self._ddp is None or self._num_steps == 0)
+        self._num_steps += 1

@@ -117,11 +117,11 @@ def test_a_learning_rate_for_one_adapter_is_enough_where_there_is_one(adapter):
         space(adapter={"choice": ["none", "lora"]}, learning_rate=rates)
 
 
-def test_only_adapters_of_the_space_have_learning_rates():
-    assert space(adapter="oft").model_dump()["learning_rate"] == {"by_adapter": {"oft": {"log_uniform": (3e-4, 3e-2)}}}
-    given = {"by_adapter": {"none": 1e-5, "lora": 1e-3, "vera": 1e-2}}
-    two = space(adapter={"choice": ["lora", "none"]}, learning_rate=given)
-    assert two.model_dump()["learning_rate"] == {"by_adapter": {"none": 1e-5, "lora": 1e-3}}
+def test_a_trial_with_an_adapter_that_the_space_has_not_is_outside_of_it():
+    searched = space(adapter="lora", learning_rate={"by_adapter": {"lora": 1e-3}})
+    params = {**searched.suggest(_Lowest()), "adapter": "none"}
+    assert searched.with_defaults(params) == params
+    assert not searched.holds(params)
 
 
 class _Lowest:

@@ -29,6 +29,7 @@ from memory_grid import (
     error,
     measured,
     peaks_of,
+    peaks_of_second_steps,
 )
 from synthetic_data import task_data
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -102,6 +103,12 @@ def test_replicated_layouts_are_predicted_and_hold_no_gradient_twice() -> None:
         assert 0 <= peak - alone <= FP32_BYTES * trained, case
         if case in FEW_TOKENS and case.num_micro_batches > 1:
             assert peak == alone, case
+
+
+def test_replicated_layouts_are_predicted_in_the_step_that_makes_the_buckets_anew() -> None:
+    cases = [c for c in FEW_TOKENS if c.family in ("llama", "bert")]
+    peaks = distributed.run(2, peaks_of_second_steps, cases, "ddp")[0]
+    check({case: error(case, 2, peak, "ddp") for case, peak in zip(cases, peaks, strict=True)})
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""In a step nothing is read back from the device, so that a GPU never waits for its host."""
+"""In a step of one rank no operation needs a value from the device, for which a GPU would stand still until its host goes on.
+
+What copies between device and host (`.cpu()`, `.tolist()`) is no such operation where both are one: a GPU alone would show it.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ LAYOUTS = {"equal": (7,) * 32, "packed": (3, 7, 7, 7, 12, 12, 19) * 4, "padded":
 def test_nothing_in_a_step_waits_for_the_device(case: Case, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if layout == "padded":
         if case.method == "prefix":
-            pytest.skip("a prefix is never padded")
+            pytest.skip("a prefix is padded behind a sliding window alone")
         monkeypatch.setattr("trainables.loop.packing_for", lambda *_: None)
     trainer = Trainer(case.config(1), data_of(case.task, LAYOUTS[layout]), base_of(case), World.alone(), checkpoints=None)
     seen = []
