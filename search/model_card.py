@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from search.confidence import confirmed
+from search.confidence import confirmed, score_text
 from search.formatting import number_text, short_text
 from search.record import TrialRecord
 from search.results import Results
@@ -128,7 +128,12 @@ def _scores(results: Results, record: TrialRecord, merged: Mapping[str, float]) 
         _table(
             headings,
             (
-                [name, *(number_text(name, c.get(name)) for _, c in columns), *([sure.get(name, "-")] if sure else [])]
+                [
+                    name,
+                    score_text(record, name),
+                    *(number_text(name, column.get(name)) for _, column in columns[1:]),
+                    *([sure.get(name, "-")] if sure else []),
+                ]
                 for name in names
             ),
         )

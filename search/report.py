@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search.advice import recommendation_lines
+from search.bases import NOTE, bases_table
 from search.calibration import Calibration, calibrate, kind, summary_lines
 from search.data_scaling import DataCurve, data_curves, missing_lines, scaling_lines
 from search.figures import (
@@ -118,6 +119,9 @@ def draw_html(
             drawing, full_html=False, include_plotlyjs=number == 0, config={"displaylogo": False, "responsive": True}
         )
         parts += [f"<h2>{html.escape(title)}</h2><p class='note'>{html.escape(note)}</p>", body]
+    if (bases := bases_table(records, objectives)) is not None:
+        note = f"<p class='note'>{html.escape(NOTE)}</p>"
+        parts.append(f"<h2>What does a quantised base save, and cost?</h2>{note}{_html_table(*bases)}")
     if stopped_line(records):
         table = _html_table(*stopped_table(records, spec, objectives))
         parts.append(f"<h2>Which trials were stopped early?</h2><p class='note'>{stopped_line(records)}</p>{table}")

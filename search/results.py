@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from search.advice import recommendation_lines
+from search.bases import NOTE, bases_table
 from search.budget import used
 from search.calibration import calibration_as_json
 from search.confidence import confirmed, confirmed_as_json, failure_lines, rival_lines, score_text
 from search.data_scaling import data_curves, scaling_as_json, scaling_lines
 from search.endpoint import redacted
-from search.formatting import number_text, short_text
+from search.formatting import aligned, number_text, short_text
 from search.ledger import Ledger, SearchState, objectives_of, replay
 from search.pareto import front, hypervolume_of, knee, pick
 from search.provenance import command_in, reproduce_command
@@ -200,6 +201,8 @@ def render_front(results: Results) -> str:
     if members and not any(r.confirmations for r in members):
         command = command_in(results.directory, "confirm", results.name)
         lines.append(f"one seed each: `{command}` trains the members with further seeds, and says how sure this is")
+    if (bases := bases_table(list(results.state.records.values()), results.objectives)) is not None:
+        lines += ["", *aligned([bases[0], *bases[1]]), NOTE, ""]
     lines += scaling_lines(data_curves(results.state.records.values()))
     written = results.report_path / "report.html"
     if written.exists():

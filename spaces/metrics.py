@@ -28,6 +28,7 @@ class Metric:
 
 
 EVAL_LOSS = "eval_loss"
+PERPLEXITY = "perplexity"
 ACCURACY = "accuracy"
 MACRO_F1 = "macro_f1"
 EXACT_MATCH = "exact_match"
@@ -57,6 +58,13 @@ _TABLE = (
         unit="nats",
         direction="minimize",
         description="mean cross entropy on the evaluation set, per row or per target token",
+    ),
+    Metric(
+        name=PERPLEXITY,
+        section="eval",
+        unit="",
+        direction="minimize",
+        description="of a language model, e to the evaluation loss: among how many equally likely tokens it chooses",
     ),
     Metric(
         name=ACCURACY,

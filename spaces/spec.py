@@ -27,6 +27,7 @@ from spaces.metrics import (
     MACRO_F1,
     METRICS,
     NOT_FROM_PROFILE,
+    PERPLEXITY,
     TRAIN_SECONDS,
     Direction,
     domain_accuracy,
@@ -38,7 +39,7 @@ from spaces.space import SpaceSpec
 # train/ and test/ metrics are no objectives: the first does not generalise, the second must not be searched on.
 OBJECTIVE_METRICS = tuple(m.name for m in METRICS.values() if m.section in ("eval", "perf", "cost"))
 # Metrics that one of the two tasks never reports.
-_TASK_OF_METRIC: dict[str, Task] = {MACRO_F1: "sequence-classification", EXACT_MATCH: "causal-lm"}
+_TASK_OF_METRIC: dict[str, Task] = {MACRO_F1: "sequence-classification", EXACT_MATCH: "causal-lm", PERPLEXITY: "causal-lm"}
 # Without a time budget, an hour is the time beyond which a trial adds nothing to the hypervolume.
 DEFAULT_REFERENCE_SECONDS = 3600.0
 

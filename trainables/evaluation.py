@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -26,6 +27,8 @@ from trainables.report import TrialError
 from trainables.tokenization import IGNORE
 
 GENERATION_ROWS = 32
+# Beyond it, its exponential is no number any more.
+MAX_LOSS = 700.0
 
 
 @torch.no_grad()
@@ -100,6 +103,8 @@ class _Tally:
         totals, confusion, domains, predicted = world.sum(torch.cat(parts)).cpu().split([len(part) for part in parts])
         loss, right, counted = totals.tolist()
         found = {metrics.EVAL_LOSS: loss / counted, metrics.ACCURACY: right / counted}
+        if data.task == "causal-lm":
+            found[metrics.PERPLEXITY] = math.exp(min(found[metrics.EVAL_LOSS], MAX_LOSS))
         if num_classes:
             found[metrics.MACRO_F1] = _macro_f1(confusion.reshape(num_classes, num_classes))
         for name, right, counted in zip(data.domains, *domains.reshape(2, -1).tolist(), strict=True):

@@ -1,0 +1,64 @@
+"""What a quantised base saves in memory, and costs in quality and time, as far as the trials of a search say it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from search.formatting import number_text
+from search.pareto import cost_objective, eligible
+from search.record import TrialRecord
+from spaces.metrics import TOKENS_PER_SECOND
+from spaces.spec import Objective
+
+NOTE = "Trials of one base differ in other knobs too; `paretune compare-methods` compares bases alike in all else."
+
+
+def bases_table(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> tuple[list[str], list[list[str]]] | None:
+    """Return headings and a row for each base of complete trials with an adapter; None of fewer than two bases.
+
+    Weights are those of a rank that holds all of them, and the pace that of a device: medians over the trials.
+    """
+    by_base: dict[str, list[TrialRecord]] = {}
+    for record in eligible(records, objectives):
+        recipe = _part(record, "recipe")
+        if recipe.get("adapter", "none") != "none":
+            by_base.setdefault(recipe.get("quantization", "none"), []).append(record)
+    if len(by_base) < 2:
+        return None
+    price = cost_objective(objectives)
+    quality = next(o for o in objectives if o is not price)
+    sign = -1.0 if quality.direction == "maximize" else 1.0
+    heading = ["base", "trials", "weights of a rank", "tokens/s of a device", f"best {quality.metric}", f"at {price.metric}"]
+    rows = []
+    for base in sorted(by_base, key=lambda name: (name != "none", name)):
+        own = by_base[base]
+        best = min(own, key=lambda r: sign * r.values[quality.metric])
+        weights = [held for r in own if (held := _weights_bytes(r)) is not None]
+        paces = [r.values[TOKENS_PER_SECOND] / _part(r, "layout").get("world_size", 1) for r in own if TOKENS_PER_SECOND in r.values]
+        rows.append(
+            [
+                base,
+                str(len(own)),
+                f"{median(weights) / 2**20:,.0f} MiB" if weights else "-",
+                number_text(TOKENS_PER_SECOND, median(paces) if paces else None),
+                number_text(quality.metric, best.values[quality.metric]),
+                number_text(price.metric, best.values[price.metric]),
+            ]
+        )
+    return [h.replace("_", " ") for h in heading], rows
+
+
+def _weights_bytes(record: TrialRecord) -> float | None:
+    """Return what the first rank held of weights, or else was predicted to; None where ranks share them."""
+    if _part(record, "layout").get("strategy") != "ddp":
+        return None
+    held: Any = next((terms for terms in record.details.get("memory_by_rank", ()) if terms), None)
+    found: float | None = (held or record.predicted.get("memory") or {}).get("weights_bytes")
+    return found
+
+
+def _part(record: TrialRecord, name: str) -> Mapping[str, Any]:
+    part: Mapping[str, Any] = (record.config or {}).get(name, {})
+    return part

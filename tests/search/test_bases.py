@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from memory_grid import Case
+from synthetic import OBJECTIVES
+
+from search.bases import bases_table
+from search.record import TrialRecord, TrialState
+
+MIB = 2**20
+
+
+def trial(number: int, base: str, accuracy: float, seconds: float, weights: int, pace: float, **layout: Any) -> TrialRecord:
+    config = Case(family="bert", adapter="all-linear", quantization=base).config(1)
+    config = replace(config, layout=replace(config.layout, **layout))
+    values = {"accuracy": accuracy, "train_seconds": seconds, "tokens_per_second": pace * config.layout.world_size}
+    details = {"memory_by_rank": [{"weights_bytes": weights * MIB}]}
+    return TrialRecord(number=number, state=TrialState.COMPLETE, params={}, config=config.to_dict(), values=values, details=details)
+
+
+def test_bases_are_compared_by_weights_pace_and_the_best_of_each() -> None:
+    records = [
+        trial(0, "nf4", 0.70, 12.0, 20, 700),
+        trial(1, "none", 0.75, 9.0, 90, 1000),
+        trial(2, "none", 0.60, 4.0, 92, 1200, world_size=2),
+        # Of shards a rank holds a part.
+        trial(3, "none", 0.50, 4.0, 45, 400, world_size=2, strategy="fsdp"),
+        trial(4, "nf4", 0.65, 5.0, 22, 800),
+    ]
+    table = bases_table(records, OBJECTIVES)
+    assert table is not None
+    heading, rows = table
+    assert heading == ["base", "trials", "weights of a rank", "tokens/s of a device", "best accuracy", "at train seconds"]
+    assert rows == [["none", "3", "91 MiB", "1,000/s", "0.75", "9 s"], ["nf4", "2", "21 MiB", "750/s", "0.7", "12 s"]]
+
+
+def test_one_base_is_compared_with_nothing() -> None:
+    in_full = Case(family="bert").config(1)
+    full = TrialRecord(
+        number=1,
+        state=TrialState.COMPLETE,
+        params={},
+        config=in_full.to_dict(),
+        values={"accuracy": 0.9, "train_seconds": 1.0},
+    )
+    assert bases_table([trial(0, "nf4", 0.7, 12.0, 20, 700), full], OBJECTIVES) is None, "full fine-tuning has no base"
+    assert bases_table([], OBJECTIVES) is None
