@@ -231,6 +231,35 @@ def test_a_budget_of_tokens_has_the_loss_curve_of_all_rows_at_once(names: dict[s
             assert metrics["eval_loss"] == pytest.approx(scores["eval_loss"], rel=RELATIVE), (task, adapter, layout)
 
 
+def compiled(trial: TrialConfig) -> TrialConfig:
+    return replace(trial, layout=replace(trial.layout, compile="blocks"))
+
+
+COMPILED = [
+    ("none", "ddp", "none"),
+    ("lora", "ddp", "full"),
+    ("none", "fsdp", "none"),
+    ("lora", "fsdp", "none"),
+    ("none", "fsdp", "full"),
+]
+
+
+def compiled_layouts(world: World, name: str) -> dict[tuple[str, ...], list[float]]:
+    """Train compiled blocks on all ranks; of the two micro batches of a step the last exchanges."""
+    return {
+        kind: losses(world, name, "causal-lm", compiled(config(kind[0], world.world_size, kind[1], 2, recomputation=kind[2])))[0]
+        for kind in COMPILED
+    }
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_what_one_process_learns_under_every_strategy(names: dict[str, str]) -> None:
+    for ranks in distributed.run(2, compiled_layouts, names["causal-lm"]):
+        for kind, curve in ranks.items():
+            reference, _ = losses(World.alone(), names["causal-lm"], "causal-lm", config(kind[0]))
+            assert curve == pytest.approx(reference, rel=RELATIVE), kind
+
+
 HYBRID = [("none", 2, "none"), ("lora", 1, "full"), ("none", 1, "full")]
 
 

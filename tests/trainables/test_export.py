@@ -16,6 +16,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from families import make
+from memory_grid import Case
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from tiny import make_model, make_rows
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, pipeline
@@ -106,6 +107,21 @@ def test_it_loads_with_plain_libraries_and_computes_what_was_trained(parts: Part
     assert all(torch.equal(value, before[name]) for name, value in base.module.state_dict().items()), "other trials share it"
     assert loaded.config.id2label == dict(enumerate(data.label_names))
     assert loaded.config.hidden_dropout_prob == AutoConfig.from_pretrained(base.name).hidden_dropout_prob > 0
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "vera", "ia3", "oft"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "phi3", "mixtral"])
+def test_a_merged_language_model_computes_what_was_trained(tmp_path: Path, family: str, method: str) -> None:
+    if (family, method) in (("gpt2", "oft"), ("mixtral", "dora"), ("mixtral", "vera"), ("mixtral", "oft"), ("mixtral", "ia3")):
+        pytest.skip("there is none")
+    case = Case(family=family, adapter="all-linear", method=method)
+    data, base, config = case.data(4), case.base(), case.config(1)
+    before = base_weights(base)
+    weights, _ = finished((data, base), tmp_path / "trial", replace(config, recipe=replace(config.recipe, learning_rate=3e-2)))
+    expected, untrained = logits_of(trained(base, weights, config)), logits_of(base.module)
+    torch.testing.assert_close(logits_of(merged_module(config, base, weights)), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(untrained, expected, atol=1e-2), "nothing was learned, so the comparison is empty"
+    assert all(torch.equal(value, before[name]) for name, value in base.module.state_dict().items()), "other trials share it"
 
 
 def test_bottlenecks_load_with_the_file_that_goes_with_them(parts: Parts, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from trainables.job import Ask, Job, Task
 from trainables.mesh import World
 from trainables.model import BaseModel
 from trainables.preparation import prepare
-from trainables.report import TrialReport
-from trainables.worker import _execute
+from trainables.report import OutOfMemory, TrialReport
+from trainables.worker import _execute, _failure
 
 WORLD = World(rank=0, world_size=1, device=torch.device("cpu"), control_group=None, node_id="here")
 TASK = Task(model_name="", model_revision=None, task="sequence-classification", exact_match_rows=0, precisions=("fp32",), data=[])
@@ -86,6 +86,16 @@ def test_a_point_of_the_curve_that_decides_nothing_costs_at_most_a_fiftieth_of_t
     # 8 evaluation rows cost as much as 3 that are trained: less than a fiftieth of 216, more than one of 72.
     assert work(parts, tmp_path / "t", inbox, epochs=epochs, is_judged=False) == {"state": "complete"}
     assert [r.step for r in inbox.reports] == steps
+
+
+def test_what_torch_says_of_a_full_device_is_out_of_memory(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation for Memory Management")
+
+    monkeypatch.setattr("trainables.loss.TrainingLoss.__call__", forward)
+    with pytest.raises(OutOfMemory, match=r"^CUDA out of memory\. Tried to allocate 2\.00 GiB\.$") as caught:
+        work(parts, tmp_path / "t", Inbox())
+    assert (found := _failure(caught.value, False))["kind"] == "out_of_memory", found
 
 
 def test_a_stopped_trial_takes_its_files_along_and_a_suspended_one_leaves_them(
