@@ -226,6 +226,17 @@ def test_a_quantised_base_is_spread_out_before_it_is_merged(parts: Parts, tmp_pa
     assert scores(merged, config, data)["accuracy"] == pytest.approx(accuracy, abs=0.1)
 
 
+@pytest.mark.parametrize("adapter", ["rslora", "dora", "oft"])
+def test_other_adapters_are_merged_into_what_a_quantised_base_stands_for(parts: Parts, tmp_path: Path, adapter: str) -> None:
+    _, base = parts
+    config = config_of(adapter=adapter, quantization="nf4", lora_rank=4)
+    weights, _ = finished(parts, tmp_path / "trial", config)
+    merged, expected = merged_module(config, base, weights), logits_of(trained(base, weights, config))
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-5)
+    plain = merged_module(replace(config, recipe=replace(config.recipe, quantization="none")), base, weights)
+    assert not torch.allclose(logits_of(plain), expected, atol=1e-3), "nothing was quantised, so the comparison is empty"
+
+
 def test_a_bf16_trial_is_saved_in_bf16_and_scores_the_same(parts: Parts, tmp_path: Path) -> None:
     data, base = parts
     config = config_of(adapter="lora", precision="bf16")
