@@ -174,9 +174,9 @@ class Int8Linear(Linear8bitLt):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Let bitsandbytes multiply, and keep nothing for the backward pass."""
         result = super().forward(x)
-        if result.grad_fn is not None:
+        if not torch.compiler.is_compiling() and result.grad_fn is not None:
             # bitsandbytes keeps the input for the gradient of a weight that has none, and past all hooks: recomputation would save
-            # nothing.
+            # nothing. What torch compiles keeps what it needs.
             node: Any = result.grad_fn
             node.A, node.tensors = None, (None, None, None)
         return result

@@ -44,16 +44,17 @@ def trained(case: Case, compile: str, data: TaskData | None = None) -> tuple[lis
 
 
 @pytest.mark.parametrize(
-    ("adapter", "recomputation"),
+    ("adapter", "recomputation", "quantization"),
     [
-        ("all-linear", "none"),
-        pytest.param("none", "full", marks=pytest.mark.slow),
-        pytest.param("all-linear", "half", marks=pytest.mark.slow),
+        ("all-linear", "none", "none"),
+        pytest.param("none", "full", "none", marks=pytest.mark.slow),
+        pytest.param("all-linear", "half", "none", marks=pytest.mark.slow),
+        *(pytest.param("all-linear", "none", q, marks=pytest.mark.slow) for q in ("nf4", "int8", "float8")),
     ],
 )
-def test_compiled_blocks_learn_the_same_and_count_the_same(adapter: str, recomputation: str) -> None:
+def test_compiled_blocks_learn_the_same_and_count_the_same(adapter: str, recomputation: str, quantization: str) -> None:
     """One compilation serves all three blocks, and what their FLOPs are is seen before it."""
-    case = Case(family="llama", adapter=adapter, recomputation=recomputation)
+    case = Case(family="llama", adapter=adapter, recomputation=recomputation, quantization=quantization)
     expected, twice = trained(case, "none")
     counters.clear()
     losses, compiled_twice = trained(case, "blocks")
