@@ -311,6 +311,7 @@ ALONE_IN_SHORT = [
     and c not in _LEFT_OUT
     and ((c.rows == 8 and c.family in DISTINCT) or (c.rows == 16 and c.recomputation == c.adapter == "none"))
 ]
+ALONE_IN_SHORT = [c for i, c in enumerate(ALONE_IN_SHORT) if i % 5 in (0, 2, 4) or c.rows == 16]
 ALONE_IN_SHORT += [c for c in ALONE if c.length == 120 and c.adapter != "some" and c.recomputation == "none"]
 _REPLICATED_IN_SHORT = (("llama", "fp32", 2), ("bert", "bf16", 1))
 REPLICATED_IN_SHORT = [c for c in REPLICATED if (c.family, c.precision, c.num_micro_batches) in _REPLICATED_IN_SHORT]
@@ -320,6 +321,7 @@ _SHARDED_IN_SHORT |= dict.fromkeys(("gpt2", "gemma2", "mixtral"), ("bf16",))
 _SHARDED = [c for c in SHARDED if c.precision in _SHARDED_IN_SHORT.get(c.family, ())]
 SHARDED_IN_SHORT = [case for i, case in enumerate(_SHARDED) if i % 5 < 3]
 SPLIT_IN_SHORT = [c for c in SPLIT if c.rows == 8 and c.adapter != "some" and (c.precision == "fp32" or c.family == "llama")]
+SPLIT_IN_SHORT = [c for i, c in enumerate(SPLIT_IN_SHORT) if i % 5 in (0, 2, 4)]
 
 
 class OnDevice(LiveBytes):

@@ -10,6 +10,7 @@ from command import paretune
 from tiny import make_spec
 
 
+@pytest.mark.slow
 def test_a_space_is_profiled_once_and_a_search_predicts_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from search.ledger import Ledger, replay
 

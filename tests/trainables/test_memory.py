@@ -122,7 +122,7 @@ def test_sharded_layouts_are_predicted_where_no_collective_copies(world_size: in
     check_without_copies([replace(case, shard_size=shard_size) for case in UNCOPIED], world_size, "fsdp")
 
 
-@pytest.mark.parametrize("world_size", [4, 8])
+@pytest.mark.parametrize("world_size", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_sharded_pieces_are_predicted_where_no_collective_copies(world_size: int) -> None:
     """Two ranks split the matrices, and others have the other shards of their pieces."""
     families = ("llama", "qwen3", "gemma2")
@@ -138,7 +138,7 @@ def test_experts_that_the_shards_do_not_divide_are_filled_up() -> None:
     check_without_copies(cases, 8, "fsdp")
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 8])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow), 8])
 def test_what_stays_on_a_device_that_leaves_its_weights_to_the_host_is_predicted(
     world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
