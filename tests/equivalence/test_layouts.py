@@ -235,13 +235,7 @@ def compiled(trial: TrialConfig) -> TrialConfig:
     return replace(trial, layout=replace(trial.layout, compile="blocks"))
 
 
-COMPILED = [
-    ("none", "ddp", "none"),
-    ("lora", "ddp", "full"),
-    ("none", "fsdp", "none"),
-    ("lora", "fsdp", "none"),
-    ("none", "fsdp", "full"),
-]
+COMPILED = [("none", "ddp", "none"), ("lora", "fsdp", "none")]
 
 
 def compiled_layouts(world: World, name: str) -> dict[tuple[str, ...], list[float]]:
