@@ -40,9 +40,18 @@ def recommendation_lines(members: Sequence[TrialRecord], objectives: Sequence[Ob
         *own,
         *confidence_lines(members, objectives),
         *noise_lines([r for r in members if r is not chosen]),
-        *(f"trial {r.number} is {r.why_not_trained}" for r in members if r.source is not None),
+        *_not_trained(members),
         *_without_mfu(members),
     ]
+
+
+def doubts(records: Sequence[TrialRecord]) -> list[str]:
+    """Return in lines whose times are not to be trusted, or not of a training of their own."""
+    return [*noise_lines(records), *_not_trained(records)]
+
+
+def _not_trained(records: Sequence[TrialRecord]) -> list[str]:
+    return [f"trial {r.number} is {r.why_not_trained}" for r in records if r.source is not None]
 
 
 def noise_lines(records: Sequence[TrialRecord]) -> list[str]:

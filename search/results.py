@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search.advice import recommendation_lines
+from search.advice import doubts, recommendation_lines
 from search.bases import NOTE, bases_table
 from search.budget import used
 from search.calibration import calibration_as_json
@@ -215,7 +215,7 @@ def render_front(results: Results) -> str:
 
 def render_pick(results: Results, record: TrialRecord) -> str:
     """Return one trial as text: its results, its configuration, its command."""
-    lines = [f"trial {record.number} of {results.name}", "", "measured"]
+    lines = [f"trial {record.number} of {results.name}", *doubts([record]), "", "measured"]
     lines += [f"  {m}: {score_text(record, m)}" for m in sorted(record.values)]
     if record.test:
         lines += ["on the test file", *(f"  {m}: {number_text(m, v)}" for m, v in sorted(record.test.items()))]

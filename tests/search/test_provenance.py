@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +54,15 @@ def searched(directory: Path, runs: str) -> Store:
     store = Store.create(load_spec(path))
     store.ledger_path.write_text("".join(json.dumps(event) + "\n" for event in synthetic_events(9)))
     return store
+
+
+def test_a_picked_trial_says_what_speaks_against_its_times(tmp_path: Path) -> None:
+    store = searched(tmp_path, str(tmp_path / "runs"))
+    results = load_results(store.name, tmp_path / "runs")
+    record = results.members[0]
+    assert "is noisy" not in render_pick(results, record)
+    noisy = replace(record, values={**record.values, "time_drift": 0.5})
+    assert f"trial {record.number} is noisy: its pace changed by 50%" in render_pick(results, noisy)
 
 
 @pytest.mark.parametrize("runs", ["paretune-runs", "runs"])
