@@ -50,7 +50,7 @@ def test_after_the_jobs_no_actor_no_placement_group_and_no_file_is_left(tmp_path
                 assert any(state == "CREATED" for state in _placement_groups(ray_here)), "nothing was there that could be left"
             assert set(_placement_groups(ray_here)) <= {"REMOVED"}
             # Ray ends an actor without a name some time after the last handle to it is gone, as those inside a run of Ray Train.
-            wait_for(lambda: _actors(driver) <= RAYS_OWN, seconds=60)
+            wait_for(lambda: _actors(driver) <= RAYS_OWN, seconds=180)
             assert not store.groups_path.exists()
             # The first turn opens what Ray's client keeps for good; its other connections come and go, which what leaks does not.
             if turn < 2:
