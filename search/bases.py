@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from search.formatting import number_text
-from search.pareto import cost_objective, eligible
+from search.pareto import cost_objective, cost_vector, eligible
 from search.record import TrialRecord
 from spaces.metrics import TOKENS_PER_SECOND
 from spaces.spec import Objective
@@ -29,12 +29,11 @@ def bases_table(records: Sequence[TrialRecord], objectives: Sequence[Objective])
         return None
     price = cost_objective(objectives)
     quality = next(o for o in objectives if o is not price)
-    sign, cheap = (-1.0 if o.direction == "maximize" else 1.0 for o in (quality, price))
     heading = ["base", "trials", "weights of a rank", "tokens/s of a device", f"best {quality.metric}", f"at {price.metric}"]
     rows = []
     for base in sorted(by_base, key=lambda name: (name != "none", name)):
         own = by_base[base]
-        best = min(own, key=lambda r: (sign * r.values[quality.metric], cheap * r.values[price.metric]))
+        best = min(own, key=lambda r: cost_vector(r.values, (quality, price)))
         weights = [held for r in own if (held := _weights_bytes(r)) is not None]
         paces = [r.values[TOKENS_PER_SECOND] / _part(r, "layout").get("world_size", 1) for r in own if TOKENS_PER_SECOND in r.values]
         rows.append(

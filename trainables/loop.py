@@ -184,7 +184,7 @@ class Trainer:
                     self._losses[self.step] += self._backward(batch, scale, mark)
             sum_partial_gradients(self._parameters.values(), self._sum_pieces)
             if self._saved_state:
-                # Not before: the first step has what DDP makes only once.
+                # Not before: until then DDP may hold its buckets twice (`GradientExchange`).
                 load_state(self._optimizer, self._parameters, self._saved_state)
                 self._saved_state = {}
             update(self._optimizer, self._parameters.values())

@@ -235,15 +235,12 @@ def compiled(trial: TrialConfig) -> TrialConfig:
     return replace(trial, layout=replace(trial.layout, compile="blocks"))
 
 
-COMPILED = [("none", "ddp", "none"), ("lora", "fsdp", "none")]
+COMPILED = [("none", "ddp"), ("lora", "fsdp")]
 
 
 def compiled_layouts(world: World, name: str) -> dict[tuple[str, ...], list[float]]:
     """Train compiled blocks on all ranks; of the two micro batches of a step the last exchanges."""
-    return {
-        kind: losses(world, name, "causal-lm", compiled(config(kind[0], world.world_size, kind[1], 2, recomputation=kind[2])))[0]
-        for kind in COMPILED
-    }
+    return {kind: losses(world, name, "causal-lm", compiled(config(kind[0], world.world_size, kind[1], 2)))[0] for kind in COMPILED}
 
 
 @pytest.mark.slow
