@@ -35,7 +35,7 @@ def packing_of(model: Mapping[str, Any], task: str, config: TrialConfig, longest
     """Return how rows are laid end to end; None where they are padded.
 
     A language model's loss is at single tokens, and an encoder's class is at the first token of a row. What decodes and classifies
-    looks for the last token of a padded row. What is compiled wants few shapes.
+    looks for the last token of a padded row.
 
     Args:
         model: its `config.json`.
@@ -48,7 +48,7 @@ def packing_of(model: Mapping[str, Any], task: str, config: TrialConfig, longest
     window = model.get("sliding_window") if model.get("use_sliding_window", True) else None
     num_before = num_prefix_tokens(config.recipe)
     is_windowed = window is not None and num_before + longest > int(window)
-    if not is_of_task or not can_pack(family) or is_windowed or config.layout.compile != "none":
+    if not is_of_task or not can_pack(family) or is_windowed:
         return None
     first_position = int(model.get("pad_token_id") or 0) + 1 if family in LATER_POSITIONS else 0
     return Packing(first_position=first_position, num_before=num_before)

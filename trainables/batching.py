@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,14 +30,26 @@ EVALUATION_LOGITS_BYTES, BYTES_PER_LOGIT = 2 * 1024**3, 8
 LEAST_TOKENS, LEAST_LOGITS_BYTES = 768, 32 * 1024**2
 
 
+Kind = Literal["even", "padded", "packed"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
     """What a batch looks like to the model."""
 
     rows: int
     width: int
-    """Tokens of the longest row."""
-    is_padded: bool
+    """Tokens of the longest row, or of all that are laid end to end."""
+    kind: Kind
+    """Whether its rows are of one length, padded, or laid end to end"""
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, packing: Packing | None) -> Form:
+        """Return that of a batch of rows of these lengths; see `collate`."""
+        longest, is_even = int(lengths.max()), bool(lengths.min() == lengths.max())
+        if packing is not None and (packing.num_before > 0 or not is_even):
+            return cls(rows=1, width=int(lengths.sum()), kind="packed")
+        return cls(rows=len(lengths), width=longest, kind="even" if is_even else "padded")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +71,8 @@ class Batch:
     @property
     def form(self) -> Form:
         rows, width = self.input_ids.shape
-        return Form(rows=rows, width=width, is_padded=self.attention_mask is not None)
+        kind: Kind = "packed" if self.packed is not None else "even" if self.attention_mask is None else "padded"
+        return Form(rows=rows, width=width, kind=kind)
 
     @property
     def num_rows(self) -> int:
@@ -108,7 +121,7 @@ def collate(table: TokenTable, rows: np.ndarray, pad_token_id: int, packing: Pac
     tokens = np.repeat(table.offsets[indices] - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
     input_ids = np.full(is_real.shape, pad_token_id, dtype=np.int64)
     input_ids[is_real] = table.input_ids[tokens]
-    is_packed = packing is not None and (packing.num_before > 0 or not is_real.all())
+    is_packed = Form.of(lengths, packing).kind == "packed"
     if table.labels is None:
         assert table.targets is not None  # of a language model
         # The token at i is predicted from the tokens before it.
@@ -170,9 +183,7 @@ class BatchPlan:
         found: Counter[Form] = Counter()
         for step in range(self.num_steps):
             for part in (part for parts in self._dealt(step) for part in parts if len(part)):
-                lengths = self._lengths[part]
-                width = int(lengths.max())
-                found[Form(rows=len(part), width=width, is_padded=bool(lengths.min() < width))] += 1
+                found[Form.of(self._lengths[part], self._packing)] += 1
         return found
 
     def sizes(self) -> StepSizes:

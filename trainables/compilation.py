@@ -11,7 +11,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from trainables.batching import Form
+from trainables.batching import Form, Kind
+from trainables.packed import leave_uncompiled
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,7 +26,7 @@ class Compilation:
 
     dynamic: bool | None
     """Whether lengths are variables of the compiled blocks. None: they are compiled for the one form that is covered."""
-    _covered: frozenset[Form | tuple[bool, bool]]
+    _covered: frozenset[Form | tuple[bool, Kind]]
 
     @classmethod
     def of(cls, forms: Counter[Form]) -> Compilation:
@@ -33,13 +34,13 @@ class Compilation:
 
         Where nearly all have one form, as packed text has all but the last, that form alone. Else lengths are variables from the
         start, because to compile for the first form and then again for all takes twice as long; torch still compiles padded
-        batches apart from others, whose attention has no mask, and those of one row apart from others.
+        batches, whose attention has a mask, and packed ones apart from others, and those of one row apart from others.
         """
         enough = (1 - RARE) * forms.total()
         usual, count = forms.most_common(1)[0]
         if count >= enough:
             return cls(dynamic=None, _covered=frozenset([usual]))
-        kinds: Counter[tuple[bool, bool]] = Counter()
+        kinds: Counter[tuple[bool, Kind]] = Counter()
         for form, count in forms.items():
             kinds[_kind(form)] += count
         return cls(dynamic=True, _covered=frozenset(kind for kind, count in kinds.items() if count >= RARE * forms.total()))
@@ -52,6 +53,9 @@ class Compilation:
         """Have torch compile modules when they first run."""
         # What was compiled for earlier trials counts against torch's limit of recompilations, beyond which it compiles no more.
         torch.compiler.reset()
+        # An encoder's last block is told apart from the others by its hooks alone (`trainables.first_tokens`).
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        leave_uncompiled()
         for block in blocks:
             block.compile(dynamic=self.dynamic)
 
@@ -60,8 +64,8 @@ class Compilation:
         return torch.compile(function, dynamic=True)
 
 
-def _kind(form: Form) -> tuple[bool, bool]:
-    return form.rows == 1, form.is_padded
+def _kind(form: Form) -> tuple[bool, Kind]:
+    return form.rows == 1, form.kind
 
 
 def as_written(is_compiled: bool) -> AbstractContextManager[object]:

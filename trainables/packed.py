@@ -7,9 +7,10 @@ GPUs attend to all rows in one kernel; CPUs, and what that kernel does not take,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache, partial
 from inspect import signature
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ from trainables.packed_rows import PackedRows
 # Under this name transformers finds what is below. Where rows are padded, it is `scaled_dot_product_attention` as ever.
 ATTENTION = "sdpa_of_rows"
 # FlashAttention-2's, of which wider heads have no backward pass on some: https://github.com/Dao-AILab/flash-attention#nvidia-cuda-support
-MIN_CAPABILITY, MAX_HEAD_WIDTH = (8, 0), 192
+MIN_CAPABILITY, MAX_HEAD_WIDTH = 8, 192
 # Torch 2.11 takes fewer heads of keys without being told.
 TELLS_SHARED_KEYS = "enable_gqa" in signature(varlen_attn).parameters
 # The mask is made without a look at whether there is anything to mask.
@@ -123,7 +124,7 @@ def _takes_all_rows(query: torch.Tensor, rows: PackedRows) -> bool:
         and width % 8 == 0
         and width <= MAX_HEAD_WIDTH
         and not rows.num_before
-        and torch.cuda.get_device_capability(query.device) >= MIN_CAPABILITY
+        and torch.cuda.get_device_properties(query.device).major >= MIN_CAPABILITY
     )
 
 
@@ -171,6 +172,7 @@ def _attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     packed_rows: PackedRows | None = None,
+    by_rows: Callable[..., torch.Tensor] = attention_by_rows,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     if packed_rows is None:
@@ -179,7 +181,8 @@ def _attention(
         )
         return found
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    return attention_by_rows(query, key, value, packed_rows, is_causal=causal, scale=scaling)[None], None
+    attend = attention_by_rows if _takes_all_rows(query, packed_rows) else by_rows
+    return attend(query, key, value, packed_rows, is_causal=causal, scale=scaling)[None], None
 
 
 def _mask(*, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
@@ -191,6 +194,15 @@ def _mask(*, attention_mask: torch.Tensor | None = None, **options: Any) -> torc
     if batch.attention_mask is None:
         return sdpa_mask(**options)
     return sdpa_mask(attention_mask=attention_mask, **options | NO_SKIP)
+
+
+@cache
+def leave_uncompiled() -> None:
+    """Have torch compile what is around attention by length alone: every micro batch has other lengths.
+
+    Not as this module is imported: torch's compiler takes a second to be there.
+    """
+    AttentionInterface.register(ATTENTION, partial(_attention, by_rows=torch.compiler.disable(attention_by_rows)))
 
 
 AttentionInterface.register(ATTENTION, _attention)

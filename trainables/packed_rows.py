@@ -23,6 +23,8 @@ class PackedRows:
     """(rows, length) of neighbours of one length"""
     bounds: torch.Tensor
     """int32 (rows + 1,): where each row begins, and where the last one ends"""
+    longest: int
+    """Tokens of the longest row; a field: what is compiled must not look at `runs`, of which every micro batch has others"""
     position_ids: torch.Tensor
     """int64 (1, tokens)"""
     num_before: int
@@ -36,6 +38,7 @@ class PackedRows:
         return cls(
             runs=tuple((len(list(run)), int(length)) for length, run in groupby(lengths.tolist())),
             bounds=torch.from_numpy(bounds.astype(np.int32)),
+            longest=int(lengths.max()),
             position_ids=torch.from_numpy(positions)[None],
             num_before=packing.num_before,
         )
@@ -43,11 +46,6 @@ class PackedRows:
     @property
     def num_rows(self) -> int:
         return len(self.bounds) - 1
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return max(length for _, length in self.runs)
 
     @property
     def starts(self) -> torch.Tensor:

@@ -11,7 +11,10 @@ import torch
 from memory_grid import Case
 from synthetic_data import task_data
 from torch._dynamo.utils import counters
+from unequal_rows import base_of, data_of
+from varlen_kernel import varlen_on_cpu
 
+from spaces.packing import Packing
 from trainables.batching import BatchPlan, Form
 from trainables.compilation import Compilation
 from trainables.data import TaskData, TokenTable
@@ -32,11 +35,17 @@ def rows_of(lengths: list[int]) -> TaskData:
     return task_data("causal-lm", table, table)
 
 
-def trained(case: Case, compile: str, data: TaskData | None = None) -> tuple[list[float], float]:
+def unequal(case: Case) -> TaskData:
+    """Return rows of many lengths, no two micro batches of which are alike."""
+    return data_of(case.task, tuple(range(9, 41)))
+
+
+def trained(case: Case, compile: str, data: TaskData | None = None, *, is_packed: bool = False) -> tuple[list[float], float]:
     """Return the losses of all steps and of the evaluation, and the hardware FLOPs of a step."""
     config = case.config(1)
     config = replace(config, layout=replace(config.layout, compile=compile))  # type: ignore[arg-type]
-    trainer = Trainer(config, data or case.data(STEPS), case.base(), World.alone(), checkpoints=None)
+    base = base_of(case) if is_packed else case.base()
+    trainer = Trainer(config, data or case.data(STEPS), base, World.alone(), checkpoints=None)
     for _ in range(trainer.num_steps):
         trainer.train_step()
     report = trainer.final_report(0)
@@ -83,10 +92,41 @@ def test_batches_of_other_forms_compile_nothing_again(lengths: list[int], num_gr
     assert counters["stats"]["unique_graphs"] <= num_graphs
 
 
-def test_the_forms_of_a_plan_are_those_of_its_batches() -> None:
+@pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
+def test_packed_rows_in_one_kernel_are_compiled_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU would have it: however many rows and tokens a micro batch has, and nothing is left out of the graphs."""
+    case = Case(family=family, adapter="all-linear", rows=4)
+    monkeypatch.setattr("trainables.packed._takes_all_rows", lambda *_: True)
+    with varlen_on_cpu() as called:
+        expected, twice = trained(case, "none", unequal(case), is_packed=True)
+        as_written = len(called)
+        counters.clear()
+        losses, compiled_twice = trained(case, "blocks", unequal(case), is_packed=True)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert compiled_twice == pytest.approx(twice)
+    assert len(called) == 2 * as_written
+    assert not counters["graph_break"]
+    # Of the loss, of blocks, of the first one, whose input needs no gradient, and of an encoder's last, which ends at first tokens.
+    assert counters["stats"]["unique_graphs"] == 3 + (family == "bert")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_packed_rows_by_length_are_compiled_around_their_attention(family: str) -> None:
+    case = Case(family=family, adapter="all-linear", rows=4)
+    expected, _ = trained(case, "none", unequal(case), is_packed=True)
+    counters.clear()
+    losses, _ = trained(case, "blocks", unequal(case), is_packed=True)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert all("attention_by_rows" in reason for reason in counters["graph_break"])
+    assert counters["graph_break"]
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_the_forms_of_a_plan_are_those_of_its_batches(is_packed: bool) -> None:
     case = Case(family="llama", rows=3)
     config = replace(case.config(2), recipe=replace(case.config(2).recipe, epochs=1.7))
-    plan = BatchPlan(config, rows_of([5, 9, 9, 12, 7, 7, 7, 31, 8, 20, 21]))
+    plan = BatchPlan(config, rows_of([5, 9, 9, 12, 7, 7, 7, 31, 8, 20, 21]), Packing(first_position=0) if is_packed else None)
     dealt = Counter(
         b.form for step in range(plan.num_steps) for rank in range(2) for b in plan.micro_batches(step, rank) if len(b.targets)
     )
@@ -94,16 +134,21 @@ def test_the_forms_of_a_plan_are_those_of_its_batches() -> None:
 
 
 def test_what_is_compiled_covers_what_is_common() -> None:
-    packed, rest = Form(rows=8, width=256, is_padded=False), Form(rows=3, width=256, is_padded=False)
-    text = Compilation.of(Counter({packed: 99, rest: 1}))
-    assert (text.dynamic, text.covers(packed), text.covers(rest)) == (None, True, False)
-    padded = {Form(rows=8, width=width, is_padded=True): 1 for width in range(20, 60)}
-    even = Form(rows=8, width=30, is_padded=False)
+    usual, rest = Form(rows=8, width=256, kind="even"), Form(rows=3, width=256, kind="even")
+    text = Compilation.of(Counter({usual: 99, rest: 1}))
+    assert (text.dynamic, text.covers(usual), text.covers(rest)) == (None, True, False)
+    padded = {Form(rows=8, width=width, kind="padded"): 1 for width in range(20, 60)}
+    even = Form(rows=8, width=30, kind="even")
     prompts = Compilation.of(Counter({**padded, even: 2}))
     assert prompts.dynamic
     assert all(prompts.covers(form) for form in padded)
     assert not prompts.covers(even), "as rare as two in 42"
     assert Compilation.of(Counter({**padded, even: 20})).covers(even)
+    packed = {Form(rows=1, width=width, kind="packed"): 1 for width in range(200, 240)}
+    together = Compilation.of(Counter({**packed, Form(rows=1, width=30, kind="even"): 2}))
+    assert together.dynamic
+    assert all(together.covers(form) for form in packed)
+    assert not together.covers(Form(rows=1, width=30, kind="even")), "has a graph of its own"
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])

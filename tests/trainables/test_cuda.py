@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from memory_grid import Case
+from torch._dynamo.utils import counters
 from torch.nn.attention.varlen import varlen_attn
 from unequal_rows import LENGTHS, base_of, data_of, gradients
 
@@ -79,6 +80,22 @@ def test_the_kernel_for_all_rows_computes_what_those_of_one_length_do(family: st
     assert loss == pytest.approx(expected_loss, rel=1e-2)
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= 3e-2 * gradient.norm() + 1e-4, name
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_packed_rows_are_compiled_with_their_attention(family: str) -> None:
+    case = Case(family=family, precision="bf16", adapter="all-linear", rows=4)
+    data = data_of(case.task, tuple(range(9, 41)))
+    found = {}
+    for compile in ("none", "blocks"):
+        counters.clear()
+        trainer = Trainer(with_layout(case, compile=compile), data, base_of(case), GPU, checkpoints=None)
+        for _ in range(trainer.num_steps):
+            trainer.train_step()
+        found[compile] = trainer.final_report(0).details["train_losses"]
+    assert found["blocks"] == pytest.approx(found["none"], rel=1e-2)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize(("quantization", "tolerance"), [("nf4", 1e-3), ("int8", 1e-2)])
