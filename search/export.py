@@ -81,7 +81,7 @@ def export(store: Store, number: int, *, merge: bool, output: Path | None) -> Ex
         # Where rounding or a spread out base makes them other weights than those that were scored.
         is_whole = merge or config.recipe.adapter == "none"
         is_other = is_whole and (config.recipe.quantization, config.recipe.precision) != ("none", "fp32")
-        scores = weights.scores(module, config, data) if is_other else {}
+        scores = weights.scores(module, config, data, base, results.spec.data.exact_match_rows) if is_other else {}
         is_plain = config.recipe.quantization == "none" or merge or model.task == "causal-lm"
         card = model_card(
             results, record, is_merged=merge, scores=scores, unquantized=[] if is_plain else weights.unquantized(module)

@@ -130,7 +130,7 @@ class DataSpec(Section):
     answer_pattern: Text | None = None
     """Regular expression whose first group is the answer in a completion; exact_match compares it."""
     exact_match_rows: AtLeastZero = 64
-    """Evaluation rows that are completed greedily for exact_match and for `metric`; 0 turns it off."""
+    """Evaluation rows, and as many test rows, that are completed greedily for exact_match and for `metric`; 0 turns it off."""
     metric: ImportPath | None = None
     """`module:function` of a score of your own, of the working directory or installed: it takes two lists of texts, predictions
     (labels, or completions) and references, and returns a number, reported as `custom`. As an objective it is better the higher,

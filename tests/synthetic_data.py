@@ -28,7 +28,6 @@ def task_data(task: str, train: TokenTable, evaluation: TokenTable, label_names:
         test=None,
         fraction_key=np.arange(train.num_rows) / train.num_rows,
         label_names=label_names,
-        answers=None,
         answer_pattern=None,
         pad_token_id=0,
         eos_token_id=None,

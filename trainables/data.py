@@ -26,6 +26,8 @@ class TokenTable:
     """classification: int64 (num_rows,)"""
     domains: np.ndarray | None = None
     """int64 (num_rows,): index into `TaskData.domains`; None where the data have none"""
+    answers: tuple[str, ...] | None = None
+    """The answer that each row expects, for exact match; None where that is not asked for"""
 
     @property
     def num_rows(self) -> int:
@@ -78,8 +80,6 @@ class TaskData:
     fraction_key: np.ndarray
     """float64 (num_train_rows,): a row is in fraction f if its key is below f, so smaller fractions are subsets"""
     label_names: tuple[str, ...]
-    answers: tuple[str, ...] | None
-    """The answer that each evaluation row expects, for exact match"""
     answer_pattern: str | None
     pad_token_id: int
     eos_token_id: int | None
@@ -105,8 +105,8 @@ class TaskData:
 
     @property
     def judges_completions(self) -> bool:
-        """Whether a score needs completions of the evaluation rows."""
-        return self.task == "causal-lm" and (self.answers is not None or self.metric is not None)
+        """Whether a score needs completions."""
+        return self.task == "causal-lm" and (self.answer_pattern is not None or self.metric is not None)
 
     def subset(self, fraction: float) -> np.ndarray:
         """Return the indices of the training rows in a fraction, ascending: int64 (num_rows,)."""

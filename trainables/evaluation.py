@@ -20,11 +20,11 @@ from trainables.compilation import as_written
 from trainables.data import TaskData, TokenTable, expected_text
 from trainables.loss import evaluated
 from trainables.mesh import World
-from trainables.model import unwrapped
+from trainables.model import BaseModel, unwrapped
 from trainables.packed import packing_for
 from trainables.parallelize import autocast
 from trainables.report import TrialError
-from trainables.tokenization import IGNORE
+from trainables.tokenization import IGNORE, load_tokenizer
 
 GENERATION_ROWS = 32
 # Beyond it, its exponential is no number any more.
@@ -126,22 +126,31 @@ def _macro_f1(confusion: torch.Tensor) -> float:
 
 
 def completion_scores(
-    module: nn.Module, config: TrialConfig, data: TaskData, world: World, tokenizer: Any, num_rows: int
+    module: nn.Module, config: TrialConfig, data: TaskData, table: TokenTable, world: World, tokenizer: Any, num_rows: int
 ) -> dict[str, float]:
-    """Return what is judged by greedy completions of the first evaluation rows: exact_match, and the user's own score.
+    """Return what is judged by greedy completions of a table's first rows: exact_match, and the user's own score.
 
     Every rank must call it.
 
     Raises:
         TrialError: the user's own score failed.
     """
-    texts = completions(module, config, data, world, tokenizer, num_rows)
+    texts = completions(module, config, data, table, world, tokenizer, num_rows)
     scores = {}
-    if data.answers is not None and data.answer_pattern is not None:
-        scores[metrics.EXACT_MATCH] = _exact_match(texts, data.answers, data.answer_pattern)
+    if table.answers is not None and data.answer_pattern is not None:
+        scores[metrics.EXACT_MATCH] = _exact_match(texts, table.answers, data.answer_pattern)
     if data.metric is not None:
-        scores[metrics.CUSTOM] = data.metric(texts, [expected_text(data.evaluation, i, tokenizer) for i in range(len(texts))])
+        scores[metrics.CUSTOM] = data.metric(texts, [expected_text(table, i, tokenizer) for i in range(len(texts))])
     return scores
+
+
+def score_completions(
+    module: nn.Module, config: TrialConfig, data: TaskData, table: TokenTable, world: World, base: BaseModel, num_rows: int
+) -> dict[str, float]:
+    """Return `completion_scores`; nothing where completions judge nothing, or of no rows."""
+    if not data.judges_completions or num_rows == 0:
+        return {}
+    return completion_scores(module, config, data, table, world, load_tokenizer(base.name, base.revision), num_rows)
 
 
 def _exact_match(texts: list[str], answers: Sequence[str], pattern: str) -> float:
@@ -152,8 +161,10 @@ def _exact_match(texts: list[str], answers: Sequence[str], pattern: str) -> floa
 
 
 @torch.no_grad()
-def completions(module: nn.Module, config: TrialConfig, data: TaskData, world: World, tokenizer: Any, num_rows: int) -> list[str]:
-    """Return the greedy completions of the first evaluation rows, on every rank.
+def completions(
+    module: nn.Module, config: TrialConfig, data: TaskData, table: TokenTable, world: World, tokenizer: Any, num_rows: int
+) -> list[str]:
+    """Return the greedy completions of a table's first rows, on every rank.
 
     Every rank generates its own rows, or all where it sees all, and must call this; with FSDP2 all step on until the last is done.
     """
@@ -161,15 +172,15 @@ def completions(module: nn.Module, config: TrialConfig, data: TaskData, world: W
     model.eval()
     if isinstance(module, FSDPModule):
         module.unshard()  # generation calls the model inside PEFT's, whose hooks gather nothing of what no block holds
-    num_rows = min(num_rows, data.evaluation.num_rows)
-    limit = int(np.percentile(data.evaluation.num_targets[:num_rows], 95))
+    num_rows = min(num_rows, table.num_rows)
+    limit = int(np.percentile(table.num_targets[:num_rows], 95))
     rows_world = world.data_parallel(config.layout)
     mine = np.arange(num_rows)[rows_world.rank :: rows_world.world_size]
     per_rank = -(-num_rows // rows_world.world_size)
     texts: dict[int, str] = {}
     for start in range(0, per_rank, GENERATION_ROWS):
         rows = mine[start : start + GENERATION_ROWS]
-        prompts = [_prompt(data.evaluation, int(i)) for i in rows] or [_prompt(data.evaluation, 0)]
+        prompts = [_prompt(table, int(i)) for i in rows] or [_prompt(table, 0)]
         width = max(map(len, prompts))
         # Padding at the left: the completion must follow its prompt.
         ids = torch.tensor([[data.pad_token_id] * (width - len(p)) + p for p in prompts], device=world.device)

@@ -21,7 +21,7 @@ from spaces.config import Adapter, Layout, TrialConfig
 from trainables import bottleneck
 from trainables.checkpoint import read_checkpoint
 from trainables.data import TaskData
-from trainables.evaluation import evaluate
+from trainables.evaluation import evaluate, score_completions
 from trainables.mesh import World
 from trainables.model import BaseModel, build, quietly, trainable
 from trainables.quantize import is_head, pack_linears, spread_out
@@ -110,11 +110,13 @@ def unquantized(module: Any) -> list[str]:
     return sorted({name for name in kept if "." not in name} | saved)
 
 
-def scores(module: nn.Module, config: TrialConfig, data: TaskData) -> dict[str, float]:
+def scores(module: nn.Module, config: TrialConfig, data: TaskData, base: BaseModel, exact_match_rows: int) -> dict[str, float]:
     """Return a model's metrics on the evaluation rows, on a GPU where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = replace(World.alone(), device=device)
-    return evaluate(module.to(device), replace(config, layout=_one_rank(config)), data, data.evaluation, world, is_final=False)
+    config, module, table = replace(config, layout=_one_rank(config)), module.to(device), data.evaluation
+    completed = score_completions(module, config, data, table, world, base, exact_match_rows)
+    return evaluate(module, config, data, table, world, is_final=False) | completed
 
 
 def save(module: Any, base: BaseModel, config: TrialConfig, directory: Path, origin: str | None = None) -> None:

@@ -22,7 +22,7 @@ from trainables.batching import Batch, BatchPlan
 from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from trainables.compilation import Compilation, as_written
 from trainables.data import TaskData
-from trainables.evaluation import completion_scores, evaluate
+from trainables.evaluation import evaluate, score_completions
 from trainables.loss import TrainingLoss
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
@@ -33,7 +33,6 @@ from trainables.packed import packing_for
 from trainables.parallelize import GradientExchange, autocast, blocks_of, recompute, summing
 from trainables.report import Diverged, OutOfMemory, TrialReport
 from trainables.tensor_parallel import marked_while_gathered, sum_partial_gradients
-from trainables.tokenization import load_tokenizer
 from trainables.trained_rows import rows_of
 from trainables.whole import load_state, load_weights, whole_state, whole_weights
 
@@ -207,10 +206,9 @@ class Trainer:
     def final_report(self, exact_match_rows: int) -> TrialReport:
         """Evaluate all that is asked for, save the weights, and report what the trial cost."""
         scores = self._evaluate(is_final=True)
-        if self.data.judges_completions and exact_match_rows:
-            tokenizer = load_tokenizer(self.base.name, self.base.revision)
-            with self.memory.pause():
-                scores |= completion_scores(self.module, self.config, self.data, self.world, tokenizer, exact_match_rows)
+        with self.memory.pause():
+            table = self.data.evaluation
+            scores |= score_completions(self.module, self.config, self.data, table, self.world, self.base, exact_match_rows)
         if self.checkpoints is not None:
             weights = whole_weights(self._parameters)
             if self.world.rank == 0:
@@ -343,9 +341,12 @@ def evaluate_untrained(config: TrialConfig, data: TaskData, base: BaseModel, wor
     return evaluate(build(config, base, world), config, data, data.evaluation, world, is_final=False)
 
 
-def evaluate_saved(config: TrialConfig, data: TaskData, base: BaseModel, world: World, weights: Path) -> dict[str, float]:
+def evaluate_saved(
+    config: TrialConfig, data: TaskData, base: BaseModel, world: World, weights: Path, exact_match_rows: int
+) -> dict[str, float]:
     """Return the scores on the test rows of a finished trial's saved weights."""
     assert data.test is not None  # the caller asks only for data with a test file
     module = build(config, base, world)
     load_weights(trainable(module), read_checkpoint(weights).weights)
-    return evaluate(module, config, data, data.test, world)
+    completed = score_completions(module, config, data, data.test, world, base, exact_match_rows)
+    return evaluate(module, config, data, data.test, world) | completed

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -240,12 +240,10 @@ def _pattern(data: DataSpec) -> str:
     return data.answer_pattern or DEFAULT_ANSWER_PATTERN
 
 
-def _answers(data: DataSpec, part: _Part) -> tuple[str, ...] | None:
-    """Return the expected answers, if the completions have answers that can be extracted."""
+def _has_answers(data: DataSpec, part: _Part) -> bool:
+    """Return whether completions have answers that can be extracted."""
     num_found = sum(answer is not None for answer in part.answers)
-    if data.exact_match_rows == 0 or not part.answers or num_found < SHARE_WITH_ANSWER * len(part.answers):
-        return None
-    return tuple(answer or "" for answer in part.answers)
+    return data.exact_match_rows > 0 and bool(part.answers) and num_found >= SHARE_WITH_ANSWER * len(part.answers)
 
 
 def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
@@ -254,7 +252,8 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
     if pad is None:
         raise DataError(f"model.name: the tokenizer of {model.name} has neither a padding nor an end-of-text token")
     names = tuple(sorted(set(train.labels or ())))
-    tables = {role: _table(part, names, has_domains=data.domains is not None) for role, part in parts.items()}
+    has_answers = _has_answers(data, parts["evaluation"])
+    tables = {role: _table(part, names, data, has_answers=has_answers) for role, part in parts.items()}
     digest = hashlib.sha256(json.dumps([model.task, names]).encode())
     for role, table in sorted(tables.items()):
         digest.update(role.encode())
@@ -265,7 +264,6 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
     weights = [source.weight for source in data.sources.values() if source.weight is not None]
     if data.domains is not None:
         digest.update(json.dumps([list(data.domains), weights]).encode())
-    answers = _answers(data, parts["evaluation"])
     return TaskData(
         task=model.task,
         train=tables["train"],
@@ -273,8 +271,7 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
         test=tables.get("test"),
         fraction_key=_stratified_key(list(zip(train.labels or [""] * len(train.domains), train.domains, strict=True))),
         label_names=names,
-        answers=answers,
-        answer_pattern=None if answers is None else _pattern(data),
+        answer_pattern=_pattern(data) if has_answers else None,
         pad_token_id=int(pad),
         eos_token_id=tokenizer.eos_token_id,
         fingerprint=digest.hexdigest(),
@@ -285,10 +282,12 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
     )
 
 
-def _table(part: _Part, label_names: Sequence[str], *, has_domains: bool) -> TokenTable:
+def _table(part: _Part, label_names: Sequence[str], data: DataSpec, *, has_answers: bool) -> TokenTable:
     index = {name: i for i, name in enumerate(label_names)}
     labels = None if part.labels is None else [index[label] for label in part.labels]
-    return TokenTable.build(part.encoded, labels, part.domains if has_domains else None)
+    table = TokenTable.build(part.encoded, labels, None if data.domains is None else part.domains)
+    # None for a table of which some rows were left out.
+    return replace(table, answers=tuple(answer or "" for answer in part.answers) or None) if has_answers else table
 
 
 def _checked_metric(raw: _Raw, evaluation: TokenTable, label_names: tuple[str, ...]) -> UserMetric | None:

@@ -127,7 +127,7 @@ def _execute(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
     if job.kind == "reference":
         return {"state": "complete", "metrics": evaluate_untrained(config, data, base, world)}
     if job.kind == "test":
-        return {"state": "complete", "metrics": evaluate_saved(config, data, base, world, directory / "final")}
+        return {"state": "complete", "metrics": evaluate_saved(config, data, base, world, directory / "final", task.exact_match_rows)}
     checkpoints = CheckpointStore(directory)
     control = _Control(inbox.watch() if world.rank == 0 else None, world, checkpoints)
     reports = train(

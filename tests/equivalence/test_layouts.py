@@ -305,7 +305,7 @@ def offloaded(world: World, names: dict[str, str], directory: str, data: TaskDat
         },
         "resumed": resumed_curve(world, names["causal-lm"], trial("none"), directory),
         "bf16": losses(world, names["causal-lm"], "causal-lm", trial("lora", precision="bf16"))[0],
-        "exact_match": completion_scores(module, trial("lora"), data, world, Numbers(), NUM_MATCHED)["exact_match"],
+        "exact_match": completion_scores(module, trial("lora"), data, data.evaluation, world, Numbers(), NUM_MATCHED)["exact_match"],
     }
 
 
@@ -323,10 +323,15 @@ def test_weights_left_to_the_host_learn_what_one_process_learns(names: dict[str,
         assert found["exact_match"] == pytest.approx(is_right)
 
 
+def answered(data: TaskData, answers: tuple[str, ...]) -> TaskData:
+    """Return data whose evaluation rows expect these answers."""
+    return replace(data, evaluation=replace(data.evaluation, answers=answers), answer_pattern=r"(.+)")
+
+
 def completed_in_part(name: str) -> tuple[TaskData, float]:
     """Return data whose answers a model that nothing has trained gives in part, and in which share of them."""
     answers = tuple(text if i % 3 else "never" for i, text in enumerate(completions_one_by_one(name, make_data("causal-lm"), "lora")))
-    return replace(make_data("causal-lm"), answers=answers, answer_pattern=r"(.+)"), sum(a != "never" for a in answers) / NUM_MATCHED
+    return answered(make_data("causal-lm"), answers), sum(a != "never" for a in answers) / NUM_MATCHED
 
 
 def sharded_pieces(world: World, name: str, directory: str, data: TaskData) -> dict[str, Any]:
@@ -338,7 +343,9 @@ def sharded_pieces(world: World, name: str, directory: str, data: TaskData) -> d
     return {
         "resumed": resumed_curve(world, name, by_precision["fp32"], directory),
         "bf16": losses(world, name, "causal-lm", by_precision["bf16"])[0],
-        "exact_match": completion_scores(module, by_precision["fp32"], data, world, Numbers(), NUM_MATCHED)["exact_match"],
+        "exact_match": completion_scores(module, by_precision["fp32"], data, data.evaluation, world, Numbers(), NUM_MATCHED)[
+            "exact_match"
+        ],
     }
 
 
@@ -613,7 +620,8 @@ def matched(world: World, name: str, data: TaskData, kind: str) -> list[float]:
     base = BaseModel.load(name, None, "causal-lm", ())
     trials = [config(adapter, world.world_size, strategy) for adapter, strategy in MATCHED[kind]]
     return [
-        completion_scores(build(trial, base, world), trial, data, world, Numbers(), NUM_MATCHED)["exact_match"] for trial in trials
+        completion_scores(build(trial, base, world), trial, data, data.evaluation, world, Numbers(), NUM_MATCHED)["exact_match"]
+        for trial in trials
     ]
 
 
@@ -622,7 +630,7 @@ def test_exact_match_is_that_of_completions_one_by_one_under_every_strategy(name
     name, data = names["causal-lm"], make_data("causal-lm")
     right = completions_one_by_one(name, data, kind)
     answers = tuple(text if i % 3 else "never" for i, text in enumerate(right))
-    data = replace(data, answers=answers, answer_pattern=r"(.+)")
+    data = answered(data, answers)
     expected = sum(a != "never" for a in answers) / NUM_MATCHED
     assert matched(World.alone(), name, data, kind) == [expected] * len(MATCHED[kind])
     for ranks in distributed.run(2, matched, name, data, kind):

@@ -170,8 +170,8 @@ def test_the_loss_counts_the_completion_alone(stories: ModelSpec, shared: Path) 
         assert (ids[targets != IGNORE] == targets[targets != IGNORE]).all()
         checked += 1
     assert checked > 10
-    assert data.answers is not None
-    assert set(data.answers) <= {row["answer"].split("#### ")[1] for row in rows}
+    assert data.evaluation.answers is not None
+    assert set(data.evaluation.answers) <= {row["answer"].split("#### ")[1] for row in rows}
 
 
 def test_the_last_tenth_of_plain_text_is_held_out_in_one_piece(stories: ModelSpec, shared: Path) -> None:

@@ -93,7 +93,7 @@ def test_completions_are_those_of_peft_token_by_token(family: str) -> None:
     prompts = [table.row(i)[0][: 2 + i].tolist() for i in range(len(LENGTHS))]
     targets = np.concatenate([np.where(np.arange(n) < 2 + i, IGNORE, table.row(i)[0]) for i, n in enumerate(LENGTHS)])
     data = replace(data, evaluation=replace(table, targets=targets))
-    texts = completions(module, case.config(1), data, World.alone(), Numbers(), 4)
+    texts = completions(module, case.config(1), data, data.evaluation, World.alone(), Numbers(), 4)
     peft, limit = of_peft(base, module.get_parameter(WEIGHT)).eval(), int(np.percentile(data.evaluation.num_targets[:4], 95))
     assert len({len(prompt) for prompt in prompts[:4]}) == 4
     for text, prompt in zip(texts, prompts[:4], strict=True):

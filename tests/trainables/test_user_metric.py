@@ -124,18 +124,18 @@ def test_completions_are_judged_by_it(scores: Path, shared: Path) -> None:
     (scores / "rows.tsv").write_text("prompt\tcompletion\n" + "\n".join(rows) + "\n")
     spec: dict[str, Any] = {"train": str(scores / "rows.tsv"), "holdout": 0.5}
     data = prepare(model, DataSpec(**spec, metric="own_scores:share_right"))
-    assert data.answers is None
+    assert data.evaluation.answers is None
     base, tokenizer = BaseModel.load(model.name, None, model.task, ()), load_tokenizer(model.name, None)
     config = TrialConfig.from_params(SpaceSpec().first())
     module = build(config, base, World.alone())
-    texts = completions(module, config, data, World.alone(), tokenizer, 4)
+    texts = completions(module, config, data, data.evaluation, World.alone(), tokenizer, 4)
     assert len(texts) == 4
-    assert completion_scores(module, config, data, World.alone(), tokenizer, 4) == {"custom": 0.0}
+    assert completion_scores(module, config, data, data.evaluation, World.alone(), tokenizer, 4) == {"custom": 0.0}
     (scores / "own_scores.py").write_text("def first(predictions, references):\n    return references.count('ran to the park')\n")
     del sys.modules["own_scores"]
     data = prepare(model, DataSpec(**spec, metric="own_scores:first"))
     ran = sum(tokenizer.decode(data.evaluation.row(i)[0], skip_special_tokens=True).endswith("ran to the park") for i in range(4))
-    found = completion_scores(module, config, data, World.alone(), tokenizer, 4)
+    found = completion_scores(module, config, data, data.evaluation, World.alone(), tokenizer, 4)
     assert found["custom"] == ran
 
 

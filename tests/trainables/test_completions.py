@@ -1,0 +1,61 @@
+"""Completions are judged wherever a model is scored: at a trial's end, on the test rows, and when its weights become others."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from spaces.config import TrialConfig
+from spaces.inputs import DataSpec, ModelSpec
+from spaces.space import SpaceSpec
+from trainables import export
+from trainables.checkpoint import CheckpointStore
+from trainables.data import TokenTable
+from trainables.loop import Trainer, evaluate_saved
+from trainables.mesh import World
+from trainables.model import BaseModel
+from trainables.preparation import prepare
+from trainables.tokenization import IGNORE, load_tokenizer
+
+NUM_ROWS = 4
+TEXTS = ["Once upon a time\tthere was a little girl", "The dog\tran to the park", "Lily saw a cat\tand she was happy"]
+
+
+def first_words(module: torch.nn.Module, table: TokenTable, name: str) -> list[str]:
+    """Return the first word of every row's completion, one row at a time, without padding."""
+    tokenizer, words = load_tokenizer(name, None), []
+    for i in range(NUM_ROWS):
+        ids, targets = table.row(i)
+        assert targets is not None
+        prompt = torch.tensor([ids[targets == IGNORE].tolist()])
+        out = module.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)  # type: ignore[operator]
+        found = re.search(r"(\w+)", tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True))
+        words.append(found.group(1) if found else "")
+    return words
+
+
+def test_rows_of_the_test_file_and_merged_weights_are_judged_by_completions(shared: Path, tmp_path: Path) -> None:
+    for name, texts in (("train.tsv", TEXTS * 4), ("test.tsv", TEXTS[::-1] * 2)):
+        (tmp_path / name).write_text("prompt\tcompletion\n" + "\n".join(texts) + "\n")
+    model = ModelSpec(name=str(shared / "models/stories260k/hf"), task="causal-lm", max_length=64)
+    files = {role: str(tmp_path / f"{role}.tsv") for role in ("train", "test")}
+    data = prepare(model, DataSpec(**files, holdout=0.5, answer_pattern=r"(\w+)"))  # type: ignore[arg-type]
+    assert data.test is not None
+    assert data.test.answers == ("and", "ran", "there") * 2, "what its completions say"
+    config = TrialConfig.from_params(SpaceSpec().first())
+    base = BaseModel.load(model.name, None, model.task, ())
+    trainer = Trainer(config, data, base, World.alone(), checkpoints=CheckpointStore(tmp_path / "trial"))
+    trainer.train_step()
+    trainer.final_report(NUM_ROWS)
+    weights = tmp_path / "trial" / "final"
+    # Of the rows, every other one expects what plain transformers makes the model say.
+    said = first_words(export.trained_module(config, base, weights), data.test, model.name)
+    asked = replace(data.test, answers=tuple(word if i % 2 else "never" for i, word in enumerate(said)) + ("never",) * 2)
+    on_test = evaluate_saved(config, replace(data, test=asked), base, World.alone(), weights, NUM_ROWS)
+    assert on_test["exact_match"] == 0.5
+    assert "exact_match" not in evaluate_saved(config, data, base, World.alone(), weights, 0)
+    merged = export.merged_module(config, base, weights)
+    assert export.scores(merged, config, replace(data, evaluation=asked), base, NUM_ROWS)["exact_match"] == 0.5
