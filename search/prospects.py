@@ -13,7 +13,7 @@ from search.acquisition import Features, Prospect
 from search.layouts import Candidate, Forecaster, layout_to_train, layouts_of
 from search.record import TrialRecord
 from spaces.config import TrialConfig
-from spaces.constraints import Limits, config_within, memory_within_device, predicted_memory
+from spaces.constraints import Limits, config_within, predicted_memory
 from spaces.metrics import TRAIN_SECONDS
 from spaces.presets import HIGHER_RATE, usual_rate
 from spaces.spec import SearchSpec
@@ -57,7 +57,6 @@ class Prospects:
         # By where the prediction is from: an estimate, a profile and a number of rows are off by factors of their own.
         self._factors: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=MAX_COMPARED))
         self._others: deque[float] = deque(maxlen=MAX_COMPARED)
-        self._too_large: set[TrialConfig] = set()
 
     def restore(self, records: Iterable[TrialRecord]) -> None:
         """Take up the trials of an earlier driver."""
@@ -78,9 +77,7 @@ class Prospects:
 
     def candidates(self, params: Mapping[str, Any]) -> list[Candidate]:
         """Return a proposal under every layout that is to be measured; those that ran out of memory are not feasible."""
-        found = layouts_of(params, self._spec, self.limits)
-        lacks = {memory_within_device.__name__: 1.0}
-        return [replace(c, constraints={**c.constraints, **lacks}) if c.config.of_step() in self._too_large else c for c in found]
+        return layouts_of(params, self._spec, self.limits)
 
     def fits_smaller(self, record: TrialRecord) -> bool:
         """Return whether what ran out of memory is held to fit with fewer rows at a time or blocks that are computed again.
@@ -106,13 +103,13 @@ class Prospects:
     def _exclude(self, record: TrialRecord) -> None:
         """Where a trial ran out of memory, whatever is predicted to hold as much would too.
 
-        Of a family without formulas nothing is predicted: no trial with the same steps is started again.
+        Of a family without formulas nothing is predicted: it is the same steps, with as many tokens at once and more.
         """
         if not record.ran_out_of_memory:
             return
         predicted = predicted_memory(record.trial_config, self.limits)
         if predicted is None:
-            self._too_large.add(record.trial_config.of_step())
+            self.limits = replace(self.limits, too_large=self.limits.too_large | {record.trial_config.of_step()})
             return
         known = self.limits.memory_bytes
         below = predicted.peak_bytes - 1

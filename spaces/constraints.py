@@ -35,6 +35,8 @@ class Limits:
     """What the tensors of one rank may take; None where it is not known."""
     is_on_gpu: bool = False
     """Whether workers have GPUs, between which nothing is copied to be exchanged."""
+    too_large: frozenset[TrialConfig] = frozenset()
+    """What ran out of memory of a family without formulas, as `TrialConfig.of_step`"""
 
 
 Constraint = Callable[[TrialConfig, Limits], float]
@@ -161,11 +163,21 @@ def rotated_in_whole_blocks(config: TrialConfig, limits: Limits) -> float:
 
 
 def memory_within_device(config: TrialConfig, limits: Limits) -> float:
-    """Bytes that a rank lacks at its peak; 0 for a family without formulas, where only running it tells."""
-    if limits.memory_bytes is None:
-        return 0.0
-    predicted = predicted_memory(config, limits)
-    return 0.0 if predicted is None else predicted.peak_bytes - limits.memory_bytes
+    """Bytes that a rank lacks at its peak; of a family without formulas only what ran tells, and then it is 1 or 0."""
+    if limits.plan is None:
+        return float(any(_holds_as_much(config, known, limits.max_length) for known in limits.too_large))
+    predicted = None if limits.memory_bytes is None else predicted_memory(config, limits)
+    return 0.0 if predicted is None or limits.memory_bytes is None else predicted.peak_bytes - limits.memory_bytes
+
+
+def _holds_as_much(config: TrialConfig, known: TrialConfig, longest: int) -> bool:
+    """Return whether a step is held to take at least what a known one does: as many tokens at once, times the blocks kept of them."""
+    same = {name: getattr(known.layout, name) for name in ("micro_batch_size", "micro_batch_tokens", "recomputation")}
+    if replace(config, layout=replace(config.layout, **same)).of_step() != known:
+        return False
+    kept, known_kept = (2 - each.layout.num_recomputed(2) for each in (config, known))
+    tokens, known_tokens = config.most_tokens(longest), known.most_tokens(longest)
+    return tokens * kept >= known_tokens * known_kept if known_kept else tokens >= known_tokens
 
 
 def predicted_memory(config: TrialConfig, limits: Limits) -> RankMemory | None:
@@ -286,7 +298,9 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         prefix_within_positions.__name__: f"a prefix of {recipe.adapter_rank} tokens and rows of {limits.max_length} exceed the "
         f"model's {limits.plan.num_positions if limits.plan else None} positions",
         rotated_in_whole_blocks.__name__: f"oft: blocks of {recipe.adapter_rank} do not divide the widths of the layers",
-        memory_within_device.__name__: f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
+        memory_within_device.__name__: "no more tokens at once ran out of memory in this search"
+        if limits.plan is None
+        else f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
     }
     return words[name]
 

@@ -175,7 +175,7 @@ class SpaceSpec(BaseModel):
     recomputation: LayoutNameDomain[RecomputationOrAuto] = Fixed[RecomputationOrAuto]("auto")
     """`full` computes the activations of each block again in the backward pass: less memory, about a third more work; `half` those of
     every other block. `auto`: `none` where the device has the memory for 2,048 tokens at once, else `half`, else `full`; also
-    after a trial ran out of it. `none` of a family without formulas."""
+    after a trial ran out of it, which is all that is known of a family without formulas."""
     compile: LayoutNameDomain[Compilation] = Fixed[Compilation]("none")
     """`blocks` has torch.compile fuse the operations of each block, and those of the loss: on GPUs faster steps, after some ten
     seconds at the trial's start, which count in `train_seconds`: with `profile` a search finds from which length on it pays."""

@@ -105,7 +105,7 @@ def make(
             startup_trials=5,
             points_to_evaluate=points,
         ),
-        limits=limits or Limits(num_workers=2, hidden_size=64),
+        limits=limits or Limits(num_workers=2, hidden_size=64, max_length=32),
         outlook=outlook or Profiles(),
         on_event=seen.append,
         clock=clock,

@@ -18,6 +18,9 @@ from spaces.blueprint import blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import CONSTRAINTS, Limits
 
+# What runs out of memory with these is not tried again.
+CLOSED = {"micro_batch_size": 4, "recomputation": "none"}
+
 
 def test_a_trial_is_on_disk_before_anybody_hears_of_it(tmp_path: Path) -> None:
     engine, seen, store = make(tmp_path)
@@ -57,7 +60,7 @@ def test_an_end_becomes_the_state_that_it_is(tmp_path: Path, outcome: dict, fina
 
 
 def test_out_of_memory_is_a_violated_constraint_and_no_failure_that_the_sampler_ignores(tmp_path: Path) -> None:
-    engine, _, _ = make(tmp_path)
+    engine, _, _ = make(tmp_path, **CLOSED)
     assignment = engine.next()
     assert assignment is not None
     engine.ended(assignment.number, {"state": "failed", "kind": "out_of_memory", "message": "x"})
@@ -379,7 +382,7 @@ def test_a_proposal_that_never_reached_the_ledger_is_made_anew(tmp_path: Path) -
 
 
 def test_the_sampler_learns_the_same_from_a_search_that_was_resumed(tmp_path: Path) -> None:
-    engine, _, _ = make(tmp_path, trials=40, world_size={"choice": [1, 2, 4]})
+    engine, _, _ = make(tmp_path, trials=40, world_size={"choice": [1, 2, 4]}, **CLOSED)
     outcomes = [{"state": "complete"}, {"state": "stopped"}, {"state": "failed", "kind": "out_of_memory", "message": "x"}]
     for i in range(12):
         assignment = engine.next()
@@ -387,7 +390,7 @@ def test_the_sampler_learns_the_same_from_a_search_that_was_resumed(tmp_path: Pa
         engine.reported(assignment.number, report(0.1 * (i % 7), 1.0 + i % 5))
         if i % 4 < 3:
             engine.ended(assignment.number, outcomes[i % 4])
-    resumed, _, _ = make(tmp_path, trials=40, world_size={"choice": [1, 2, 4]})
+    resumed, _, _ = make(tmp_path, trials=40, world_size={"choice": [1, 2, 4]}, **CLOSED)
     before, after = (
         [(t.number, t.state, t.params, t.values, t.constraints) for t in e._study._study.trials] for e in (engine, resumed)
     )

@@ -18,7 +18,7 @@ from spaces.presets import usual_rate
 from spaces.space import SpaceSpec
 from spaces.spec import SearchSpec
 
-LIMITS = Limits(num_workers=2, hidden_size=64)
+LIMITS = Limits(num_workers=2, hidden_size=64, max_length=32)
 
 
 class TenARank(Profiles):
@@ -132,16 +132,36 @@ def test_only_the_latest_trials_correct_what_is_predicted_also_after_a_resume() 
 def test_steps_that_ran_out_of_memory_are_feasible_no_more_where_no_formula_tells(is_restored: bool) -> None:
     search = Search()
     out = replace(
-        record(params(world_size=2), took=1.0, held=1.0), state=TrialState.FAIL, error={"kind": "out_of_memory", "message": "x"}
+        record(params(world_size=2, micro_batch_size=8, recomputation="none"), took=1.0, held=1.0),
+        state=TrialState.FAIL,
+        error={"kind": "out_of_memory", "message": "x"},
     )
     if is_restored:
         search.prospects.restore([out])
     else:
         search.prospects.ended(out)
-    assert not search.is_open(world_size=2)
-    (candidate,) = search.prospects.candidates(params(world_size=2, learning_rate=5e-3))
+    assert not search.is_open(world_size=2, micro_batch_size=8, recomputation="none")
+    (candidate,) = search.prospects.candidates(params(world_size=2, learning_rate=5e-3, micro_batch_size=8, recomputation="none"))
     assert candidate.constraints["memory_within_device"] > 0
-    assert search.is_open(world_size=1)
+    assert search.is_open(world_size=1, micro_batch_size=8)
+    assert search.is_open(world_size=2, micro_batch_size=4)
+    assert search.is_open(world_size=2, micro_batch_size=8, recomputation="auto"), "which computes blocks again"
+    assert not search.prospects.fits_smaller(out), "its size is given"
+
+
+def test_of_a_family_without_formulas_a_trial_that_ran_out_of_memory_is_tried_again_with_fewer_tokens_at_once() -> None:
+    search = Search()
+    out = replace(
+        record(params(global_batch_size=256), took=1.0, held=1.0),
+        state=TrialState.FAIL,
+        error={"kind": "out_of_memory", "message": "x"},
+    )
+    (usual,) = search.prospects.candidates(out.params)
+    search.prospects.ended(out)
+    assert search.prospects.fits_smaller(out)
+    (smaller,) = search.prospects.candidates(out.params)
+    assert smaller.config.recipe == usual.config.recipe
+    assert smaller.config.layout == replace(usual.config.layout, micro_batch_tokens=2048)
 
 
 def test_rates_are_relative_to_the_usual_one_and_the_layout_is_nothing_that_is_learned_from() -> None:

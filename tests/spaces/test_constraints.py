@@ -335,6 +335,25 @@ def test_blocks_are_computed_again_where_memory_forces_it(size: object) -> None:
     assert config_within(prefix, replace(gpt2, memory_bytes=1)).layout.recomputation == "none", "which would lose the prefix"
 
 
+def test_of_a_family_without_formulas_what_ran_out_of_memory_is_tried_smaller() -> None:
+    """Each time that it runs out again: half of the tokens at once, then blocks computed again, then half of the tokens again."""
+    limits = replace(ROOMY, plan=None, max_length=100)
+    params = {**SpaceSpec().first(), "global_batch_size": 512}
+    tried = [config_within(params, limits)]
+    while len(tried) < 11:
+        limits = replace(limits, too_large=limits.too_large | {tried[-1].of_step()})
+        tried.append(config_within({**params, "learning_rate": 1e-5 * len(tried)}, limits))
+    rungs = [(each.layout.recomputation, each.layout.micro_batch_tokens) for each in tried]
+    assert rungs[:3] == [("none", 4096), ("none", 2048), ("half", 2048)]
+    assert rungs[3:10] == [("full", tokens) for tokens in (4096, 2048, 1024, 512, 256, 128, 100)]
+    assert rungs[10] == rungs[9], "and no further"
+    assert violations(tried[10], limits)["memory_within_device"] > 0
+    assert "ran out of memory" in reason("memory_within_device", tried[10], limits)
+    other = config_within({**params, "adapter": "none"}, limits)
+    assert (other.layout.recomputation, other.layout.micro_batch_tokens) == ("none", 4096), "of which nothing is known"
+    assert config_within(params, replace(limits, too_large=frozenset())).layout.micro_batch_tokens == 4096
+
+
 def test_by_a_budget_of_tokens_short_rows_that_count_much_are_held_against_the_device() -> None:
     plan = blueprint({"model_type": "bert", **SIZES}, "sequence-classification", 3)
     limits = replace(ROOMY, plan=plan, max_length=100, max_targets=1)
