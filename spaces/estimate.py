@@ -17,7 +17,9 @@ What is assumed, and stands beside every number that follows from it:
   https://pcisig.com/specifications), beside the computation as FSDP2's exchange does, but that a single rank fetches nothing ahead
   (torch 2.13), and is updated at a GPU's share of its host's memory bandwidth: an eighth of two sockets with eight channels of
   DDR5-4800, as a DGX H100 has;
-- between nodes every GPU has one adapter of 400 Gbit/s, as in https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html.
+- over NVLink the rings send what was measured of it (`spaces.hardware.MEASURED_LINK_SHARE`);
+- between nodes every GPU has one adapter of 400 Gbit/s, as in https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html,
+  of which NCCL makes 46 to 48 GB/s (its maintainers; https://github.com/NVIDIA/nccl-tests/issues/290).
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from spaces.widths import FP32_BYTES, widths
 # (42 %; https://github.com/NVIDIA-NeMo/Automodel/blob/main/docs/performance-summary.mdx), in full on eight at 8,192, 6,667 tokens/s
 # each (35 %, compiled and with selective recomputation; https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md).
 ASSUMED_UTILISATION = 0.38
-NETWORK_BYTES_PER_SECOND = 50e9
+NETWORK_BYTES_PER_SECOND = 47e9
 HOST_LINK_BYTES_PER_SECOND = 32e9
 HOST_MEMORY_BYTES_PER_SECOND = 2 * 8 * 38.4e9 / 8
 # AdamW reads weight, gradient and two moments, and writes all but the gradient, in fp32.
@@ -121,7 +123,7 @@ class GpuCluster:
 
     def link_bytes_per_second(self, world_size: int) -> float:
         """See `Machine`: within a node the link, across nodes the network."""
-        link = self.device.link_gigabytes_per_second * 1e9 / 2
+        link = self.device.link_bytes_per_second
         return link if world_size <= self.gpus_per_node else min(link, NETWORK_BYTES_PER_SECOND)
 
 

@@ -41,7 +41,7 @@ def examine(world: World, precisions: Iterable[Precision]) -> dict[str, Any]:
         sheet = device_of_cuda_name(name)
         known = {} if sheet is None else {"bytes_per_second": sheet.gigabytes_per_second * 1e9}
         if sheet is not None:
-            known["link_bytes_per_second"] = sheet.link_gigabytes_per_second * 1e9 / 2
+            known["link_bytes_per_second"] = sheet.link_bytes_per_second
         total = torch.cuda.get_device_properties(world.device).total_memory
         return {**facts, **known, "type": "cuda", "name": name, "memory_bytes": total}
     copied = copied_bytes_per_second()
