@@ -13,7 +13,7 @@ from search.pareto import sign_of
 from search.picture import draw_methods
 from search.record import TrialRecord
 from spaces.config import ADAPTER_KNOBS, Adapter, Quantization, TrialConfig
-from spaces.metrics import PEAK_MEMORY_BYTES, TRAIN_SECONDS, domain_of, in_order
+from spaces.metrics import PEAK_MEMORY_BYTES, TRAIN_SECONDS, domain_accuracy, domain_of, in_order
 from spaces.presets import LORA_RANK
 from spaces.spec import Objective
 
@@ -105,12 +105,19 @@ class Cell:
     def learning_rate(self) -> float | None:
         return self.record.trial_config.recipe.learning_rate if self.record else None
 
+    def confirmed(self, metric: str) -> Confirmed | None:
+        """Return what the further seeds say of a metric; None without any."""
+        return None if self.record is None else confirmed(self.record, metric)
+
     def value(self, metric: str) -> float | None:
         """Return a metric's mean over the further seeds, or else what the search measured."""
-        if self.record is None:
-            return None
-        found = confirmed(self.record, metric)
-        return found.estimate.mean if found is not None else self.record.values.get(metric)
+        found = self.confirmed(metric)
+        return found.estimate.mean if found is not None else self.record.values.get(metric) if self.record else None
+
+    def text(self, metric: str) -> str:
+        """Return the same for people, with its interval where there is one."""
+        found = self.confirmed(metric)
+        return found.short_text if found is not None else number_text(metric, self.value(metric))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,12 +134,20 @@ class Comparison:
         """The shares of the rows, ascending."""
         return sorted({cell.fraction for cell in self.cells})
 
-    def rivals(self, fraction: float) -> list[Cell]:
-        """Return the best of one share of the rows and what the seeds do not tell apart from it; nothing where none has a result."""
-        known = [(cell, cell.quality) for cell in self.cells if cell.fraction == fraction and cell.quality is not None]
+    def rivals(self, fraction: float, domain: str | None = None) -> list[Cell]:
+        """Return the best of one share of the rows and what the seeds do not tell apart from it; nothing where none has a result.
+
+        Args:
+            fraction: the share.
+            domain: by the accuracy on the rows of this one; None: by the objective.
+        """
+        metric = self.objective.metric if domain is None else domain_accuracy(domain)
+        own = [(cell, cell.quality if domain is None else cell.confirmed(metric)) for cell in self.cells if cell.fraction == fraction]
+        known = [(cell, quality) for cell, quality in own if quality is not None]
         if not known:
             return []
-        (best, quality), *others = sorted(known, key=lambda pair: sign_of(self.objective) * pair[1].estimate.mean)
+        sign = sign_of(self.objective) if domain is None else -1.0
+        (best, quality), *others = sorted(known, key=lambda pair: sign * pair[1].estimate.mean)
         # Bonferroni's: of several comparisons one would else be wrong too often.
         level = 1 - (1 - LEVEL) / max(1, len(others))
         return [best, *(cell for cell, other in others if not told_apart(quality, other, level))]
@@ -182,7 +197,7 @@ def render(comparison: Comparison) -> str:
     for cell, row in zip(comparison.cells, rows_of(comparison), strict=True):
         rows = f"{cell.num_rows:,} ({cell.fraction:.3g})" if cell.num_rows else f"{cell.fraction:.3g}"
         quality = cell.quality.short_text if cell.quality else "-"
-        values = [number_text(metric, row[metric]) for metric in columns]
+        values = [cell.text(metric) if metric in _domains(comparison) else number_text(metric, row[metric]) for metric in columns]
         trial = "-" if row["trial"] is None else str(row["trial"])
         rate = short_text(row["learning_rate"]) + ("*" if cell.is_at_edge else "")
         table.append([rows, row["method"], quality, row["verdict"], *values, rate, trial])
@@ -193,12 +208,14 @@ def render(comparison: Comparison) -> str:
     lines = [*aligned(table), "", f"{intervals} over {seeds} further {'seed' if seeds == '1' else 'seeds'}, on the {on} rows"]
     if any(cell.is_at_edge for cell in comparison.cells):
         lines.append("*: the lowest or the highest rate that was tried; a better one may lie beyond")
+    domains = [name for metric in _domains(comparison) if (name := domain_of(metric)) is not None]
     for fraction in comparison.fractions:
-        rivals = [cell.method.name for cell in comparison.rivals(fraction)]
         num_known = sum(cell.fraction == fraction and cell.quality is not None for cell in comparison.cells)
-        if num_known > 1:
-            tied = f"; not told apart: {', '.join(rivals[1:])}" if rivals[1:] else ", told apart from the rest"
-            lines.append(f"{fraction:.3g} of the rows: {rivals[0]}{tied}")
+        for domain in (None, *domains) if num_known > 1 else ():
+            best, *others = [cell.method.name for cell in comparison.rivals(fraction, domain)] or ["-"]
+            tied = f"; not told apart: {', '.join(others)}" if others else ", told apart from the rest"
+            where = "" if domain is None else f", accuracy on {domain}"
+            lines.append(f"{fraction:.3g} of the rows{where}: {best}{tied}")
     return "\n".join(lines)
 
 

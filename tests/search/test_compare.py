@@ -195,6 +195,32 @@ def test_the_domains_of_the_data_are_columns(tmp_path: Path) -> None:
     assert "accuracy.art,accuracy.law" in table.read_text()
 
 
+def test_of_every_domain_it_is_told_which_method_is_the_best_there() -> None:
+    """The one that is the best over all is behind on one of two domains, by seeds that tell it."""
+
+    def scored(method: Method, law: list[float], art: list[float]) -> Cell:
+        both = list(zip(law, art, strict=True))
+        events = synthetic_events(12) + [
+            confirmed_event(0, seed, accuracy=0.5, seconds=9.0, test=(one + other) / 2) for seed, (one, other) in enumerate(both, 1)
+        ]
+        record = replay(events).records[0]
+        done = [
+            replace(c, test={**c.test, "accuracy.law": one, "accuracy.art": other})
+            for c, (one, other) in zip(record.confirmations, both, strict=True)
+        ]
+        record = replace(record, confirmations=done, values={**record.values, "accuracy.law": 0.1, "accuracy.art": 0.1})
+        return Cell(method=method, fraction=0.1, record=record, quality=confirmed(record, "accuracy"))
+
+    cells = (scored(METHODS[0], [0.80, 0.81, 0.82], [0.9, 0.91, 0.92]), scored(METHODS[1], [0.90, 0.91, 0.92], [0.3, 0.31, 0.32]))
+    comparison = Comparison(name="c", objective=ACCURACY, cells=cells)
+    assert [comparison.rivals(0.1, domain) for domain in (None, "law", "art")] == [[cells[0]], [cells[1]], [cells[0]]]
+    text = render(comparison)
+    assert "0.1 of the rows: full, told apart from the rest" in text
+    assert "0.1 of the rows, accuracy on law: lora 4, told apart from the rest" in text
+    assert "0.1 of the rows, accuracy on art: full, told apart from the rest" in text
+    assert "0.810 ± 0.025" in text
+
+
 def test_table_and_picture_are_written(tmp_path: Path) -> None:
     comparison = Comparison(name="c", objective=ACCURACY, cells=(cell(METHODS[0], 0, [0.7, 0.8]), cell(METHODS[3], 4, [])))
     table, picture = write(comparison, tmp_path)
