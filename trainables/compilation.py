@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from trainables.batching import Form, Kind
-from trainables.packed import leave_uncompiled
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,7 +54,6 @@ class Compilation:
         torch.compiler.reset()
         # An encoder's last block is told apart from the others by its hooks alone (`trainables.first_tokens`).
         torch._dynamo.config.skip_nnmodule_hook_guards = False
-        leave_uncompiled()
         for block in blocks:
             block.compile(dynamic=self.dynamic)
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig
@@ -27,6 +25,11 @@ from trainables.model import BaseModel, build, quietly, trainable
 from trainables.quantize import is_head, pack_linears, spread_out
 from trainables.tokenization import load_tokenizer
 from trainables.whole import load_weights
+
+# isort: split
+# After `trainables.quantize`, which tells the logger of bitsandbytes: PEFT imports that.
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What no change of weights is, and why not.

@@ -7,10 +7,9 @@ GPUs attend to all rows in one kernel; CPUs, and what that kernel does not take,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
 from inspect import signature
 from typing import Any, cast
 
@@ -138,6 +137,8 @@ def _attention_to_all_rows(
     return cast("torch.Tensor", varlen_attn(q, k, v, rows.bounds, rows.bounds, rows.longest, rows.longest, **options))
 
 
+# Every micro batch has other lengths, for which nothing is compiled anew.
+@torch.compiler.disable
 def _attention_by_length(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: PackedRows, *, is_causal: bool, scale: float | None
 ) -> torch.Tensor:
@@ -172,7 +173,6 @@ def _attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     packed_rows: PackedRows | None = None,
-    by_rows: Callable[..., torch.Tensor] = attention_by_rows,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     if packed_rows is None:
@@ -181,8 +181,7 @@ def _attention(
         )
         return found
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    attend = attention_by_rows if _takes_all_rows(query, packed_rows) else by_rows
-    return attend(query, key, value, packed_rows, is_causal=causal, scale=scaling)[None], None
+    return attention_by_rows(query, key, value, packed_rows, is_causal=causal, scale=scaling)[None], None
 
 
 def _mask(*, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
@@ -194,15 +193,6 @@ def _mask(*, attention_mask: torch.Tensor | None = None, **options: Any) -> torc
     if batch.attention_mask is None:
         return sdpa_mask(**options)
     return sdpa_mask(attention_mask=attention_mask, **options | NO_SKIP)
-
-
-@cache
-def leave_uncompiled() -> None:
-    """Have torch compile what is around attention by length alone: every micro batch has other lengths.
-
-    Not as this module is imported: torch's compiler takes a second to be there.
-    """
-    AttentionInterface.register(ATTENTION, partial(_attention, by_rows=torch.compiler.disable(attention_by_rows)))
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -10,12 +10,16 @@ import warnings
 from typing import Any
 
 import torch
-from peft import PeftModelForCausalLM, PrefixTuningConfig, TaskType, get_peft_model
 from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicLayer
 
 from trainables.parallelize import blocks_of
 from trainables.report import TrialError
+
+# isort: split
+# First what tells the logger of bitsandbytes, which PEFT imports.
+import trainables.quantize  # noqa: F401, I001
+from peft import PeftModelForCausalLM, PrefixTuningConfig, TaskType, get_peft_model
 
 # As PEFT calls the cache, and transformers did.
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
