@@ -103,7 +103,7 @@ def confirmed(record: TrialRecord, metric: str) -> Confirmed | None:
     """Return what the further seeds of a trial say of a metric, on the test rows where it is scored there; None without any."""
     done = [c for c in record.confirmations if c.state is TrialState.COMPLETE]
     is_quality = is_known(metric) and metric_of(metric).section == "eval"
-    on_test = is_quality and any(metric in c.test for c in done)
+    on_test = is_quality and bool(done) and all(metric in c.test for c in done)
     values = tuple(scores[metric] for c in done if metric in (scores := c.test if on_test else c.values))
     if not values:
         return None

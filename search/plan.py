@@ -25,6 +25,8 @@ from trainables.formats import DataError, read_rows
 
 # Of English text, for an estimate only: https://help.openai.com/en/articles/4936856
 CHARACTERS_PER_TOKEN = 4
+# Device hours below which costs are told in seconds.
+LEAST_HOURS = 0.01
 _AT = STEP_KNOBS.index("recomputation")
 KNOB_COLUMNS = (*STEP_KNOBS[:_AT], "num_grad_accum_steps", *STEP_KNOBS[_AT:])
 
@@ -259,6 +261,8 @@ def _forecast_lines(forecast: Mapping[str, Any]) -> list[str]:
 
 def _cost_text(cost: Mapping[str, Any]) -> str:
     dollars = "" if cost["dollars"] is None else f", {cost['dollars']:,.2f} dollars"
+    if cost["device_hours"] < LEAST_HOURS:
+        return f"{plain(3600 * cost['hours'], 3)} s, {plain(3600 * cost['device_hours'], 3)} GPU seconds{dollars}"
     return f"{plain(cost['hours'], 3)} h, {plain(cost['device_hours'], 3)} GPU hours{dollars}"
 
 

@@ -171,13 +171,13 @@ def memory_within_device(config: TrialConfig, limits: Limits) -> float:
 
 
 def _holds_as_much(config: TrialConfig, known: TrialConfig, longest: int) -> bool:
-    """Return whether a step is held to take at least what a known one does: as many tokens at once, times the blocks kept of them."""
+    """Return whether a step is held to take at least what a known one does: no fewer tokens at once, nor of them in blocks kept."""
     same = {name: getattr(known.layout, name) for name in ("micro_batch_size", "micro_batch_tokens", "recomputation")}
     if replace(config, layout=replace(config.layout, **same)).of_step() != known:
         return False
     kept, known_kept = (2 - each.layout.num_recomputed(2) for each in (config, known))
     tokens, known_tokens = config.most_tokens(longest), known.most_tokens(longest)
-    return tokens * kept >= known_tokens * known_kept if known_kept else tokens >= known_tokens
+    return tokens >= known_tokens and tokens * kept >= known_tokens * known_kept
 
 
 def predicted_memory(config: TrialConfig, limits: Limits) -> RankMemory | None:

@@ -17,7 +17,8 @@ What is assumed, and stands beside every number that follows from it:
   https://pcisig.com/specifications), beside the computation as FSDP2's exchange does, but that a single rank fetches nothing ahead
   (torch 2.13), and is updated at a GPU's share of its host's memory bandwidth: an eighth of two sockets with eight channels of
   DDR5-4800, as a DGX H100 has;
-- over NVLink the rings send what was measured of it (`spaces.hardware.MEASURED_LINK_SHARE`);
+- over NVLink the rings send what was measured of it (`spaces.hardware.MEASURED_LINK_SHARE`); sums through its switches, NCCL's choice
+  within a node of Hopper GPUs, are faster;
 - between nodes every GPU has one adapter of 400 Gbit/s, as in https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html,
   of which NCCL makes 46 to 48 GB/s (its maintainers; https://github.com/NVIDIA/nccl-tests/issues/290).
 """

@@ -348,5 +348,6 @@ def evaluate_saved(
     assert data.test is not None  # the caller asks only for data with a test file
     module = build(config, base, world)
     load_weights(trainable(module), read_checkpoint(weights).weights)
-    completed = score_completions(module, config, data, data.test, world, base, exact_match_rows)
-    return evaluate(module, config, data, data.test, world) | completed
+    scores = evaluate(module, config, data, data.test, world)
+    # Not before: FSDP2 has to see a forward pass of the whole model first, and generation calls the model inside PEFT's.
+    return scores | score_completions(module, config, data, data.test, world, base, exact_match_rows)

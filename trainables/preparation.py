@@ -253,7 +253,10 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
         raise DataError(f"model.name: the tokenizer of {model.name} has neither a padding nor an end-of-text token")
     names = tuple(sorted(set(train.labels or ())))
     has_answers = _has_answers(data, parts["evaluation"])
-    tables = {role: _table(part, names, data, has_answers=has_answers) for role, part in parts.items()}
+    tables = {role: _table(part, names, data) for role, part in parts.items()}
+    for role in tables.keys() - {"train"} if has_answers else ():
+        if _has_answers(data, parts[role]):
+            tables[role] = replace(tables[role], answers=tuple(answer or "" for answer in parts[role].answers))
     digest = hashlib.sha256(json.dumps([model.task, names]).encode())
     for role, table in sorted(tables.items()):
         digest.update(role.encode())
@@ -282,12 +285,10 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
     )
 
 
-def _table(part: _Part, label_names: Sequence[str], data: DataSpec, *, has_answers: bool) -> TokenTable:
+def _table(part: _Part, label_names: Sequence[str], data: DataSpec) -> TokenTable:
     index = {name: i for i, name in enumerate(label_names)}
     labels = None if part.labels is None else [index[label] for label in part.labels]
-    table = TokenTable.build(part.encoded, labels, None if data.domains is None else part.domains)
-    # None for a table of which some rows were left out.
-    return replace(table, answers=tuple(answer or "" for answer in part.answers) or None) if has_answers else table
+    return TokenTable.build(part.encoded, labels, None if data.domains is None else part.domains)
 
 
 def _checked_metric(raw: _Raw, evaluation: TokenTable, label_names: tuple[str, ...]) -> UserMetric | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from spaces import memory
 from spaces.config import IA3_RESULTS, LAST_PRODUCTS, Layout, Offload, Recipe, TrialConfig
+from trainables import evaluation
 from trainables.batching import BatchPlan
 from trainables.checkpoint import CheckpointStore, read_checkpoint
 from trainables.data import TaskData, TokenTable
 from trainables.evaluation import completion_scores, evaluate
-from trainables.loop import Command, Trainer, evaluate_untrained, train
+from trainables.loop import Command, Trainer, evaluate_saved, evaluate_untrained, train
 from trainables.mesh import AXES, World
 from trainables.model import BaseModel, build
 from trainables.tokenization import IGNORE, Encoded
@@ -332,6 +334,26 @@ def completed_in_part(name: str) -> tuple[TaskData, float]:
     """Return data whose answers a model that nothing has trained gives in part, and in which share of them."""
     answers = tuple(text if i % 3 else "never" for i, text in enumerate(completions_one_by_one(name, make_data("causal-lm"), "lora")))
     return answered(make_data("causal-lm"), answers), sum(a != "never" for a in answers) / NUM_MATCHED
+
+
+def scored_on_test_rows(world: World, name: str, directory: str, data: TaskData) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """Train, and score the saved weights on test rows that are the evaluation rows: the scores of a trial's end, and those."""
+    evaluation.load_tokenizer = lambda *_: Numbers()  # type: ignore[attr-defined]
+    base, found = BaseModel.load(name, None, "causal-lm", ()), {}
+    for adapter, strategy in product(("none", "lora"), STRATEGIES):
+        trial, root = config(adapter, world.world_size, strategy), Path(directory) / f"{adapter}-{strategy}"
+        store = CheckpointStore(root)
+        (*_, end) = train(trial, data, base, world, control=go_on, checkpoints=store, exact_match_rows=NUM_MATCHED)
+        on_test = evaluate_saved(trial, replace(data, test=data.evaluation), base, world, root / "final", NUM_MATCHED)
+        found[adapter, strategy] = [(scores["eval_loss"], scores["exact_match"]) for scores in (end.metrics, on_test)]
+    return found
+
+
+def test_saved_weights_are_scored_as_at_the_end_of_their_trial_under_every_strategy(names: dict[str, str], tmp_path: Path) -> None:
+    data, _ = completed_in_part(names["causal-lm"])
+    for ranks in distributed.run(2, scored_on_test_rows, names["causal-lm"], str(tmp_path), data):
+        for at_the_end, on_test in ranks.values():
+            assert on_test == pytest.approx(at_the_end, rel=1e-6)
 
 
 def sharded_pieces(world: World, name: str, directory: str, data: TaskData) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -398,13 +399,18 @@ def test_a_price_is_that_of_the_file_and_serves_a_budget_in_dollars(spec: Path) 
     assert "price_per_device_hour: 2.5" in found["spec"]
 
 
+ONE = ("--set", "budget={minutes: 1, trials: 1}")
+
+
 def test_small_amounts_have_no_exponent_and_one_is_no_plural(spec: Path) -> None:
-    text = plan(str(spec), "--device", "h100-sxm", "--rows", "1", "--set", "budget={minutes: 1, trials: 1}").output
+    text = plan(str(spec), "--device", "h100-sxm", "--rows", "1", *ONE).output
     assert "\n1 trial or 1 minute on 1 x 1 h100-sxm, which holds 1 worker at once\n" in text
     lines = [line for line in text.splitlines() if line.startswith(("one run of", "the whole search"))]
     assert len(lines) == 2
     assert not any("e-0" in line for line in lines)
-    assert "the whole search: 0.0000" in text
+    (seconds,) = re.findall(r"^the whole search: ([\d.]+) s, \1 GPU seconds$", text, re.MULTILINE)
+    known = json.loads(plan(str(spec), "--device", "h100-sxm", "--rows", "1", "--json", *ONE).stdout)["forecast"]["search"]
+    assert float(seconds) == pytest.approx(3600 * known["hours"], rel=1e-2)
 
 
 def test_hours_and_dollars_follow_from_the_tokens(spec: Path) -> None:

@@ -349,6 +349,10 @@ def test_of_a_family_without_formulas_what_ran_out_of_memory_is_tried_smaller() 
     assert rungs[10] == rungs[9], "and no further"
     assert violations(tried[10], limits)["memory_within_device"] > 0
     assert "ran out of memory" in reason("memory_within_device", tried[10], limits)
+    sizes = [(recomputation, rows) for recomputation in ("none", "half", "full") for rows in (4, 8)]
+    given = {(r, n): config(micro_batch_size=n, recomputation=r, global_batch_size=512) for r, n in sizes}
+    ran_out = replace(limits, too_large=frozenset([given["half", 8].of_step()]))
+    assert {key for key, each in given.items() if memory_within_device(each, ran_out) > 0} == {("none", 8), ("half", 8)}
     other = config_within({**params, "adapter": "none"}, limits)
     assert (other.layout.recomputation, other.layout.micro_batch_tokens) == ("none", 4096), "of which nothing is known"
     assert config_within(params, replace(limits, too_large=frozenset())).layout.micro_batch_tokens == 4096

@@ -37,6 +37,17 @@ def first_words(module: torch.nn.Module, table: TokenTable, name: str) -> list[s
     return words
 
 
+def test_a_test_file_without_answers_has_no_exact_match(shared: Path, tmp_path: Path) -> None:
+    for name, mark in (("train.tsv", "#### "), ("test.tsv", "")):
+        rows = [f"{prompt}\tthe answer {mark}{i}" for i, prompt in enumerate(["one", "two", "three"] * 4)]
+        (tmp_path / name).write_text("prompt\tcompletion\n" + "\n".join(rows) + "\n")
+    model = ModelSpec(name=str(shared / "models/stories260k/hf"), task="causal-lm", max_length=64)
+    data = prepare(model, DataSpec(train=str(tmp_path / "train.tsv"), test=str(tmp_path / "test.tsv"), holdout=0.5))
+    assert data.test is not None
+    assert data.evaluation.answers is not None
+    assert data.test.answers is None
+
+
 def test_rows_of_the_test_file_and_merged_weights_are_judged_by_completions(shared: Path, tmp_path: Path) -> None:
     for name, texts in (("train.tsv", TEXTS * 4), ("test.tsv", TEXTS[::-1] * 2)):
         (tmp_path / name).write_text("prompt\tcompletion\n" + "\n".join(texts) + "\n")
@@ -45,6 +56,7 @@ def test_rows_of_the_test_file_and_merged_weights_are_judged_by_completions(shar
     data = prepare(model, DataSpec(**files, holdout=0.5, answer_pattern=r"(\w+)"))  # type: ignore[arg-type]
     assert data.test is not None
     assert data.test.answers == ("and", "ran", "there") * 2, "what its completions say"
+    assert data.train.answers is None, "which nobody asks for"
     config = TrialConfig.from_params(SpaceSpec().first())
     base = BaseModel.load(model.name, None, model.task, ())
     trainer = Trainer(config, data, base, World.alone(), checkpoints=CheckpointStore(tmp_path / "trial"))

@@ -150,7 +150,7 @@ with torch.no_grad():
     untrained = logits_of(build(config, base, World.alone()))
     assert not torch.allclose(untrained, expected, atol=1e-2), "nothing was learned, so the comparison is empty"
     assert all(torch.equal(value, before[name]) for name, value in base.module.state_dict().items()), "other trials share it"
-    assert scores(trained_module(config, base, weights), config, data)["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    assert scores(trained_module(config, base, weights), config, data, base, 0)["accuracy"] == pytest.approx(accuracy, abs=1e-6)
     with pytest.raises(ValueError, match="not linear: leave --merge out"):
         merged_module(config, base, weights)
 
@@ -223,7 +223,7 @@ def test_a_quantised_base_is_spread_out_before_it_is_merged(parts: Parts, tmp_pa
     tolerance = {"rtol": 0.05, "atol": 0.05} if method == "int8" else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(logits_of(merged), logits_of(trained(base, weights, config)), **tolerance)
     assert all(torch.equal(value, before[name]) for name, value in base.module.state_dict().items())
-    assert scores(merged, config, data)["accuracy"] == pytest.approx(accuracy, abs=0.1)
+    assert scores(merged, config, data, base, 0)["accuracy"] == pytest.approx(accuracy, abs=0.1)
 
 
 @pytest.mark.parametrize("adapter", ["rslora", "dora", "oft"])
