@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -48,13 +48,12 @@ class Compilation:
         """Return whether a batch of this form runs what is compiled."""
         return (_kind(form) if self.dynamic else form) in self._covered
 
-    def blocks(self, blocks: Sequence[nn.Module]) -> None:
+    def blocks(self, blocks: Iterable[nn.Module]) -> None:
         """Have torch compile modules when they first run."""
         # What was compiled for earlier trials counts against torch's limit of recompilations, beyond which it compiles no more.
         torch.compiler.reset()
-        # By itself torch takes hooks to be alike. An encoder's last block has others than the rest (`trainables.first_tokens`); those
-        # of tensor parallelism are functions of each block's own, for which every block would be compiled anew.
-        torch._dynamo.config.skip_nnmodule_hook_guards = len(set(map(_hooked, blocks))) == 1
+        # An encoder's last block is told apart from the others by its hooks alone (`trainables.first_tokens`).
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         # A graph for each kind of block (the first, those computed again, an encoder's last) and of batch: beyond the usual 8 torch
         # would compile nothing more, without a word.
         torch._dynamo.config.recompile_limit = 32
@@ -64,11 +63,6 @@ class Compilation:
     def function(self, function: Callable[P, R]) -> Callable[P, R]:
         """Return what torch compiles when it first runs; how many targets there are is always a variable of it."""
         return torch.compile(function, dynamic=True)
-
-
-def _hooked(block: nn.Module) -> tuple[str, ...]:
-    """Return the names of the modules in a block that something is called before."""
-    return tuple(name for name, module in block.named_modules() if module._forward_pre_hooks)
 
 
 def _kind(form: Form) -> tuple[bool, Kind]:
