@@ -45,11 +45,12 @@ from spaces.space import SpaceSpec  # noqa: E402
 
 CONTENDERS = {
     "paretune": "paretune's loop",
+    "padded": "paretune's loop, rows padded in buckets of like length",
     "trainer": "transformers' Trainer, rows of one length together",
     "trainer_default": "transformers' Trainer as it comes",
     "trl": "TRL's SFTTrainer",
 }
-GOALS = {"trainer": 1.5, "trainer_default": 1.5, "trl": 1.0}
+GOALS = {"padded": 1.0, "trainer": 1.5, "trainer_default": 1.5, "trl": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +114,7 @@ def train_once(case: Case, contender: str, data_path: str, causal_model: str, th
     data = prepare(model, DataSpec(train=data_path))
     base = BaseModel.load(resolve_model(model.name, None), None, model.task, data.label_names)
     as_it_comes = partial(_trainer, sampling="random")
-    train = {"paretune": _paretune, "trainer": _trainer, "trainer_default": as_it_comes, "trl": _trl}[contender]
+    train = {"paretune": _paretune, "padded": _padded, "trainer": _trainer, "trainer_default": as_it_comes, "trl": _trl}[contender]
     module, seconds = train(config, data, base)
     rows = data.subset(config.recipe.dataset_fraction)
     scores = evaluate(module, config, data, data.evaluation, World.alone())
@@ -129,6 +130,11 @@ def _paretune(config: TrialConfig, data: Any, base: Any) -> tuple[Any, float]:
     while trainer.step < trainer.num_steps:
         trainer.train_step()
     return trainer.module, time.perf_counter() - started
+
+
+def _padded(config: TrialConfig, data: Any, base: Any) -> tuple[Any, float]:
+    base.module.set_attn_implementation("sdpa")  # transformers' own, which knows no rows that are laid end to end
+    return _paretune(config, data, base)
 
 
 def _trainer(config: TrialConfig, data: Any, base: Any, sampling: str = "group_by_length") -> tuple[Any, float]:
@@ -248,7 +254,8 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, dict[str, list[dict[str, float]]]] = {c.name: {n: [] for n in c.contenders} for c in CASES}
     for number in range(arguments.rounds):
         for index, case in enumerate(CASES):
-            for contender in case.contenders if number % 2 == 0 else case.contenders[::-1]:
+            contenders = [name for name in case.contenders if name in ("paretune", *arguments.against)]
+            for contender in contenders if number % 2 == 0 else contenders[::-1]:
                 python = str(arguments.trl_python) if contender == "trl" else sys.executable
                 words = ["--one", str(index), contender, "--threads", str(arguments.threads)]
                 paths = ["--banking77", str(arguments.banking77), "--gsm8k", str(arguments.gsm8k), "--model", str(arguments.model)]
@@ -259,7 +266,7 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
                 found[case.name][contender].append(row)
                 pace = row["tokens"] / row["seconds"]
                 print(f"round {number} {case.name} {contender}: {pace:,.0f} tokens/s, loss {row['eval_loss']:.4f}", flush=True)
-    return {name: summary(runs) for name, runs in found.items()}
+    return {name: summary({n: rows for n, rows in runs.items() if rows}) for name, runs in found.items()}
 
 
 def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
@@ -291,6 +298,7 @@ def main() -> None:
     parser.add_argument("--banking77", type=Path, required=True, help="banking77's train.csv")
     parser.add_argument("--gsm8k", type=Path, required=True, help="gsm8k's train.jsonl")
     parser.add_argument("--model", type=Path, required=True, help="a small causal language model")
+    parser.add_argument("--against", nargs="+", choices=list(CONTENDERS)[1:], default=list(CONTENDERS)[1:], help="by default all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--trl-python", type=Path, default=Path(sys.executable), help="Python with trl, if it is not this one")
@@ -306,6 +314,7 @@ def main() -> None:
     show(cases)
     if arguments.results:
         command = "python benchmarks/throughput.py --banking77 banking77/train.csv --gsm8k gsm8k/train.jsonl --model stories260k/hf"
+        command += f" --against {' '.join(arguments.against)} --rounds {arguments.rounds}"
         machine = f"{psutil.cpu_count()} cores, no GPU, {arguments.threads} thread(s) used"
         head = heading(f"{command} --results FILE", machine, ("torch", "transformers", "peft"))
         arguments.results.write_text(json.dumps({**head, "cases": cases}, indent=1) + "\n")

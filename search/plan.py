@@ -155,7 +155,8 @@ def layout_rows(
                 "micro_batch_tokens": config.layout.micro_batch_tokens or "-",
                 "num_grad_accum_steps": config.num_grad_accum_steps(max_length),
                 "recomputation": config.layout.recomputation,
-                "compile": config.layout.compile,
+                # Neither memory nor an estimate tells them apart.
+                "compile": "/".join(map(str, space.compile.ends())),
                 "peak_memory_bytes": None if memory is None else sum(memory.values()),
                 "memory": memory,
                 "host_bytes": None if plan is None else host_bytes(plan, config),

@@ -98,7 +98,8 @@ def mean_profile(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def timed_configs(space: SpaceSpec, limits: Limits) -> Iterator[TrialConfig]:
     """Yield one config for each step of the space that takes a time of its own; of a range its two ends."""
     for corner in space.corners():
-        knobs = [knob for knob in ("lora_rank", "lora_target_modules") if knob in ADAPTER_KNOBS[corner["adapter"]]]
+        own = ADAPTER_KNOBS[corner["adapter"]]
+        knobs = ["compile", *(knob for knob in ("lora_rank", "lora_target_modules") if knob in own)]
         for values in itertools.product(*(getattr(space, knob).ends() for knob in knobs)):
             yield config_within({**corner, **dict(zip(knobs, values, strict=True))}, limits)
 

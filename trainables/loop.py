@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -104,6 +105,18 @@ def affordable_rungs(rungs: tuple[float, ...], config: TrialConfig, data: TaskDa
 
 
 @contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Have Python search for no garbage meanwhile; what is due comes behind it."""
+    was_searching = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_searching:
+            gc.enable()
+
+
+@contextmanager
 def memory_errors() -> Iterator[None]:
     """Turn torch's error of a device without memory into that of a trial.
 
@@ -168,7 +181,7 @@ class Trainer:
         """Train one global batch: this rank's micro batches, one exchange of gradients, one update."""
         recipe = self.config.recipe
         followed = self.memory.follow() if self._is_to_be_followed() else nullcontext(False)
-        with followed as is_disturbed, self._timer.step(is_disturbed=is_disturbed) as mark:
+        with garbage_kept(), followed as is_disturbed, self._timer.step(is_disturbed=is_disturbed) as mark:
             rate = learning_rate(recipe, self.step, self.num_steps)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate

@@ -49,7 +49,7 @@ class _Placed(WorkerGroupCallback):
 def _join(**group: Any) -> None:
     """Import what a worker needs and join the process group of all; each of them runs it."""
     # A sixth of the time would go into the search for garbage among modules, which all stay. Nor is it searched for among them later:
-    # that takes 0.2 s, in the midst of a step.
+    # that takes 0.2 s.
     gc.disable()
     from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
 

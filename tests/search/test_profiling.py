@@ -10,8 +10,10 @@ import pytest
 from tiny import make_spec
 
 from search import cluster, profiling
-from search.profiling import mean_profile, profile_space, render_profiles
+from search.profiling import mean_profile, profile_space, render_profiles, timed_configs
+from spaces.constraints import Limits
 from spaces.loading import load_spec
+from spaces.space import SpaceSpec
 from spaces.spec import ResourcesSpec
 from trainables.job import Job
 
@@ -66,6 +68,15 @@ class Workers:
     def run(self, dispatcher: object, job: Job, interruption: object) -> dict[str, Any]:
         self.num_jobs += 1
         return {"profile": self.answer}
+
+
+def test_a_step_is_timed_with_its_blocks_compiled_too_and_with_both_ends_of_a_range() -> None:
+    space = SpaceSpec.model_validate(
+        {"compile": {"profile": ["none", "blocks"]}, "lora_rank": {"int": [4, 16]}, "global_batch_size": 16, "world_size": 1}
+    )
+    configs = list(timed_configs(space, Limits(num_workers=1, hidden_size=64)))
+    kinds = [(config.recipe.adapter_rank, config.layout.compile) for config in configs]
+    assert sorted(kinds) == [(4, "blocks"), (4, "none"), (16, "blocks"), (16, "none")]
 
 
 def test_a_noisy_profile_is_named_and_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
