@@ -11,10 +11,12 @@ import pytest
 from engines import make, report
 from synthetic_data import token_data
 
+from search.layouts import layout_to_train, layouts_of
 from search.outlook import Outlook
 from search.profiles import ProfileCache, fewest_nodes
 from spaces.blueprint import blueprint
 from spaces.config import TrialConfig
+from spaces.constraints import Limits
 from spaces.estimate import ASSUMED_UTILISATION, usable_bytes
 from spaces.flops import flops_of_blueprint
 from spaces.memory import rank_memory
@@ -265,3 +267,21 @@ def test_the_memory_is_that_of_ranks_on_the_device_that_was_found(tmp_path: Path
             == rank_memory(plan, sharded, math.ceil(tokens / rows), rows, num_tokens=tokens, is_on_gpu=kind == "cuda").peak_bytes
         )
     assert held[1] < held[0], "gloo copies"
+
+
+@pytest.mark.parametrize(("epochs", "chosen"), [(1.0, "none"), (1000.0, "blocks")])
+def test_blocks_are_compiled_where_that_pays_over_the_length_of_the_trial(tmp_path: Path, epochs: float, chosen: str) -> None:
+    says = outlook(ProfileCache(tmp_path))
+    spec = SPEC.model_copy(update={"space": SpaceSpec.model_validate({"compile": {"profile": ["none", "blocks"]}})})
+    params = {**spec.space.first(), "dataset_fraction": 1.0, "epochs": epochs}
+    candidates = layouts_of(params, spec, Limits(num_workers=1, hidden_size=64, max_length=32))
+    plain, compiled = (c.config for c in candidates)
+    assert (plain.layout.compile, compiled.layout.compile) == ("none", "blocks")
+    assert layout_to_train(candidates, says).config == plain, "nothing was timed"
+    says.keep_profile(plain, PROFILE)
+    # Half of the time a step, after 30 seconds.
+    halved = {"fixed_seconds": PROFILE["fixed_seconds"] / 2, "seconds_per_token": PROFILE["seconds_per_token"] / 2}
+    says.keep_profile(compiled, {**PROFILE, **halved, "compile_seconds": 30.0})
+    seconds = {c: says.rough_seconds(c)[0] for c in (plain, compiled)}
+    assert seconds[compiled] == pytest.approx(seconds[plain] / 2 + 30.0)
+    assert layout_to_train(candidates, says).config.layout.compile == chosen
