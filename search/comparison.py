@@ -215,7 +215,8 @@ def render(comparison: Comparison) -> str:
             best, *others = [cell.method.name for cell in comparison.rivals(fraction, domain)] or ["-"]
             tied = f"; not told apart: {', '.join(others)}" if others else ", told apart from the rest"
             where = "" if domain is None else f", accuracy on {domain}"
-            lines.append(f"{fraction:.3g} of the rows{where}: {best}{tied}")
+            rows = "all rows" if fraction == 1 else f"{fraction:.3g} of the rows"
+            lines.append(f"{rows}{where}: {best}{tied}")
     return "\n".join(lines)
 
 

@@ -54,6 +54,7 @@ def model_card(
         _scores(results, record, scores),
         "## Use",
         _usage(results, recipe, unquantized, is_adapter=is_adapter),
+        *_prompting(results),
         "## Training",
         _table(("knob", "value"), ((f"`{knob}`", short_text(value)) for knob, value in record.trial_config.flat().items())),
         "## Provenance",
@@ -184,6 +185,16 @@ def _usage(results: Results, recipe: Recipe, unquantized: Sequence[str], *, is_a
             "```",
         ]
     )
+
+
+def _prompting(results: Results) -> list[str]:
+    """Return how a prompt is to be given, which the model has learned one way alone."""
+    form = str((results.state.started or {}).get("data", {}).get("format", ""))
+    if form.startswith("prompt and completion"):
+        return ['It was trained on prompts that end with one line break more, and completions behind it: give it `prompt + "\\n"`.']
+    if form.startswith("messages"):
+        return ["It was trained on chats in the tokenizer's template: give it `tokenizer.apply_chat_template(messages, ...)`."]
+    return []
 
 
 def _provenance(results: Results, record: TrialRecord) -> str:

@@ -79,7 +79,7 @@ def prepare(loaded: LoadedSpec) -> Prepared:
     config, shape = checked_model(loaded)
     tracker = connected_tracker(loaded)
     try:
-        data = preparation.prepare(loaded.spec.model, loaded.spec.data)
+        data = preparation.prepare(loaded.spec.model, loaded.spec.data, {o.metric for o in loaded.spec.resolved_objectives()})
     except (DataError, ModelError) as error:
         raise SpecError([loaded.locate(str(error))]) from error
     plan = None

@@ -122,7 +122,7 @@ class DataSpec(Section):
     label: Text | None = None
     """Column of the label (classification)."""
     prompt: Text | None = None
-    """Column of the prompt (causal-lm)."""
+    """Column of the prompt (causal-lm); a line break is put between it and the completion."""
     completion: Text | None = None
     """Column of the completion, the only part that the loss counts (causal-lm)."""
     messages: Text | None = None

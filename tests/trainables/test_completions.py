@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from spaces.config import TrialConfig
@@ -14,6 +15,7 @@ from spaces.space import SpaceSpec
 from trainables import export
 from trainables.checkpoint import CheckpointStore
 from trainables.data import TokenTable
+from trainables.formats import DataError
 from trainables.loop import Trainer, evaluate_saved
 from trainables.mesh import World
 from trainables.model import BaseModel
@@ -46,6 +48,17 @@ def test_a_test_file_without_answers_has_no_exact_match(shared: Path, tmp_path: 
     assert data.test is not None
     assert data.evaluation.answers is not None
     assert data.test.answers is None
+
+
+@pytest.mark.parametrize("form", ["prompt\tcompletion", "text"])
+def test_exact_match_as_an_objective_needs_answers(shared: Path, tmp_path: Path, form: str) -> None:
+    rows = [f"{i} and\tso on" if form != "text" else f"{i} and so on" for i in range(20)]
+    (tmp_path / "train.tsv").write_text("\n".join([form, *rows]) + "\n")
+    model = ModelSpec(name=str(shared / "models/stories260k/hf"), task="causal-lm", max_length=64)
+    data = DataSpec(train=str(tmp_path / "train.tsv"), holdout=0.5)
+    prepare(model, data, {"eval_loss", "train_seconds"})
+    with pytest.raises(DataError, match=r"objectives: exact_match has nothing to compare: data\.answer_pattern finds"):
+        prepare(model, data, {"exact_match", "train_seconds"})
 
 
 def test_rows_of_the_test_file_and_merged_weights_are_judged_by_completions(shared: Path, tmp_path: Path) -> None:
