@@ -191,7 +191,8 @@ def render_front(results: Results) -> str:
         corner = (f"{o.metric} {number_text(o.metric, o.reference)}" for o in results.objectives if o.reference is not None)
         text += f"; hypervolume {volume:.6g} against {', '.join(corner)}"
     lines += ["", text]
-    if shown := {m: results.state.reference[m] for m in columns if m in (results.state.reference or {})}:
+    untrained = results.state.reference or {}
+    if shown := {m: untrained[m] for m in columns if m in untrained}:
         lines.append("untrained model: " + ", ".join(f"{m} {number_text(m, v)}" for m, v in shown.items()))
     lines.append(f"used: {used(results.spec, results.state).text()}")
     stopped = stopped_line(list(results.state.records.values()))
