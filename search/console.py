@@ -111,7 +111,8 @@ class SearchView:
                 report = event["report"]
                 verdict = event.get("verdict")
                 place = f" | place {verdict['place']} of {verdict['num_entries']}" if verdict else ""
-                return f"trial {number:04d} {report['fidelity']:8.0%}   {self._metrics(report['metrics'])} | seconds are of its whole training at this pace{place}"
+                values = f"{self._metrics(report['metrics'])} | seconds are of its whole training at this pace"
+                return f"trial {number:04d} {report['fidelity']:8.0%}   {values}{place}"
             case "trial_finished" if record:
                 why = f" {record.error['kind']}: {record.error['message']}" if record.error else ""
                 why += record.why_stopped
