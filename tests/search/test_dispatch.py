@@ -33,12 +33,15 @@ class Groups(Dispatcher):
         self.errors: dict[str, Exception] = {}
         self.vacated: list[Any] = []
 
+    def end_of(self, group_id: str) -> threading.Event:
+        """Return what ends a group; its thread may not have begun yet."""
+        return self.ends.setdefault(group_id, threading.Event())
+
     def _vacate(self, place: Any) -> None:
         self.vacated.append(place)
 
     def _run_group(self, group_id: str, world_size: int) -> None:
-        self.ends[group_id] = threading.Event()
-        assert self.ends[group_id].wait(20)
+        assert self.end_of(group_id).wait(20)
         if group_id in self.errors:
             raise self.errors[group_id]
 
@@ -160,7 +163,7 @@ async def test_a_job_moves_to_another_group_when_ray_train_gives_its_group_up(di
     await dispatcher.placed(group["group_id"], "its place")
     await ranks_join(dispatcher, group["group_id"], 1)
     dispatcher.errors[group["group_id"]] = RuntimeError("controller died")
-    dispatcher.ends[group["group_id"]].set()
+    dispatcher.end_of(group["group_id")].set()
     while [g["group_id"] for g in await dispatcher.groups()] in ([group["group_id"]], []):
         await asyncio.sleep(0.01)
     assert dispatcher.vacated == ["its place"], "before another group wants it"
@@ -175,7 +178,7 @@ async def lose(dispatcher: Groups, job_id: str, error: Exception) -> None:
     """Have the group of a job given up, and wait until it is gone."""
     (name,) = [g["group_id"] for g in await dispatcher.groups() if g["job_id"] == job_id]
     dispatcher.errors[name] = error
-    dispatcher.ends[name].set()
+    dispatcher.end_of(name).set()
     while name in {g["group_id"] for g in await dispatcher.groups()}:
         await asyncio.sleep(0.01)
 
@@ -283,7 +286,7 @@ async def test_shutdown_lets_idle_groups_go_and_waits_for_them(dispatcher: Group
     ending = asyncio.create_task(dispatcher.shutdown())
     assert await dispatcher.next(group["group_id"], generation, 1) is None
     assert not ending.done()
-    dispatcher.ends[group["group_id"]].set()
+    dispatcher.end_of(group["group_id")].set()
     await ending
     assert await dispatcher.groups() == []
 
