@@ -163,7 +163,7 @@ async def test_a_job_moves_to_another_group_when_ray_train_gives_its_group_up(di
     await dispatcher.placed(group["group_id"], "its place")
     await ranks_join(dispatcher, group["group_id"], 1)
     dispatcher.errors[group["group_id"]] = RuntimeError("controller died")
-    dispatcher.end_of(group["group_id")].set()
+    dispatcher.end_of(group["group_id"]).set()
     while [g["group_id"] for g in await dispatcher.groups()] in ([group["group_id"]], []):
         await asyncio.sleep(0.01)
     assert dispatcher.vacated == ["its place"], "before another group wants it"
@@ -286,7 +286,7 @@ async def test_shutdown_lets_idle_groups_go_and_waits_for_them(dispatcher: Group
     ending = asyncio.create_task(dispatcher.shutdown())
     assert await dispatcher.next(group["group_id"], generation, 1) is None
     assert not ending.done()
-    dispatcher.end_of(group["group_id")].set()
+    dispatcher.end_of(group["group_id"]).set()
     await ending
     assert await dispatcher.groups() == []
 
