@@ -24,9 +24,15 @@ def varlen_on_cpu() -> Iterator[list[str]]:
         max_k: int,
         is_causal: bool = False,
         scale: float | None = None,
+        window_size: list[int] | None = None,
+        enable_gqa: bool = False,
         *_: object,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         called.append("forward")
+        assert cu_seq_q.dtype is cu_seq_k.dtype is torch.int32
+        assert torch.equal(cu_seq_q, cu_seq_k)
+        assert enable_gqa == (key.shape[1] != query.shape[1])
+        assert is_causal == (window_size == [-1, 0])
         assert max_q == max_k == cu_seq_q.diff().max()
         attended = torch.empty_like(query)
         for rows, _, shares, v in _rows(query, key, value, cu_seq_q, is_causal, scale):

@@ -55,7 +55,7 @@ class Compilation:
         # An encoder's last block is told apart from the others by its hooks alone (`trainables.first_tokens`).
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         # A graph for each kind of block (the first, those computed again, an encoder's last) and of batch: beyond the usual 8 torch
-        # would compile nothing more, without a word.
+        # would compile nothing more.
         torch._dynamo.config.recompile_limit = 32
         for block in blocks:
             block.compile(dynamic=self.dynamic)
