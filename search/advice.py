@@ -4,12 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from search.confidence import confidence_lines, confirmed, rival_lines
 from search.formatting import number_text
-from search.pareto import cost_objective, knee
+from search.hypervolume import Points
+from search.pareto import cost_objective, front_indices, sign_of
 from search.record import TrialRecord
 from spaces.metrics import MFU, TRAIN_SECONDS
 from spaces.spec import Objective
+
+
+def knee(members: Sequence[TrialRecord], objectives: Sequence[Objective]) -> TrialRecord | None:
+    """Return the member furthest on the good side of the chord between the front's ends; None of none.
+
+    Every objective is scaled to [0, 1] over the front. The chord becomes, for any number of objectives, the plane on
+    which the scaled objectives sum to a constant, so the knee has the smallest sum. Of up to two members, or of equals,
+    it is the first. An objective counts as further seeds have it where they have it of all members, and no member is the knee
+    that another then dominates.
+    """
+    if not members:
+        return None
+    rows = _known_costs(members, objectives)
+    best = np.flatnonzero(front_indices(rows) == 0)
+    if len(best) <= 2:
+        return members[int(best[0])]
+    rows = rows[best]
+    lowest = rows.min(axis=0)
+    span = rows.max(axis=0) - lowest
+    scaled = (rows - lowest) / np.where(span > 0, span, 1.0)
+    return members[int(best[int(scaled.sum(axis=1).argmin())])]
+
+
+def best_in(members: Sequence[TrialRecord], objective: Objective) -> TrialRecord:
+    """Return the member that is the best in one objective, by further seeds where all members have those; of equals the first."""
+    return members[int(_known_costs(members, [objective])[:, 0].argmin())]
+
+
+def _known_costs(members: Sequence[TrialRecord], objectives: Sequence[Objective]) -> Points:
+    """Return the objectives' values, all turned to minimise, from further seeds where all members have those: one row for each."""
+    columns = []
+    for objective in objectives:
+        means = [known.estimate.mean for r in members if (known := confirmed(r, objective.metric)) is not None]
+        values = means if len(means) == len(members) else [r.values[objective.metric] for r in members]
+        columns.append([sign_of(objective) * value for value in values])
+    return np.asarray(columns, dtype=np.float64).reshape(len(objectives), len(members)).T
 
 
 def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objective], name: str) -> str:
@@ -19,8 +58,7 @@ def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objectiv
         return f"Nothing to recommend: no trial of {name} is complete and feasible."
     price = cost_objective(objectives)
     quality = next(o for o in objectives if o is not price)
-    sign = -1.0 if quality.direction == "maximize" else 1.0
-    best = min(members, key=lambda r: sign * r.values[quality.metric])
+    best = best_in(members, quality)
     text = f"Take trial {chosen.number} of {name}: {_reached(chosen, quality, price)}"
     if best.number == chosen.number:
         return f"{text}, the best on the front."

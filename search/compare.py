@@ -1,6 +1,7 @@
 """`paretune compare-methods`: which way to fine-tune is the best for how much data, and at which cost.
 
-A search over a grid: every method at every share of the training rows with a few learning rates, since each has another best one.
+A search over a grid: every method at every share of the training rows with a few learning rates, since each has another best one,
+and with further rates as long as the best of them is the lowest or the highest: what was not looked for would count against a method.
 The best of each pair is then confirmed with further seeds on the test rows, and these are what is compared: the search chose by the
 evaluation rows. A comparison that was cut off goes on where it was.
 """
@@ -19,7 +20,7 @@ from search.comparison import METHODS, Cell, CompareError, Comparison, Method, w
 from search.confidence import confirmed
 from search.confirm import confirm
 from search.pareto import eligible, sign_of
-from search.record import LASTING, TrialRecord
+from search.record import LASTING, TrialRecord, TrialState
 from search.results import Results, load_results
 from search.session import Emit, NoResult, checked_model, resume, start
 from search.store import Store, StoreError
@@ -31,11 +32,13 @@ from spaces.loading import LoadedSpec, load_spec
 from spaces.metrics import metric_of
 from spaces.presets import BATCH_SIZE, LORA_ALPHA, nearest, usual_rate
 from spaces.space import SpaceSpec
-from spaces.spec import Objective
+from spaces.spec import Objective, SearchSpec
 
 FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)
 # Times the usual one for all rows, once: with fewer tokens the best rate is higher (`spaces.presets.HIGHER_RATE`).
 RATES = (1.0, 2.0, 4.0)
+# All that may be tried, where the best one is an end of what was.
+LADDER = tuple(2.0**exponent for exponent in range(-3, 5))
 COMPARED = ("adapter", "learning_rate", "dataset_fraction", "lora_rank", "quantization")
 # More workers than any layout needs.
 EVERYWHERE = 4096
@@ -65,7 +68,7 @@ def grid_spec(
     fractions: Sequence[float],
     say: Callable[[str], None] = lambda _: None,
 ) -> LoadedSpec:
-    """Return the search that trains every method at every share of the rows with every rate, and nothing else.
+    """Return the search that trains every method at every share of the rows with every one of `RATES`, and nothing else.
 
     Knobs that the file leaves open and that are not compared get one value: batches of the usual size, the most epochs, and of all
     others the first. Limits in time and money stay.
@@ -92,19 +95,19 @@ def grid_spec(
         limits = replace(limits, plan=blueprint(config, spec.model.task))
     methods, fractions = _trainable(methods, spec.space, limits, say), sorted(set(fractions))
     adapters = list(dict.fromkeys(method.adapter for method in methods))
-    rates = {adapter: [factor * usual_rate(adapter, width) for factor in RATES] for adapter in adapters}
+    ladder = {adapter: [factor * usual_rate(adapter, width) for factor in LADDER] for adapter in adapters}
     points = [
-        {**method.params, "dataset_fraction": fraction, "learning_rate": rate}
+        {**method.params, "dataset_fraction": fraction, "learning_rate": ladder[method.adapter][LADDER.index(factor)]}
         for fraction in fractions
         for method in methods
-        for rate in rates[method.adapter]
+        for factor in RATES
     ]
     ranks = [method.rank for method in methods if method.rank is not None]
     values: dict[str, Any] = {
         **{f"space.{knob}": value for knob, value in _fixed_knobs(spec.space).items()},
         "space.adapter": _choice(adapters),
         "space.dataset_fraction": _choice(fractions),
-        "space.learning_rate": {"by_adapter": {adapter: {"choice": values} for adapter, values in rates.items()}},
+        "space.learning_rate": {"by_adapter": {adapter: {"choice": rates} for adapter, rates in ladder.items()}},
         "sampler.points_to_evaluate": points,
         "scheduler.method": "none",
         "sampler.method": "points",
@@ -120,20 +123,77 @@ def grid_spec(
 
 
 def search(loaded: LoadedSpec, emit: Emit) -> Store:
-    """Train the grid, or what is left of it, and return where it is.
+    """Train the grid, or what is left of it, with further rates where the best one is an end, and return where it is.
 
     Raises:
         StoreError: a search of another model, data set or grid has the name.
         What `search.session.start` and `resume` raise.
     """
-    root = Path(loaded.spec.directory).absolute() / str(loaded.spec.name)
-    if not (root / "ledger.jsonl").exists():
-        return start(loaded, emit)
-    store = Store(root=root)
-    known = store.load_spec().spec
-    if any(getattr(known, part) != getattr(loaded.spec, part) for part in ("model", "data", "space", "objectives", "sampler")):
-        raise StoreError(f"a search named '{store.name}' is in {root.parent} already, of another grid; give this one --set name=...")
-    return store if _results(store).state.finished else resume(store, emit)
+    store = Store(root=Path(loaded.spec.directory).absolute() / str(loaded.spec.name))
+    if not store.ledger_path.exists():
+        store = start(loaded, emit)
+    else:
+        _check_same_grid(store, loaded.spec)
+        if not _results(store).state.finished:
+            resume(store, emit)
+    while points := further_rates(store.load_spec().spec, _results(store)):
+        _lengthen(store, points)
+        resume(store, emit)
+    return store
+
+
+def further_rates(spec: SearchSpec, results: Results) -> list[dict[str, Any]]:
+    """Return a point for each method and share whose best rate is an end of those that were tried: the next rate beyond.
+
+    Args:
+        spec: of the comparison, with the points up to now.
+        results: of its search, which has ended; where a limit in time or money ended it, nothing is returned.
+    """
+    points = _points(spec)
+    records = results.state.records.values()
+    ended = {record.trial_config.recipe for record in records if record.state is not TrialState.RUNNING and not record.was_cut_off}
+    if any(config.recipe not in ended for config in points):
+        return []
+    further = []
+    for cell in _cells(results, list(dict.fromkeys(map(Method.of, points)))):
+        if cell.record is None or not cell.is_at_edge:
+            continue
+        params = {**cell.method.params, "dataset_fraction": cell.fraction}
+        ladder = spec.space.learning_rate_of(cell.method.adapter).ends()
+        tried = [config for config in points if (Method.of(config), config.recipe.dataset_fraction) == (cell.method, cell.fraction)]
+        step = 1 if cell.learning_rate == max(config.recipe.learning_rate for config in tried) else -1
+        place = ladder.index(cell.learning_rate) + step
+        if 0 <= place < len(ladder):
+            further.append({**params, "learning_rate": ladder[place]})
+    return further
+
+
+def _points(spec: SearchSpec) -> list[TrialConfig]:
+    """Return what a comparison trains."""
+    return [TrialConfig.from_params(spec.space.first(**point)) for point in spec.sampler.points_to_evaluate or ()]
+
+
+def _check_same_grid(store: Store, spec: SearchSpec) -> None:
+    """Check that a search is of this grid; it may have come to further rates.
+
+    Raises:
+        StoreError: it is not.
+    """
+    known, points = store.load_spec().spec, spec.sampler.points_to_evaluate or ()
+    begun = known.sampler.model_copy(update={"points_to_evaluate": (known.sampler.points_to_evaluate or ())[: len(points)]})
+    is_same = all(getattr(known, part) == getattr(spec, part) for part in ("model", "data", "space", "objectives"))
+    if not is_same or begun != spec.sampler:
+        where = f"a search named '{store.name}' is in {store.root.parent} already"
+        raise StoreError(f"{where}, of another grid; give this one --set name=...")
+
+
+def _lengthen(store: Store, points: Sequence[dict[str, Any]]) -> None:
+    """Give a search further points to train when it is resumed."""
+    spec = store.load_spec().spec
+    every = (*(spec.sampler.points_to_evaluate or ()), *points)
+    sampler = spec.sampler.model_copy(update={"points_to_evaluate": every})
+    budget = spec.budget.model_copy(update={"trials": len(every)})
+    store.write_spec(spec.model_copy(update={"sampler": sampler, "budget": budget}))
 
 
 def confirm_best(store: Store, *, num_seeds: int, say: Callable[[str], None]) -> tuple[Comparison, list[Path], list[str]]:
@@ -144,8 +204,7 @@ def confirm_best(store: Store, *, num_seeds: int, say: Callable[[str], None]) ->
         What `search.confirm.confirm` raises.
     """
     spec = store.load_spec().spec
-    configs = [TrialConfig.from_params(spec.space.first(**point)) for point in spec.sampler.points_to_evaluate or ()]
-    methods = list(dict.fromkeys(map(Method.of, configs)))
+    methods = list(dict.fromkeys(map(Method.of, _points(spec))))
     best = [cell.record.number for cell in _cells(_results(store), methods) if cell.record is not None]
     if not best:
         raise NoResult(f"{store.name}: no trial is complete, so there is nothing to compare")

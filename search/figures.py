@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from search.advice import knee
 from search.confidence import LEVEL, confirmed, score_text
 from search.data_scaling import DataCurve, SizePoint
 from search.formatting import number_text, short_text
 from search.ledger import SearchState
-from search.pareto import cost_objective, eligible, front, hypervolume_of, knee
+from search.pareto import cost_objective, eligible, front, hypervolume_of
 from search.record import TrialRecord, TrialState
 from spaces.metrics import is_known, metric_of
 from spaces.spec import Objective

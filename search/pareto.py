@@ -98,22 +98,6 @@ def cost_objective(objectives: Sequence[Objective]) -> Objective:
     return objectives[0]
 
 
-def knee(members: Sequence[TrialRecord], objectives: Sequence[Objective]) -> TrialRecord | None:
-    """Return the member furthest on the good side of the chord between the front's ends; None of none.
-
-    Every objective is scaled to [0, 1] over the front. The chord becomes, for any number of objectives, the plane on
-    which the scaled objectives sum to a constant, so the knee has the smallest sum. Of up to two members, or of equals,
-    it is the first.
-    """
-    if len(members) <= 2:
-        return members[0] if members else None
-    rows = costs(members, objectives)
-    lowest = rows.min(axis=0)
-    span = rows.max(axis=0) - lowest
-    scaled = (rows - lowest) / np.where(span > 0, span, 1.0)
-    return members[int(scaled.sum(axis=1).argmin())]
-
-
 def pick(members: Sequence[TrialRecord], limits: Mapping[str, tuple[str, float]]) -> list[TrialRecord]:
     """Return the members within all limits, such as `{"train_seconds": ("<=", 60)}`; a missing metric is not within.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from search.advice import recommendation_lines
+from search.advice import knee, recommendation_lines
 from search.budget import used
 from search.ledger import SearchState, objectives_of
-from search.pareto import front, hypervolume_of, knee
+from search.pareto import front, hypervolume_of
 from search.provenance import reproduce_command
 from search.report import write_report
 from search.store import Store

@@ -34,8 +34,8 @@ from search.ledger import SearchState
 from search.pareto import eligible, front, hypervolume_of
 from search.picture import draw_png
 from search.record import TrialRecord
-from search.tables import front_table, search_name, stopped_line, stopped_table, write_tables
-from spaces.metrics import EVAL_LOSS, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND
+from search.tables import WORTH_SEEING, front_table, search_name, stopped_line, stopped_table, write_tables
+from spaces.metrics import EVAL_LOSS
 from spaces.spec import Objective, SearchSpec
 
 if TYPE_CHECKING:
@@ -108,9 +108,7 @@ def draw_html(
         f"<p class='note'>This trains it again:</p><pre>{html.escape(command)}</pre>" if command else "",
         f"<p>{html.escape(' '.join(facts))}</p>",
         "<h2>The front</h2>",
-        _html_table(
-            *front_table(members, spec, objectives, (TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES)), marked=str(figure.knee_number)
-        ),
+        _html_table(*front_table(members, spec, objectives, WORTH_SEEING), marked=str(figure.knee_number)),
         *(f"<p class='note'>{html.escape(line)}</p>" for line in [*doubts, *scaling_lines(scaling)]),
     ]
     for number, (title, note, drawing) in enumerate(_drawings(figure, state, spec, objectives, scaling)):

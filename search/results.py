@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search.advice import doubts, recommendation_lines
+from search.advice import best_in, doubts, knee, recommendation_lines
 from search.bases import NOTE, bases_table
 from search.budget import used
 from search.calibration import calibration_as_json
@@ -17,12 +17,12 @@ from search.data_scaling import data_curves, scaling_as_json, scaling_lines
 from search.endpoint import redacted
 from search.formatting import aligned, number_text, short_text
 from search.ledger import Ledger, SearchState, objectives_of, replay
-from search.pareto import front, hypervolume_of, knee, pick
+from search.pareto import front, hypervolume_of, pick
 from search.provenance import command_in, reproduce_command
 from search.record import HarnessRun, TrialRecord, TrialState
 from search.report import write_report
 from search.store import Store, StoreError
-from search.tables import stopped_line
+from search.tables import WORTH_SEEING, front_table, stopped_line
 from spaces.loading import parse_spec
 from spaces.metrics import MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, TRAIN_SECONDS
 from spaces.spec import Objective, SearchSpec
@@ -109,22 +109,9 @@ def pick_one(results: Results, limits: Mapping[str, tuple[str, float]], *, at_kn
             f"{m} from {number_text(m, min(s))} to {number_text(m, max(s))}" for m, s in zip(limits, spans, strict=True) if s
         )
         raise StoreError(f"no member of the front of {results.name} has {wanted or 'a result'}; the front has {there or 'no member'}")
-    if at_knee:
-        return _knee(members, results.objectives)
-    return _best(members, results.objectives)
-
-
-def _knee(members: list[TrialRecord], objectives: Sequence[Objective]) -> TrialRecord:
-    chosen = knee(members, objectives)
-    assert chosen is not None  # members is not empty
-    return chosen
-
-
-def _best(members: list[TrialRecord], objectives: Sequence[Objective]) -> TrialRecord:
-    """The best in the first objective: within the limits on the others, that is what the user is after."""
-    first = objectives[0]
-    sign = -1.0 if first.direction == "maximize" else 1.0
-    return min(members, key=lambda r: sign * r.values[first.metric])
+    chosen = knee(members, results.objectives) if at_knee else None
+    # Within the limits on the others, the best in the first objective is what the user is after.
+    return chosen or best_in(members, results.objectives[0])
 
 
 def front_as_json(results: Results) -> dict[str, Any]:
@@ -161,30 +148,9 @@ def pick_as_json(results: Results, record: TrialRecord) -> dict[str, Any]:
 
 def render_front(results: Results) -> str:
     """Return the front as a table, with the recommendation and the way to MLflow."""
-    from rich.console import Console
-    from rich.table import Table
-
     members = results.members
-    knobs = results.spec.space.names_searched()
-    columns = [o.metric for o in results.objectives]
-    columns += [m for m in ("tokens_per_second", "mfu", "peak_memory_bytes") if m not in columns]
-    tested = [m for m in columns if any(m in r.test for r in members)]
-    sure = [m for m in columns if any(confirmed(r, m) for r in members) and m in {o.metric for o in results.objectives}]
-    table = Table(box=None, pad_edge=False)
-    for heading in ("trial", *columns, *(f"test {m}" for m in tested), *(f"confirmed {m}" for m in sure), *knobs):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for record in members:
-        table.add_row(
-            str(record.number),
-            *(score_text(record, m) for m in columns),
-            *(number_text(m, record.test.get(m)) for m in tested),
-            *(c.short_text if (c := confirmed(record, m)) is not None else "-" for m in sure),
-            *(short_text(record.shown_params.get(k)) for k in knobs),
-        )
-    console = Console(width=500, highlight=False)
-    with console.capture() as capture:
-        console.print(table)
-    lines = [line.rstrip() for line in capture.get().splitlines()]
+    heading, rows = front_table(members, results.spec, results.objectives, WORTH_SEEING)
+    lines = aligned([heading, *rows])
     volume = hypervolume_of(list(results.state.records.values()), results.objectives)
     text = f"front of {len(members)}"
     if volume is not None:
@@ -192,7 +158,7 @@ def render_front(results: Results) -> str:
         text += f"; hypervolume {volume:.6g} against {', '.join(corner)}"
     lines += ["", text]
     untrained = results.state.reference or {}
-    if shown := {m: untrained[m] for m in columns if m in untrained}:
+    if shown := {o.metric: untrained[o.metric] for o in results.objectives if o.metric in untrained}:
         lines.append("untrained model: " + ", ".join(f"{m} {number_text(m, v)}" for m, v in shown.items()))
     lines.append(f"used: {used(results.spec, results.state).text()}")
     stopped = stopped_line(list(results.state.records.values()))

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from search.provenance import command_in
 from spaces.loading import LoadedSpec, dump_spec, load_spec
+from spaces.spec import SearchSpec
 
 
 class StoreError(Exception):
@@ -77,7 +78,7 @@ class Store:
             root = _new_directory(parent, loaded.path.stem)
         store = cls(root=root)
         spec = loaded.spec.model_copy(update={"name": store.name})
-        store.spec_path.write_text(dump_spec(spec))
+        store.write_spec(spec)
         return store
 
     @classmethod
@@ -96,6 +97,12 @@ class Store:
     def command(self, *words: str) -> str:
         """Return `paretune WORDS` for the searches beside this one and itself."""
         return command_in(self.root.parent, *words)
+
+    def write_spec(self, spec: SearchSpec) -> None:
+        """Write what a resume goes by, whole or not at all."""
+        draft = self.spec_path.with_suffix(".draft")
+        draft.write_text(dump_spec(spec))
+        draft.replace(self.spec_path)
 
     def load_spec(self) -> LoadedSpec:
         """Return the spec that the search was started with."""

@@ -16,8 +16,11 @@ from search.formatting import number_text, short_text
 from search.ledger import SearchState
 from search.pareto import front, hypervolume_of
 from search.record import TrialRecord
-from spaces.metrics import in_order, metric_of
+from spaces.metrics import CUSTOM, EXACT_MATCH, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, in_order, metric_of
 from spaces.spec import Objective, SearchSpec
+
+# Of a front, beside its objectives: scores of completions, which are there where they were asked for, and how the hardware was used.
+WORTH_SEEING = (EXACT_MATCH, CUSTOM, TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES)
 
 
 def write_tables(
@@ -137,7 +140,7 @@ def stopped_table(
 def front_table(
     members: Sequence[TrialRecord], spec: SearchSpec, objectives: Sequence[Objective], others: Sequence[str] = ()
 ) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows of the front as people read it."""
+    """Return headings and rows of the front as people read it: the objectives and what was measured of the others."""
     metrics = [*dict.fromkeys([*(o.metric for o in objectives), *others])]
     metrics = [m for m in metrics if any(m in r.values for r in members)]
     tested = [m for m in metrics if any(m in r.test for r in members)]

@@ -118,7 +118,7 @@ class DataSpec(Section):
     holdout: Annotated[float, Within(gt=0, le=0.5)] = 0.1
     """Share of the training rows that is held out when there is no evaluation file."""
     text: Text | None = None
-    """Column of the text."""
+    """Column of the text. For a language model each row is a document with windows of its own, and a txt file is one document."""
     label: Text | None = None
     """Column of the label (classification)."""
     prompt: Text | None = None

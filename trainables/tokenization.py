@@ -49,15 +49,15 @@ def encode_classification(tokenizer: Any, texts: Sequence[str], max_length: int)
 def encode_text(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[Encoded]:
     """Tokenise plain text and cut it into windows of `max_length`; the loss counts every token.
 
-    Documents are joined with the end-of-text token. A last window of less than two tokens teaches nothing and is left out.
+    Of several texts each is a document between a begin- and an end-of-text token, where the model has these, and has windows of its
+    own, so that no document sees another. A last window of less than two tokens teaches nothing and is left out.
     """
-    ids: list[int] = []
-    for document in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]:
-        ids += document
-        if len(texts) > 1 and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-    windows = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-    return [Encoded(input_ids=w, targets=w) for w in windows if len(w) > 1]
+    documents = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    if len(texts) > 1:
+        begin, end = ([] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+        documents = [[*begin, *document, *end] for document in documents]
+    windows = [document[i : i + max_length] for document in documents for i in range(0, len(document), max_length)]
+    return [Encoded(input_ids=window, targets=window) for window in windows if len(window) > 1]
 
 
 def encode_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,18 @@ import pytest
 from synthetic import ACCURACY, SECONDS, confirmed_event, synthetic_events
 from tiny import make_spec
 
-from search.compare import RATES, _cells, grid_spec, parse_fractions, search
+from search.compare import (
+    LADDER,
+    RATES,
+    _cells,
+    _check_same_grid,
+    _lengthen,
+    _points,
+    further_rates,
+    grid_spec,
+    parse_fractions,
+    search,
+)
 from search.comparison import METHODS, Cell, CompareError, Comparison, Method, render, rows_of, write
 from search.confidence import confirmed
 from search.ledger import Ledger, replay
@@ -180,6 +192,40 @@ def test_a_best_rate_at_the_edge_of_those_that_were_tried_is_marked(scores: tupl
     comparison = Comparison(name="c", objective=ACCURACY, cells=(found,))
     assert [row["is_rate_at_edge"] for row in rows_of(comparison)] == [is_marked]
     assert ("*: the lowest or the highest rate" in render(comparison)) == is_marked
+
+
+@pytest.mark.parametrize("best", [2**-6, 2**-3, 2**-1, 1.0, 2.0, 4.0, 2**3.4, 2**9])
+def test_rates_are_tried_beyond_the_ends_until_the_best_one_of_all_lies_between_two(tmp_path: Path, best: float) -> None:
+    """Of a score with one peak, at `best` times the usual rate for full fine-tuning; that of LoRA is the middle one at once."""
+    loaded = grid_spec(make_spec(tmp_path, space={}), [], METHODS[:2], (0.5,))
+    store, plain = Store.create(loaded), cell(METHODS[0], 0, [0.7]).record
+    assert plain is not None
+    factors: list[float] = []
+    for _ in range(len(LADDER)):
+        spec, records = store.load_spec().spec, {}
+        assert spec.budget.max_trials == len(spec.sampler.points_to_evaluate or ())
+        factors = []
+        for number, config in enumerate(_points(spec)):
+            recipe = config.recipe
+            factor = recipe.learning_rate / usual_rate(recipe.adapter, 32)
+            if recipe.adapter == "none":
+                factors.append(factor)
+            score = -abs(math.log(factor / (best if recipe.adapter == "none" else 2.0)))
+            params = {"dataset_fraction": recipe.dataset_fraction}
+            records[number] = replace(plain, number=number, config=config.to_dict(), params=params, values={"accuracy": score})
+        results = SimpleNamespace(objectives=(ACCURACY,), state=SimpleNamespace(records=records))
+        further = further_rates(spec, results)  # type: ignore[arg-type]
+        assert {point["adapter"] for point in further} <= {"none"}
+        if not further:
+            break
+        short = SimpleNamespace(objectives=(ACCURACY,), state=SimpleNamespace(records=dict(list(records.items())[:-1])))
+        assert further_rates(spec, short) == [], "a limit came before all were trained"  # type: ignore[arg-type]
+        _lengthen(store, further)
+    peak = min(LADDER, key=lambda factor: abs(math.log(factor / best)))
+    assert max(factors, key=lambda factor: -abs(math.log(factor / best))) == pytest.approx(peak)
+    assert peak in (LADDER[0], LADDER[-1]) or min(factors) < 0.9 * peak < 1.1 * peak < max(factors)
+    assert len(factors) <= len(RATES) + abs(LADDER.index(peak) - LADDER.index(2.0)), "no more than needed"
+    _check_same_grid(store, loaded.spec)
 
 
 def test_the_domains_of_the_data_are_columns(tmp_path: Path) -> None:

@@ -4,13 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from search.hypervolume import hypervolume
-from search.pareto import cost_objective, costs, dominates, front, hypervolume_of, knee, pick
+from search.pareto import cost_objective, costs, dominates, front, hypervolume_of, pick
 from search.record import TrialRecord, TrialState
 from spaces.spec import Objective
 
@@ -75,7 +74,6 @@ def test_equal_trials_all_stay_in_the_order_of_their_numbers() -> None:
 
 def test_no_trial_no_front() -> None:
     assert front([], TWO) == []
-    assert knee([], TWO) is None
     assert hypervolume_of([], TWO) == 0.0
 
 
@@ -89,31 +87,6 @@ def test_the_cost_objective_is_the_first_that_is_a_price() -> None:
     assert cost_objective(THREE) is SECONDS
     loss = Objective(metric="eval_loss", direction="minimize", reference=None)
     assert cost_objective((ACCURACY, loss)) is ACCURACY
-
-
-def test_the_knee_is_furthest_from_the_chord() -> None:
-    members = [trial(n, v) for n, v in enumerate([(0.1, 1.0), (0.8, 10.0), (0.85, 40.0), (0.9, 101.0)])]
-    found = knee(members, TWO)
-    assert found is not None
-    # Distance of every point to the line through the scaled ends, the long way round.
-    scaled = np.array([[(t.values["train_seconds"] - 1) / 100, (t.values["accuracy"] - 0.1) / 0.8] for t in members])
-    start, end = scaled[0], scaled[-1]
-    distances = [abs(np.linalg.det([end - start, point - start])) / np.linalg.norm(end - start) for point in scaled]
-    assert found.number == int(np.argmax(distances)) == 1
-
-
-@pytest.mark.parametrize(("values", "number"), [([(0.5, 1.0)], 0), ([(0.5, 1.0), (0.9, 2.0)], 0), ([(0.5, 1.0)] * 4, 0)])
-def test_the_knee_of_a_front_without_one_is_its_first(values: list[tuple[float, float]], number: int) -> None:
-    found = knee([trial(n, v) for n, v in enumerate(values)], TWO)
-    assert found is not None
-    assert found.number == number
-
-
-def test_the_knee_of_three_objectives_is_the_balanced_member() -> None:
-    members = [trial(n, v) for n, v in enumerate([(1.0, 9.0, 9.0), (0.1, 1.0, 9.0), (0.1, 9.0, 1.0), (0.8, 2.0, 2.0)])]
-    found = knee(members, THREE)
-    assert found is not None
-    assert found.number == 3
 
 
 def test_pick_keeps_what_is_within_all_limits() -> None:

@@ -12,9 +12,11 @@ from search.calibration import calibrate
 from search.results import Results, front_as_json, load_results, render_front
 from search.store import Store
 from spaces.loading import load_spec
+from spaces.metrics import CUSTOM, EXACT_MATCH
 
 
 def searched(directory: Path, events: list[dict]) -> Results:
+    directory.mkdir(exist_ok=True)
     path = directory / "spec.yaml"
     path.write_text(
         f"name: mine\nmodel: {{name: m, task: sequence-classification}}\ndata: {{train: t.csv}}\ndirectory: {directory}\n"
@@ -38,3 +40,15 @@ def test_the_front_says_once_why_there_is_no_mfu(tmp_path: Path) -> None:
     lines = render_front(searched(tmp_path, without_mfu(synthetic_events(9), "unknown device X"))).splitlines()
     (line,) = [line for line in lines if "no MFU" in line]
     assert line.endswith(": unknown device X")
+
+
+@pytest.mark.parametrize("metric", [EXACT_MATCH, CUSTOM])
+def test_scores_of_completions_stand_in_the_front_where_they_are_no_objective_too(tmp_path: Path, metric: str) -> None:
+    text = json.dumps(synthetic_events(9))
+    heading = metric.replace("_", " ")
+    assert heading not in render_front(searched(tmp_path / "without", json.loads(text))).splitlines()[0]
+    events = json.loads(text.replace('"mfu": 0.31', f'"{metric}": 0.25, "mfu": 0.31'))
+    first, *rows = render_front(searched(tmp_path / "with", events)).splitlines()
+    assert heading in first
+    place = first.index(heading) + len(heading)
+    assert rows[0][:place].endswith(" 0.25")

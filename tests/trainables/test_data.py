@@ -184,6 +184,25 @@ def test_the_last_tenth_of_plain_text_is_held_out_in_one_piece(stories: ModelSpe
     assert data.train.num_targets.sum() == (data.train.lengths - 1).sum()
 
 
+def test_every_row_of_plain_text_is_a_document_that_no_other_row_is_seen_with(stories: ModelSpec, tmp_path: Path) -> None:
+    """Written as the tokenizer does, one text after the other; the longest needs three windows, and of a last one of one token nothing is learned."""
+    texts = [f"Once there was a cat number {i}. " + "It ran and ran. " * (i if i < 9 else 1) for i in range(20)]
+    texts += ["The end.", "The end."]
+    source = write(tmp_path, "t.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    evaluation = write(tmp_path, "e.jsonl", json.dumps({"text": "The end."}) + "\n" + json.dumps({"text": "A dog."}) + "\n")
+    data = data_of(stories.model_copy(update={"max_length": 48}), train=source, evaluation=evaluation)
+    tokenizer = load_tokenizer(stories.name, None)
+    expected = []
+    for text in texts:
+        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        expected += [ids[i : i + 48] for i in range(0, len(ids), 48) if i + 1 < len(ids)]
+    rows = [data.train.row(i) for i in range(data.train.num_rows)]
+    assert sorted(ids.tolist() for ids, _ in rows) == sorted(expected)
+    assert len(expected) > 22
+    assert all(targets is not None and (targets == ids).all() for ids, targets in rows)
+    assert (data.summary["duplicate_train_rows"], data.summary["evaluation_rows_also_in_train"]) == (1, 1)
+
+
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
