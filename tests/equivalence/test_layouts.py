@@ -253,7 +253,7 @@ def test_compiled_blocks_learn_what_one_process_learns_under_every_strategy(name
             assert curve == pytest.approx(reference, rel=RELATIVE), kind
 
 
-HYBRID = [("none", 2, "none"), ("lora", 1, "full"), ("none", 1, "full")]
+ON_FOUR = [("none", 2, "none"), ("lora", 1, "full"), ("none", 1, "full")]
 
 
 def resumed_curve(world: World, name: str, trial: TrialConfig, directory: str) -> list[float]:
@@ -265,27 +265,31 @@ def resumed_curve(world: World, name: str, trial: TrialConfig, directory: str) -
     return list(resumed.details["train_losses"])
 
 
-def hybrid_layouts(world: World, names: dict[str, str], directory: str) -> dict[tuple[Any, ...], Any]:
-    """Train with two copies of a model in two shards each; once more from a checkpoint in the middle."""
+def four_layouts(world: World, names: dict[str, str], directory: str) -> dict[tuple[Any, ...], Any]:
+    """Train with a copy on each of four ranks, one model in four shards, and two copies in two shards each; the last once more from a
+    checkpoint in the middle."""
+    layouts = [("ddp", None), ("fsdp", None), ("fsdp", 2)]
     found = {
-        (task, *kind): losses(
-            world, names[task], task, config(kind[0], world.world_size, "fsdp", kind[1], recomputation=kind[2], shard_size=2)
+        (task, strategy, shard_size, *kind): losses(
+            world,
+            names[task],
+            task,
+            config(kind[0], world.world_size, strategy, kind[1], recomputation=kind[2], shard_size=shard_size),
         )
-        for task in TASKS
-        for kind in HYBRID
+        for task, (strategy, shard_size), kind in product(TASKS, layouts, ON_FOUR)
     }
     trial = config("none", world.world_size, "fsdp", 2, shard_size=2)
     resumed = resumed_curve(world, names["causal-lm"], trial, directory)
-    assert resumed == pytest.approx(found["causal-lm", *HYBRID[0]][0], rel=1e-6)
+    assert resumed == pytest.approx(found["causal-lm", "fsdp", 2, *ON_FOUR[0]][0], rel=1e-6)
     return found
 
 
 @pytest.mark.slow
-def test_copies_of_a_sharded_model_learn_what_one_process_learns(names: dict[str, str], tmp_path: Path) -> None:
-    for ranks in distributed.run(4, hybrid_layouts, names, str(tmp_path)):
-        for (task, adapter, *kind), (curve, metrics) in ranks.items():
+def test_four_ranks_learn_what_one_process_learns(names: dict[str, str], tmp_path: Path) -> None:
+    for ranks in distributed.run(4, four_layouts, names, str(tmp_path)):
+        for (task, strategy, shard_size, adapter, *kind), (curve, metrics) in ranks.items():
             reference, scores = losses(World.alone(), names[task], task, config(adapter))
-            assert curve == pytest.approx(reference, rel=RELATIVE), (task, adapter, kind)
+            assert curve == pytest.approx(reference, rel=RELATIVE), (task, strategy, shard_size, adapter, kind)
             assert metrics["eval_loss"] == pytest.approx(scores["eval_loss"], rel=RELATIVE)
 
 

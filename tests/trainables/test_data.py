@@ -185,7 +185,7 @@ def test_the_last_tenth_of_plain_text_is_held_out_in_one_piece(stories: ModelSpe
 
 
 def test_every_row_of_plain_text_is_a_document_that_no_other_row_is_seen_with(stories: ModelSpec, tmp_path: Path) -> None:
-    """Written as the tokenizer does, one text after the other; the longest needs three windows, and of a last one of one token nothing is learned."""
+    """Written as the tokenizer does, one text after the other; of a last window of one token nothing is learned."""
     texts = [f"Once there was a cat number {i}. " + "It ran and ran. " * (i if i < 9 else 1) for i in range(20)]
     texts += ["The end.", "The end."]
     source = write(tmp_path, "t.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
