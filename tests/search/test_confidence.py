@@ -106,6 +106,20 @@ def test_without_test_rows_the_score_says_where_it_is_from() -> None:
     assert "test rows" in confidence_lines([record_with(0.8)], OBJECTIVES)[0]
 
 
+def test_seeds_are_compared_on_the_rows_that_all_of_them_were_scored_on() -> None:
+    """The first was confirmed before completions were scored on the test rows."""
+    record = record_with(0.8, 0.82)
+    (first, second) = (replace(c, values={**c.values, "exact_match": 0.3 + c.seed / 10}) for c in record.confirmations)
+    second = replace(second, test={**second.test, "exact_match": 0.9})
+    known = confirmed(replace(record, confirmations=[first, second]), "exact_match")
+    assert known is not None
+    assert (known.values, known.split) == (pytest.approx((0.4, 0.5)), "evaluation")
+    first = replace(first, test={**first.test, "exact_match": 0.8})
+    known = confirmed(replace(record, confirmations=[first, second]), "exact_match")
+    assert known is not None
+    assert (known.values, known.split) == ((0.8, 0.9), "test")
+
+
 def test_the_trials_own_seed_does_not_count() -> None:
     record = record_with(0.2, 0.2)
     known = confirmed(record, "train_seconds")

@@ -24,6 +24,7 @@ from search.store import Store
 from spaces.config import TrialConfig
 from spaces.loading import load_spec
 from trainables.checkpoint import CheckpointStore
+from trainables.formats import Columns
 from trainables.loop import Command, train
 from trainables.mesh import World
 from trainables.model import BaseModel
@@ -172,3 +173,23 @@ def test_the_card_names_test_scores_further_seeds_and_quantisation(tmp_path: Pat
     assert 'PeftModel.from_pretrained(base, "THIS_DIRECTORY")' in code
     assert 'pad(tokens["attention_mask"], (12, 0), value=1)' in code
     compile(code, "card", "exec")
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        (Columns(kind="prompt_completion", prompt="question", completion="answer"), 'give it `prompt + "\\n"`'),
+        (Columns(kind="messages", messages="messages"), "apply_chat_template"),
+        (Columns(kind="text", text="text"), ""),
+        (Columns(kind="classification", text="text", label="label"), ""),
+    ],
+)
+def test_the_card_says_how_a_prompt_is_given(tmp_path: Path, columns: Columns, told: str) -> None:
+    """As `trainables.tokenization` makes rows: a prompt ends with one line break more, a chat is in its template."""
+    events = synthetic_events(12)
+    number = min(numbers_on_front(list(replay(events).records.values())))
+    events[0]["data"]["format"] = columns.describe()
+    results = results_of(events, make_spec(tmp_path))
+    card = model_card(results, results.state.records[number], is_merged=False, scores={})
+    assert told in card
+    assert ("It was trained on" in card) == bool(told)
