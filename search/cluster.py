@@ -7,11 +7,13 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 
+from spaces.estimate import usable_bytes
 from spaces.spec import ResourcesSpec
 
 # Trials exchange small messages and one tokenised data set; Ray's own default would take 30 % of the memory.
@@ -132,14 +134,24 @@ def _capacity(resources: ResourcesSpec, cluster: dict[str, float]) -> int:
     return min(held, resources.workers) if resources.workers else held
 
 
-def bytes_per_worker(resources: ResourcesSpec) -> int:
-    """Return a worker's share of the memory that Ray found on its node, on the node with the least."""
-    return int(min((has.get("memory", 0) / held for has, held in _nodes(resources)), default=0))
+def share_of_worker(resources: ResourcesSpec, device: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a worker's tensors may take of its device and of its host, on the node with the least, and who else is on a node.
 
+    A worker has a share of the memory that Ray found on its node, of which its process holds some.
 
-def workers_per_node(resources: ResourcesSpec) -> list[int]:
-    """Return how many workers each node holds, the most first."""
-    return sorted((held for _, held in _nodes(resources)), reverse=True)
+    Args:
+        resources: of a worker.
+        device: as `trainables.device.examine` found it.
+    """
+    nodes = _nodes(resources)
+    share = int(min((has.get("memory", 0) / held for has, held in nodes), default=0))
+    capacity = device.get("memory_bytes", share)
+    return {
+        "workers_per_node": sorted((held for _, held in nodes), reverse=True),
+        "capacity_bytes": capacity,
+        "usable_bytes": usable_bytes(device, capacity),
+        "host_bytes": max(0, share - device["process_bytes"]),
+    }
 
 
 def _nodes(resources: ResourcesSpec) -> list[tuple[dict[str, float], int]]:

@@ -192,7 +192,7 @@ class Forecaster:
         if "cpu" in self.spec.space.offload.ends() and "fsdp" in self.spec.space.strategy.ends():
             lines.append(
                 f"what is left to the host moves at {HOST_LINK_BYTES_PER_SECOND / 1e9:g} GB/s each way (PCIe 4.0), and is updated at "
-                f"{HOST_MEMORY_BYTES_PER_SECOND / 1e9:.0f} GB/s; whether the host has the memory is not checked"
+                f"{HOST_MEMORY_BYTES_PER_SECOND / 1e9:.0f} GB/s; whether it has the memory a search checks"
             )
         if self.plan.num_params < PUBLISHED_PARAMS:
             lines.append("a model this small is bound by kernel launches, and reaches less than the share of the peak above")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[s
             DispatcherSession(store, spec, prepared.data, capacity) as dispatcher,
         ):
             device = examine(dispatcher, store, spec, limits, interruption)
-            limits = replace(limits, memory_bytes=device["usable_bytes"])
+            limits = limits.on(device)
             outlook = Outlook(spec, prepared.data, model=prepared.model, plan=prepared.plan, device=device, profiles=profiles)
             configs = [c for c in timed_configs(spec.space, limits) if is_feasible(violations(c, limits))]
             kept = [(config, profiles.get(outlook.key(config))) for config in configs]

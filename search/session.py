@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,6 @@ from spaces.architecture import ModelShape, ShapeError
 from spaces.blueprint import Blueprint, blueprint, with_idle_rows
 from spaces.config import TrialConfig
 from spaces.constraints import Limits, config_within, is_feasible, violations, why_none_trains
-from spaces.estimate import usable_bytes
 from spaces.loading import OPTIONS, LoadedSpec, SpecError, check_local_data
 from spaces.spec import SearchSpec
 from trainables.job import Job
@@ -191,7 +190,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit, past: Mapping[str, Any]
                 on_event(event)
             device = examine(dispatcher, store, spec, limits, interruption)
             on_event(ledger.append("device_examined", device=device))
-            limits = replace(limits, memory_bytes=device["usable_bytes"])
+            limits = limits.on(device)
             if past is not None:
                 on_event(ledger.append("warm_started", **on_device(past, device["name"], spec)))
             state = replay(ledger.events())
@@ -342,9 +341,7 @@ def examine(dispatcher: Any, store: Store, spec: SearchSpec, limits: Limits, int
         device = run_job(dispatcher, _first_job("device", store, spec, limits), interruption)["device"]
     except JobFailed as error:
         raise NoResult(f"the workers' device cannot be examined: {error}") from error
-    capacity = device.get("memory_bytes") or cluster.bytes_per_worker(spec.resources)
-    holds = {"capacity_bytes": capacity, "workers_per_node": cluster.workers_per_node(spec.resources)}
-    return {**device, **holds, "usable_bytes": usable_bytes(device, capacity)}
+    return {**device, **cluster.share_of_worker(spec.resources, device)}
 
 
 def _first_config(spec: SearchSpec, limits: Limits) -> TrialConfig:

@@ -11,7 +11,7 @@ from typing import Any
 from spaces.adapters import is_wrapped, num_prefix_tokens, trains_factors
 from spaces.blueprint import Blueprint
 from spaces.config import RECOMPUTED_EVERY, TrialConfig
-from spaces.memory import RankMemory, rank_memory
+from spaces.memory import RankMemory, host_bytes, rank_memory
 from spaces.tensor_parallel import PLANS, left_over
 
 
@@ -33,10 +33,16 @@ class Limits:
     """Of these in the row that has the most for its length."""
     memory_bytes: int | None = None
     """What the tensors of one rank may take; None where it is not known."""
+    host_bytes: int | None = None
+    """What a rank may leave to its host; None where it is not known."""
     is_on_gpu: bool = False
     """Whether workers have GPUs, between which nothing is copied to be exchanged."""
     too_large: frozenset[TrialConfig] = frozenset()
     """What ran out of memory of a family without formulas, as `TrialConfig.of_step`"""
+
+    def on(self, device: Mapping[str, Any]) -> Limits:
+        """Return these limits with what a worker has, as `search.session.examine` found it."""
+        return replace(self, memory_bytes=device["usable_bytes"], host_bytes=device["host_bytes"])
 
 
 Constraint = Callable[[TrialConfig, Limits], float]
@@ -170,6 +176,13 @@ def memory_within_device(config: TrialConfig, limits: Limits) -> float:
     return 0.0 if predicted is None or limits.memory_bytes is None else predicted.peak_bytes - limits.memory_bytes
 
 
+def memory_within_host(config: TrialConfig, limits: Limits) -> float:
+    """Bytes that a rank leaves to its host beyond its share of what is there: the system would end the process, or others."""
+    if limits.plan is None or limits.host_bytes is None or config.layout.offload == "none":
+        return 0.0
+    return host_bytes(limits.plan, config) - limits.host_bytes
+
+
 def _holds_as_much(config: TrialConfig, known: TrialConfig, longest: int) -> bool:
     """Return whether a step is held to take at least what a known one does: no fewer tokens at once, nor of them in blocks kept."""
     same = {name: getattr(known.layout, name) for name in ("micro_batch_size", "micro_batch_tokens", "recomputation")}
@@ -255,6 +268,7 @@ CONSTRAINTS = (
     prefix_within_positions,
     rotated_in_whole_blocks,
     memory_within_device,
+    memory_within_host,
 )
 # Those between a method and a strategy or a model, whatever the ranges of the space, with the knob that is the first to look at.
 OF_METHODS: dict[Constraint, str] = {
@@ -301,6 +315,7 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         memory_within_device.__name__: "no more tokens at once ran out of memory in this search"
         if limits.plan is None
         else f"holds {memory_within_device(config, limits) / 2**30:.2f} GiB a rank beyond what fits",
+        memory_within_host.__name__: f"leaves {memory_within_host(config, limits) / 2**30:.2f} GiB a rank too much to the host",
     }
     return words[name]
 

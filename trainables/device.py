@@ -28,7 +28,7 @@ def examine(world: World, precisions: Iterable[Precision]) -> dict[str, Any]:
     """Return what predictions at these precisions need to know of this rank's device, in plain values.
 
     `peak_flops_per_second` by precision and `bytes_per_second` of its memory are absent where the data sheet is not known.
-    `memory_bytes` is a GPU's; on a CPU `process_bytes` is what this process holds before it trains anything.
+    `memory_bytes` is a GPU's; `process_bytes` is what this process holds of the host's before it trains anything.
     """
     peaks = {precision: device_peak(world.device, precision)[0] for precision in precisions}
     facts: dict[str, Any] = {
@@ -43,7 +43,7 @@ def examine(world: World, precisions: Iterable[Precision]) -> dict[str, Any]:
         if sheet is not None:
             known["link_bytes_per_second"] = sheet.link_bytes_per_second
         total = torch.cuda.get_device_properties(world.device).total_memory
-        return {**facts, **known, "type": "cuda", "name": name, "memory_bytes": total}
+        return {**facts, **known, **_process(), "type": "cuda", "name": name, "memory_bytes": total}
     copied = copied_bytes_per_second()
     # Ranks of one machine hand each other bytes through its memory.
     return {
@@ -52,8 +52,12 @@ def examine(world: World, precisions: Iterable[Precision]) -> dict[str, Any]:
         "name": cpu_name(),
         "bytes_per_second": copied,
         "link_bytes_per_second": copied / 2,
-        "process_bytes": psutil.Process().memory_info().rss,
+        **_process(),
     }
+
+
+def _process() -> dict[str, int]:
+    return {"process_bytes": psutil.Process().memory_info().rss}
 
 
 def cache_directory() -> Path:

@@ -24,6 +24,7 @@ DEVICE = {
     "versions": {},
     "peak_flops_per_second": {},
     "usable_bytes": 2**40,
+    "host_bytes": 2**40,
     "workers_per_node": [1, 1],
 }
 
@@ -120,5 +121,8 @@ def test_what_a_node_holds_is_counted_by_what_its_workers_take(monkeypatch: pyte
     ]
     monkeypatch.setattr("ray.nodes", lambda: nodes)
     resources = ResourcesSpec(gpus_per_worker=0, cpus_per_worker=2)
-    assert cluster.workers_per_node(resources) == [4, 2]
-    assert cluster.bytes_per_worker(resources) == 200
+    known = {"workers_per_node": [4, 2], "host_bytes": 150}
+    on_host = cluster.share_of_worker(resources, {"type": "cpu", "process_bytes": 50})
+    assert on_host == {**known, "capacity_bytes": 200, "usable_bytes": 150}
+    on_gpu = cluster.share_of_worker(resources, {"type": "cuda", "memory_bytes": 1000, "process_bytes": 50})
+    assert on_gpu == {**known, "capacity_bytes": 1000, "usable_bytes": 920}

@@ -20,6 +20,7 @@ from spaces.constraints import (
     reason,
     violations,
     why_none_trains,
+    why_not,
 )
 from spaces.memory import rank_memory
 from spaces.space import SpaceSpec
@@ -52,6 +53,7 @@ def test_the_default_space_is_feasible():
         "prefix_within_positions",
         "rotated_in_whole_blocks",
         "memory_within_device",
+        "memory_within_host",
     ]
     assert is_feasible(values)
 
@@ -231,6 +233,20 @@ def test_what_is_predicted_to_need_more_memory_than_a_rank_may_take_is_infeasibl
         assert max(0, values["memory_within_device"]) == missing
     assert violations(made, replace(limits, plan=None, memory_bytes=1))["memory_within_device"] == 0
     assert "GiB a rank beyond what fits" in reason("memory_within_device", made, replace(limits, memory_bytes=1))
+
+
+def test_what_is_left_to_the_host_is_held_against_what_the_host_has():
+    """Of full fine-tuning in fp32 by ZeRO's counting (arXiv 1910.02054): weights, gradients and two moments, a share on each rank."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 97}
+    plan = blueprint({"model_type": "llama", **sizes}, "causal-lm")
+    left = config(adapter="none", strategy="fsdp", offload="cpu", world_size=2, global_batch_size=16)
+    needed = 16 * plan.num_params // 2
+    limits = Limits(num_workers=2, hidden_size=64, plan=plan, max_length=32, is_on_gpu=True)
+    for given_bytes, missing in ((None, 0), (needed, 0), (needed - 5, 5)):
+        known = limits if given_bytes is None else limits.on({"usable_bytes": 2**40, "host_bytes": given_bytes})
+        assert max(0, violations(left, known)["memory_within_host"]) == missing
+        assert violations(config(adapter="none", strategy="fsdp", world_size=2), known)["memory_within_host"] == 0
+    assert why_not(left, limits.on({"usable_bytes": 2**40, "host_bytes": 0})) == ["leaves 0.00 GiB a rank too much to the host"]
 
 
 def test_the_edges_are_feasible():
