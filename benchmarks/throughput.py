@@ -256,10 +256,9 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
         for index, case in enumerate(CASES):
             contenders = [name for name in case.contenders if name in ("paretune", *arguments.against)]
             for contender in contenders if number % 2 == 0 else contenders[::-1]:
-                python = str(arguments.trl_python) if contender == "trl" else sys.executable
                 words = ["--one", str(index), contender, "--threads", str(arguments.threads)]
                 paths = ["--banking77", str(arguments.banking77), "--gsm8k", str(arguments.gsm8k), "--model", str(arguments.model)]
-                done = subprocess.run([python, __file__, *words, *paths], capture_output=True, text=True, check=False)
+                done = subprocess.run([sys.executable, __file__, *words, *paths], capture_output=True, text=True, check=False)
                 if done.returncode != 0:
                     raise SystemExit(f"{case.name}: {CONTENDERS[contender]} failed:\n{done.stderr[-3000:]}")
                 row = json.loads(done.stdout.splitlines()[-1])
@@ -301,7 +300,6 @@ def main() -> None:
     parser.add_argument("--against", nargs="+", choices=list(CONTENDERS)[1:], default=list(CONTENDERS)[1:], help="by default all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--trl-python", type=Path, default=Path(sys.executable), help="Python with trl, if it is not this one")
     parser.add_argument("--results", type=Path, help="where the results are written as JSON")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -316,7 +314,7 @@ def main() -> None:
         command = "python benchmarks/throughput.py --banking77 banking77/train.csv --gsm8k gsm8k/train.jsonl --model stories260k/hf"
         command += f" --against {' '.join(arguments.against)} --rounds {arguments.rounds}"
         machine = f"{psutil.cpu_count()} cores, no GPU, {arguments.threads} thread(s) used"
-        head = heading(f"{command} --results FILE", machine, ("torch", "transformers", "peft"))
+        head = heading(f"{command} --results FILE", machine, ("torch", "transformers", "peft", "trl"))
         arguments.results.write_text(json.dumps({**head, "cases": cases}, indent=1) + "\n")
 
 
