@@ -19,10 +19,11 @@ from typing import Any
 from search.comparison import METHODS, Cell, CompareError, Comparison, Method, write
 from search.confidence import confirmed
 from search.confirm import confirm
+from search.console import SearchView
 from search.pareto import eligible, sign_of
 from search.record import LASTING, TrialRecord, TrialState
 from search.results import Results, load_results
-from search.session import Emit, NoResult, checked_model, resume, start
+from search.session import NoResult, checked_model, resume, start
 from search.store import Store, StoreError
 from spaces.architecture import ShapeError
 from spaces.blueprint import blueprint
@@ -122,7 +123,7 @@ def grid_spec(
     return load_spec(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in values.items())])
 
 
-def search(loaded: LoadedSpec, emit: Emit) -> Store:
+def search(loaded: LoadedSpec, view: SearchView) -> Store:
     """Train the grid, or what is left of it, with further rates where the best one is an end, and return where it is.
 
     Raises:
@@ -131,14 +132,16 @@ def search(loaded: LoadedSpec, emit: Emit) -> Store:
     """
     store = Store(root=Path(loaded.spec.directory).absolute() / str(loaded.spec.name))
     if not store.ledger_path.exists():
-        store = start(loaded, emit)
+        store = start(loaded, view)
     else:
         _check_same_grid(store, loaded.spec)
+        view.lengthen(store.load_spec().spec)
         if not _results(store).state.finished:
-            resume(store, emit)
+            resume(store, view)
     while points := further_rates(store.load_spec().spec, _results(store)):
         _lengthen(store, points)
-        resume(store, emit)
+        view.lengthen(store.load_spec().spec)
+        resume(store, view)
     return store
 
 

@@ -38,6 +38,7 @@ class SearchView:
         self._knobs = spec.space.names_searched()
         self._stack = ExitStack()
         self._live: Live | None = None
+        self._seen: set[tuple[float, str, int | None]] = set()
         self._ended_at: list[float] = []
         self._heartbeat_seconds = heartbeat_seconds
         self._entered_at = self._spoke_at = time.monotonic()
@@ -58,9 +59,18 @@ class SearchView:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        """Take one event of the ledger."""
+    def lengthen(self, spec: SearchSpec) -> None:
+        """Take the spec of the same search with more trials, as which it goes on."""
         with self._lock:
+            self._spec = spec
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Take one event of the ledger; one that comes again, as they do when a search goes on, says nothing."""
+        known = (event["time"], event["event"], event.get("number"))
+        with self._lock:
+            if known in self._seen:
+                return
+            self._seen.add(known)
             self._state.apply(dict(event))
             if event["event"] == "trial_finished":
                 self._ended_at.append(event["time"])

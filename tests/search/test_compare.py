@@ -26,6 +26,7 @@ from search.compare import (
 )
 from search.comparison import METHODS, Cell, CompareError, Comparison, Method, render, rows_of, write
 from search.confidence import confirmed
+from search.console import SearchView
 from search.ledger import Ledger, replay
 from search.store import Store, StoreError
 from spaces.config import TrialConfig
@@ -279,6 +280,7 @@ def test_another_grid_of_the_same_name_is_left_alone(tmp_path: Path) -> None:
     store = Store.create(grid_spec(path, [], METHODS[:2], (1.0,)))
     Ledger(store.ledger_path).append("search_started", name=store.name)
     before = store.ledger_path.read_bytes()
+    other = grid_spec(path, [], METHODS[:2], (0.5,))
     with pytest.raises(StoreError, match="of another grid"):
-        search(grid_spec(path, [], METHODS[:2], (0.5,)), lambda _: None)
+        search(other, SearchView(other.spec, quiet=True))
     assert store.ledger_path.read_bytes() == before

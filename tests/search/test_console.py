@@ -48,6 +48,23 @@ def test_a_search_that_speaks_has_no_heartbeat_and_a_quiet_one_neither(spec: Sea
     assert capsys.readouterr().err == ""
 
 
+def test_a_search_that_goes_on_with_more_trials_does_not_tell_what_was_told(
+    spec: SearchSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    view, longer = SearchView(spec), spec.model_copy(update={"budget": spec.budget.model_copy(update={"trials": 99})})
+    for event in EVENTS:
+        view(event)
+    assert "4 planned" in capsys.readouterr().err
+    view.lengthen(longer)
+    resumed = [{"event": "resumed", "time": EVENTS[-1]["time"] + 1, "in_flight": []}]
+    finished = [{**EVENTS[-1], "time": EVENTS[-1]["time"] + 2}]
+    for event in [*EVENTS, *resumed, *finished]:
+        view(event)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("resumed")
+    assert "99 planned" in last
+
+
 @pytest.mark.parametrize(
     ("name", "peaks", "precisions", "words"),
     [
