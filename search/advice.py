@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,17 +37,22 @@ def knee(members: Sequence[TrialRecord], objectives: Sequence[Objective]) -> Tri
     return members[int(best[int(scaled.sum(axis=1).argmin())])]
 
 
-def best_in(members: Sequence[TrialRecord], objective: Objective) -> TrialRecord:
-    """Return the member that is the best in one objective, by further seeds where all members have those; of equals the first."""
-    return members[int(_known_costs(members, [objective])[:, 0].argmin())]
+def best_in(members: Sequence[TrialRecord], objectives: Sequence[Objective], quality: Objective) -> TrialRecord:
+    """Return the member that is the best in one objective, and of equals in the others, by what counts for the knee."""
+    rows = _known_costs(members, [quality, *objectives]).tolist()
+    return members[min(range(len(members)), key=rows.__getitem__)]
 
 
 def _known_costs(members: Sequence[TrialRecord], objectives: Sequence[Objective]) -> Points:
-    """Return the objectives' values, all turned to minimise, from further seeds where all members have those: one row for each."""
+    """Return the objectives' values, all turned to minimise: one row for each member.
+
+    They are means over further seeds where all members have those, of the same rows.
+    """
     columns = []
     for objective in objectives:
-        means = [known.estimate.mean for r in members if (known := confirmed(r, objective.metric)) is not None]
-        values = means if len(means) == len(members) else [r.values[objective.metric] for r in members]
+        known = [c for r in members if (c := confirmed(r, objective.metric)) is not None and math.isfinite(c.estimate.mean)]
+        is_known = len(known) == len(members) and len({c.split for c in known}) == 1
+        values = [c.estimate.mean for c in known] if is_known else [r.values[objective.metric] for r in members]
         columns.append([sign_of(objective) * value for value in values])
     return np.asarray(columns, dtype=np.float64).reshape(len(objectives), len(members)).T
 
@@ -58,7 +64,7 @@ def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objectiv
         return f"Nothing to recommend: no trial of {name} is complete and feasible."
     price = cost_objective(objectives)
     quality = next(o for o in objectives if o is not price)
-    best = best_in(members, quality)
+    best = best_in(members, objectives, quality)
     text = f"Take trial {chosen.number} of {name}: {_reached(chosen, quality, price)}"
     if best.number == chosen.number:
         return f"{text}, the best on the front."

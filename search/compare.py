@@ -19,16 +19,17 @@ from typing import Any
 from search.comparison import METHODS, Cell, CompareError, Comparison, Method, write
 from search.confidence import confirmed
 from search.confirm import confirm
-from search.console import SearchView
+from search.ledger import Ledger
 from search.pareto import eligible, sign_of
 from search.record import LASTING, TrialRecord, TrialState
 from search.results import Results, load_results
-from search.session import NoResult, checked_model, resume, start
+from search.session import Emit, NoResult, checked_model, resume, start
 from search.store import Store, StoreError
 from spaces.architecture import ShapeError
 from spaces.blueprint import blueprint
 from spaces.config import ADAPTER_KNOBS, TrialConfig
 from spaces.constraints import Limits, reason, violations
+from spaces.forms import HIGHEST_RATE
 from spaces.loading import LoadedSpec, load_spec
 from spaces.metrics import metric_of
 from spaces.presets import BATCH_SIZE, LORA_ALPHA, nearest, usual_rate
@@ -96,9 +97,9 @@ def grid_spec(
         limits = replace(limits, plan=blueprint(config, spec.model.task))
     methods, fractions = _trainable(methods, spec.space, limits, say), sorted(set(fractions))
     adapters = list(dict.fromkeys(method.adapter for method in methods))
-    ladder = {adapter: [factor * usual_rate(adapter, width) for factor in LADDER] for adapter in adapters}
+    ladder = {a: [rate for factor in LADDER if (rate := factor * usual_rate(a, width)) <= HIGHEST_RATE] for a in adapters}
     points = [
-        {**method.params, "dataset_fraction": fraction, "learning_rate": ladder[method.adapter][LADDER.index(factor)]}
+        {**method.params, "dataset_fraction": fraction, "learning_rate": factor * usual_rate(method.adapter, width)}
         for fraction in fractions
         for method in methods
         for factor in RATES
@@ -123,7 +124,7 @@ def grid_spec(
     return load_spec(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in values.items())])
 
 
-def search(loaded: LoadedSpec, view: SearchView) -> Store:
+def search(loaded: LoadedSpec, emit: Emit) -> Store:
     """Train the grid, or what is left of it, with further rates where the best one is an end, and return where it is.
 
     Raises:
@@ -132,42 +133,44 @@ def search(loaded: LoadedSpec, view: SearchView) -> Store:
     """
     store = Store(root=Path(loaded.spec.directory).absolute() / str(loaded.spec.name))
     if not store.ledger_path.exists():
-        store = start(loaded, view)
+        store = start(loaded, emit)
     else:
         _check_same_grid(store, loaded.spec)
-        view.lengthen(store.load_spec().spec)
-        if not _results(store).state.finished:
-            resume(store, view)
-    while points := further_rates(store.load_spec().spec, _results(store)):
-        _lengthen(store, points)
-        view.lengthen(store.load_spec().spec)
-        resume(store, view)
-    return store
+    while True:
+        with store.lock():
+            results = _results(store)
+            is_longer = results.state.finished and _lengthen(store, further_rates(results.spec, results))
+        if results.state.finished and not is_longer:
+            return store
+        resume(store, emit)
 
 
 def further_rates(spec: SearchSpec, results: Results) -> list[dict[str, Any]]:
-    """Return a point for each method and share whose best rate is an end of those that were tried: the next rate beyond.
+    """Return points for each method and share whose best rate is an end of those that were tried: the next rate beyond.
+
+    Where all of them diverged the next lower one may not.
 
     Args:
         spec: of the comparison, with the points up to now.
         results: of its search, which has ended; where a limit in time or money ended it, nothing is returned.
     """
-    points = _points(spec)
-    records = results.state.records.values()
+    points, records = _points(spec), results.state.records.values()
     ended = {record.trial_config.recipe for record in records if record.state is not TrialState.RUNNING and not record.was_cut_off}
     if any(config.recipe not in ended for config in points):
         return []
     further = []
     for cell in _cells(results, list(dict.fromkeys(map(Method.of, points)))):
-        if cell.record is None or not cell.is_at_edge:
-            continue
-        params = {**cell.method.params, "dataset_fraction": cell.fraction}
         ladder = spec.space.learning_rate_of(cell.method.adapter).ends()
-        tried = [config for config in points if (Method.of(config), config.recipe.dataset_fraction) == (cell.method, cell.fraction)]
-        step = 1 if cell.learning_rate == max(config.recipe.learning_rate for config in tried) else -1
-        place = ladder.index(cell.learning_rate) + step
-        if 0 <= place < len(ladder):
-            further.append({**params, "learning_rate": ladder[place]})
+        own = (config.recipe for config in points if Method.of(config) == cell.method)
+        tried = sorted({ladder.index(recipe.learning_rate) for recipe in own if recipe.dataset_fraction == cell.fraction})
+        if cell.learning_rate is not None:
+            best = ladder.index(cell.learning_rate)
+            beside = [best - 1, best + 1]
+        else:
+            beside = [tried[0] - 1] if cell.why == LASTING else []
+        # One that failed for a reason of its own is not tried again.
+        places = [place for place in beside if 0 <= place < len(ladder) and place not in tried]
+        further += [{**cell.method.params, "dataset_fraction": cell.fraction, "learning_rate": ladder[place]} for place in places]
     return further
 
 
@@ -182,21 +185,27 @@ def _check_same_grid(store: Store, spec: SearchSpec) -> None:
     Raises:
         StoreError: it is not.
     """
-    known, points = store.load_spec().spec, spec.sampler.points_to_evaluate or ()
-    begun = known.sampler.model_copy(update={"points_to_evaluate": (known.sampler.points_to_evaluate or ())[: len(points)]})
+    known = store.load_spec().spec
     is_same = all(getattr(known, part) == getattr(spec, part) for part in ("model", "data", "space", "objectives"))
-    if not is_same or begun != spec.sampler:
+    pairs = [{(Method.of(config), config.recipe.dataset_fraction) for config in _points(each)} for each in (known, spec)]
+    if not is_same or pairs[0] != pairs[1] or known.sampler.seed != spec.sampler.seed:
         where = f"a search named '{store.name}' is in {store.root.parent} already"
         raise StoreError(f"{where}, of another grid; give this one --set name=...")
 
 
-def _lengthen(store: Store, points: Sequence[dict[str, Any]]) -> None:
-    """Give a search further points to train when it is resumed."""
+def _lengthen(store: Store, points: Sequence[dict[str, Any]]) -> bool:
+    """Give a search further points to train when it is resumed, if there are any; return whether there are."""
+    if not points:
+        return False
     spec = store.load_spec().spec
     every = (*(spec.sampler.points_to_evaluate or ()), *points)
+    # First that it is not at its end any more: whatever comes between, the same command finds further points again.
+    why = "the best learning rate was the lowest or the highest of those that were tried"
+    Ledger(store.ledger_path).append("lengthened", num_trials=len(every), num_further=len(points), why=why)
     sampler = spec.sampler.model_copy(update={"points_to_evaluate": every})
     budget = spec.budget.model_copy(update={"trials": len(every)})
     store.write_spec(spec.model_copy(update={"sampler": sampler, "budget": budget}))
+    return True
 
 
 def confirm_best(store: Store, *, num_seeds: int, say: Callable[[str], None]) -> tuple[Comparison, list[Path], list[str]]:

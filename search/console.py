@@ -59,11 +59,6 @@ class SearchView:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def lengthen(self, spec: SearchSpec) -> None:
-        """Take the spec of the same search with more trials, as which it goes on."""
-        with self._lock:
-            self._spec = spec
-
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Take one event of the ledger; one that comes again, as they do when a search goes on, says nothing."""
         known = (event["time"], event["event"], event.get("number"))
@@ -71,6 +66,9 @@ class SearchView:
             if known in self._seen:
                 return
             self._seen.add(known)
+            if event["event"] == "lengthened":
+                budget = self._spec.budget.model_copy(update={"trials": event["num_trials"]})
+                self._spec = self._spec.model_copy(update={"budget": budget})
             self._state.apply(dict(event))
             if event["event"] == "trial_finished":
                 self._ended_at.append(event["time"])
@@ -134,8 +132,8 @@ class SearchView:
                 return f"trial {number:04d} INFEASIBLE {self._knob_text(record)}: {'; '.join(broken)}"
             case "test_scored":
                 return f"trial {number:04d} on the test file: {self._metrics(event['metrics'])}"
-            case "resumed":
-                return f"resumed; trials in flight go on first: {event['in_flight'] or 'none'}"
+            case "lengthened" | "resumed":
+                return _goes_on(event)
             case "search_cut_short":
                 return f"search cut short ({event['reason']}): {self._summary()}; {len(self._state.in_flight)} in flight"
             case "search_finished":
@@ -194,6 +192,12 @@ class SearchView:
 
     def _knob_text(self, record: TrialRecord) -> str:
         return " ".join(f"{k}={short_text(record.params[k])}" for k in self._knobs if k in record.params)
+
+
+def _goes_on(event: Mapping[str, Any]) -> str:
+    if event["event"] == "resumed":
+        return f"resumed; trials in flight go on first: {event['in_flight'] or 'none'}"
+    return f"{event['num_further']} further trials: {event['why']}"
 
 
 def _brief(data: Mapping[str, Any]) -> str:

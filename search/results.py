@@ -111,7 +111,7 @@ def pick_one(results: Results, limits: Mapping[str, tuple[str, float]], *, at_kn
         raise StoreError(f"no member of the front of {results.name} has {wanted or 'a result'}; the front has {there or 'no member'}")
     chosen = knee(members, results.objectives) if at_knee else None
     # Within the limits on the others, the best in the first objective is what the user is after.
-    return chosen or best_in(members, results.objectives[0])
+    return chosen or best_in(members, results.objectives, results.objectives[0])
 
 
 def front_as_json(results: Results) -> dict[str, Any]:

@@ -88,7 +88,8 @@ NumberDomain = TypeAliasType(
 )
 """Real numbers `V` of which whole ones `N` make a sensible range too."""
 
-LearningRate = Annotated[float, Within(gt=0, le=10)]
+HIGHEST_RATE = 10.0
+LearningRate = Annotated[float, Within(gt=0, le=HIGHEST_RATE)]
 
 
 class PerAdapter(OneKey):

@@ -54,6 +54,11 @@ class _Domain:
     def train(self) -> _Split:
         return self.splits["train"]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the training rows are one long text."""
+        return self.columns.kind == "text" and len(self.train.rows) == 1
+
     def source(self, role: str) -> str:
         """Return where the rows of a role are from; those that are held out are training rows."""
         return self.splits.get(role, self.train).source
@@ -215,7 +220,7 @@ def _rows_by_role(domain: _Domain, holdout: float) -> dict[str, list[Row]]:
     splits = {role: split.rows for role, split in domain.splits.items()}
     if "evaluation" in splits:
         return splits
-    if columns.kind == "text" and len(train.rows) == 1:
+    if domain.is_whole:
         # Plain text is held out in one piece, its last: random windows would leak their neighbours.
         column = columns.text or ""
         whole = field(train.rows[0], column, train.source, 1)
@@ -232,7 +237,7 @@ def _encoded(raw: _Raw, domain: _Domain, role: str, rows: list[Row], index: int)
     answers: list[str | None] = []
     if columns.kind == "text":
         texts = [field(row, columns.text or "", source, i) for i, row in enumerate(rows, start=1)]
-        encoded = encode_text(raw.tokenizer, texts, raw.model.max_length)
+        encoded = encode_text(raw.tokenizer, texts, raw.model.max_length, is_whole=domain.is_whole)
     else:
         encoded, cut, lost = encode_rows(raw.tokenizer, rows, columns, source, raw.model.max_length)
         if columns.kind == "prompt_completion" and not lost:

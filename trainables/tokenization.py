@@ -46,14 +46,20 @@ def encode_classification(tokenizer: Any, texts: Sequence[str], max_length: int)
     return [Encoded(input_ids=ids, targets=None) for ids in short], cut
 
 
-def encode_text(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[Encoded]:
+def encode_text(tokenizer: Any, texts: Sequence[str], max_length: int, *, is_whole: bool) -> list[Encoded]:
     """Tokenise plain text and cut it into windows of `max_length`; the loss counts every token.
 
-    Of several texts each is a document between a begin- and an end-of-text token, where the model has these, and has windows of its
-    own, so that no document sees another. A last window of less than two tokens teaches nothing and is left out.
+    Each text has windows of its own, so that none sees another. A last window of less than two tokens is left out.
+
+    Args:
+        tokenizer: the model's.
+        texts: at least one.
+        max_length: tokens of a window.
+        is_whole: the texts are pieces of one long one; otherwise each is a document between a begin- and an end-of-text token, where
+            the model has these.
     """
     documents = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    if len(texts) > 1:
+    if not is_whole:
         begin, end = ([] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
         documents = [[*begin, *document, *end] for document in documents]
     windows = [document[i : i + max_length] for document in documents for i in range(0, len(document), max_length)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +27,9 @@ from search.compare import (
 )
 from search.comparison import METHODS, Cell, CompareError, Comparison, Method, render, rows_of, write
 from search.confidence import confirmed
-from search.console import SearchView
 from search.ledger import Ledger, replay
+from search.record import TrialRecord, TrialState
+from search.results import Results
 from search.store import Store, StoreError
 from spaces.config import TrialConfig
 from spaces.presets import usual_rate
@@ -195,38 +197,83 @@ def test_a_best_rate_at_the_edge_of_those_that_were_tried_is_marked(scores: tupl
     assert ("*: the lowest or the highest rate" in render(comparison)) == is_marked
 
 
+def grown(store: Store, outcome: Callable[[str, float], float | str]) -> list[list[tuple[str, float]]]:
+    """Let a comparison grow until no further rate is to be tried; return what it had trained, round by round.
+
+    Args:
+        store: of the comparison.
+        outcome: of an adapter and a factor of its usual rate, the score, or what the trial failed by.
+    """
+    plain = cell(METHODS[0], 0, [0.7]).record
+    assert plain is not None
+    rounds = []
+    while True:
+        spec, records = store.load_spec().spec, {}
+        assert spec.budget.max_trials == len(spec.sampler.points_to_evaluate or ())
+        rounds.append([(c.recipe.adapter, c.recipe.learning_rate / usual_rate(c.recipe.adapter, 32)) for c in _points(spec)])
+        assert len(set(rounds[-1])) == len(rounds[-1]), "nothing is tried twice"
+        for number, (config, (adapter, factor)) in enumerate(zip(_points(spec), rounds[-1], strict=True)):
+            found = outcome(adapter, factor)
+            record = replace(plain, number=number, config=config.to_dict(), params={"dataset_fraction": 0.5}, confirmations=[])
+            if isinstance(found, str):
+                record = replace(record, state=TrialState.FAIL, values={}, error={"kind": found, "message": ""})
+            else:
+                record = replace(record, values={"accuracy": found})
+            records[number] = record
+        further = further_rates(spec, results_with(records))
+        assert further_rates(spec, results_with(dict(list(records.items())[:-1]))) == [], "a limit came before all were trained"
+        if not _lengthen(store, further):
+            return rounds
+
+
+def results_with(records: dict[int, TrialRecord]) -> Results:
+    return SimpleNamespace(objectives=(ACCURACY,), state=SimpleNamespace(records=records))  # type: ignore[return-value]
+
+
 @pytest.mark.parametrize("best", [2**-6, 2**-3, 2**-1, 1.0, 2.0, 4.0, 2**3.4, 2**9])
 def test_rates_are_tried_beyond_the_ends_until_the_best_one_of_all_lies_between_two(tmp_path: Path, best: float) -> None:
     """Of a score with one peak, at `best` times the usual rate for full fine-tuning; that of LoRA is the middle one at once."""
     loaded = grid_spec(make_spec(tmp_path, space={}), [], METHODS[:2], (0.5,))
-    store, plain = Store.create(loaded), cell(METHODS[0], 0, [0.7]).record
-    assert plain is not None
-    factors: list[float] = []
-    for _ in range(len(LADDER)):
-        spec, records = store.load_spec().spec, {}
-        assert spec.budget.max_trials == len(spec.sampler.points_to_evaluate or ())
-        factors = []
-        for number, config in enumerate(_points(spec)):
-            recipe = config.recipe
-            factor = recipe.learning_rate / usual_rate(recipe.adapter, 32)
-            if recipe.adapter == "none":
-                factors.append(factor)
-            score = -abs(math.log(factor / (best if recipe.adapter == "none" else 2.0)))
-            params = {"dataset_fraction": recipe.dataset_fraction}
-            records[number] = replace(plain, number=number, config=config.to_dict(), params=params, values={"accuracy": score})
-        results = SimpleNamespace(objectives=(ACCURACY,), state=SimpleNamespace(records=records))
-        further = further_rates(spec, results)  # type: ignore[arg-type]
-        assert {point["adapter"] for point in further} <= {"none"}
-        if not further:
-            break
-        short = SimpleNamespace(objectives=(ACCURACY,), state=SimpleNamespace(records=dict(list(records.items())[:-1])))
-        assert further_rates(spec, short) == [], "a limit came before all were trained"  # type: ignore[arg-type]
-        _lengthen(store, further)
+    store = Store.create(loaded)
+    rounds = grown(store, lambda adapter, factor: -abs(math.log(factor / (best if adapter == "none" else 2.0))))
+    factors = [factor for adapter, factor in rounds[-1] if adapter == "none"]
+    assert len(rounds[-1]) == len(factors) + len(RATES)
     peak = min(LADDER, key=lambda factor: abs(math.log(factor / best)))
-    assert max(factors, key=lambda factor: -abs(math.log(factor / best))) == pytest.approx(peak)
+    assert min(factors, key=lambda factor: abs(math.log(factor / best))) == pytest.approx(peak)
     assert peak in (LADDER[0], LADDER[-1]) or min(factors) < 0.9 * peak < 1.1 * peak < max(factors)
     assert len(factors) <= len(RATES) + abs(LADDER.index(peak) - LADDER.index(2.0)), "no more than needed"
     _check_same_grid(store, loaded.spec)
+    with pytest.raises(StoreError, match="of another grid"):
+        _check_same_grid(store, grid_spec(loaded.path, [], METHODS[:1], (0.5,)).spec)
+
+
+@pytest.mark.parametrize("failing", LADDER)
+@pytest.mark.parametrize("best", [0.5, 2.0, 8.0])
+@pytest.mark.parametrize("kind", ["worker_lost", "diverged"])
+def test_a_rate_that_failed_is_not_tried_again(tmp_path: Path, failing: float, best: float, kind: str) -> None:
+    store = Store.create(grid_spec(make_spec(tmp_path, space={}), [], METHODS[:1], (0.5,)))
+    rounds = grown(store, lambda _, factor: kind if factor == pytest.approx(failing) else -abs(math.log(factor / best)))
+    assert len(rounds) <= len(LADDER)
+
+
+def test_where_all_rates_diverged_lower_ones_are_tried(tmp_path: Path) -> None:
+    store = Store.create(grid_spec(make_spec(tmp_path, space={}), [], METHODS[:1], (0.5,)))
+    rounds = grown(store, lambda _, factor: "diverged" if factor > 0.3 else -factor)
+    assert min(factor for _, factor in rounds[-1]) == pytest.approx(0.125)
+    others = Store.create(grid_spec(make_spec(tmp_path / "others", space={}), [], METHODS[:1], (0.5,)))
+    assert len(grown(others, lambda *_: "worker_lost")) == 1
+
+
+def test_a_comparison_that_is_cut_off_while_it_is_lengthened_goes_on_with_further_rates(tmp_path: Path) -> None:
+    store = Store.create(grid_spec(make_spec(tmp_path, space={}), [], METHODS[:1], (0.5,)))
+    ledger = Ledger(store.ledger_path)
+    ledger.append("search_started", name=store.name)
+    ledger.append("search_finished", reason="trials")
+    assert replay(ledger.events()).finished
+    point = {"adapter": "none", "dataset_fraction": 0.5, "learning_rate": 8 * usual_rate("none", 32)}
+    assert _lengthen(store, [point])
+    assert not replay(ledger.events()).finished
+    assert (store.load_spec().spec.sampler.points_to_evaluate or ())[-1] == point
 
 
 def test_the_domains_of_the_data_are_columns(tmp_path: Path) -> None:
@@ -282,5 +329,5 @@ def test_another_grid_of_the_same_name_is_left_alone(tmp_path: Path) -> None:
     before = store.ledger_path.read_bytes()
     other = grid_spec(path, [], METHODS[:2], (0.5,))
     with pytest.raises(StoreError, match="of another grid"):
-        search(other, SearchView(other.spec, quiet=True))
+        search(other, lambda _: None)
     assert store.ledger_path.read_bytes() == before

@@ -51,18 +51,21 @@ def test_a_search_that_speaks_has_no_heartbeat_and_a_quiet_one_neither(spec: Sea
 def test_a_search_that_goes_on_with_more_trials_does_not_tell_what_was_told(
     spec: SearchSpec, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    view, longer = SearchView(spec), spec.model_copy(update={"budget": spec.budget.model_copy(update={"trials": 99})})
+    view, end = SearchView(spec), EVENTS[-1]["time"]
     for event in EVENTS:
         view(event)
     assert "4 planned" in capsys.readouterr().err
-    view.lengthen(longer)
-    resumed = [{"event": "resumed", "time": EVENTS[-1]["time"] + 1, "in_flight": []}]
-    finished = [{**EVENTS[-1], "time": EVENTS[-1]["time"] + 2}]
-    for event in [*EVENTS, *resumed, *finished]:
+    longer = [
+        {"event": "lengthened", "time": end + 1, "num_trials": 99, "num_further": 95, "why": "there is more to find"},
+        {"event": "resumed", "time": end + 2, "in_flight": []},
+        {**EVENTS[-1], "time": end + 3},
+    ]
+    for event in [*EVENTS, *longer]:
         view(event)
-    first, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("resumed")
-    assert "99 planned" in last
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == "95 further trials: there is more to find"
+    assert second.startswith("resumed")
+    assert "99 planned" in third
 
 
 @pytest.mark.parametrize(

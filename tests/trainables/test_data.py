@@ -201,6 +201,9 @@ def test_every_row_of_plain_text_is_a_document_that_no_other_row_is_seen_with(st
     assert len(expected) > 22
     assert all(targets is not None and (targets == ids).all() for ids, targets in rows)
     assert (data.summary["duplicate_train_rows"], data.summary["evaluation_rows_also_in_train"]) == (1, 1)
+    one = write(tmp_path, "one.jsonl", json.dumps({"text": "The end."}) + "\n")
+    (only, _) = data_of(stories, train=source, evaluation=one).evaluation.row(0)
+    assert only.tolist() == expected[-1], "the only one of its file is a document as well"
 
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
