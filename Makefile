@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
+# Two test files at a time: most of a test is one process with one thread. A file's fixtures are made once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 .PHONY: demo test slow check clean
 
 $(BIN)/python:
@@ -25,11 +28,11 @@ demo: $(VENV)/.installed
 
 ## make test: everything but the slow tests
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 ## make slow: the tests that need minutes: real searches, kills, two nodes, four ranks, grids
 slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 ## make check: lint, format, types
 check: $(VENV)/.installed
