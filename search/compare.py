@@ -16,12 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from search.comparison import METHODS, Cell, CompareError, Comparison, Method, write
-from search.confidence import confirmed
+from search.comparison import FILES, METHODS, CompareError, Comparison, Method, comparison_of, points_of
 from search.confirm import confirm
 from search.ledger import Ledger
-from search.pareto import eligible, sign_of
-from search.record import LASTING, TrialRecord, TrialState
+from search.record import LASTING, TrialState
 from search.results import Results, load_results
 from search.session import Emit, NoResult, checked_model, resume, start
 from search.store import Store, StoreError
@@ -34,7 +32,7 @@ from spaces.loading import LoadedSpec, load_spec
 from spaces.metrics import metric_of
 from spaces.presets import BATCH_SIZE, LORA_ALPHA, nearest, usual_rate
 from spaces.space import SpaceSpec
-from spaces.spec import Objective, SearchSpec
+from spaces.spec import SearchSpec
 
 FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)
 # Times the usual one for all rows, once: with fewer tokens the best rate is higher (`spaces.presets.HIGHER_RATE`).
@@ -154,12 +152,12 @@ def further_rates(spec: SearchSpec, results: Results) -> list[dict[str, Any]]:
         spec: of the comparison, with the points up to now.
         results: of its search, which has ended; where a limit in time or money ended it, nothing is returned.
     """
-    points, records = _points(spec), results.state.records.values()
+    points, records = points_of(spec), results.state.records.values()
     ended = {record.trial_config.recipe for record in records if record.state is not TrialState.RUNNING and not record.was_cut_off}
     if any(config.recipe not in ended for config in points):
         return []
     further = []
-    for cell in _cells(results, list(dict.fromkeys(map(Method.of, points)))):
+    for cell in comparison_of(results.state, spec, results.objectives).cells:
         ladder = spec.space.learning_rate_of(cell.method.adapter).ends()
         own = (config.recipe for config in points if Method.of(config) == cell.method)
         tried = sorted({ladder.index(recipe.learning_rate) for recipe in own if recipe.dataset_fraction == cell.fraction})
@@ -174,11 +172,6 @@ def further_rates(spec: SearchSpec, results: Results) -> list[dict[str, Any]]:
     return further
 
 
-def _points(spec: SearchSpec) -> list[TrialConfig]:
-    """Return what a comparison trains."""
-    return [TrialConfig.from_params(spec.space.first(**point)) for point in spec.sampler.points_to_evaluate or ()]
-
-
 def _check_same_grid(store: Store, spec: SearchSpec) -> None:
     """Check that a search is of this grid; it may have come to further rates.
 
@@ -187,7 +180,7 @@ def _check_same_grid(store: Store, spec: SearchSpec) -> None:
     """
     known = store.load_spec().spec
     is_same = all(getattr(known, part) == getattr(spec, part) for part in ("model", "data", "space", "objectives"))
-    pairs = [{(Method.of(config), config.recipe.dataset_fraction) for config in _points(each)} for each in (known, spec)]
+    pairs = [{(Method.of(config), config.recipe.dataset_fraction) for config in points_of(each)} for each in (known, spec)]
     if not is_same or pairs[0] != pairs[1] or known.sampler.seed != spec.sampler.seed:
         where = f"a search named '{store.name}' is in {store.root.parent} already"
         raise StoreError(f"{where}, of another grid; give this one --set name=...")
@@ -215,49 +208,23 @@ def confirm_best(store: Store, *, num_seeds: int, say: Callable[[str], None]) ->
         NoResult: no trial is complete.
         What `search.confirm.confirm` raises.
     """
-    spec = store.load_spec().spec
-    methods = list(dict.fromkeys(map(Method.of, _points(spec))))
-    best = [cell.record.number for cell in _cells(_results(store), methods) if cell.record is not None]
+    best = [cell.record.number for cell in _comparison(store).cells if cell.record is not None]
     if not best:
         raise NoResult(f"{store.name}: no trial is complete, so there is nothing to compare")
+    with store.lock():
+        if not _results(store).state.is_comparison:
+            Ledger(store.ledger_path).append("compared")  # so the report has a table of methods
     failures = confirm(store, num_seeds=num_seeds, trials=",".join(map(str, best)), say=say)
+    return _comparison(store), [store.report_path / name for name in FILES], failures
+
+
+def _comparison(store: Store) -> Comparison:
     results = _results(store)
-    comparison = Comparison(name=store.name, objective=_quality(results.objectives), cells=tuple(_cells(results, methods)))
-    return comparison, write(comparison, store.report_path), failures
+    return comparison_of(results.state, results.spec, results.objectives)
 
 
 def _results(store: Store) -> Results:
     return load_results(str(store.root), store.root.parent)
-
-
-def _cells(results: Results, methods: Sequence[Method]) -> list[Cell]:
-    """Return the best trial of every method and share, and why there is none."""
-    objective, cells = _quality(results.objectives), []
-    records = list(results.state.records.values())
-    whole = eligible(records, results.objectives)
-    for fraction in sorted({float(record.params["dataset_fraction"]) for record in records}):
-        for method in methods:
-            own = [r for r in records if Method.of(r.trial_config) == method and float(r.params["dataset_fraction"]) == fraction]
-            best = min((r for r in own if r in whole), key=lambda r: sign_of(objective) * r.values[objective.metric], default=None)
-            quality = None if best is None else confirmed(best, objective.metric)
-            why = "" if best is not None else ", ".join(sorted({_why(record) for record in own})) or "not trained"
-            # Where it diverged too it is known what lies there.
-            tried = (r for r in own if r in whole or (r.error is not None and r.error["kind"] == LASTING))
-            rates = {record.trial_config.recipe.learning_rate for record in tried}
-            edge = best is not None and len(rates) > 1 and best.trial_config.recipe.learning_rate in (min(rates), max(rates))
-            cells.append(Cell(method=method, fraction=fraction, record=best, quality=quality, why=why, is_at_edge=edge))
-    return cells
-
-
-def _why(record: TrialRecord) -> str:
-    if not record.feasible_before_launch:
-        return ", ".join(name for name, value in record.constraints.items() if value > 0)
-    return record.error["kind"] if record.error else record.state.value
-
-
-def _quality(objectives: Sequence[Objective]) -> Objective:
-    """Return the first objective that says how good a model is."""
-    return next(o for o in objectives if metric_of(o.metric).section == "eval")
 
 
 def _fixed_knobs(space: SpaceSpec) -> dict[str, Any]:

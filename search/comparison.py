@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from search.confidence import LEVEL, Confirmed, confirmed, told_apart
 from search.formatting import aligned, number_text, short_text
-from search.pareto import sign_of
+from search.ledger import SearchState
+from search.pareto import eligible, sign_of
 from search.picture import draw_methods
-from search.record import TrialRecord
+from search.record import LASTING, TrialRecord
 from spaces.config import ADAPTER_KNOBS, Adapter, Quantization, TrialConfig
-from spaces.metrics import PEAK_MEMORY_BYTES, TRAIN_SECONDS, domain_accuracy, domain_of, in_order
+from spaces.metrics import PEAK_MEMORY_BYTES, TRAIN_SECONDS, domain_accuracy, domain_of, in_order, metric_of
 from spaces.presets import LORA_RANK
-from spaces.spec import Objective
+from spaces.spec import Objective, SearchSpec
 
 COSTS = (TRAIN_SECONDS, PEAK_MEMORY_BYTES)
+# Of a report.
+FILES = ("methods.csv", "methods.png")
 
 
 class CompareError(Exception):
@@ -160,6 +164,47 @@ class Comparison:
         return "best" if cell == rivals[0] else "not told apart" if cell in rivals else "behind"
 
 
+def comparison_of(state: SearchState, spec: SearchSpec, objectives: Sequence[Objective]) -> Comparison:
+    """Return the best trial of every method and share of a search whose points are a comparison, and why there is none."""
+    methods = list(dict.fromkeys(map(Method.of, points_of(spec))))
+    cells = cells_of(list(state.records.values()), objectives, methods)
+    return Comparison(name=str(spec.name), objective=_quality(objectives), cells=tuple(cells))
+
+
+def cells_of(records: Sequence[TrialRecord], objectives: Sequence[Objective], methods: Sequence[Method]) -> list[Cell]:
+    """Return the best trial of each method with each share of the rows that there is."""
+    objective, cells = _quality(objectives), []
+    whole = eligible(records, objectives)
+    for fraction in sorted({float(record.params["dataset_fraction"]) for record in records}):
+        for method in methods:
+            own = [r for r in records if Method.of(r.trial_config) == method and float(r.params["dataset_fraction"]) == fraction]
+            best = min((r for r in own if r in whole), key=lambda r: sign_of(objective) * r.values[objective.metric], default=None)
+            quality = None if best is None else confirmed(best, objective.metric)
+            why = "" if best is not None else ", ".join(sorted({_why(record) for record in own})) or "not trained"
+            # Where it diverged too it is known what lies there.
+            tried = (r for r in own if r in whole or (r.error is not None and r.error["kind"] == LASTING))
+            rates = {record.trial_config.recipe.learning_rate for record in tried}
+            edge = best is not None and len(rates) > 1 and best.trial_config.recipe.learning_rate in (min(rates), max(rates))
+            cells.append(Cell(method=method, fraction=fraction, record=best, quality=quality, why=why, is_at_edge=edge))
+    return cells
+
+
+def points_of(spec: SearchSpec) -> list[TrialConfig]:
+    """Return what a search of listed points trains."""
+    return [TrialConfig.from_params(spec.space.first(**point)) for point in spec.sampler.points_to_evaluate or ()]
+
+
+def _why(record: TrialRecord) -> str:
+    if not record.feasible_before_launch:
+        return ", ".join(name for name, value in record.constraints.items() if value > 0)
+    return record.error["kind"] if record.error else record.state.value
+
+
+def _quality(objectives: Sequence[Objective]) -> Objective:
+    """Return the first objective that says how good a model is."""
+    return next(o for o in objectives if metric_of(o.metric).section == "eval")
+
+
 def _domains(comparison: Comparison) -> list[str]:
     """Return the metrics of single domains of the data."""
     found = in_order(metric for cell in comparison.cells if cell.record for metric in cell.record.values)
@@ -190,8 +235,8 @@ def rows_of(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def render(comparison: Comparison) -> str:
-    """Return the comparison as a table with what it says."""
+def table_of(comparison: Comparison) -> list[list[str]]:
+    """Return a heading and a row for each cell, for people."""
     columns = [*_domains(comparison), *COSTS]
     table = [["rows", "method", comparison.objective.metric, "", *columns, "learning_rate", "trial"]]
     for cell, row in zip(comparison.cells, rows_of(comparison), strict=True):
@@ -201,11 +246,16 @@ def render(comparison: Comparison) -> str:
         trial = "-" if row["trial"] is None else str(row["trial"])
         rate = short_text(row["learning_rate"]) + ("*" if cell.is_at_edge else "")
         table.append([rows, row["method"], quality, row["verdict"], *values, rate, trial])
+    return table
+
+
+def lines_of(comparison: Comparison) -> list[str]:
+    """Return what the numbers are, and which method is the best for how much data."""
     known = [cell.quality for cell in comparison.cells if cell.quality]
     seeds = "/".join(str(n) for n in sorted({len(quality.values) for quality in known}))
     on = " and ".join(sorted({quality.split for quality in known}))
     intervals = f"means and {LEVEL:.0%} intervals" if min((len(q.values) for q in known), default=0) > 1 else "means"
-    lines = [*aligned(table), "", f"{intervals} over {seeds} further {'seed' if seeds == '1' else 'seeds'}, on the {on} rows"]
+    lines = [f"{intervals} over {seeds} further {'seed' if seeds == '1' else 'seeds'}, on the {on} rows"] if known else []
     if any(cell.is_at_edge for cell in comparison.cells):
         lines.append("*: the lowest or the highest rate that was tried; a better one may lie beyond")
     domains = [name for metric in _domains(comparison) if (name := domain_of(metric)) is not None]
@@ -217,13 +267,18 @@ def render(comparison: Comparison) -> str:
             where = "" if domain is None else f", accuracy on {domain}"
             rows = "all rows" if fraction == 1 else f"{fraction:.3g} of the rows"
             lines.append(f"{rows}{where}: {best}{tied}")
-    return "\n".join(lines)
+    return lines
+
+
+def render(comparison: Comparison) -> str:
+    """Return the comparison as a table with what it says."""
+    return "\n".join([*aligned(table_of(comparison)), "", *lines_of(comparison)])
 
 
 def write(comparison: Comparison, directory: Path) -> list[Path]:
     """Write table and picture into a directory that is there; return the files."""
     rows = rows_of(comparison)
-    table, picture = directory / "methods.csv", directory / "methods.png"
+    table, picture = (directory / name for name in FILES)
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

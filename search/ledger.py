@@ -1,11 +1,11 @@
 """The append-only record of a search that nothing may lose: one JSON event a line, on the disk before all else.
 
-Every line has `event` and `time` (Unix seconds). The events are `search_started`, `resumed`, `lengthened`, `device_examined`,
-`warm_started`, `reference`, `search_cut_short`, `search_finished`, and with the `number` of a trial `trial_started`,
-`trial_infeasible`, `trial_reported`, `trial_finished`, `test_scored`, `confirmed`, `harness_scored` (of the untrained model without a
-number). A report at a rung carries the rung's `verdict`: a trial that it stops ends as PRUNED, even if a crash comes between.
-`held_seconds` of a report and of an end are those for which the trial held its worker group since its event before; of
-`search_cut_short`, those of every trial in flight, by its number.
+Every line has `event` and `time` (Unix seconds). The events are `search_started`, `resumed`, `lengthened`, `compared`,
+`device_examined`, `warm_started`, `reference`, `search_cut_short`, `search_finished`, and with the `number` of a trial
+`trial_started`, `trial_infeasible`, `trial_reported`, `trial_finished`, `test_scored`, `confirmed`, `harness_scored` (of the
+untrained model without a number). A report at a rung carries the rung's `verdict`: a trial that it stops ends as PRUNED, even if a
+crash comes between. `held_seconds` of a report and of an end are those for which the trial held its worker group since its event
+before; of `search_cut_short`, those of every trial in flight, by its number.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from spaces.spec import Objective, SearchSpec
 logger = logging.getLogger(__name__)
 
 # What lies before these is no time of the search: it was away, or its front was being confirmed.
-OUTSIDE = ("resumed", "lengthened", "confirmed", "harness_scored")
+OUTSIDE = ("resumed", "lengthened", "compared", "confirmed", "harness_scored")
 
 
 class LedgerError(Exception):
@@ -136,6 +136,8 @@ class SearchState:
     warm_start: dict[str, Any] | None = None
     """The `warm_started` event: what the sampler learned from an earlier search."""
     finished: bool = False
+    is_comparison: bool = False
+    """Whether its trials are there to compare methods (`search.compare`)."""
     active_seconds: float = 0.0
     """Wall seconds from the first event to the last, without those from an interruption to the resume, and without confirmations."""
     last_at: float | None = None
@@ -162,10 +164,10 @@ class SearchState:
         match event["event"]:
             case "search_started":
                 self.started = dict(event)
-            case "resumed" | "lengthened":
-                self.finished = False
-            case "search_finished":
-                self.finished = True
+            case "resumed" | "lengthened" | "search_finished":
+                self.finished = event["event"] == "search_finished"
+            case "compared":
+                self.is_comparison = True
             case "search_cut_short":
                 for number, seconds in event.get("held_seconds", {}).items():
                     record = self._record(int(number), event)

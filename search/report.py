@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from search.advice import recommendation_lines
 from search.bases import NOTE, bases_table
 from search.calibration import Calibration, calibrate, kind, summary_lines
+from search.comparison import Comparison, comparison_of, lines_of, table_of, write
 from search.data_scaling import DataCurve, data_curves, missing_lines, scaling_lines
 from search.figures import (
     CONFIRMED_COLOR,
@@ -69,7 +71,7 @@ def write_report(
 
     Returns:
         The files by what they are: `html`, `png`, `front_csv`, `trials_csv`, `calibration_csv`, `scaling_csv`,
-        `confirmations_csv`, `json`.
+        `confirmations_csv`, `json`; of a comparison of methods `methods_csv` and `methods_png` too.
     """
     directory.mkdir(parents=True, exist_ok=True)
     scaling = data_curves(state.records.values())
@@ -78,7 +80,12 @@ def write_report(
     paths["png"] = directory / "front.png"
     draw_png(figure, state, spec, objectives, paths["png"])
     paths["html"] = directory / "report.html"
-    paths["html"].write_text(draw_html(figure, state, spec, objectives, scaling, command), encoding="utf-8")
+    methods: list[str] = []
+    if state.is_comparison:
+        comparison = comparison_of(state, spec, objectives)
+        paths["methods_csv"], paths["methods_png"] = write(comparison, directory)
+        methods = _methods_parts(comparison, paths["methods_png"])
+    paths["html"].write_text(draw_html(figure, state, spec, objectives, scaling, methods, command), encoding="utf-8")
     return paths
 
 
@@ -88,6 +95,7 @@ def draw_html(
     spec: SearchSpec,
     objectives: Sequence[Objective],
     scaling: Sequence[DataCurve],
+    methods: Sequence[str],
     command: str,
 ) -> str:
     """Return the report as one HTML page that needs neither a network nor, for the front's table, JavaScript."""
@@ -107,6 +115,7 @@ def draw_html(
         f"<p class='recommendation'>{html.escape(advice)}</p>",
         f"<p class='note'>This trains it again:</p><pre>{html.escape(command)}</pre>" if command else "",
         f"<p>{html.escape(' '.join(facts))}</p>",
+        *methods,
         "<h2>The front</h2>",
         _html_table(*front_table(members, spec, objectives, WORTH_SEEING), marked=str(figure.knee_number)),
         *(f"<p class='note'>{html.escape(line)}</p>" for line in [*doubts, *scaling_lines(scaling)]),
@@ -136,6 +145,18 @@ def _html_table(heading: Sequence[str], rows: Sequence[Sequence[str]], marked: s
         knee = " class='knee'" if row[0] == marked else ""
         lines.append(f"<tr{knee}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
     return f"<div class='wide'><table>{''.join(lines)}</table></div>"
+
+
+def _methods_parts(comparison: Comparison, picture: Path) -> list[str]:
+    """Return which method is the best for how much data, with the picture of it."""
+    heading, *rows = table_of(comparison)
+    image = base64.b64encode(picture.read_bytes()).decode()
+    return [
+        "<h2>Which method is the best for how much data?</h2>",
+        _html_table([h.replace("_", " ") for h in heading], rows),
+        *(f"<p class='note'>{html.escape(line)}</p>" for line in lines_of(comparison)),
+        f"<img alt='quality against rows and seconds' style='max-width: 100%' src='data:image/png;base64,{image}'>",
+    ]
 
 
 def _drawings(

@@ -39,6 +39,8 @@ def test_a_comparison_goes_on_where_it_was_interrupted_is_confirmed_and_told_and
     report = tmp_path / "runs/spec-methods/report"
     assert len((report / "methods.csv").read_text().splitlines()) == 1 + 3 * 2
     assert (report / "methods.png").stat().st_size > 10_000
+    assert "Which method is the best for how much data?" in (report / "report.html").read_text()
+    assert {"methods.csv", "methods.png"} <= {path.name for path in (tmp_path / "runs/artifacts").rglob("report/*")}
     ledger = report.parent / "ledger.jsonl"
     events = [event["event"] for event in Ledger(ledger).events()]
     num_trained = events.count("trial_started")

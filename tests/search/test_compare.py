@@ -16,19 +16,18 @@ from tiny import make_spec
 from search.compare import (
     LADDER,
     RATES,
-    _cells,
     _check_same_grid,
     _lengthen,
-    _points,
     further_rates,
     grid_spec,
     parse_fractions,
     search,
 )
-from search.comparison import METHODS, Cell, CompareError, Comparison, Method, render, rows_of, write
+from search.comparison import METHODS, Cell, CompareError, Comparison, Method, cells_of, points_of, render, rows_of, write
 from search.confidence import confirmed
 from search.ledger import Ledger, replay
 from search.record import TrialRecord, TrialState
+from search.report import write_report
 from search.results import Results
 from search.store import Store, StoreError
 from spaces.config import TrialConfig
@@ -164,9 +163,8 @@ def test_a_method_without_a_result_is_told_with_the_reason() -> None:
     events = synthetic_events(12)
     records = replay(events).records
     trained = {Method.of(record.trial_config) for record in records.values()}
-    results = SimpleNamespace(objectives=(SECONDS, ACCURACY), state=SimpleNamespace(records=records))
     never = Method(adapter="dora", rank=2)
-    cells = _cells(results, [*trained, never])  # type: ignore[arg-type]
+    cells = cells_of(list(records.values()), (SECONDS, ACCURACY), [*trained, never])
     assert {c.why for c in cells if c.method == never} == {"not trained"}
     assert len({(c.method, c.fraction) for c in cells}) == len(cells) == len({c.fraction for c in cells}) * (len(trained) + 1)
     infeasible = next(record for record in records.values() if not record.feasible)
@@ -188,8 +186,7 @@ def test_a_best_rate_at_the_edge_of_those_that_were_tried_is_marked(scores: tupl
     for i, score in enumerate(scores):
         config = replace(trial, recipe=replace(trial.recipe, learning_rate=1e-3 * 2**i))
         records[i] = replace(plain, number=i, config=config.to_dict(), values={**plain.values, "accuracy": score})
-    results = SimpleNamespace(objectives=(ACCURACY,), state=SimpleNamespace(records=records))
-    (found,) = _cells(results, [Method.of(plain.trial_config)])  # type: ignore[arg-type]
+    (found,) = cells_of(list(records.values()), (ACCURACY,), [Method.of(plain.trial_config)])
     assert found.record is not None
     assert found.record.values["accuracy"] == 0.7
     comparison = Comparison(name="c", objective=ACCURACY, cells=(found,))
@@ -210,9 +207,9 @@ def grown(store: Store, outcome: Callable[[str, float], float | str]) -> list[li
     while True:
         spec, records = store.load_spec().spec, {}
         assert spec.budget.max_trials == len(spec.sampler.points_to_evaluate or ())
-        rounds.append([(c.recipe.adapter, c.recipe.learning_rate / usual_rate(c.recipe.adapter, 32)) for c in _points(spec)])
+        rounds.append([(c.recipe.adapter, c.recipe.learning_rate / usual_rate(c.recipe.adapter, 32)) for c in points_of(spec)])
         assert len(set(rounds[-1])) == len(rounds[-1]), "nothing is tried twice"
-        for number, (config, (adapter, factor)) in enumerate(zip(_points(spec), rounds[-1], strict=True)):
+        for number, (config, (adapter, factor)) in enumerate(zip(points_of(spec), rounds[-1], strict=True)):
             found = outcome(adapter, factor)
             record = replace(plain, number=number, config=config.to_dict(), params={"dataset_fraction": 0.5}, confirmations=[])
             if isinstance(found, str):
@@ -320,6 +317,26 @@ def test_table_and_picture_are_written(tmp_path: Path) -> None:
     table, picture = write(comparison, tmp_path)
     assert len(table.read_text().splitlines()) == 3
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_of_a_comparison_says_which_method_is_the_best_and_that_of_another_search_does_not(tmp_path: Path) -> None:
+    events = synthetic_events(12)
+    records = [r for r in replay(events).records.values() if r.state is TrialState.COMPLETE]
+    methods = list(dict.fromkeys(Method.of(r.trial_config) for r in records))
+    spec = grid_spec(make_spec(tmp_path, space={}), [], methods, (0.5,)).spec
+    events += [confirmed_event(records[0].number, seed, accuracy=0.5, seconds=9.0, test=0.7 + seed / 100) for seed in (1, 2)]
+    plain = write_report(replay(events), spec, (ACCURACY, SECONDS), tmp_path / "plain")
+    assert "methods_csv" not in plain
+    assert "Which method" not in plain["html"].read_text()
+    events.append({"event": "compared", "time": events[-1]["time"] + 1})
+    paths = write_report(replay(events), spec, (ACCURACY, SECONDS), tmp_path / "compared")
+    page = paths["html"].read_text().partition("<script")[0]
+    assert "Which method is the best for how much data?" in page
+    assert f"<td>{Method.of(records[0].trial_config).name}</td><td>0.715 ± 0.064</td>" in page
+    assert "2 further seeds, on the test rows" in page
+    assert "data:image/png;base64," in page
+    assert len(paths["methods_csv"].read_text().splitlines()) > len(methods)
+    assert paths["methods_png"].read_bytes().startswith(b"\x89PNG")
 
 
 def test_another_grid_of_the_same_name_is_left_alone(tmp_path: Path) -> None:
