@@ -6,9 +6,6 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-# Two test files at a time: most of a test is one process with one thread. A file's fixtures are made once.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
-
 .PHONY: demo test slow check clean
 
 $(BIN)/python:
@@ -28,11 +25,13 @@ demo: $(VENV)/.installed
 
 ## make test: everything but the slow tests
 test: $(VENV)/.installed
-	$(PYTEST)
+# Two files at a time, whose fixtures are made once: most of these tests are one process with one thread.
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 ## make slow: the tests that need minutes: real searches, kills, two nodes, four ranks, grids
 slow: $(VENV)/.installed
-	$(PYTEST) -m slow
+# One at a time: most of these start two processes and more.
+	$(BIN)/python -m pytest -m slow
 
 ## make check: lint, format, types
 check: $(VENV)/.installed
