@@ -127,20 +127,29 @@ def search(loaded: LoadedSpec, emit: Emit) -> Store:
 
     Raises:
         StoreError: a search of another model, data set or grid has the name.
-        What `search.session.start` and `resume` raise.
+        What `search.session.start` and `resume` raise, but where they ended without a result.
     """
     store = Store(root=Path(loaded.spec.directory).absolute() / str(loaded.spec.name))
-    if not store.ledger_path.exists():
-        store = start(loaded, emit)
-    else:
+    if store.ledger_path.exists():
         _check_same_grid(store, loaded.spec)
+    else:
+        _to_its_end(store, lambda: start(loaded, emit))
     while True:
         with store.lock():
             results = _results(store)
             is_longer = results.state.finished and _lengthen(store, further_rates(results.spec, results))
         if results.state.finished and not is_longer:
             return store
-        resume(store, emit)
+        _to_its_end(store, lambda: resume(store, emit))
+
+
+def _to_its_end(store: Store, run: Callable[[], Store]) -> None:
+    """Run a search; one that ended without a result is no error yet, since further rates may have one."""
+    try:
+        run()
+    except NoResult:
+        if not store.ledger_path.exists() or not _results(store).state.finished:
+            raise
 
 
 def further_rates(spec: SearchSpec, results: Results) -> list[dict[str, Any]]:
@@ -193,7 +202,7 @@ def _lengthen(store: Store, points: Sequence[dict[str, Any]]) -> bool:
     spec = store.load_spec().spec
     every = (*(spec.sampler.points_to_evaluate or ()), *points)
     # First that it is not at its end any more: whatever comes between, the same command finds further points again.
-    why = "the best learning rate was the lowest or the highest of those that were tried"
+    why = "the best learning rate was the lowest or the highest of those that were tried, or all of them diverged"
     Ledger(store.ledger_path).append("lengthened", num_trials=len(every), num_further=len(points), why=why)
     sampler = spec.sampler.model_copy(update={"points_to_evaluate": every})
     budget = spec.budget.model_copy(update={"trials": len(every)})

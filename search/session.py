@@ -260,7 +260,7 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
             git_commit=git_commit(),
         )
         return
-    prepared.tracker.reopen_search(store.name, state.started["mlflow_run_id"], store.spec_path)
+    prepared.tracker.reopen_search(store.name, state.started["mlflow_run_id"])
     ledger.append("resumed", in_flight=sorted(state.in_flight))
 
 

@@ -13,7 +13,6 @@ from spaces.blueprint import Blueprint
 from spaces.config import RECOMPUTED_EVERY, TrialConfig
 from spaces.memory import RankMemory, host_bytes, rank_memory
 from spaces.tensor_parallel import PLANS, left_over
-from spaces.widths import FP32_BYTES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,9 +180,7 @@ def memory_within_host(config: TrialConfig, limits: Limits) -> float:
     """Bytes that a rank leaves to its host beyond its share of what is there: the system would end the process, or others."""
     if limits.plan is None or limits.host_bytes is None or config.layout.offload == "none":
         return 0.0
-    # What trains whole is copied from the base, as wide as it is held, before it is spread over the ranks.
-    copied = FP32_BYTES * limits.plan.num_params if config.recipe.adapter == "none" else 0
-    return max(host_bytes(limits.plan, config), copied) - limits.host_bytes
+    return host_bytes(limits.plan, config) - limits.host_bytes
 
 
 def _holds_as_much(config: TrialConfig, known: TrialConfig, longest: int) -> bool:

@@ -55,8 +55,8 @@ def encode_text(tokenizer: Any, texts: Sequence[str], max_length: int, *, is_who
         tokenizer: the model's.
         texts: at least one.
         max_length: tokens of a window.
-        is_whole: the texts are pieces of one long one; otherwise each is a document between a begin- and an end-of-text token, where
-            the model has these.
+        is_whole: the training rows are one long text; otherwise each text is a document between a begin- and an end-of-text token,
+            where the model has these.
     """
     documents = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     if not is_whole:

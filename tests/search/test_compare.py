@@ -18,6 +18,7 @@ from search.compare import (
     RATES,
     _check_same_grid,
     _lengthen,
+    confirm_best,
     further_rates,
     grid_spec,
     parse_fractions,
@@ -29,6 +30,7 @@ from search.ledger import Ledger, replay
 from search.record import TrialRecord, TrialState
 from search.report import write_report
 from search.results import Results
+from search.session import NoResult
 from search.store import Store, StoreError
 from spaces.config import TrialConfig
 from spaces.presets import usual_rate
@@ -240,8 +242,6 @@ def test_rates_are_tried_beyond_the_ends_until_the_best_one_of_all_lies_between_
     assert peak in (LADDER[0], LADDER[-1]) or min(factors) < 0.9 * peak < 1.1 * peak < max(factors)
     assert len(factors) <= len(RATES) + abs(LADDER.index(peak) - LADDER.index(2.0)), "no more than needed"
     _check_same_grid(store, loaded.spec)
-    with pytest.raises(StoreError, match="of another grid"):
-        _check_same_grid(store, grid_spec(loaded.path, [], METHODS[:1], (0.5,)).spec)
 
 
 @pytest.mark.parametrize("failing", LADDER)
@@ -249,8 +249,7 @@ def test_rates_are_tried_beyond_the_ends_until_the_best_one_of_all_lies_between_
 @pytest.mark.parametrize("kind", ["worker_lost", "diverged"])
 def test_a_rate_that_failed_is_not_tried_again(tmp_path: Path, failing: float, best: float, kind: str) -> None:
     store = Store.create(grid_spec(make_spec(tmp_path, space={}), [], METHODS[:1], (0.5,)))
-    rounds = grown(store, lambda _, factor: kind if factor == pytest.approx(failing) else -abs(math.log(factor / best)))
-    assert len(rounds) <= len(LADDER)
+    grown(store, lambda _, factor: kind if factor == pytest.approx(failing) else -abs(math.log(factor / best)))
 
 
 def test_where_all_rates_diverged_lower_ones_are_tried(tmp_path: Path) -> None:
@@ -261,16 +260,61 @@ def test_where_all_rates_diverged_lower_ones_are_tried(tmp_path: Path) -> None:
     assert len(grown(others, lambda *_: "worker_lost")) == 1
 
 
-def test_a_comparison_that_is_cut_off_while_it_is_lengthened_goes_on_with_further_rates(tmp_path: Path) -> None:
+def test_a_comparison_that_is_cut_off_while_it_is_lengthened_goes_on_with_further_rates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store.create(grid_spec(make_spec(tmp_path, space={}), [], METHODS[:1], (0.5,)))
     ledger = Ledger(store.ledger_path)
     ledger.append("search_started", name=store.name)
     ledger.append("search_finished", reason="trials")
     assert replay(ledger.events()).finished
     point = {"adapter": "none", "dataset_fraction": 0.5, "learning_rate": 8 * usual_rate("none", 32)}
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_spec", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            _lengthen(store, [point])
+    assert not replay(ledger.events()).finished, "so the same command looks for further points again"
+    assert point not in (store.load_spec().spec.sampler.points_to_evaluate or ())
     assert _lengthen(store, [point])
-    assert not replay(ledger.events()).finished
     assert (store.load_spec().spec.sampler.points_to_evaluate or ())[-1] == point
+
+
+def test_a_comparison_of_which_nothing_succeeded_tries_lower_rates_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, rounds = grid_spec(make_spec(tmp_path, space={}), [], METHODS[:1], (0.5,)), []
+    root = tmp_path / "runs" / str(loaded.spec.name)
+
+    def diverge(*_: object) -> Store:
+        store = Store(root=root) if root.exists() else Store.create(loaded)
+        ledger, spec = Ledger(store.ledger_path), store.load_spec().spec
+        if not ledger.events():
+            ledger.append("search_started", name=store.name)
+        rounds.append(len(points_of(spec)))
+        for number, config in enumerate(points_of(spec)):
+            params = {"dataset_fraction": 0.5}
+            ledger.append("trial_started", number=number, params=params, config=config.to_dict(), command="", predicted={})
+            error = {"kind": "diverged", "message": "not finite"}
+            ledger.append("trial_finished", number=number, state="FAIL", values={}, error=error, constraints={})
+        ledger.append("search_finished", reason="trials")
+        raise NoResult("no trial succeeded")
+
+    monkeypatch.setattr("search.compare.start", diverge)
+    monkeypatch.setattr("search.compare.resume", diverge)
+    store = search(loaded, lambda _: None)
+    assert rounds == [3, 4, 5, 6]
+    with pytest.raises(NoResult, match="nothing to compare"):
+        confirm_best(store, num_seeds=1, say=print)
+
+
+def test_what_ends_a_search_before_its_trials_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = grid_spec(make_spec(tmp_path, space={}), [], METHODS[:1], (0.5,))
+
+    def refuse(*_: object) -> Store:
+        Ledger(Store.create(loaded).ledger_path).append("search_started", name="tiny")
+        raise NoResult("the untrained model cannot be evaluated")
+
+    monkeypatch.setattr("search.compare.start", refuse)
+    with pytest.raises(NoResult, match="untrained"):
+        search(loaded, lambda _: None)
 
 
 def test_the_domains_of_the_data_are_columns(tmp_path: Path) -> None:
@@ -344,7 +388,17 @@ def test_another_grid_of_the_same_name_is_left_alone(tmp_path: Path) -> None:
     store = Store.create(grid_spec(path, [], METHODS[:2], (1.0,)))
     Ledger(store.ledger_path).append("search_started", name=store.name)
     before = store.ledger_path.read_bytes()
-    other = grid_spec(path, [], METHODS[:2], (0.5,))
+    names = (("lora:4", "lora:16:nf4"), ("lora:4:nf4", "lora:16"))
+    other, same, crossed = (
+        grid_spec(path, [], METHODS[:2], (0.5,)),
+        *(grid_spec(path, [], tuple(map(Method.parse, those)), (1.0,)) for those in names),
+    )
+    assert other.spec.space != store.load_spec().spec.space
     with pytest.raises(StoreError, match="of another grid"):
         search(other, lambda _: None)
     assert store.ledger_path.read_bytes() == before
+    swapped = crossed.spec.model_copy(update={"space": same.spec.space})
+    store.write_spec(same.spec)
+    _check_same_grid(store, same.spec)
+    with pytest.raises(StoreError, match="of another grid"):
+        _check_same_grid(store, swapped)

@@ -47,8 +47,7 @@ def track(uri: str, root: Path, run_id: str | None = None, *, events: int | None
         tags = {"paretune.directory": "runs"}
         run_id = tracker.start_search("synthetic", params=PARAMS, tags=tags, spec_path=root / "spec.yaml")
     else:
-        (root / "spec.yaml").write_text(SPEC)
-        tracker.reopen_search("synthetic", run_id, root / "spec.yaml")
+        tracker.reopen_search("synthetic", run_id)
     for event in EVENTS[:events]:
         tracker.submit(event)
     assert tracker.flush(60) == 0
@@ -125,7 +124,7 @@ def test_an_unknown_search_or_store_is_one_line(tracked: Tracked) -> None:
         load_search(f"sqlite:///{tracked.root}/nowhere.db", "synthetic")
     tracker = Tracker(tracked.uri, "our experiment/1", artifact_root=None)
     with pytest.raises(TrackingError, match="no-such-run"):
-        tracker.reopen_search("synthetic", "no-such-run", tracked.root / "spec.yaml")
+        tracker.reopen_search("synthetic", "no-such-run")
 
 
 def test_a_deleted_experiment_is_not_written_to(tracked: Tracked) -> None:
