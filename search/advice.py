@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from search.confidence import confidence_lines, confirmed, rival_lines
+from search.confidence import Confirmed, confidence_lines, confirmed, rival_lines
 from search.formatting import number_text
 from search.hypervolume import Points
 from search.pareto import cost_objective, front_indices, sign_of
 from search.record import TrialRecord
 from spaces.metrics import MFU, TRAIN_SECONDS
 from spaces.spec import Objective
+
+COMPARISONS = {"<=": operator.le, ">=": operator.ge}
 
 
 def knee(members: Sequence[TrialRecord], objectives: Sequence[Objective]) -> TrialRecord | None:
@@ -43,18 +46,39 @@ def best_in(members: Sequence[TrialRecord], objectives: Sequence[Objective], qua
     return members[min(range(len(members)), key=rows.__getitem__)]
 
 
+def within(members: Sequence[TrialRecord], limits: Mapping[str, tuple[str, float]]) -> list[TrialRecord]:
+    """Return the members within all limits, such as `{"train_seconds": ("<=", 60)}`, by what counts for the knee.
+
+    A missing metric is not within.
+
+    Raises:
+        KeyError: the comparison is neither `<=` nor `>=`.
+    """
+    kept = set(range(len(members)))
+    for metric, (op, bound) in limits.items():
+        holds, values = COMPARISONS[op], _known_values(members, metric)
+        kept &= {i for i, value in enumerate(values) if value is not None and holds(value, bound)}
+    return [members[i] for i in sorted(kept)]
+
+
 def _known_costs(members: Sequence[TrialRecord], objectives: Sequence[Objective]) -> Points:
     """Return the objectives' values, all turned to minimise: one row for each member.
 
     They are means over further seeds where all members have those, of the same rows.
     """
-    columns = []
-    for objective in objectives:
-        known = [c for r in members if (c := confirmed(r, objective.metric)) is not None and math.isfinite(c.estimate.mean)]
-        is_known = len(known) == len(members) and len({c.split for c in known}) == 1
-        values = [c.estimate.mean for c in known] if is_known else [r.values[objective.metric] for r in members]
-        columns.append([sign_of(objective) * value for value in values])
+    columns = [[sign_of(o) * value for value in _known_values(members, o.metric) if value is not None] for o in objectives]
     return np.asarray(columns, dtype=np.float64).reshape(len(objectives), len(members)).T
+
+
+def _known_values(members: Sequence[TrialRecord], metric: str) -> list[float | None]:
+    known = _of_seeds(members, metric)
+    return [r.values.get(metric) for r in members] if known is None else [c.estimate.mean for c in known]
+
+
+def _of_seeds(members: Sequence[TrialRecord], metric: str) -> list[Confirmed] | None:
+    """Return what further seeds say of each member; None where they do not of all, or not on the same rows."""
+    known = [c for r in members if (c := confirmed(r, metric)) is not None and math.isfinite(c.estimate.mean)]
+    return known if len(known) == len(members) and len({c.split for c in known}) == 1 else None
 
 
 def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objective], name: str) -> str:
@@ -65,12 +89,13 @@ def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objectiv
     price = cost_objective(objectives)
     quality = next(o for o in objectives if o is not price)
     best = best_in(members, objectives, quality)
-    text = f"Take trial {chosen.number} of {name}: {_reached(chosen, quality, price)}"
+    text = f"Take trial {chosen.number} of {name}: {_reached(chosen, members, (quality, price))}"
     if best.number == chosen.number:
         return f"{text}, the best on the front."
     text += f", the knee of the {len(members)} on the front; "
-    text += f"the best is trial {best.number}, {_reached(best, quality, price)}"
-    cheap, dear = (_price(r, price.metric) for r in (chosen, best))
+    text += f"the best is trial {best.number}, {_reached(best, members, (quality, price))}"
+    prices = dict(zip((r.number for r in members), _known_values(members, price.metric), strict=True))
+    cheap, dear = (prices[r.number] or 0.0 for r in (chosen, best))
     ratio = dear / cheap if cheap else 0.0
     return f"{text}, {ratio:.1f} times as much." if ratio > 1 else f"{text}."
 
@@ -117,15 +142,11 @@ def _without_mfu(members: Sequence[TrialRecord]) -> list[str]:
     return [f"no MFU of trial {', '.join(those)}: {reason}" for reason, those in numbers.items()]
 
 
-def _price(record: TrialRecord, metric: str) -> float:
-    known = confirmed(record, metric)
-    return record.values[metric] if known is None else known.estimate.mean
-
-
-def _reached(record: TrialRecord, quality: Objective, price: Objective) -> str:
+def _reached(record: TrialRecord, members: Sequence[TrialRecord], objectives: Sequence[Objective]) -> str:
+    """Return what a member reached, by what it was chosen by: the sentence names two that are held against each other."""
     texts = []
-    for metric in (quality.metric, price.metric):
-        known = confirmed(record, metric)
+    for metric in (o.metric for o in objectives):
+        known = confirmed(record, metric) if _of_seeds(members, metric) is not None else None
         text = f"{metric} {number_text(metric, record.values[metric])}" if known is None else f"{metric} {known.text}"
         if known is None and metric in record.test:
             text += f" ({number_text(metric, record.test[metric])} on the test file)"

@@ -6,7 +6,6 @@ Objectives are turned to "minimise" once, in `cost_vector`; everything below it 
 from __future__ import annotations
 
 import math
-import operator
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -19,8 +18,6 @@ from spaces.metrics import metric_of
 
 if TYPE_CHECKING:
     from spaces.spec import Objective
-
-COMPARISONS = {"<=": operator.le, ">=": operator.ge}
 
 
 def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
@@ -96,20 +93,6 @@ def cost_objective(objectives: Sequence[Objective]) -> Objective:
         if metric_of(objective.metric).section in ("perf", "cost"):
             return objective
     return objectives[0]
-
-
-def pick(members: Sequence[TrialRecord], limits: Mapping[str, tuple[str, float]]) -> list[TrialRecord]:
-    """Return the members within all limits, such as `{"train_seconds": ("<=", 60)}`; a missing metric is not within.
-
-    Raises:
-        KeyError: the comparison is neither `<=` nor `>=`.
-    """
-    wanted = [(metric, COMPARISONS[op], bound) for metric, (op, bound) in limits.items()]
-    return [
-        record
-        for record in members
-        if all(metric in record.values and holds(record.values[metric], bound) for metric, holds, bound in wanted)
-    ]
 
 
 def hypervolume_of(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> float | None:

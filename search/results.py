@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search.advice import best_in, doubts, knee, recommendation_lines
+from search.advice import best_in, doubts, knee, recommendation_lines, within
 from search.bases import NOTE, bases_table
 from search.budget import used
 from search.calibration import calibration_as_json
@@ -17,7 +17,7 @@ from search.data_scaling import data_curves, scaling_as_json, scaling_lines
 from search.endpoint import redacted
 from search.formatting import aligned, number_text, short_text
 from search.ledger import Ledger, SearchState, objectives_of, replay
-from search.pareto import front, hypervolume_of, pick
+from search.pareto import front, hypervolume_of
 from search.provenance import command_in, reproduce_command
 from search.record import HarnessRun, TrialRecord, TrialState
 from search.report import write_report
@@ -101,7 +101,7 @@ def pick_one(results: Results, limits: Mapping[str, tuple[str, float]], *, at_kn
     Raises:
         StoreError: no member satisfies the limits.
     """
-    members = pick(results.members, limits)
+    members = within(results.members, limits)
     if not members:
         wanted = ", ".join(f"{metric} {op} {number_text(metric, value)}" for metric, (op, value) in limits.items())
         spans = [[r.values[m] for r in results.members if m in r.values] for m in limits]

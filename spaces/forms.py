@@ -88,7 +88,7 @@ NumberDomain = TypeAliasType(
 )
 """Real numbers `V` of which whole ones `N` make a sensible range too."""
 
-HIGHEST_RATE = 10.0
+HIGHEST_RATE = 10
 LearningRate = Annotated[float, Within(gt=0, le=HIGHEST_RATE)]
 
 

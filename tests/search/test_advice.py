@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from search.advice import knee, recommendation
+from search.advice import best_in, knee, recommendation, within
 from search.record import Confirmation, TrialRecord, TrialState
 from spaces.spec import Objective
 
@@ -85,3 +85,28 @@ def test_of_two_members_the_knee_is_never_one_that_the_other_beats() -> None:
     found = knee([trial(0, (0.8, 10.0), (0.4, 20.0)), trial(1, (0.9, 20.0), (0.9, 15.0))], TWO)
     assert found is not None
     assert found.number == 1
+
+
+def test_what_is_within_all_limits_is_kept_what_is_within_all_limits() -> None:
+    members = [trial(n, v) for n, v in enumerate([(0.7, 10.0), (0.85, 60.0), (0.9, 61.0)])]
+    assert [t.number for t in within(members, {"train_seconds": ("<=", 60)})] == [0, 1]
+    assert [t.number for t in within(members, {"train_seconds": ("<=", 60), "accuracy": (">=", 0.85)})] == [1]
+    assert within(members, {"mfu": (">=", 0.0)}) == []
+    assert within(members, {}) == members
+    with pytest.raises(KeyError):
+        within(members, {"accuracy": ("==", 0.7)})
+
+
+def test_limits_are_held_against_what_further_seeds_say_where_they_say_it_of_all() -> None:
+    members = [trial(0, (0.8, 4.5), (0.7, 4.1)), trial(1, (0.85, 5.3), (0.8, 4.0))]
+    assert [r.number for r in within(members, {"train_seconds": ("<=", 4.6)})] == [0, 1]
+    assert best_in(members, TWO, ACCURACY).number == 1
+    unsure = [*members, trial(2, (0.9, 9.0))]
+    assert [r.number for r in within(unsure, {"train_seconds": ("<=", 4.6)})] == [0]
+
+
+def test_where_some_have_further_seeds_the_sentence_compares_what_the_choice_was_made_by() -> None:
+    members = [trial(0, (0.5, 1.0)), trial(1, (0.8, 4.5)), trial(2, (0.85, 5.3), (0.84, 4.0), (0.86, 4.0))]
+    text = recommendation(members, TWO, "banking")
+    assert "Take trial 1 of banking: accuracy 0.8 at train_seconds 4.5 s" in text
+    assert "the best is trial 2, accuracy 0.85 at train_seconds 5.3 s, 1.2 times as much" in text

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search.hypervolume import hypervolume
-from search.pareto import cost_objective, costs, dominates, front, hypervolume_of, pick
+from search.pareto import cost_objective, costs, dominates, front, hypervolume_of
 from search.record import TrialRecord, TrialState
 from spaces.spec import Objective
 
@@ -87,16 +87,6 @@ def test_the_cost_objective_is_the_first_that_is_a_price() -> None:
     assert cost_objective(THREE) is SECONDS
     loss = Objective(metric="eval_loss", direction="minimize", reference=None)
     assert cost_objective((ACCURACY, loss)) is ACCURACY
-
-
-def test_pick_keeps_what_is_within_all_limits() -> None:
-    members = [trial(n, v) for n, v in enumerate([(0.7, 10.0), (0.85, 60.0), (0.9, 61.0)])]
-    assert [t.number for t in pick(members, {"train_seconds": ("<=", 60)})] == [0, 1]
-    assert [t.number for t in pick(members, {"train_seconds": ("<=", 60), "accuracy": (">=", 0.85)})] == [1]
-    assert pick(members, {"mfu": (">=", 0.0)}) == []
-    assert pick(members, {}) == members
-    with pytest.raises(KeyError):
-        pick(members, {"accuracy": ("==", 0.7)})
 
 
 def test_the_hypervolume_is_that_of_the_turned_objectives() -> None:
