@@ -267,8 +267,8 @@ def compare_methods(
             say = teller(quiet=quiet)
             loaded = compare.grid_spec(spec, set_ or (), chosen, compare.parse_fractions(fractions), say)
             say(
-                f"{loaded.spec.budget.max_trials} trainings: every method, share and rate, in the place of what the file has; "
-                "then further rates where the best one is an end"
+                f"{loaded.spec.budget.max_trials} trainings: every method with every share of the rows and three learning rates, "
+                "whatever the file has of these; further rates where the best one is the lowest or the highest"
             )
             with SearchView(loaded.spec, quiet=quiet) as view:
                 store = compare.search(loaded, view)

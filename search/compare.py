@@ -19,6 +19,7 @@ from typing import Any
 from search.comparison import FILES, METHODS, CompareError, Comparison, Method, comparison_of, points_of
 from search.confirm import confirm
 from search.ledger import Ledger
+from search.provenance import own_command
 from search.record import LASTING, TrialState
 from search.results import Results, load_results
 from search.session import Emit, NoResult, checked_model, resume, start
@@ -133,14 +134,16 @@ def search(loaded: LoadedSpec, emit: Emit) -> Store:
     if store.ledger_path.exists():
         _check_same_grid(store, loaded.spec)
     else:
-        _to_its_end(store, lambda: start(loaded, emit))
+        _to_its_end(store, lambda: start(loaded, emit, own_command()))
     while True:
         with store.lock():
             results = _results(store)
-            is_longer = results.state.finished and _lengthen(store, further_rates(results.spec, results))
-        if results.state.finished and not is_longer:
+            longer = _lengthen(store, further_rates(results.spec, results)) if results.state.finished else None
+        if results.state.finished and longer is None:
             return store
-        _to_its_end(store, lambda: resume(store, emit))
+        if longer is not None:
+            emit(longer)
+        _to_its_end(store, lambda: resume(store, emit, own_command()))
 
 
 def _to_its_end(store: Store, run: Callable[[], Store]) -> None:
@@ -182,32 +185,40 @@ def further_rates(spec: SearchSpec, results: Results) -> list[dict[str, Any]]:
 
 
 def _check_same_grid(store: Store, spec: SearchSpec) -> None:
-    """Check that a search is of this grid; it may have come to further rates.
+    """Check that a search is of this grid; it may have come to further rates, and have its methods in another order.
 
     Raises:
         StoreError: it is not.
     """
     known = store.load_spec().spec
-    is_same = all(getattr(known, part) == getattr(spec, part) for part in ("model", "data", "space", "objectives"))
-    pairs = [{(Method.of(config), config.recipe.dataset_fraction) for config in points_of(each)} for each in (known, spec)]
-    if not is_same or pairs[0] != pairs[1] or known.sampler.seed != spec.sampler.seed:
-        where = f"a search named '{store.name}' is in {store.root.parent} already"
-        raise StoreError(f"{where}, of another grid; give this one --set name=...")
+    others = [part for part in ("model", "data", "objectives") if getattr(known, part) != getattr(spec, part)]
+    knobs = (knob for knob in type(spec.space).model_fields if knob not in COMPARED)
+    others += [f"space.{knob}" for knob in knobs if getattr(known.space, knob) != getattr(spec.space, knob)]
+    others += ["sampler.seed"] if known.sampler.seed != spec.sampler.seed else []
+    mine, theirs = ({(Method.of(c), c.recipe.dataset_fraction) for c in points_of(each)} for each in (spec, known))
+    others += ["methods or fractions"] if mine != theirs else []
+    if others:
+        where = f"a comparison named '{store.name}' is in {store.root.parent} already, with other {', '.join(others)}"
+        raise StoreError(f"{where}; give this one --set name=...")
 
 
-def _lengthen(store: Store, points: Sequence[dict[str, Any]]) -> bool:
-    """Give a search further points to train when it is resumed, if there are any; return whether there are."""
+def _lengthen(store: Store, points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Give a search further points to train when it is resumed, if there are any; return what the ledger says of it."""
     if not points:
-        return False
+        return None
     spec = store.load_spec().spec
     every = (*(spec.sampler.points_to_evaluate or ()), *points)
+    rates = [
+        f"{Method.of(TrialConfig.from_params(spec.space.first(**p))).name} ({p['dataset_fraction']:.3g}) {p['learning_rate']:.3g}"
+        for p in points
+    ]
     # First that it is not at its end any more: whatever comes between, the same command finds further points again.
-    why = "the best learning rate was the lowest or the highest of those that were tried, or all of them diverged"
-    Ledger(store.ledger_path).append("lengthened", num_trials=len(every), num_further=len(points), why=why)
+    why = f"rates beyond those tried: {', '.join(rates)}"
+    longer = Ledger(store.ledger_path).append("lengthened", num_trials=len(every), num_further=len(points), why=why)
     sampler = spec.sampler.model_copy(update={"points_to_evaluate": every})
     budget = spec.budget.model_copy(update={"trials": len(every)})
     store.write_spec(spec.model_copy(update={"sampler": sampler, "budget": budget}))
-    return True
+    return longer
 
 
 def confirm_best(store: Store, *, num_seeds: int, say: Callable[[str], None]) -> tuple[Comparison, list[Path], list[str]]:
@@ -224,7 +235,7 @@ def confirm_best(store: Store, *, num_seeds: int, say: Callable[[str], None]) ->
         if not _results(store).state.is_comparison:
             Ledger(store.ledger_path).append("compared")  # so the report has a table of methods
     failures = confirm(store, num_seeds=num_seeds, trials=",".join(map(str, best)), say=say)
-    return _comparison(store), [store.report_path / name for name in FILES], failures
+    return _comparison(store), [store.report_path / name for name in ("report.html", *FILES)], failures
 
 
 def _comparison(store: Store) -> Comparison:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from search.budget import num_ended, used
 from search.formatting import number_text, short_text
-from search.ledger import SearchState, objectives_of, replay
+from search.ledger import TOLD, SearchState, objectives_of, replay
 from search.pareto import front
 from search.record import TrialRecord, TrialState
 from search.warm_start import warm_start_text
@@ -60,7 +60,7 @@ class SearchView:
         self._stack.close()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """Take one event of the ledger; one that comes again, as they do when a search goes on, says nothing."""
+        """Take one event of the ledger; one of before the search went on (`search.ledger.TOLD`), or seen already, says nothing."""
         known = (event["time"], event["event"], event.get("number"))
         with self._lock:
             if known in self._seen:
@@ -70,11 +70,12 @@ class SearchView:
                 budget = self._spec.budget.model_copy(update={"trials": event["num_trials"]})
                 self._spec = self._spec.model_copy(update={"budget": budget})
             self._state.apply(dict(event))
-            if event["event"] == "trial_finished":
+            is_new = not event.get(TOLD)
+            if event["event"] == "trial_finished" and is_new:
                 self._ended_at.append(event["time"])
             if self._live is not None:
                 self._live.update(self._table())
-            elif not self._quiet:
+            elif is_new and not self._quiet:
                 self._say(self._line(event))
 
     def _say(self, line: str | None) -> None:
@@ -133,7 +134,7 @@ class SearchView:
             case "test_scored":
                 return f"trial {number:04d} on the test file: {self._metrics(event['metrics'])}"
             case "lengthened" | "resumed":
-                return _goes_on(event)
+                return _goes_on(event, self._summary())
             case "search_cut_short":
                 return f"search cut short ({event['reason']}): {self._summary()}; {len(self._state.in_flight)} in flight"
             case "search_finished":
@@ -194,9 +195,9 @@ class SearchView:
         return " ".join(f"{k}={short_text(record.params[k])}" for k in self._knobs if k in record.params)
 
 
-def _goes_on(event: Mapping[str, Any]) -> str:
+def _goes_on(event: Mapping[str, Any], summary: str) -> str:
     if event["event"] == "resumed":
-        return f"resumed; trials in flight go on first: {event['in_flight'] or 'none'}"
+        return f"resumed with {summary}; trials in flight go on first: {event['in_flight'] or 'none'}"
     return f"{event['num_further']} further trials: {event['why']}"
 
 

@@ -16,7 +16,7 @@ from search.endpoint import tracking_uri
 from search.engine import Engine, SearchExhausted
 from search.interruption import Interrupted, Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
-from search.ledger import Ledger, LedgerError, SearchState, objectives_of, replay
+from search.ledger import TOLD, Ledger, LedgerError, SearchState, objectives_of, replay
 from search.placement import num_handed_out
 from search.provenance import flat_params, git_commit, machine, own_command, versions
 from search.publication import LEAVING_FLUSH_SECONDS, publish
@@ -127,8 +127,8 @@ def artifact_root(spec: SearchSpec) -> Path:
     return Path(spec.directory).absolute() / "artifacts"
 
 
-def start(loaded: LoadedSpec, emit: Emit) -> Store:
-    """Run a new search to its end and return where it is.
+def start(loaded: LoadedSpec, emit: Emit, command: str | None = None) -> Store:
+    """Run a new search to its end and return where it is; after an interruption `command`, by default `resume`, goes on with it.
 
     Raises:
         NothingFits: no layout of the space can run here.
@@ -144,10 +144,10 @@ def start(loaded: LoadedSpec, emit: Emit) -> Store:
     if not cluster.is_submitted():
         check_fit(prepared, cluster.local_capacity(loaded.spec.resources))
     store = Store.create(loaded)
-    return _drive(store, prepared, emit, past)
+    return _drive(store, prepared, emit, past, command)
 
 
-def resume(store: Store, emit: Emit) -> Store:
+def resume(store: Store, emit: Emit, command: str | None = None) -> Store:
     """Go on with a search that was cut off: the same study, the same MLflow run, and the trials in flight first.
 
     Raises:
@@ -156,7 +156,7 @@ def resume(store: Store, emit: Emit) -> Store:
     prepared, state = prepare(store.load_spec_here()), replay(Ledger(store.ledger_path).events())
     if state.started is not None:
         check_same_data(prepared.data.fingerprint, store, state)
-    return _drive(store, prepared, emit, _past(prepared) if state.warm_start is None else None)
+    return _drive(store, prepared, emit, _past(prepared) if state.warm_start is None else None, command)
 
 
 def _past(prepared: Prepared) -> dict[str, Any] | None:
@@ -165,11 +165,11 @@ def _past(prepared: Prepared) -> dict[str, Any] | None:
     return None if loaded.spec.sampler.warm_start is None else earlier_trials(loaded, prepared.data.fingerprint)
 
 
-def _drive(store: Store, prepared: Prepared, emit: Emit, past: Mapping[str, Any] | None) -> Store:
+def _drive(store: Store, prepared: Prepared, emit: Emit, past: Mapping[str, Any] | None, command: str | None) -> Store:
     from search.outlook import Outlook
     from search.profiles import ProfileCache
 
-    spec, command = prepared.spec, store.command("resume", store.name)
+    spec, command = prepared.spec, command or store.command("resume", store.name)
     with store.lock(), cluster.connected(spec.resources) as capacity, Interruption(command) as interruption:
         limits = check_fit(prepared, capacity)
         ledger = Ledger(store.ledger_path)
@@ -186,8 +186,11 @@ def _drive(store: Store, prepared: Prepared, emit: Emit, past: Mapping[str, Any]
             # Workers take seconds to start, and so does MLflow: at the same time.
             dispatcher.expect.remote(*_first_jobs(spec, limits, replay(ledger.events())))
             _open_record(ledger, store, prepared, limits)
-            for event in ledger.events():
-                on_event(event)
+            *told, last = ledger.events()
+            for event in told:
+                prepared.tracker.submit(event)
+                emit({**event, TOLD: True})
+            on_event(last)
             device = examine(dispatcher, store, spec, limits, interruption)
             on_event(ledger.append("device_examined", device=device))
             limits = limits.on(device)

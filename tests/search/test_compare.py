@@ -34,6 +34,7 @@ from search.session import NoResult
 from search.store import Store, StoreError
 from spaces.config import TrialConfig
 from spaces.presets import usual_rate
+from spaces.spec import SearchSpec
 
 
 @pytest.mark.parametrize(
@@ -383,22 +384,27 @@ def test_the_report_of_a_comparison_says_which_method_is_the_best_and_that_of_an
     assert paths["methods_png"].read_bytes().startswith(b"\x89PNG")
 
 
-def test_another_grid_of_the_same_name_is_left_alone(tmp_path: Path) -> None:
+def test_another_grid_of_the_same_name_is_left_alone_and_the_same_one_in_another_order_goes_on(tmp_path: Path) -> None:
     path = make_spec(tmp_path)
-    store = Store.create(grid_spec(path, [], METHODS[:2], (1.0,)))
+
+    def spec(*methods: str, fraction: float = 1.0, **values: object) -> SearchSpec:
+        given = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        return grid_spec(path, given, tuple(map(Method.parse, methods)), (fraction,)).spec
+
+    store = Store.create(grid_spec(path, [], tuple(map(Method.parse, ("lora:4", "lora:16:nf4"))), (1.0,)))
     Ledger(store.ledger_path).append("search_started", name=store.name)
     before = store.ledger_path.read_bytes()
-    names = (("lora:4", "lora:16:nf4"), ("lora:4:nf4", "lora:16"))
-    other, same, crossed = (
-        grid_spec(path, [], METHODS[:2], (0.5,)),
-        *(grid_spec(path, [], tuple(map(Method.parse, those)), (1.0,)) for those in names),
-    )
-    assert other.spec.space != store.load_spec().spec.space
-    with pytest.raises(StoreError, match="of another grid"):
+    other = grid_spec(path, [], METHODS[:2], (0.5,))
+    with pytest.raises(StoreError, match="with other methods or fractions; give this one --set name="):
         search(other, lambda _: None)
     assert store.ledger_path.read_bytes() == before
-    swapped = crossed.spec.model_copy(update={"space": same.spec.space})
-    store.write_spec(same.spec)
-    _check_same_grid(store, same.spec)
-    with pytest.raises(StoreError, match="of another grid"):
-        _check_same_grid(store, swapped)
+    _check_same_grid(store, spec("lora:16:nf4", "lora:4"))
+    for wrong, named in (
+        (spec("lora:4", "lora:16:nf4", fraction=0.5), "methods or fractions"),
+        (spec("lora:4:nf4", "lora:16"), "methods or fractions"),
+        (spec("lora:4", "lora:16:nf4", **{"space.epochs": 7}), "space.epochs"),
+        (spec("lora:4", "lora:16:nf4", **{"data.holdout": 0.3}), "data"),
+        (spec("lora:4", "lora:16:nf4", **{"sampler.seed": 7}), "sampler.seed"),
+    ):
+        with pytest.raises(StoreError, match=f"with other {named}; give"):
+            _check_same_grid(store, wrong)

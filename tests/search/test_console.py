@@ -10,6 +10,7 @@ from synthetic import synthetic_events
 from tiny import make_spec
 
 from search.console import SearchView, device_text
+from search.ledger import TOLD, replay
 from spaces.loading import load_spec
 from spaces.spec import SearchSpec
 
@@ -64,8 +65,18 @@ def test_a_search_that_goes_on_with_more_trials_does_not_tell_what_was_told(
         view(event)
     first, second, third = capsys.readouterr().err.splitlines()
     assert first == "95 further trials: there is more to find"
-    assert second.startswith("resumed")
+    assert second.startswith("resumed with ")
     assert "99 planned" in third
+
+
+def test_what_was_before_a_search_went_on_is_summed_up(spec: SearchSpec, capsys: pytest.CaptureFixture[str]) -> None:
+    view, told = SearchView(spec), EVENTS[: len(EVENTS) // 2]
+    for event in told:
+        view({**event, TOLD: True})
+    assert capsys.readouterr().err == ""
+    num_complete = sum(record.state == "COMPLETE" for record in replay(told).records.values())
+    view({"event": "resumed", "time": told[-1]["time"] + 1, "in_flight": [3]})
+    assert capsys.readouterr().err.startswith(f"resumed with {num_complete} complete, ")
 
 
 @pytest.mark.parametrize(

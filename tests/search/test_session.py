@@ -105,7 +105,7 @@ def test_an_earlier_search_is_read_once_and_before_this_one_of_the_same_name_is_
     monkeypatch.setattr(session, "check_local_data", lambda _: None)
     monkeypatch.setattr(session, "prepare", lambda _: prepared)
     monkeypatch.setattr(session, "earlier_trials", lambda *_: seen.append((tmp_path / "runs").exists()) or {"trials": ["one"]})
-    monkeypatch.setattr(session, "_drive", lambda store, prepared, emit, past: seen.append(past) or store)
+    monkeypatch.setattr(session, "_drive", lambda store, prepared, emit, past, command: seen.append(past) or store)
     store = session.start(prepared.loaded, lambda _: None)
     assert store.name == "s"
     assert seen == [False, {"trials": ["one"]}]
