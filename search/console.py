@@ -105,8 +105,8 @@ class SearchView:
         record = self._state.records.get(number) if number is not None else None
         match event["event"]:
             case "search_started":
-                data = event["data"]
-                return f"search {event['name']}: {event['machine']}; {event['num_workers']} workers; data: {_brief(data)}"
+                workers = "1 worker" if event["num_workers"] == 1 else f"{event['num_workers']} workers"
+                return f"search {event['name']}: {event['machine']}; {workers}; data: {_brief(event['data'])}"
             case "device_examined":
                 return device_text(event["device"], self._spec.space.precision.ends())
             case "warm_started":
