@@ -87,4 +87,4 @@ def test_every_hint_finds_its_search(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(session.cluster, "connected", lambda _: nullcontext(2))
     prepared: Any = SimpleNamespace(spec=results.spec)
     with pytest.raises(Told, match=f"<paretune resume mine{option}>"):
-        session._drive(store, prepared, print, None)
+        session._drive(store, prepared, print, None, None)
