@@ -314,7 +314,8 @@ def main() -> None:
         command = "python benchmarks/throughput.py --banking77 banking77/train.csv --gsm8k gsm8k/train.jsonl --model stories260k/hf"
         command += f" --against {' '.join(arguments.against)} --rounds {arguments.rounds}"
         machine = f"{psutil.cpu_count()} cores, no GPU, {arguments.threads} thread(s) used"
-        head = heading(f"{command} --results FILE", machine, ("torch", "transformers", "peft", "trl"))
+        packages = ("torch", "transformers", "peft", *(name for name in ("trl",) if name in arguments.against))
+        head = heading(f"{command} --results FILE", machine, packages)
         arguments.results.write_text(json.dumps({**head, "cases": cases}, indent=1) + "\n")
 
 

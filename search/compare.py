@@ -208,16 +208,18 @@ def _lengthen(store: Store, points: Sequence[dict[str, Any]]) -> dict[str, Any] 
         return None
     spec = store.load_spec().spec
     every = (*(spec.sampler.points_to_evaluate or ()), *points)
-    rates = [
-        f"{Method.of(TrialConfig.from_params(spec.space.first(**p))).name} ({p['dataset_fraction']:.3g}) {p['learning_rate']:.3g}"
-        for p in points
-    ]
-    # First that it is not at its end any more: whatever comes between, the same command finds further points again.
-    why = f"rates beyond those tried: {', '.join(rates)}"
-    longer = Ledger(store.ledger_path).append("lengthened", num_trials=len(every), num_further=len(points), why=why)
     sampler = spec.sampler.model_copy(update={"points_to_evaluate": every})
     budget = spec.budget.model_copy(update={"trials": len(every)})
-    store.write_spec(spec.model_copy(update={"sampler": sampler, "budget": budget}))
+    grown = spec.model_copy(update={"sampler": sampler, "budget": budget})
+    rates = ", ".join(
+        f"{Method.of(config).name} ({config.recipe.dataset_fraction:.3g}) {config.recipe.learning_rate:.3g}"
+        for config in points_of(grown)[-len(points) :]
+    )
+    # First that it is not at its end any more: whatever comes between, the same command finds further points again.
+    longer = Ledger(store.ledger_path).append(
+        "lengthened", num_trials=len(every), num_further=len(points), why=f"rates beyond those tried: {rates}"
+    )
+    store.write_spec(grown)
     return longer
 
 

@@ -25,9 +25,9 @@ from spaces.spec import Objective, SearchSpec
 
 logger = logging.getLogger(__name__)
 
-# What lies before these is no time of the search: it was away, or its front was being confirmed.
 # Marks an event of before for those who follow a search that goes on.
 TOLD = "told"
+# What lies before these is no time of the search: it was away, or its front was being confirmed.
 OUTSIDE = ("resumed", "lengthened", "compared", "confirmed", "harness_scored")
 
 

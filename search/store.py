@@ -105,7 +105,7 @@ class Store:
         draft.replace(self.spec_path)
 
     def load_spec(self) -> LoadedSpec:
-        """Return the spec that the search was started with."""
+        """Return the spec that a resume goes by: as the search was started, or lengthened since."""
         return load_spec(self.spec_path)
 
     def load_spec_here(self) -> LoadedSpec:
