@@ -56,21 +56,19 @@ def within(members: Sequence[TrialRecord], limits: Mapping[str, tuple[str, float
     """
     kept = set(range(len(members)))
     for metric, (op, bound) in limits.items():
-        holds, values = COMPARISONS[op], _known_values(members, metric)
+        holds, values = COMPARISONS[op], known_values(members, metric)
         kept &= {i for i, value in enumerate(values) if value is not None and holds(value, bound)}
     return [members[i] for i in sorted(kept)]
 
 
 def _known_costs(members: Sequence[TrialRecord], objectives: Sequence[Objective]) -> Points:
-    """Return the objectives' values, all turned to minimise: one row for each member.
-
-    They are means over further seeds where all members have those, of the same rows.
-    """
-    columns = [[sign_of(o) * value for value in _known_values(members, o.metric) if value is not None] for o in objectives]
+    """Return the objectives' values, all turned to minimise: one row for each member."""
+    columns = [[sign_of(o) * value for value in known_values(members, o.metric) if value is not None] for o in objectives]
     return np.asarray(columns, dtype=np.float64).reshape(len(objectives), len(members)).T
 
 
-def _known_values(members: Sequence[TrialRecord], metric: str) -> list[float | None]:
+def known_values(members: Sequence[TrialRecord], metric: str) -> list[float | None]:
+    """Return a metric of each member: means over further seeds where all have those, of the same rows, else what the search saw."""
     known = _of_seeds(members, metric)
     return [r.values.get(metric) for r in members] if known is None else [c.estimate.mean for c in known]
 
@@ -94,7 +92,7 @@ def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objectiv
         return f"{text}, the best on the front."
     text += f", the knee of the {len(members)} on the front; "
     text += f"the best is trial {best.number}, {_reached(best, members, (quality, price))}"
-    prices = dict(zip((r.number for r in members), _known_values(members, price.metric), strict=True))
+    prices = dict(zip((r.number for r in members), known_values(members, price.metric), strict=True))
     cheap, dear = (prices[r.number] or 0.0 for r in (chosen, best))
     ratio = dear / cheap if cheap else 0.0
     return f"{text}, {ratio:.1f} times as much." if ratio > 1 else f"{text}."

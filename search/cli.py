@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -145,6 +146,7 @@ def search(spec: SpecPath, set_: Set = None, budget: Budget = None, quiet: Quiet
 def resume(name: Name, directory: Directory = RUNS, quiet: Quiet = False, json_: Json = False) -> None:
     """Go on with a search that was interrupted or killed."""
     from search.console import SearchView
+    from search.ledger import Ledger, replay
     from search.session import resume as resume_search
     from search.store import Store
 
@@ -154,6 +156,9 @@ def resume(name: Name, directory: Directory = RUNS, quiet: Quiet = False, json_:
             resume_search(store, view)
         _show_calibration(store, json_)
         _show_front(str(store.root), directory, json_)
+        began = replay(Ledger(store.ledger_path).events()).started or {}
+        if str(began.get("command")).startswith("paretune compare-methods "):
+            print(f"a comparison of methods: `{began['command']}` goes on with its further rates and seeds", file=sys.stderr)
 
 
 def _show_calibration(store: Store, json_: bool) -> None:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from search.comparison import FILES, METHODS, CompareError, Comparison, Method, comparison_of, points_of
+from search.comparison import FILES, METHODS, CompareError, Comparison, Method, comparison_of, configs_of, pair_of, pairs_of
 from search.confirm import confirm
 from search.ledger import Ledger
 from search.provenance import own_command
@@ -109,6 +109,7 @@ def grid_spec(
         "space.adapter": _choice(adapters),
         "space.dataset_fraction": _choice(fractions),
         "space.learning_rate": {"by_adapter": {adapter: {"choice": rates} for adapter, rates in ladder.items()}},
+        "space.quantization": _choice([method.quantization for method in methods if method.rank is not None] or ["none"]),
         "sampler.points_to_evaluate": points,
         "scheduler.method": "none",
         "sampler.method": "points",
@@ -119,26 +120,31 @@ def grid_spec(
     }
     if ranks:
         values["space.lora_rank"] = _choice(ranks)
-        values["space.quantization"] = _choice([method.quantization for method in methods if method.rank is not None])
     return load_spec(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in values.items())])
 
 
 def search(loaded: LoadedSpec, emit: Emit) -> Store:
     """Train the grid, or what is left of it, with further rates where the best one is an end, and return where it is.
 
+    A comparison of the name that lacks methods or shares of this one gets them.
+
     Raises:
-        StoreError: a search of another model, data set or grid has the name.
+        StoreError: a search of another model or data set, or with another value of what is not compared, has the name.
         What `search.session.start` and `resume` raise, but where they ended without a result.
     """
     store = Store(root=Path(loaded.spec.directory).absolute() / str(loaded.spec.name))
     if store.ledger_path.exists():
-        _check_same_grid(store, loaded.spec)
+        with store.lock():
+            added = _add(store, loaded.spec)
+        if added is not None:
+            emit(added)
     else:
         _to_its_end(store, lambda: start(loaded, emit, own_command()))
     while True:
         with store.lock():
             results = _results(store)
-            longer = _lengthen(store, further_rates(results.spec, results)) if results.state.finished else None
+            points = further_rates(results.spec, results) if results.state.finished else []
+            longer = _lengthen(store, results.spec, points, _beyond(results.spec, points))
         if results.state.finished and longer is None:
             return store
         if longer is not None:
@@ -164,15 +170,15 @@ def further_rates(spec: SearchSpec, results: Results) -> list[dict[str, Any]]:
         spec: of the comparison, with the points up to now.
         results: of its search, which has ended; where a limit in time or money ended it, nothing is returned.
     """
-    points, records = points_of(spec), results.state.records.values()
+    points, records = configs_of(spec), results.state.records.values()
     ended = {record.trial_config.recipe for record in records if record.state is not TrialState.RUNNING and not record.was_cut_off}
     if any(config.recipe not in ended for config in points):
         return []
     further = []
     for cell in comparison_of(results.state, spec, results.objectives).cells:
         ladder = spec.space.learning_rate_of(cell.method.adapter).ends()
-        own = (config.recipe for config in points if Method.of(config) == cell.method)
-        tried = sorted({ladder.index(recipe.learning_rate) for recipe in own if recipe.dataset_fraction == cell.fraction})
+        own = [config.recipe for config in points if pair_of(config) == (cell.method, cell.fraction)]
+        tried = sorted({ladder.index(recipe.learning_rate) for recipe in own})
         if cell.learning_rate is not None:
             best = ladder.index(cell.learning_rate)
             beside = [best - 1, best + 1]
@@ -184,43 +190,64 @@ def further_rates(spec: SearchSpec, results: Results) -> list[dict[str, Any]]:
     return further
 
 
-def _check_same_grid(store: Store, spec: SearchSpec) -> None:
-    """Check that a search is of this grid; it may have come to further rates, and have its methods in another order.
+def _add(store: Store, asked: SearchSpec) -> dict[str, Any] | None:
+    """Give a comparison the methods and shares that it lacks; return what the ledger says of it, None where it lacks none.
 
     Raises:
-        StoreError: it is not.
+        StoreError: it is another one: its trials would not compare.
     """
     known = store.load_spec().spec
-    others = [part for part in ("model", "data", "objectives") if getattr(known, part) != getattr(spec, part)]
-    knobs = (knob for knob in type(spec.space).model_fields if knob not in COMPARED)
-    others += [f"space.{knob}" for knob in knobs if getattr(known.space, knob) != getattr(spec.space, knob)]
-    others += ["sampler.seed"] if known.sampler.seed != spec.sampler.seed else []
-    mine, theirs = ({(Method.of(c), c.recipe.dataset_fraction) for c in points_of(each)} for each in (spec, known))
-    others += ["methods or fractions"] if mine != theirs else []
+    others = [part for part in ("model", "data", "objectives") if getattr(known, part) != getattr(asked, part)]
+    knobs = (knob for knob in type(asked.space).model_fields if knob not in COMPARED)
+    others += [f"space.{knob}" for knob in knobs if getattr(known.space, knob) != getattr(asked.space, knob)]
+    others += ["sampler.seed"] if known.sampler.seed != asked.sampler.seed else []
     if others:
         where = f"a comparison named '{store.name}' is in {store.root.parent} already, with other {', '.join(others)}"
         raise StoreError(f"{where}; give this one --set name=...")
+    pairs = pairs_of(known)
+    lacking = [pair for pair in pairs_of(asked) if pair not in pairs]
+    points = zip(configs_of(asked), asked.sampler.points_to_evaluate or (), strict=True)
+    further = [point for config, point in points if pair_of(config) in lacking]
+    grown = known.model_copy(update={"space": _joined(known.space, asked.space)})
+    words = ", ".join(f"{method.name} ({fraction:.3g})" for method, fraction in lacking)
+    return _lengthen(store, grown, further, f"methods and shares of the rows that it did not have: {words}")
 
 
-def _lengthen(store: Store, points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Give a search further points to train when it is resumed, if there are any; return what the ledger says of it."""
+def _joined(known: SpaceSpec, asked: SpaceSpec) -> SpaceSpec:
+    """Return a comparison's space with the methods and shares of another one."""
+    values, added = known.model_dump(mode="json"), asked.model_dump(mode="json")
+    for knob in (knob for knob in COMPARED if knob != "learning_rate"):
+        values[knob] = _choice([*getattr(known, knob).ends(), *getattr(asked, knob).ends()])
+    rates = [pair for each in (added, values) for pair in each["learning_rate"]["by_adapter"].items() if pair[1] is not None]
+    values["learning_rate"] = {"by_adapter": dict(rates)}
+    return SpaceSpec.model_validate(values)
+
+
+def _lengthen(store: Store, spec: SearchSpec, points: Sequence[dict[str, Any]], why: str) -> dict[str, Any] | None:
+    """Give a search further points to train when it is resumed, if there are any; return what the ledger says of it.
+
+    Args:
+        store: of the search.
+        spec: its spec, whose space holds the points.
+        points: what is added to those that it has.
+        why: in words.
+    """
     if not points:
         return None
-    spec = store.load_spec().spec
     every = (*(spec.sampler.points_to_evaluate or ()), *points)
     sampler = spec.sampler.model_copy(update={"points_to_evaluate": every})
     budget = spec.budget.model_copy(update={"trials": len(every)})
-    grown = spec.model_copy(update={"sampler": sampler, "budget": budget})
-    rates = ", ".join(
-        f"{Method.of(config).name} ({config.recipe.dataset_fraction:.3g}) {config.recipe.learning_rate:.3g}"
-        for config in points_of(grown)[-len(points) :]
-    )
     # First that it is not at its end any more: whatever comes between, the same command finds further points again.
-    longer = Ledger(store.ledger_path).append(
-        "lengthened", num_trials=len(every), num_further=len(points), why=f"rates beyond those tried: {rates}"
-    )
-    store.write_spec(grown)
+    longer = Ledger(store.ledger_path).append("lengthened", num_trials=len(every), num_further=len(points), why=why)
+    store.write_spec(spec.model_copy(update={"sampler": sampler, "budget": budget}))
     return longer
+
+
+def _beyond(spec: SearchSpec, points: Sequence[dict[str, Any]]) -> str:
+    """Return in words why these points are tried."""
+    pairs = [(pair_of(config), config.recipe.learning_rate) for config in configs_of(spec, points)]
+    named = [f"{method.name} ({fraction:.3g}) {rate:.3g}" for (method, fraction), rate in pairs]
+    return f"rates beyond those tried: {', '.join(named)}"
 
 
 def confirm_best(store: Store, *, num_seeds: int, say: Callable[[str], None]) -> tuple[Comparison, list[Path], list[str]]:

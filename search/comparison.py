@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -49,7 +49,11 @@ class Method:
         rank = rest[0] if rest else str(LORA_RANK)
         quantization = rest[1] if len(rest) > 1 else "none"
         is_known = adapter in ADAPTER_KNOBS and quantization in get_args(Quantization) and rank.isdecimal() and int(rank) > 0
-        if not is_known or len(rest) > most:
+        if adapter in ADAPTER_KNOBS and len(rest) > most:
+            allowed = (adapter, f"{adapter}:{LORA_RANK}", f"{adapter}:{LORA_RANK}:nf4")[most]
+            takes = ("neither a rank nor a quantised base", "a rank and no quantised base", "a rank and a base")[most]
+            raise CompareError(f"--methods: '{text}' is no method: {adapter} takes {takes}; allowed: {allowed}")
+        if not is_known:
             forms = f"{' '.join(ADAPTER_KNOBS)}; with a rank lora:16, and quantised lora:16:nf4 ({' '.join(get_args(Quantization))})"
             raise CompareError(f"--methods: '{text}' is no method; allowed: {forms}")
         return cls(adapter=adapter, rank=int(rank) if "lora_rank" in knobs else None, quantization=quantization)  # type: ignore[arg-type]
@@ -74,6 +78,8 @@ class Method:
         return {"adapter": self.adapter} | {knob: value for knob, value in said.items() if knob in ADAPTER_KNOBS[self.adapter]}
 
 
+# A method, and a share of the training rows.
+Pair = tuple[Method, float]
 METHODS = (
     Method(adapter="none"),
     Method(adapter="lora", rank=4),
@@ -166,32 +172,41 @@ class Comparison:
 
 def comparison_of(state: SearchState, spec: SearchSpec, objectives: Sequence[Objective]) -> Comparison:
     """Return the best trial of every method and share of a search whose points are a comparison, and why there is none."""
-    methods = list(dict.fromkeys(map(Method.of, points_of(spec))))
-    cells = cells_of(list(state.records.values()), objectives, methods)
+    cells = cells_of(list(state.records.values()), objectives, pairs_of(spec))
     return Comparison(name=str(spec.name), objective=_quality(objectives), cells=tuple(cells))
 
 
-def cells_of(records: Sequence[TrialRecord], objectives: Sequence[Objective], methods: Sequence[Method]) -> list[Cell]:
-    """Return the best trial of each method with each share of the rows that there is."""
+def cells_of(records: Sequence[TrialRecord], objectives: Sequence[Objective], pairs: Sequence[Pair]) -> list[Cell]:
+    """Return the best trial of each method with each share of the rows, by share."""
     objective, cells = _quality(objectives), []
     whole = eligible(records, objectives)
-    for fraction in sorted({float(record.params["dataset_fraction"]) for record in records}):
-        for method in methods:
-            own = [r for r in records if Method.of(r.trial_config) == method and float(r.params["dataset_fraction"]) == fraction]
-            best = min((r for r in own if r in whole), key=lambda r: sign_of(objective) * r.values[objective.metric], default=None)
-            quality = None if best is None else confirmed(best, objective.metric)
-            why = "" if best is not None else ", ".join(sorted({_why(record) for record in own})) or "not trained"
-            # Where it diverged too it is known what lies there.
-            tried = (r for r in own if r in whole or (r.error is not None and r.error["kind"] == LASTING))
-            rates = {record.trial_config.recipe.learning_rate for record in tried}
-            edge = best is not None and len(rates) > 1 and best.trial_config.recipe.learning_rate in (min(rates), max(rates))
-            cells.append(Cell(method=method, fraction=fraction, record=best, quality=quality, why=why, is_at_edge=edge))
+    for method, fraction in sorted(pairs, key=lambda pair: pair[1]):
+        own = [r for r in records if pair_of(r.trial_config) == (method, fraction)]
+        best = min((r for r in own if r in whole), key=lambda r: sign_of(objective) * r.values[objective.metric], default=None)
+        quality = None if best is None else confirmed(best, objective.metric)
+        why = "" if best is not None else ", ".join(sorted({_why(record) for record in own})) or "not trained"
+        # Where it diverged too it is known what lies there.
+        tried = (r for r in own if r in whole or (r.error is not None and r.error["kind"] == LASTING))
+        rates = {record.trial_config.recipe.learning_rate for record in tried}
+        edge = best is not None and len(rates) > 1 and best.trial_config.recipe.learning_rate in (min(rates), max(rates))
+        cells.append(Cell(method=method, fraction=fraction, record=best, quality=quality, why=why, is_at_edge=edge))
     return cells
 
 
-def points_of(spec: SearchSpec) -> list[TrialConfig]:
-    """Return what a search of listed points trains."""
-    return [TrialConfig.from_params(spec.space.first(**point)) for point in spec.sampler.points_to_evaluate or ()]
+def configs_of(spec: SearchSpec, points: Sequence[Mapping[str, Any]] | None = None) -> list[TrialConfig]:
+    """Return what a search trains at some points; None: at all of those that it lists."""
+    listed = spec.sampler.points_to_evaluate or () if points is None else points
+    return [TrialConfig.from_params(spec.space.first(**point)) for point in listed]
+
+
+def pair_of(config: TrialConfig) -> Pair:
+    """Return the method of a trial and its share of the rows."""
+    return Method.of(config), config.recipe.dataset_fraction
+
+
+def pairs_of(spec: SearchSpec) -> list[Pair]:
+    """Return every method with every share of the rows that a search of listed points compares, each once."""
+    return list(dict.fromkeys(map(pair_of, configs_of(spec))))
 
 
 def _why(record: TrialRecord) -> str:

@@ -177,7 +177,7 @@ def _drive(
 
 def reopen(tracker: Tracker, store: Store, state: SearchState) -> None:
     """Open the search's run in MLflow again, and give it all events so far."""
-    tracker.reopen_search(store.name, (state.started or {})["mlflow_run_id"])
+    tracker.reopen_search(store.name, (state.started or {})["mlflow_run_id"], spec_path=store.spec_path)
     for event in Ledger(store.ledger_path).events():
         tracker.submit(event)
 

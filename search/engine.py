@@ -242,10 +242,11 @@ class Engine:
         for number in list(self._pending):
             record = self._state.records[number]
             config = record.trial_config
-            if record.source is not None and self._outlook.has_profile(config):
+            error = self._known.why_untimed(config)
+            if record.source is not None and (error or self._outlook.has_profile(config)):
                 self._pending.remove(number)
                 self._live.add(number)
-                self.ended(number, {"state": "complete"})
+                self.ended(number, {"state": "failed", **error} if error else {"state": "complete"})
             elif record.source is None or self._step_of(number) not in timed_now:
                 self._pending.remove(number)
                 return Assignment(number=number, config=config, is_trained=record.source is None)
@@ -324,10 +325,9 @@ class Engine:
         return number if number is not None and self._weights.has(number) else None
 
     def _spread(self, record: TrialRecord) -> None:
-        """Have a trained recipe timed under every other layout that is to be measured."""
-        trained = record.trial_config.layout
+        """Have a trained recipe timed under every other layout that is to be measured, and can be."""
         for other in self._prospects.candidates(record.params):
-            if other.config.layout != trained and other.is_feasible and self._known.trial_of(other.config) is None:
+            if other.config.layout != record.trial_config.layout and other.is_feasible and self._known.may_time(other.config):
                 number = self._study.reserve()
                 self._start(number, other.params, other.config, source=record.number, was_proposed=False)
                 self._pending.append(number)

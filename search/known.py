@@ -9,6 +9,9 @@ from search.record import LASTING, TrialRecord, TrialState
 from search.study import Proposal
 from spaces.config import Recipe, TrialConfig
 
+# What a step fails by whenever it is tried: its model, its layout, or the device's memory; not a worker that was lost.
+OF_STEPS = ("error", "out_of_memory")
+
 
 class Known:
     """Trials by what they train and how.
@@ -21,6 +24,7 @@ class Known:
         self._diverged: dict[Recipe, int] = {}
         self._in_training: dict[Recipe, int] = {}
         self._by_config: dict[TrialConfig, int] = {}
+        self._untimed: dict[TrialConfig, dict[str, str]] = {}
         self._waiting: dict[int, list[Proposal]] = {}
         self._returned: deque[Proposal] = deque()
         for record in records:
@@ -45,6 +49,14 @@ class Known:
         """Return the trial that trains the recipe now, or will."""
         return self._in_training.get(recipe)
 
+    def why_untimed(self, config: TrialConfig) -> dict[str, str] | None:
+        """Return the error that such steps were not timed for; it comes again with every recipe that has them."""
+        return self._untimed.get(config.of_step())
+
+    def may_time(self, config: TrialConfig) -> bool:
+        """Return whether a trained recipe may be timed with this config: it was not, and its steps did not fail."""
+        return self.trial_of(config) is None and self.why_untimed(config) is None
+
     def started(self, record: TrialRecord) -> None:
         """Take note of a trial that is to run."""
         config = record.trial_config
@@ -61,6 +73,8 @@ class Known:
             self._trained[recipe] = record.number
         elif record.source is None and record.error is not None and record.error["kind"] == LASTING:
             self._diverged[recipe] = record.number
+        elif record.source is not None and record.error is not None and record.error["kind"] in OF_STEPS:
+            self._untimed[record.trial_config.of_step()] = record.error
         if record.was_cut_off and self._by_config.get(record.trial_config) == record.number:
             del self._by_config[record.trial_config]
         self._returned.extend(self._waiting.pop(record.number, ()))

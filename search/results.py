@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search.advice import best_in, doubts, knee, recommendation_lines, within
+from search.advice import best_in, doubts, knee, known_values, recommendation_lines, within
 from search.bases import NOTE, bases_table
 from search.budget import used
 from search.calibration import calibration_as_json
@@ -104,7 +104,7 @@ def pick_one(results: Results, limits: Mapping[str, tuple[str, float]], *, at_kn
     members = within(results.members, limits)
     if not members:
         wanted = ", ".join(f"{metric} {op} {number_text(metric, value)}" for metric, (op, value) in limits.items())
-        spans = [[r.values[m] for r in results.members if m in r.values] for m in limits]
+        spans = [[value for value in known_values(results.members, m) if value is not None] for m in limits]
         there = ", ".join(
             f"{m} from {number_text(m, min(s))} to {number_text(m, max(s))}" for m, s in zip(limits, spans, strict=True) if s
         )

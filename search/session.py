@@ -263,7 +263,7 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
             git_commit=git_commit(),
         )
         return
-    prepared.tracker.reopen_search(store.name, state.started["mlflow_run_id"])
+    prepared.tracker.reopen_search(store.name, state.started["mlflow_run_id"], spec_path=store.spec_path)
     ledger.append("resumed", in_flight=sorted(state.in_flight))
 
 

@@ -110,8 +110,13 @@ class Tracker:
         self._begin(runs, name, run_id)
         return run_id
 
-    def reopen_search(self, name: str, run_id: str) -> None:
+    def reopen_search(self, name: str, run_id: str, *, spec_path: Path) -> None:
         """Open the parent run of a search that is resumed, and begin to deliver events.
+
+        Args:
+            name: name of the search.
+            run_id: what `start_search` returned.
+            spec_path: the resolved spec, which may have been lengthened since.
 
         Raises:
             TrackingError: MLflow cannot be used, or has no such run.
@@ -120,6 +125,8 @@ class Tracker:
             client = client_of(self.uri)
             runs = _MlflowRuns(client, client.get_run(run_id).info.experiment_id)
             runs.reopen(run_id)
+            runs.log(run_id, tags={SPEC_TAG: spec_path.read_text()})
+            runs.log_file(run_id, spec_path)
         self._begin(runs, name, run_id)
 
     def _begin(self, runs: _MlflowRuns, name: str, run_id: str) -> None:

@@ -199,6 +199,16 @@ class SpaceSpec(BaseModel):
                 )
         return domain
 
+    @field_validator("quantization")
+    @classmethod
+    def _is_of_an_adapter(cls, domain: Any, info: ValidationInfo) -> Any:
+        adapters = info.data["adapter"].ends() if "adapter" in info.data else []
+        if adapters and "none" not in domain.ends() and not any("quantization" in ADAPTER_KNOBS[each] for each in adapters):
+            able = ", ".join(adapter for adapter, knobs in ADAPTER_KNOBS.items() if "quantization" in knobs)
+            context = {"adapters": ", ".join(adapters), "allowed": f"none, or with one of these adapters: {able}"}
+            raise PydanticCustomError("quantization_without_adapter", "says nothing with adapter {adapters}", context)
+        return domain
+
     @field_validator("offload")
     @classmethod
     def _is_of_fsdp(cls, domain: Any, info: ValidationInfo) -> Any:
@@ -332,11 +342,17 @@ class SpaceSpec(BaseModel):
     def fixed_to(self, params: Mapping[str, Any]) -> list[str]:
         """Return the overrides that pin every knob of these params: `space.learning_rate=0.002`.
 
-        Knobs that say nothing with the strategy are at their defaults.
+        Knobs that say nothing with the strategy are at their defaults, and so is a quantised base with an adapter that has none.
         """
         fields, own = type(self).model_fields, STRATEGY_KNOBS[params.get("strategy", self.strategy.ends()[0])]
         idle = {knob: fields[knob].default.root for knobs in STRATEGY_KNOBS.values() for knob in knobs if knob not in own}
-        return [f"space.{knob}={idle.get(knob, params[knob])}" for knob in fields if knob in params]
+        values = {**params, **{knob: value for knob, value in idle.items() if knob in params}}
+        if (
+            "quantization" not in ADAPTER_KNOBS[params.get("adapter", self.adapter.ends()[0])]
+            and "none" not in self.quantization.ends()
+        ):
+            values["quantization"] = "none"
+        return [f"space.{knob}={values[knob]}" for knob in fields if knob in values]
 
     def _is_searched(self, knob: str) -> bool:
         if knob in CONDITIONAL and not any(knob in ADAPTER_KNOBS[adapter] for adapter in self.adapter.ends()):

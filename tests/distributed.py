@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -13,14 +14,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Every rank would take seconds to import these.
+PRELOADED = ["trainables.loop"]
+
 
 def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Return what `function(world, *args)` returns on every rank, in the order of ranks.
 
-    Processes are spawned; results travel through files, so that no queue can block on a dead process.
+    Processes come from a server that has imported what they need; results travel through files, so that no queue can block on a
+    dead process.
     """
+    multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as directory:
-        context = mp.spawn(_enter, (world_size, directory, function, args), nprocs=world_size, join=False)
+        given = (world_size, directory, function, args)
+        context = mp.start_processes(_enter, given, nprocs=world_size, join=False, start_method="forkserver")
         try:
             while not context.join(timeout=240):
                 pass

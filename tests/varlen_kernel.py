@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import torch
 from torch.nn.attention import varlen
 
+from trainables import packed
+
 
 @contextmanager
-def varlen_on_cpu() -> Iterator[list[str]]:
-    """Give torch's own operations, which only GPUs have kernels of, such for CPUs; yield what is then called, in its order."""
+def varlen_on_cpu(width: int, dtype: torch.dtype = torch.float32) -> Iterator[list[str]]:
+    """Give torch's own operations, which only GPUs have kernels of, such for CPUs; yield what is then called, in its order.
+
+    Args:
+        width: of a head; of this it is found out that the kernel is right.
+        dtype: the same.
+    """
     called: list[str] = []
 
     def forward(
@@ -72,7 +80,19 @@ def varlen_on_cpu() -> Iterator[list[str]]:
         for operation, kernel in ((varlen._varlen_attn, forward), (varlen._varlen_attn_backward, backward)):
             operation.register_kernel("cpu", kernel)
             kernels.enter_context(operation.set_kernel_enabled("cpu"))
+        kernels.enter_context(kernels_of("cpu", dtype))
+        assert packed.takes_all_rows(torch.device("cpu"), dtype, width)
+        called.clear()
         yield called
+
+
+@contextmanager
+def kernels_of(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Have it believed that there are such kernels of a device and a type."""
+    with patch.multiple(packed, KERNEL_DEVICES=(device,), KERNEL_TYPES=(dtype,)):
+        packed.takes_all_rows.cache_clear()
+        yield
+    packed.takes_all_rows.cache_clear()
 
 
 def _rows(

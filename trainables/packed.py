@@ -2,17 +2,20 @@
 
 The model is one row of tokens long; what is between the attentions computes no padding. (Krell et al. 2021,
 https://arxiv.org/abs/2107.02027; "padding-free" in transformers and TRL, where it takes flash attention's kernels.)
-GPUs attend to all rows in one kernel; CPUs, and what that kernel does not take, to those of one length at a time.
+GPUs attend to all rows in one kernel, where it holds what it promises; others, and CPUs, to those of one length at a time.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from inspect import signature
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -28,10 +31,14 @@ from trainables.batching import Batch
 from trainables.data import TaskData
 from trainables.packed_rows import PackedRows
 
+logger = logging.getLogger(__name__)
+
 # Under this name transformers finds what is below. Where rows are padded, it is `scaled_dot_product_attention` as ever.
 ATTENTION = "sdpa_of_rows"
-# FlashAttention-2's, of which wider heads have no backward pass on some: https://github.com/Dao-AILab/flash-attention#nvidia-cuda-support
-MIN_CAPABILITY, MAX_HEAD_WIDTH = 8, 192
+# Of which torch has a kernel for rows of several lengths.
+KERNEL_DEVICES, KERNEL_TYPES = ("cuda",), (torch.bfloat16, torch.float16)
+# Of what it computes, relative: some times a rounding of bf16, 2^-9.
+TOLERANCE = 0.02
 # Torch 2.11 takes fewer heads of keys without being told.
 TELLS_SHARED_KEYS = "enable_gqa" in signature(varlen_attn).parameters
 # The mask is made without a look at whether there is anything to mask.
@@ -104,7 +111,9 @@ def attention_by_rows(
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale}
     if has_torch_function_unary(query):
         return handle_torch_function(attention_by_rows, (query,), query, key, value, rows, **options)
-    attention = _attention_to_all_rows if _takes_all_rows(query, rows) else _attention_by_length
+    # A prefix is before each row, and not laid out for one kernel.
+    is_known = not rows.num_before and _known(query.device, _dtype(query), query.shape[-1])
+    attention = _attention_to_all_rows if is_known else _attention_by_length
     return attention(query, key, value, rows, **options)
 
 
@@ -113,18 +122,53 @@ def _dtype(query: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
 
 
-def _takes_all_rows(query: torch.Tensor, rows: PackedRows) -> bool:
-    """Return whether torch has a kernel for rows of several lengths; a prefix is before each row, and not laid out for it."""
-    width = query.shape[-1]
-    return (
-        query.is_cuda
-        and torch.version.hip is None
-        and _dtype(query) in (torch.bfloat16, torch.float16)
-        and width % 8 == 0
-        and width <= MAX_HEAD_WIDTH
-        and not rows.num_before
-        and torch.cuda.get_device_properties(query.device).major >= MIN_CAPABILITY
-    )
+# What is compiled must not look into the trial of the kernel, nor is it tried there.
+@torch.compiler.assume_constant_result
+def _known(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    return takes_all_rows(device, dtype, width)
+
+
+@cache
+def takes_all_rows(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Return whether torch's kernel for rows of several lengths computes here what those of one length do, forward and backward.
+
+    Tried once in a process: which GPUs and widths of heads FlashAttention takes is another list in each version of it and of torch
+    (https://github.com/Dao-AILab/flash-attention#nvidia-cuda-support).
+
+    Args:
+        device: of the model.
+        dtype: in which attention is computed.
+        width: of a head.
+    """
+    if device.type not in KERNEL_DEVICES or dtype not in KERNEL_TYPES:
+        return False
+    try:
+        errors = list(_errors(device, dtype, width))
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+    else:
+        if all(error <= TOLERANCE for error in errors):
+            return True
+        reason = f"its results are off by {max(errors):.1%}"
+    logger.warning("attention goes row by row: torch's kernel for all rows fails with %s on %s: %s", dtype, device, reason)
+    return False
+
+
+def _errors(device: torch.device, dtype: torch.dtype, width: int) -> Iterator[float]:
+    """Yield how far, relative to its size, each result and gradient of the kernel is from that of attention by length."""
+    generator = torch.Generator().manual_seed(0)
+    rows = PackedRows.of(np.array([3, 5, 5, 16]), Packing(first_position=0)).to(device)
+    *given, weights = (torch.randn(1, heads, 29, width, generator=generator).to(device, dtype) for heads in (4, 2, 2, 4))
+    for is_causal in (True, False):
+        found = []
+        for attention in (_attention_by_length, _attention_to_all_rows):
+            query, key, value = (part.clone().requires_grad_() for part in given)
+            with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                attended = attention(query, key, value, rows, is_causal=is_causal, scale=None)
+                (attended * weights[0].transpose(0, 1)).sum().backward()
+            found.append([attended.detach(), *(part.grad for part in (query, key, value) if part.grad is not None)])
+        for expected, ours in zip(*found, strict=True):
+            yield ((ours - expected).norm() / expected.norm()).item()
 
 
 def _attention_to_all_rows(

@@ -50,6 +50,13 @@ def test_a_comparison_goes_on_where_it_was_interrupted_is_confirmed_and_told_and
     again = paretune(*command, "--json", cwd=tmp_path)
     assert [event["event"] for event in Ledger(ledger).events()] == events
     rows = json.loads(again.stdout)
+    more = ("--methods", "bottleneck:4", "--fractions", "1", "--seeds", "2", "--json")
+    grown = json.loads(paretune("compare-methods", spec, *more, cwd=tmp_path).stdout)
+    assert [{**row, "verdict": None} for row in grown[: len(rows)]] == [{**row, "verdict": None} for row in rows]
+    assert [(row["fraction"], row["method"], row["num_seeds"]) for row in grown[len(rows) :]] == [(1.0, "bottleneck 4", 2)]
+    later = Ledger(ledger).events()[len(events) :]
+    assert {event["params"]["adapter"] for event in later if event["event"] == "trial_started"} == {"bottleneck"}
+    assert {event["number"] for event in later if event["event"] == "confirmed"} == {grown[-1]["trial"]}
     assert {row["method"] for row in rows} == {"full", "dora 4", "lora 4 nf4"}
     assert all(row["num_seeds"] == 2 and row["split"] == "test" for row in rows)
     assert sum(row["verdict"] == "best" for row in rows) == 2

@@ -16,7 +16,7 @@ from tiny import make_spec
 from search.compare import (
     LADDER,
     RATES,
-    _check_same_grid,
+    _add,
     _lengthen,
     confirm_best,
     further_rates,
@@ -24,7 +24,20 @@ from search.compare import (
     parse_fractions,
     search,
 )
-from search.comparison import METHODS, Cell, CompareError, Comparison, Method, cells_of, points_of, render, rows_of, write
+from search.comparison import (
+    METHODS,
+    Cell,
+    CompareError,
+    Comparison,
+    Method,
+    cells_of,
+    configs_of,
+    pair_of,
+    pairs_of,
+    render,
+    rows_of,
+    write,
+)
 from search.confidence import confirmed
 from search.ledger import Ledger, replay
 from search.record import TrialRecord, TrialState
@@ -52,9 +65,23 @@ def test_a_method_is_read_and_named(text: str, method: Method, name: str) -> Non
     assert method.name == name
 
 
-@pytest.mark.parametrize("text", ["", "lorra", "none:4", "lora:0", "lora:x", "lora:4:nf3", "lora:4:nf4:8"])
+@pytest.mark.parametrize("text", ["", "lorra", "lora:0", "lora:x", "lora:4:nf3"])
 def test_what_is_no_method_is_told_with_what_is_allowed(text: str) -> None:
     with pytest.raises(CompareError, match=r"--methods: .* is no method; allowed: none lora .*lora:16:nf4"):
+        Method.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("none:4", "none takes neither a rank nor a quantised base; allowed: none$"),
+        ("ia3:4", "ia3 takes neither a rank nor a quantised base; allowed: ia3$"),
+        ("vera:4:nf4", "vera takes a rank and no quantised base; allowed: vera:16$"),
+        ("lora:4:nf4:8", "lora takes a rank and a base; allowed: lora:16:nf4$"),
+    ],
+)
+def test_what_a_method_does_not_take_is_told(text: str, why: str) -> None:
+    with pytest.raises(CompareError, match=f"--methods: '{text}' is no method: {why}"):
         Method.parse(text)
 
 
@@ -165,15 +192,14 @@ def test_the_best_is_named_with_what_the_seeds_do_not_tell_apart_from_it() -> No
 def test_a_method_without_a_result_is_told_with_the_reason() -> None:
     events = synthetic_events(12)
     records = replay(events).records
-    trained = {Method.of(record.trial_config) for record in records.values()}
-    never = Method(adapter="dora", rank=2)
+    trained = dict.fromkeys(pair_of(record.trial_config) for record in records.values())
+    never = (Method(adapter="dora", rank=2), 0.5)
     cells = cells_of(list(records.values()), (SECONDS, ACCURACY), [*trained, never])
-    assert {c.why for c in cells if c.method == never} == {"not trained"}
-    assert len({(c.method, c.fraction) for c in cells}) == len(cells) == len({c.fraction for c in cells}) * (len(trained) + 1)
+    assert {c.why for c in cells if c.method == never[0]} == {"not trained"}
+    assert {(c.method, c.fraction) for c in cells} == {*trained, never}
+    assert [c.fraction for c in cells] == sorted(c.fraction for c in cells)
     infeasible = next(record for record in records.values() if not record.feasible)
-    own = next(
-        c for c in cells if c.method == Method.of(infeasible.trial_config) and c.fraction == infeasible.params["dataset_fraction"]
-    )
+    own = next(c for c in cells if (c.method, c.fraction) == pair_of(infeasible.trial_config))
     assert (own.record, own.why) == (None, "world_size_within_cluster")
     comparison = Comparison(name="c", objective=ACCURACY, cells=tuple(cells))
     assert "no result: world_size_within_cluster" in render(comparison)
@@ -189,7 +215,7 @@ def test_a_best_rate_at_the_edge_of_those_that_were_tried_is_marked(scores: tupl
     for i, score in enumerate(scores):
         config = replace(trial, recipe=replace(trial.recipe, learning_rate=1e-3 * 2**i))
         records[i] = replace(plain, number=i, config=config.to_dict(), values={**plain.values, "accuracy": score})
-    (found,) = cells_of(list(records.values()), (ACCURACY,), [Method.of(plain.trial_config)])
+    (found,) = cells_of(list(records.values()), (ACCURACY,), [pair_of(trial)])
     assert found.record is not None
     assert found.record.values["accuracy"] == 0.7
     comparison = Comparison(name="c", objective=ACCURACY, cells=(found,))
@@ -210,9 +236,9 @@ def grown(store: Store, outcome: Callable[[str, float], float | str]) -> list[li
     while True:
         spec, records = store.load_spec().spec, {}
         assert spec.budget.max_trials == len(spec.sampler.points_to_evaluate or ())
-        rounds.append([(c.recipe.adapter, c.recipe.learning_rate / usual_rate(c.recipe.adapter, 32)) for c in points_of(spec)])
+        rounds.append([(c.recipe.adapter, c.recipe.learning_rate / usual_rate(c.recipe.adapter, 32)) for c in configs_of(spec)])
         assert len(set(rounds[-1])) == len(rounds[-1]), "nothing is tried twice"
-        for number, (config, (adapter, factor)) in enumerate(zip(points_of(spec), rounds[-1], strict=True)):
+        for number, (config, (adapter, factor)) in enumerate(zip(configs_of(spec), rounds[-1], strict=True)):
             found = outcome(adapter, factor)
             record = replace(plain, number=number, config=config.to_dict(), params={"dataset_fraction": 0.5}, confirmations=[])
             if isinstance(found, str):
@@ -222,7 +248,7 @@ def grown(store: Store, outcome: Callable[[str, float], float | str]) -> list[li
             records[number] = record
         further = further_rates(spec, results_with(records))
         assert further_rates(spec, results_with(dict(list(records.items())[:-1]))) == [], "a limit came before all were trained"
-        if not _lengthen(store, further):
+        if not _lengthen(store, spec, further, "rates"):
             return rounds
 
 
@@ -242,7 +268,7 @@ def test_rates_are_tried_beyond_the_ends_until_the_best_one_of_all_lies_between_
     assert min(factors, key=lambda factor: abs(math.log(factor / best))) == pytest.approx(peak)
     assert peak in (LADDER[0], LADDER[-1]) or min(factors) < 0.9 * peak < 1.1 * peak < max(factors)
     assert len(factors) <= len(RATES) + abs(LADDER.index(peak) - LADDER.index(2.0)), "no more than needed"
-    _check_same_grid(store, loaded.spec)
+    assert _add(store, loaded.spec) is None
 
 
 @pytest.mark.parametrize("failing", LADDER)
@@ -269,14 +295,14 @@ def test_a_comparison_that_is_cut_off_while_it_is_lengthened_goes_on_with_furthe
     ledger.append("search_started", name=store.name)
     ledger.append("search_finished", reason="trials")
     assert replay(ledger.events()).finished
-    point = {"adapter": "none", "dataset_fraction": 0.5, "learning_rate": 8 * usual_rate("none", 32)}
+    point, spec = {"adapter": "none", "dataset_fraction": 0.5, "learning_rate": 8 * usual_rate("none", 32)}, store.load_spec().spec
     with monkeypatch.context() as patch:
         patch.setattr(Store, "write_spec", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            _lengthen(store, [point])
+            _lengthen(store, spec, [point], "rates")
     assert not replay(ledger.events()).finished, "so the same command looks for further points again"
     assert point not in (store.load_spec().spec.sampler.points_to_evaluate or ())
-    assert _lengthen(store, [point])
+    assert _lengthen(store, spec, [point], "rates")
     assert (store.load_spec().spec.sampler.points_to_evaluate or ())[-1] == point
 
 
@@ -289,8 +315,8 @@ def test_a_comparison_of_which_nothing_succeeded_tries_lower_rates_by_itself(tmp
         ledger, spec = Ledger(store.ledger_path), store.load_spec().spec
         if not ledger.events():
             ledger.append("search_started", name=store.name)
-        rounds.append(len(points_of(spec)))
-        for number, config in enumerate(points_of(spec)):
+        rounds.append(len(configs_of(spec)))
+        for number, config in enumerate(configs_of(spec)):
             params = {"dataset_fraction": 0.5}
             ledger.append("trial_started", number=number, params=params, config=config.to_dict(), command="", predicted={})
             error = {"kind": "diverged", "message": "not finite"}
@@ -367,8 +393,8 @@ def test_table_and_picture_are_written(tmp_path: Path) -> None:
 def test_the_report_of_a_comparison_says_which_method_is_the_best_and_that_of_another_search_does_not(tmp_path: Path) -> None:
     events = synthetic_events(12)
     records = [r for r in replay(events).records.values() if r.state is TrialState.COMPLETE]
-    methods = list(dict.fromkeys(Method.of(r.trial_config) for r in records))
-    spec = grid_spec(make_spec(tmp_path, space={}), [], methods, (0.5,)).spec
+    methods, fractions = (list(dict.fromkeys(part)) for part in zip(*(pair_of(r.trial_config) for r in records), strict=True))
+    spec = grid_spec(make_spec(tmp_path, space={}), [], methods, fractions).spec
     events += [confirmed_event(records[0].number, seed, accuracy=0.5, seconds=9.0, test=0.7 + seed / 100) for seed in (1, 2)]
     plain = write_report(replay(events), spec, (ACCURACY, SECONDS), tmp_path / "plain")
     assert "methods_csv" not in plain
@@ -384,27 +410,39 @@ def test_the_report_of_a_comparison_says_which_method_is_the_best_and_that_of_an
     assert paths["methods_png"].read_bytes().startswith(b"\x89PNG")
 
 
-def test_another_grid_of_the_same_name_is_left_alone_and_the_same_one_in_another_order_goes_on(tmp_path: Path) -> None:
+def spec_of(path: Path, methods: str, *fractions: float, **values: object) -> SearchSpec:
+    given = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return grid_spec(path, given, tuple(map(Method.parse, methods.split(","))), fractions).spec
+
+
+def test_a_comparison_of_something_else_is_left_alone_and_the_same_one_in_another_order_goes_on(tmp_path: Path) -> None:
     path = make_spec(tmp_path)
-
-    def spec(*methods: str, fraction: float = 1.0, **values: object) -> SearchSpec:
-        given = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-        return grid_spec(path, given, tuple(map(Method.parse, methods)), (fraction,)).spec
-
-    store = Store.create(grid_spec(path, [], tuple(map(Method.parse, ("lora:4", "lora:16:nf4"))), (1.0,)))
+    store = Store.create(grid_spec(path, [], (Method.parse("lora:4"), Method.parse("lora:16:nf4")), (1.0,)))
     Ledger(store.ledger_path).append("search_started", name=store.name)
-    before = store.ledger_path.read_bytes()
-    other = grid_spec(path, [], METHODS[:2], (0.5,))
-    with pytest.raises(StoreError, match="with other methods or fractions; give this one --set name="):
-        search(other, lambda _: None)
-    assert store.ledger_path.read_bytes() == before
-    _check_same_grid(store, spec("lora:16:nf4", "lora:4"))
-    for wrong, named in (
-        (spec("lora:4", "lora:16:nf4", fraction=0.5), "methods or fractions"),
-        (spec("lora:4:nf4", "lora:16"), "methods or fractions"),
-        (spec("lora:4", "lora:16:nf4", **{"space.epochs": 7}), "space.epochs"),
-        (spec("lora:4", "lora:16:nf4", **{"data.holdout": 0.3}), "data"),
-        (spec("lora:4", "lora:16:nf4", **{"sampler.seed": 7}), "sampler.seed"),
-    ):
-        with pytest.raises(StoreError, match=f"with other {named}; give"):
-            _check_same_grid(store, wrong)
+    before = store.ledger_path.read_bytes(), store.spec_path.read_bytes()
+    assert _add(store, spec_of(path, "lora:16:nf4,lora:4", 1.0)) is None
+    assert _add(store, spec_of(path, "lora:4", 1.0)) is None, "a part of it"
+    for named, value in (("space.epochs", 7), ("data.holdout", 0.3), ("sampler.seed", 7)):
+        wrong = spec_of(path, "lora:4,dora:4", 1.0, **{named: value})
+        with pytest.raises(StoreError, match=f"with other {named.removesuffix('.holdout')}; give this one --set name="):
+            _add(store, wrong)
+    assert (store.ledger_path.read_bytes(), store.spec_path.read_bytes()) == before
+
+
+def test_a_comparison_gets_the_methods_and_shares_that_it_lacks_and_no_others(tmp_path: Path) -> None:
+    path = make_spec(tmp_path, space={})
+    store = Store.create(grid_spec(path, [], (Method.parse("none"), Method.parse("lora:4")), (0.5,)))
+    Ledger(store.ledger_path).append("search_started", name=store.name)
+    first = configs_of(store.load_spec().spec)
+    added = _add(store, spec_of(path, "lora:4,bottleneck:8,lora:8:nf4", 0.25, 0.5))
+    assert added is not None
+    lacking = [(Method.parse(m), f) for m, f in [("lora:4", 0.25), ("bottleneck:8", 0.25), ("lora:8:nf4", 0.25)]]
+    lacking += [(Method.parse(m), 0.5) for m in ("bottleneck:8", "lora:8:nf4")]
+    assert added["why"].endswith("lora 4 (0.25), bottleneck 8 (0.25), lora 8 nf4 (0.25), bottleneck 8 (0.5), lora 8 nf4 (0.5)")
+    spec = store.load_spec().spec
+    configs = configs_of(spec)
+    assert configs[: len(first)] == first, "what was trained is what it was"
+    assert len(set(configs)) == len(configs) == spec.budget.max_trials == added["num_trials"]
+    assert pairs_of(spec) == [(Method.parse("none"), 0.5), (Method.parse("lora:4"), 0.5), *lacking]
+    assert added["num_further"] == len(lacking) * len(RATES)
+    assert _add(store, spec_of(path, "bottleneck:8", 0.5)) is None

@@ -202,7 +202,8 @@ class FakeTracker:
     def __init__(self, undelivered: int = 0) -> None:
         self.undelivered, self.calls, self.events = undelivered, [], []
 
-    def reopen_search(self, name: str, run_id: str) -> None:
+    def reopen_search(self, name: str, run_id: str, *, spec_path: Path) -> None:
+        assert spec_path.exists()
         self.calls.append(f"reopen {name} {run_id}")
 
     def submit(self, event: dict[str, Any]) -> None:

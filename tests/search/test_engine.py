@@ -252,6 +252,30 @@ def test_where_layouts_are_timed_a_search_by_the_model_ends_and_resumes(tmp_path
     assert resumed.is_handed_out
 
 
+@pytest.mark.parametrize(("kind", "num_tried"), [("error", 1), ("out_of_memory", 1), ("worker_lost", 6)])
+def test_steps_that_cannot_be_timed_are_tried_once_whatever_recipes_have_them(tmp_path: Path, kind: str, num_tried: int) -> None:
+    tried, live = [], list[Assignment]()
+    for trials in (3, 6):  # the search and its resume
+        space = {"compile": {"profile": ["none", "blocks"]}, "global_batch_size": 16, "lora_rank": 4, **CLOSED}
+        engine, _, _ = make(tmp_path, trials=trials, **space)
+        while (assignment := engine.next()) is not None or live:
+            live += [] if assignment is None else [assignment]
+            if assignment is not None and len(live) < 2:
+                continue
+            first = live.pop(0)
+            if first.is_trained:
+                engine.reported(first.number, report(0.5, 3.0))
+                (engine._store.trial_path(first.number) / "final").mkdir(parents=True)
+                engine.ended(first.number, {"state": "complete"})
+            else:
+                tried.append(first.number)
+                engine.ended(first.number, {"state": "failed", "kind": kind, "message": "no compiler"})
+    assert len(tried) == num_tried
+    records = engine.state.records.values()
+    assert sum(record.state is TrialState.COMPLETE for record in records) == 6
+    assert {record.error and record.error["message"] for record in records if record.source is not None} == {"no compiler"}
+
+
 def test_a_space_that_is_used_up_is_told_without_a_look_at_it_for_every_proposal(tmp_path: Path) -> None:
     looks = []
 

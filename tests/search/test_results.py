@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from synthetic import synthetic_events, without_mfu
+from synthetic import confirmed_event, synthetic_events, without_mfu
 
 from search.calibration import calibrate
-from search.results import Results, front_as_json, load_results, render_front
-from search.store import Store
+from search.results import Results, front_as_json, load_results, pick_one, render_front
+from search.store import Store, StoreError
 from spaces.loading import load_spec
 from spaces.metrics import CUSTOM, EXACT_MATCH
 
@@ -52,3 +52,15 @@ def test_scores_of_completions_stand_in_the_front_where_they_are_no_objective_to
     assert heading in first
     place = first.index(heading) + len(heading)
     assert rows[0][:place].endswith(" 0.25")
+
+
+def test_where_nothing_is_within_the_limits_it_is_told_what_they_were_held_against(tmp_path: Path) -> None:
+    events = synthetic_events(9)
+    results = searched(tmp_path / "searched", events)
+    members = results.members
+    low, high = (f(r.values["accuracy"] for r in members) for f in (min, max))
+    with pytest.raises(StoreError, match=f"the front has accuracy from {low:.4g} to {high:.4g}"):
+        pick_one(results, {"accuracy": (">=", 0.99)}, at_knee=False)
+    events += [confirmed_event(r.number, seed, accuracy=0.5, seconds=9.0) for r in members for seed in (1, 2)]
+    with pytest.raises(StoreError, match=r"the front has accuracy from 0\.5 to 0\.5"):
+        pick_one(searched(tmp_path / "confirmed", events), {"accuracy": (">=", 0.99)}, at_knee=False)

@@ -27,7 +27,7 @@ EVENTS = [
 ]
 STATE = replay(EVENTS)
 RECORDS = list(STATE.records.values())
-SPEC = "model: {}\n"
+SPEC, LONGER_SPEC = "model: {}\n", "model: {}\n# and more\n"
 PARAMS = {"model.name": "tiny", **{f"space.knob_{n}": n for n in range(120)}}
 
 
@@ -47,7 +47,8 @@ def track(uri: str, root: Path, run_id: str | None = None, *, events: int | None
         tags = {"paretune.directory": "runs"}
         run_id = tracker.start_search("synthetic", params=PARAMS, tags=tags, spec_path=root / "spec.yaml")
     else:
-        tracker.reopen_search("synthetic", run_id)
+        (root / "spec.yaml").write_text(LONGER_SPEC)
+        tracker.reopen_search("synthetic", run_id, spec_path=root / "spec.yaml")
     for event in EVENTS[:events]:
         tracker.submit(event)
     assert tracker.flush(60) == 0
@@ -114,7 +115,7 @@ def test_mlflow_alone_knows_the_search(tracked: Tracked, by: str, monkeypatch: p
     found = load_search(tracked.uri, "synthetic" if by == "name" else tracked.run_id)
     assert list(found.records) == sorted(RECORDS, key=lambda record: record.number)
     assert found.reference == STATE.reference
-    assert (found.name, found.run_id, found.spec_yaml) == ("synthetic", tracked.run_id, SPEC)
+    assert (found.name, found.run_id, found.spec_yaml) == ("synthetic", tracked.run_id, LONGER_SPEC)
 
 
 def test_an_unknown_search_or_store_is_one_line(tracked: Tracked) -> None:
@@ -124,7 +125,7 @@ def test_an_unknown_search_or_store_is_one_line(tracked: Tracked) -> None:
         load_search(f"sqlite:///{tracked.root}/nowhere.db", "synthetic")
     tracker = Tracker(tracked.uri, "our experiment/1", artifact_root=None)
     with pytest.raises(TrackingError, match="no-such-run"):
-        tracker.reopen_search("synthetic", "no-such-run")
+        tracker.reopen_search("synthetic", "no-such-run", spec_path=tracked.root / "spec.yaml")
 
 
 def test_a_deleted_experiment_is_not_written_to(tracked: Tracked) -> None:

@@ -259,6 +259,20 @@ def test_what_says_nothing_with_a_strategy_is_no_part_of_what_trains_it_again():
         space(strategy={"choice": ["ddp", "tp"]}, offload="cpu")
 
 
+def test_a_base_that_no_adapter_can_have_is_refused_and_no_part_of_what_trains_the_others_again():
+    for adapter in ("none", "ia3", {"choice": ["none", "vera"]}):
+        with pytest.raises(ValidationError, match=r"says nothing with adapter (none|ia3)"):
+            space(adapter=adapter, quantization="nf4")
+        space(adapter=adapter, quantization={"choice": ["none", "nf4"]})
+    searched = space(adapter={"choice": ["none", "lora"]}, quantization="nf4")
+    for adapter, quantization in (("none", "none"), ("lora", "nf4")):
+        params = searched.first(adapter=adapter)
+        fixed = dict(each.removeprefix("space.").split("=") for each in searched.fixed_to(params))
+        space(adapter=adapter, quantization=fixed["quantization"])
+        again = TrialConfig.from_params({**params, "quantization": fixed["quantization"]})
+        assert (again, again.recipe.quantization) == (TrialConfig.from_params(params), quantization)
+
+
 @pytest.mark.parametrize("value", [1, 0, "all", 2.5, True])
 def test_a_shard_has_ranks_to_be_spread_over(value):
     with pytest.raises(ValidationError, match="not a shard size"):

@@ -93,11 +93,10 @@ def test_batches_of_other_forms_compile_nothing_again(lengths: list[int], num_gr
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
-def test_packed_rows_in_one_kernel_are_compiled_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_rows_in_one_kernel_are_compiled_once(family: str) -> None:
     """As a GPU would have it: however many rows and tokens a micro batch has, and nothing is left out of the graphs."""
     case = Case(family=family, adapter="all-linear", rows=4)
-    monkeypatch.setattr("trainables.packed._takes_all_rows", lambda *_: True)
-    with varlen_on_cpu() as called:
+    with varlen_on_cpu(base_of(case).shape.head_dim) as called:
         expected, twice = trained(case, "none", unequal(case), is_packed=True)
         as_written = len(called)
         counters.clear()

@@ -11,18 +11,19 @@ import torch
 from families import config_of
 from memory_grid import Case
 from unequal_rows import LENGTHS, base_of, data_of, gradients
-from varlen_kernel import varlen_on_cpu
+from varlen_kernel import kernels_of, varlen_on_cpu
 
 from spaces.adapters import num_prefix_tokens
 from spaces.blueprint import FAMILIES
 from spaces.flops import flops_of_blueprint
 from spaces.packing import NOT_PACKED, Packing, packing_of
+from trainables import packed
 from trainables.batching import BatchPlan, collate
 from trainables.loss import TrainingLoss, evaluated
 from trainables.mesh import World
 from trainables.meter import FlopWatch
 from trainables.model import BaseModel, build
-from trainables.packed import ATTENTION, attention_by_rows, packing_for
+from trainables.packed import ATTENTION, attention_by_rows, packing_for, takes_all_rows
 from trainables.packed_rows import PackedRows
 
 PACKED = [family for family in FAMILIES if family not in NOT_PACKED]
@@ -49,14 +50,13 @@ def test_a_row_has_the_loss_and_the_gradients_that_it_has_alone(family: str, ada
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_the_kernel_for_all_rows_computes_what_those_of_one_length_do(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_for_all_rows_computes_what_those_of_one_length_do(family: str) -> None:
     case = Case(family=family)
     config, base, data = case.config(1), base_of(case), data_of(case.task)
     module = build(config, base, World.alone()).train()
     batch = collate(data.train, np.arange(len(LENGTHS)), 0, packing_for(base.module, config, data))
     expected_loss, expected = gradients(module, [batch], case.task)
-    monkeypatch.setattr("trainables.packed._takes_all_rows", lambda *_: True)
-    with varlen_on_cpu() as called:
+    with varlen_on_cpu(base.shape.head_dim) as called:
         loss, found = gradients(module, [batch], case.task)
     assert called == ["forward"] * base.shape.num_layers + ["backward"] * base.shape.num_layers
     assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -67,7 +67,7 @@ def test_the_kernel_for_all_rows_computes_what_those_of_one_length_do(family: st
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_torch_takes_what_the_kernel_for_all_rows_is_given(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as shapes and types go, which need no GPU: torch's own operation, forward and backward, on tensors without values."""
-    monkeypatch.setattr("trainables.packed._takes_all_rows", lambda *_: True)
+    monkeypatch.setattr("trainables.packed.takes_all_rows", lambda *_: True)
     rows = PackedRows.of(np.array(LENGTHS), Packing(first_position=0)).to(torch.device("meta"))
     shapes = {"query": (1, 8, sum(LENGTHS), 16), "key": (1, 2, sum(LENGTHS), 16), "value": (1, 2, sum(LENGTHS), 16)}
     parts = {n: torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True) for n, shape in shapes.items()}
@@ -75,6 +75,32 @@ def test_torch_takes_what_the_kernel_for_all_rows_is_given(is_causal: bool, monk
     assert attended.shape == (sum(LENGTHS), 8, 16)
     attended.sum().backward()
     assert [part.grad is not None and part.grad.shape == part.shape for part in parts.values()] == [True] * 3
+
+
+CPU = torch.device("cpu")
+
+
+def test_a_kernel_that_a_device_lacks_or_that_is_wrong_is_not_used_and_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not takes_all_rows(CPU, torch.bfloat16, 8)
+    assert not caplog.records, "nobody asked for it"
+    right = packed._attention_to_all_rows
+    with kernels_of("cpu", torch.float32), monkeypatch.context() as patch:
+        patch.setattr("trainables.packed._attention_to_all_rows", lambda *_, **__: torch.cholesky(-torch.eye(2)))
+        assert not takes_all_rows(CPU, torch.bfloat16, 8)
+        assert not takes_all_rows(CPU, torch.float32, 8)
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith("attention goes row by row: torch's kernel for all rows fails with torch.float32 on cpu: cholesky")
+    with varlen_on_cpu(16, torch.bfloat16) as called:
+        assert takes_all_rows(CPU, torch.bfloat16, 16)
+        assert called == [], "tried once"
+    caplog.clear()
+    # As a kernel that does not know where rows end.
+    monkeypatch.setattr("trainables.packed._attention_to_all_rows", lambda *parts, **options: right(*parts, **options).roll(1, 0))
+    with pytest.raises(AssertionError), varlen_on_cpu(16):
+        pass
+    assert "its results are off by 1" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
