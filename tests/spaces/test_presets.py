@@ -30,9 +30,11 @@ def knob(rng: random.Random, low: float, high: float, *, whole: bool = False) ->
 
 def some_space(rng: random.Random) -> SpaceSpec:
     lora = knob(rng, 1e-5, 1e-1)
+    adapter = rng.choice(["none", "lora", {"choice": ["none", "lora"]}, {"choice": ["lora", "none"]}])
+    bases: list[Any] = ["none", {"choice": ["int8", "none"]}, *([] if adapter == "none" else ["nf4", {"choice": ["nf4", "int8"]}])]
     return SpaceSpec.model_validate(
         {
-            "adapter": rng.choice(["none", "lora", {"choice": ["none", "lora"]}, {"choice": ["lora", "none"]}]),
+            "adapter": adapter,
             "learning_rate": rng.choice([lora, {"by_adapter": {"none": knob(rng, 1e-6, 1e-2), "lora": lora}}]),
             "global_batch_size": knob(rng, 1, 200, whole=True),
             "dataset_fraction": knob(rng, 0.01, 1.0),
@@ -40,7 +42,7 @@ def some_space(rng: random.Random) -> SpaceSpec:
             "lora_rank": knob(rng, 1, 200, whole=True),
             "lora_alpha": knob(rng, 1, 100),
             "lora_target_modules": rng.choice(["all-linear", {"choice": ["query,value", "all-linear"]}, "query,value"]),
-            "quantization": rng.choice(["none", "nf4", {"choice": ["int8", "none"]}, {"choice": ["nf4", "int8"]}]),
+            "quantization": rng.choice(bases),
             "strategy": rng.choice(["ddp", "fsdp", {"choice": ["tp", "ddp"]}, {"choice": ["tp", "fsdp"]}, "profile"]),
             "world_size": rng.choice([1, 3, {"choice": [1, 2, 4]}, {"int": [2, 5]}, {"profile": [1, 2]}]),
         }
