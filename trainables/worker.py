@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 import traceback
@@ -111,6 +112,8 @@ def _run_job(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
             raise
         return
     finally:
+        # What FSDP2 makes of a model refers to itself, and so does what torch compiles: its weights would be there beside the next's.
+        gc.collect()
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
     if world.rank == 0:
@@ -190,11 +193,13 @@ def _lost_partner(error: Exception) -> bool:
 def _failure(error: Exception, restarts: bool) -> dict[str, Any]:
     known = isinstance(error, TrialError)
     kind = error.kind if isinstance(error, TrialError) else "error"
-    logger.warning("job failed: %s: %s", kind, error, exc_info=not known)
+    message = str(error) if known else f"{type(error).__name__}: {error}"
+    # In words: who keeps what is logged would keep the error, and with it all that the trial held.
+    logger.warning("job failed: %s: %s", kind, message, exc_info=not known)
     return {
         "state": "failed",
         "kind": kind,
-        "message": str(error) if known else f"{type(error).__name__}: {error}",
+        "message": message,
         "traceback": "" if known else traceback.format_exc(limit=-8),
         "group_restarts": restarts,
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,7 @@ from trainables.mesh import World
 from trainables.model import BaseModel
 from trainables.preparation import prepare
 from trainables.report import OutOfMemory, TrialReport
-from trainables.worker import _execute, _failure
+from trainables.worker import _execute, _failure, _run_job
 
 WORLD = World(rank=0, world_size=1, device=torch.device("cpu"), control_group=None, node_id="here")
 TASK = Task(model_name="", model_revision=None, task="sequence-classification", exact_match_rows=0, precisions=("fp32",), data=[])
@@ -96,6 +98,40 @@ def test_what_torch_says_of_a_full_device_is_out_of_memory(parts: Any, tmp_path:
     with pytest.raises(OutOfMemory, match=r"^CUDA out of memory\. Tried to allocate 2\.00 GiB\.$") as caught:
         work(parts, tmp_path / "t", Inbox())
     assert (found := _failure(caught.value, False))["kind"] == "out_of_memory", found
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_that_refers_to_itself_does_not_stay_beside_that_of_the_next_job(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """As one does that FSDP2 shards."""
+    made: list[weakref.ref[torch.nn.Module]] = []
+
+    def execute(*_: Any, **__: Any) -> dict[str, Any]:
+        module = torch.nn.Linear(2, 2)
+        module.itself = [module]
+        made.append(weakref.ref(module))
+        if fails:
+            raise OutOfMemory("full")
+        return {"state": "complete"}
+
+    monkeypatch.setattr("trainables.worker._execute", execute)
+    outcomes: list[dict[str, Any]] = []
+    job = Job(job_id="j", kind="train", config={}, directory="")
+    gc.disable()
+    try:
+        _run_job(
+            job,
+            task=TASK,
+            data=cast(Any, None),
+            base=cast(Any, None),
+            world=WORLD,
+            inbox=cast(Any, SimpleNamespace(finish=outcomes.append)),
+        )
+    finally:
+        gc.enable()
+    assert [outcome["state"] for outcome in outcomes] == ["failed" if fails else "complete"]
+    assert made[0]() is None
 
 
 def test_a_stopped_trial_takes_its_files_along_and_a_suspended_one_leaves_them(
