@@ -197,8 +197,14 @@ def _object(item: Any, where: str) -> Row:
     return item
 
 
+def _parse_csv(text: str, source: str) -> list[Row]:
+    # What spreadsheet programs write where the comma is the decimal sign.
+    heading = text.lstrip().partition("\n")[0]
+    return _parse_table(text, source, ";" if ";" in heading and "," not in heading else ",")
+
+
 _PARSERS = {
-    ".csv": lambda text, source: _parse_table(text, source, ","),
+    ".csv": _parse_csv,
     ".tsv": lambda text, source: _parse_table(text, source, "\t"),
     ".jsonl": _parse_jsonl,
     ".json": _parse_json,

@@ -66,7 +66,7 @@ def test_held_out_rows_are_a_stratified_share_that_is_never_trained(model: Model
     assert data_of(model, train=str(tmp_path / "t.csv"), holdout=0.3).fingerprint != data.fingerprint
 
 
-@pytest.mark.parametrize("suffix", ["tsv", "jsonl", "json", "parquet"])
+@pytest.mark.parametrize("suffix", ["tsv", "semicolons.csv", "jsonl", "json", "parquet"])
 def test_every_format_gives_the_same_tokens_as_csv(model: ModelSpec, tmp_path: Path, suffix: str) -> None:
     import csv
 
@@ -78,6 +78,8 @@ def test_every_format_gives_the_same_tokens_as_csv(model: ModelSpec, tmp_path: P
         rows = list(csv.DictReader(file))
     path = tmp_path / f"t.{suffix}"
     match suffix:
+        case "semicolons.csv":
+            path.write_text("text;label\n" + "".join(f'"{r["text"]}";{r["label"]}\n' for r in rows))
         case "tsv":
             path.write_text("text\tlabel\n" + "".join(f"{r['text']}\t{r['label']}\n" for r in rows))
         case "jsonl":
