@@ -22,7 +22,7 @@ from trainables.compilation import Compilation
 from trainables.first_tokens import end_at_first_tokens
 from trainables.mesh import World
 from trainables.meter import StepTimer
-from trainables.packed import attend_by_rows, takes_all_rows
+from trainables.packed import attend_by_rows, attend_in_one_kernel
 from trainables.parallelize import parallelize
 from trainables.quantize import Packed, pack_linears, quantize
 from trainables.trained_rows import train_used_rows
@@ -155,9 +155,8 @@ def build(
     device = world.device if is_whole else torch.device("cpu")
     # Products of a bf16 recipe are in bf16 anyway, and an fp32 copy beside would be most of the memory.
     frozen = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    # Before anybody counts what is computed.
-    takes_all_rows(world.device, torch.bfloat16 if recipe.precision == "bf16" else torch.float32, base.shape.head_dim)
     module = base.copy(is_frozen=recipe.adapter != "none")
+    attend_in_one_kernel(module, recipe, world.device, base.shape.head_dim)
     if base.task == "sequence-classification":
         end_at_first_tokens(module)
     if recipe.adapter != "none":

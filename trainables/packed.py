@@ -25,7 +25,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from spaces.config import TrialConfig
+from spaces.adapters import num_prefix_tokens
+from spaces.config import Recipe, TrialConfig
 from spaces.packing import Packing, can_pack, packing_of
 from trainables.batching import Batch
 from trainables.data import TaskData
@@ -33,8 +34,8 @@ from trainables.packed_rows import PackedRows
 
 logger = logging.getLogger(__name__)
 
-# Under this name transformers finds what is below. Where rows are padded, it is `scaled_dot_product_attention` as ever.
-ATTENTION = "sdpa_of_rows"
+# Under these names transformers finds what is below. Where rows are padded, it is `scaled_dot_product_attention` as ever.
+ATTENTION, IN_ONE_KERNEL = "sdpa_of_rows", "varlen_of_rows"
 # Of which torch has a kernel for rows of several lengths.
 KERNEL_DEVICES, KERNEL_TYPES = ("cuda",), (torch.bfloat16, torch.float16)
 # Of what it computes, relative: some times a rounding of bf16, 2^-9.
@@ -66,6 +67,23 @@ def attend_by_rows(module: Any) -> None:
         module.set_attn_implementation(ATTENTION)
 
 
+def attend_in_one_kernel(module: Any, recipe: Recipe, device: torch.device, head_dim: int) -> None:
+    """Have a model attend to all rows in one kernel, where that holds what it promises; a prefix is not laid out for it.
+
+    Decided when the model is built: what torch compiles has no choice in it then, and what is tried here nobody counts.
+
+    Args:
+        module: one that knows rows that are laid end to end, or another.
+        recipe: the trial's.
+        device: the rank's.
+        head_dim: width of a head.
+    """
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    is_known = module.config._attn_implementation == ATTENTION and not num_prefix_tokens(recipe)
+    if is_known and takes_all_rows(device, dtype, head_dim):
+        module.set_attn_implementation(IN_ONE_KERNEL)
+
+
 @contextmanager
 def inputs_of(module: Any, batch: Batch) -> Iterator[dict[str, Any]]:
     """Yield what a model is called with for a batch, of which is known whether it is padded.
@@ -80,7 +98,7 @@ def inputs_of(module: Any, batch: Batch) -> Iterator[dict[str, Any]]:
     inputs = batch.inputs()
     # A prefix is a cache, behind which nobody looks; given a mask, PEFT would send what it masks of the prefix from the host.
     is_prefixed = batch.packed is not None and batch.packed.num_before > 0
-    if module.config._attn_implementation == ATTENTION and batch.attention_mask is None and not is_prefixed:
+    if module.config._attn_implementation in (ATTENTION, IN_ONE_KERNEL) and batch.attention_mask is None and not is_prefixed:
         inputs["attention_mask"] = torch.ones_like(batch.input_ids)
     token = _batch.set(batch)
     try:
@@ -97,6 +115,7 @@ def attention_by_rows(
     *,
     is_causal: bool,
     scale: float | None,
+    in_one_kernel: bool = False,
 ) -> torch.Tensor:
     """Return every row's attention to itself, (tokens, heads, head width); a function of its own, because `trainables.meter` sees it.
 
@@ -107,25 +126,18 @@ def attention_by_rows(
         rows: where each row is
         is_causal: whether a token sees none behind it
         scale: of the scores; one over the root of the head width by default
+        in_one_kernel: to all rows at once, where `takes_all_rows`; else to those of one length
     """
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale}
     if has_torch_function_unary(query):
-        return handle_torch_function(attention_by_rows, (query,), query, key, value, rows, **options)
-    # A prefix is before each row, and not laid out for one kernel.
-    is_known = not rows.num_before and _known(query.device, _dtype(query), query.shape[-1])
-    attention = _attention_to_all_rows if is_known else _attention_by_length
+        return handle_torch_function(attention_by_rows, (query,), query, key, value, rows, **options, in_one_kernel=in_one_kernel)
+    attention = _attention_to_all_rows if in_one_kernel else _attention_by_length
     return attention(query, key, value, rows, **options)
 
 
 def _dtype(query: torch.Tensor) -> torch.dtype:
     """Return the type in which attention is computed; autocast does not know the kernel for all rows."""
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-
-
-# What is compiled must not look into the trial of the kernel, nor is it tried there.
-@torch.compiler.assume_constant_result
-def _known(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    return takes_all_rows(device, dtype, width)
 
 
 @cache
@@ -217,6 +229,7 @@ def _attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     packed_rows: PackedRows | None = None,
+    in_one_kernel: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     if packed_rows is None:
@@ -225,7 +238,12 @@ def _attention(
         )
         return found
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    return attention_by_rows(query, key, value, packed_rows, is_causal=causal, scale=scaling)[None], None
+    attended = attention_by_rows(query, key, value, packed_rows, is_causal=causal, scale=scaling, in_one_kernel=in_one_kernel)
+    return attended[None], None
+
+
+def _attention_in_one_kernel(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    return _attention(*args, **kwargs, in_one_kernel=True)
 
 
 def _mask(*, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
@@ -239,5 +257,6 @@ def _mask(*, attention_mask: torch.Tensor | None = None, **options: Any) -> torc
     return sdpa_mask(attention_mask=attention_mask, **options | NO_SKIP)
 
 
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, _mask)
+for name, attention in ((ATTENTION, _attention), (IN_ONE_KERNEL, _attention_in_one_kernel)):
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, _mask)

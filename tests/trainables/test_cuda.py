@@ -74,6 +74,7 @@ def test_the_kernel_for_all_rows_computes_what_those_of_one_length_do(family: st
         loss, found = gradients(module, [batch], case.task)
     assert len(calls) == base.shape.num_layers
     monkeypatch.setattr("trainables.packed.takes_all_rows", lambda *_: False)
+    module = build(config, base, GPU).train()
     with autocast(config, GPU):
         expected_loss, expected = gradients(module, [batch], case.task)
     assert len(calls) == base.shape.num_layers

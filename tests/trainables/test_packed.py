@@ -57,7 +57,7 @@ def test_the_kernel_for_all_rows_computes_what_those_of_one_length_do(family: st
     batch = collate(data.train, np.arange(len(LENGTHS)), 0, packing_for(base.module, config, data))
     expected_loss, expected = gradients(module, [batch], case.task)
     with varlen_on_cpu(base.shape.head_dim) as called:
-        loss, found = gradients(module, [batch], case.task)
+        loss, found = gradients(build(config, base, World.alone()).train(), [batch], case.task)
     assert called == ["forward"] * base.shape.num_layers + ["backward"] * base.shape.num_layers
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     for name, gradient in expected.items():
@@ -65,13 +65,12 @@ def test_the_kernel_for_all_rows_computes_what_those_of_one_length_do(family: st
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_torch_takes_what_the_kernel_for_all_rows_is_given(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_takes_what_the_kernel_for_all_rows_is_given(is_causal: bool) -> None:
     """As far as shapes and types go, which need no GPU: torch's own operation, forward and backward, on tensors without values."""
-    monkeypatch.setattr("trainables.packed.takes_all_rows", lambda *_: True)
     rows = PackedRows.of(np.array(LENGTHS), Packing(first_position=0)).to(torch.device("meta"))
     shapes = {"query": (1, 8, sum(LENGTHS), 16), "key": (1, 2, sum(LENGTHS), 16), "value": (1, 2, sum(LENGTHS), 16)}
     parts = {n: torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True) for n, shape in shapes.items()}
-    attended = attention_by_rows(**parts, rows=rows, is_causal=is_causal, scale=None)
+    attended = attention_by_rows(**parts, rows=rows, is_causal=is_causal, scale=None, in_one_kernel=True)
     assert attended.shape == (sum(LENGTHS), 8, 16)
     attended.sum().backward()
     assert [part.grad is not None and part.grad.shape == part.shape for part in parts.values()] == [True] * 3
