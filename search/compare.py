@@ -41,6 +41,8 @@ RATES = (1.0, 2.0, 4.0)
 # All that may be tried, where the best one is an end of what was.
 LADDER = tuple(2.0**exponent for exponent in range(-3, 5))
 COMPARED = ("adapter", "learning_rate", "dataset_fraction", "lora_rank", "quantization")
+# Of a budget; its trials are the points.
+LIMITS = ("minutes", "device_hours", "dollars")
 # More workers than any layout needs.
 EVERYWHERE = 4096
 
@@ -144,7 +146,7 @@ def search(loaded: LoadedSpec, emit: Emit) -> Store:
         with store.lock():
             results = _results(store)
             points = further_rates(results.spec, results) if results.state.finished else []
-            longer = _lengthen(store, results.spec, points, _beyond(results.spec, points))
+            longer = _lengthen(store, results.spec, points, _beyond(results.spec, points)) if points else None
         if results.state.finished and longer is None:
             return store
         if longer is not None:
@@ -191,7 +193,7 @@ def further_rates(spec: SearchSpec, results: Results) -> list[dict[str, Any]]:
 
 
 def _add(store: Store, asked: SearchSpec) -> dict[str, Any] | None:
-    """Give a comparison the methods and shares that it lacks; return what the ledger says of it, None where it lacks none.
+    """Give a comparison the methods and shares that it lacks, and limits; return what the ledger says of it, None if nothing changes.
 
     Raises:
         StoreError: it is another one: its trials would not compare.
@@ -208,9 +210,12 @@ def _add(store: Store, asked: SearchSpec) -> dict[str, Any] | None:
     lacking = [pair for pair in pairs_of(asked) if pair not in pairs]
     points = zip(configs_of(asked), asked.sampler.points_to_evaluate or (), strict=True)
     further = [point for config, point in points if pair_of(config) in lacking]
-    grown = known.model_copy(update={"space": _joined(known.space, asked.space)})
+    # What ends it is as this command has it: a comparison that a limit ended goes on with a later one.
+    budget = known.budget.model_copy(update={name: getattr(asked.budget, name) for name in LIMITS})
+    grown = known.model_copy(update={"space": _joined(known.space, asked.space), "budget": budget})
     words = ", ".join(f"{method.name} ({fraction:.3g})" for method, fraction in lacking)
-    return _lengthen(store, grown, further, f"methods and shares of the rows that it did not have: {words}")
+    why = f"methods and shares of the rows that it did not have: {words}" if lacking else "limits in time or money are others now"
+    return _lengthen(store, grown, further, why) if lacking or budget != known.budget else None
 
 
 def _joined(known: SpaceSpec, asked: SpaceSpec) -> SpaceSpec:
@@ -223,8 +228,8 @@ def _joined(known: SpaceSpec, asked: SpaceSpec) -> SpaceSpec:
     return SpaceSpec.model_validate(values)
 
 
-def _lengthen(store: Store, spec: SearchSpec, points: Sequence[dict[str, Any]], why: str) -> dict[str, Any] | None:
-    """Give a search further points to train when it is resumed, if there are any; return what the ledger says of it.
+def _lengthen(store: Store, spec: SearchSpec, points: Sequence[dict[str, Any]], why: str) -> dict[str, Any]:
+    """Give a search further points to train when it is resumed; return what the ledger says of it.
 
     Args:
         store: of the search.
@@ -232,8 +237,6 @@ def _lengthen(store: Store, spec: SearchSpec, points: Sequence[dict[str, Any]], 
         points: what is added to those that it has.
         why: in words.
     """
-    if not points:
-        return None
     every = (*(spec.sampler.points_to_evaluate or ()), *points)
     sampler = spec.sampler.model_copy(update={"points_to_evaluate": every})
     budget = spec.budget.model_copy(update={"trials": len(every)})
@@ -285,7 +288,8 @@ def _fixed_knobs(space: SpaceSpec) -> dict[str, Any]:
         if knob not in COMPARED and domain.is_searched:
             ends = domain.ends()
             fixed[knob] = nearest(domain, usual[knob]) if knob in usual else max(ends) if knob == "epochs" else ends[0]
-    return fixed
+    idle = space.idle_defaults(fixed.get("strategy", space.strategy.ends()[0]), space.adapter.ends()[0], fixed)
+    return fixed | {knob: value for knob, value in idle.items() if knob not in COMPARED}
 
 
 def _trainable(methods: Sequence[Method] | None, space: SpaceSpec, limits: Limits, say: Callable[[str], None]) -> list[Method]:

@@ -198,7 +198,7 @@ class SearchView:
 def _goes_on(event: Mapping[str, Any], summary: str) -> str:
     if event["event"] == "resumed":
         return f"resumed with {summary}; trials in flight go on first: {event['in_flight'] or 'none'}"
-    return f"{event['num_further']} further trials: {event['why']}"
+    return f"{event['num_further']} further trials: {event['why']}" if event["num_further"] else f"it goes on: {event['why']}"
 
 
 def _brief(data: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -80,7 +81,8 @@ class Dispatcher:
         self._places = itertools.count()
         self._threads = ThreadPoolExecutor(max_workers=max(1, resources.capacity))
         self._running: set[asyncio.Task[None]] = set()
-        self._failed_starts = 0
+        self._failed_starts: Counter[int] = Counter()
+        """In a row, of groups of each world size."""
         self._relays: set[str] = set()
         self._handle: Any = None
 
@@ -252,7 +254,7 @@ class Dispatcher:
 
     async def _assembled(self, group_id: str, group: _GroupState) -> None:
         """All ranks are here: take work, or go on with the job that was in flight when a worker died."""
-        self._failed_starts = 0
+        self._failed_starts[group.world_size] = 0
         group.ever_joined = True
         if group.leaving:
             pass
@@ -329,7 +331,7 @@ class Dispatcher:
             await asyncio.get_running_loop().run_in_executor(self._threads, self._vacate, left)
         group = self._groups.pop(group_id)
         if not group.ever_joined and not group.leaving:
-            self._failed_starts += 1
+            self._failed_starts[world_size] += 1
         if group.job_id is not None:
             # Ray Train gave the group up: another one goes on. The memory monitor kills the youngest worker of a node, not the
             # largest: only of a job that trains alone is it clear that it is the one that takes too much.
@@ -339,10 +341,11 @@ class Dispatcher:
             if state.attempts >= MAX_ATTEMPTS or is_over_memory:
                 kind = OutOfMemory.kind if is_over_memory else "worker_lost"
                 self._end(state, {"state": "failed", "kind": kind, "message": str(error)})
-        if self._failed_starts >= MAX_FAILED_STARTS:
-            message = f"no worker group could be started: {error}"
-            for state in list(self._jobs.values()):
-                if not state.ended:
+        if self._failed_starts[world_size] >= MAX_FAILED_STARTS:
+            message = f"no group of {world_size} workers could be started: {error}"
+            held = {group.job_id for group in self._groups.values()}
+            for name, state in list(self._jobs.items()):
+                if not state.ended and state.job.world_size == world_size and name not in held:
                     self._end(state, {"state": "failed", "kind": "no_workers", "message": message})
         await self._place()
 

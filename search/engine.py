@@ -183,14 +183,13 @@ class Engine:
             final = self._timed(before)
             self._record("trial_reported", number=number, report=final)
         state, error, values = classify(outcome, final, self.objectives)
-        over_memory = error is not None and error["kind"] == "out_of_memory"
         self._record(
             "trial_finished",
             number=number,
             state=state.value,
             values=values,
             error=error,
-            constraints={constraints.memory_within_device.__name__: 1.0} if over_memory else {},
+            constraints={constraints.memory_within_device.__name__: 1.0} if (error or {}).get("kind") == "out_of_memory" else {},
             attempts=outcome.get("attempts", min(1, len(reports))),
             held_seconds=self._spending.held(number, until=outcome.get("at")),
             details={**(final["details"] if final else {}), "job_seconds": outcome.get("job_seconds")},
@@ -226,9 +225,7 @@ class Engine:
         What still waits for its turn was cut off by the budget.
         """
         for number in list(self._pending):
-            self._pending.remove(number)
-            self._live.add(number)
-            self.ended(number, {"state": "stopped"})
+            self._end_at_once(number, {"state": "stopped"})
         self._record("search_finished", reason=reason)
         self._weights.settle()
 
@@ -244,13 +241,17 @@ class Engine:
             config = record.trial_config
             error = self._known.why_untimed(config)
             if record.source is not None and (error or self._outlook.has_profile(config)):
-                self._pending.remove(number)
-                self._live.add(number)
-                self.ended(number, {"state": "failed", **error} if error else {"state": "complete"})
+                self._end_at_once(number, {"state": "failed", **error} if error else {"state": "complete"})
             elif record.source is None or self._step_of(number) not in timed_now:
                 self._pending.remove(number)
                 return Assignment(number=number, config=config, is_trained=record.source is None)
         return None
+
+    def _end_at_once(self, number: int, outcome: Mapping[str, Any]) -> None:
+        """End a trial that waits."""
+        self._pending.remove(number)
+        self._live.add(number)
+        self.ended(number, outcome)
 
     def _propose(self) -> Assignment | None:
         """Return a proposal that is to run, of those that waited first; whatever else is proposed costs nothing."""
@@ -278,9 +279,8 @@ class Engine:
         chosen = layout_to_train(self._prospects.candidates(proposal.params), self._outlook)
         number, config, self._violated = proposal.number, chosen.config, chosen.constraints
         if not chosen.is_feasible:
-            known = {"number": number, "params": chosen.params, "config": config.to_dict()}
-            why = constraints.why_not(config, self._prospects.limits)
-            self._record("trial_infeasible", **known, constraints=chosen.constraints, why=why)
+            known = {"params": chosen.params, "config": config.to_dict(), "constraints": chosen.constraints}
+            self._record("trial_infeasible", number=number, **known, why=constraints.why_not(config, self._prospects.limits))
             self._study.tell_infeasible(number, chosen.constraints)
             return None
         if self._spec.reuse and self._is_known(proposal, config):
@@ -313,9 +313,10 @@ class Engine:
         """
         same = self._known.trial_of(config)
         state = None if same is None else self._state.records[same].state
-        ended = same if state in (TrialState.COMPLETE, TrialState.PRUNED) else self._known.diverged(config.recipe)
+        is_trained = self._source_of(config) is not None
+        ended = same if state in (TrialState.COMPLETE, TrialState.PRUNED) else self._known.hopeless(config, is_trained=is_trained)
         awaited = same if state is TrialState.RUNNING else None
-        if awaited is None and self._reuses and self._source_of(config) is None:
+        if awaited is None and self._reuses and not is_trained:
             awaited = self._known.in_training(config.recipe)
         return ended, None if ended is not None else awaited
 
@@ -381,14 +382,13 @@ class Engine:
         """Bring the study up to the ledger, and the disk; what was cut off in flight waits, unless a rung had stopped it."""
         records = self._state.records
         again = {number: record.again for number, record in records.items()}
-        self._study.restore({n: record.params if record.was_proposed else None for n, record in records.items()}, again)
+        asked = {n: record.params if record.was_proposed else None for n, record in records.items()}
+        self._study.restore(asked, again, cut_off={n for n, record in records.items() if record.was_cut_off})
         for number, record in list(records.items()):
             if record.state is not TrialState.RUNNING:
                 self._tell(record)
             elif record.stopped is not None:
-                self._pending.remove(number)
-                self._live.add(number)
-                self.ended(number, {"state": "stopped"})
+                self._end_at_once(number, {"state": "stopped"})
         # A crash may have come between a trial's end and what follows from it, or a budget's end that is no end any more.
         is_spread = bool(self._spec.space.profiled_knobs()) and not self.reached
         for record in list(records.values()):

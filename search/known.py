@@ -9,8 +9,9 @@ from search.record import LASTING, TrialRecord, TrialState
 from search.study import Proposal
 from spaces.config import Recipe, TrialConfig
 
-# What a step fails by whenever it is tried: its model, its layout, or the device's memory; not a worker that was lost.
-OF_STEPS = ("error", "out_of_memory")
+# What a step fails by whenever it is tried: its model, its layout, the device's memory, or ranks that do not come together; not a
+# worker that was lost.
+OF_STEPS = ("error", "out_of_memory", "no_workers")
 
 
 class Known:
@@ -24,7 +25,8 @@ class Known:
         self._diverged: dict[Recipe, int] = {}
         self._in_training: dict[Recipe, int] = {}
         self._by_config: dict[TrialConfig, int] = {}
-        self._untimed: dict[TrialConfig, dict[str, str]] = {}
+        self._untimed: dict[TrialConfig, int] = {}
+        self._errors: dict[TrialConfig, dict[str, str]] = {}
         self._waiting: dict[int, list[Proposal]] = {}
         self._returned: deque[Proposal] = deque()
         for record in records:
@@ -41,17 +43,20 @@ class Known:
         """Return the trial that trained the recipe to the end."""
         return self._trained.get(recipe)
 
-    def diverged(self, recipe: Recipe) -> int | None:
-        """Return the trial in which the recipe diverged; it would under every layout."""
-        return self._diverged.get(recipe)
+    def hopeless(self, config: TrialConfig, *, is_trained: bool) -> int | None:
+        """Return the trial in which the recipe diverged, as it would under every layout.
+
+        Of one that is trained already, that in which its steps failed to be timed, as they would with every recipe.
+        """
+        return self._untimed.get(config.of_step()) if is_trained else self._diverged.get(config.recipe)
 
     def in_training(self, recipe: Recipe) -> int | None:
         """Return the trial that trains the recipe now, or will."""
         return self._in_training.get(recipe)
 
     def why_untimed(self, config: TrialConfig) -> dict[str, str] | None:
-        """Return the error that such steps were not timed for; it comes again with every recipe that has them."""
-        return self._untimed.get(config.of_step())
+        """Return the error that such steps failed to be timed by."""
+        return self._errors.get(config.of_step())
 
     def may_time(self, config: TrialConfig) -> bool:
         """Return whether a trained recipe may be timed with this config: it was not, and its steps did not fail."""
@@ -74,7 +79,8 @@ class Known:
         elif record.source is None and record.error is not None and record.error["kind"] == LASTING:
             self._diverged[recipe] = record.number
         elif record.source is not None and record.error is not None and record.error["kind"] in OF_STEPS:
-            self._untimed[record.trial_config.of_step()] = record.error
+            step = record.trial_config.of_step()
+            self._untimed[step], self._errors[step] = record.number, record.error
         if record.was_cut_off and self._by_config.get(record.trial_config) == record.number:
             del self._by_config[record.trial_config]
         self._returned.extend(self._waiting.pop(record.number, ()))

@@ -5,6 +5,7 @@ MLflow itself stays behind `Runs`, which `tracking` implements.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -33,6 +34,22 @@ DATA_TAG, DEVICE_TAG = "paretune.data_fingerprint", "paretune.device"
 MAX_TAG_CHARACTERS = 8000
 # As MLflow's own bridge to Optuna maps them.
 STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}
+
+
+def spec_tags(text: str) -> dict[str, str]:
+    """Return the tags of a spec, in pieces that MLflow keeps whole."""
+    starts = range(0, len(text), MAX_TAG_CHARACTERS)
+    return {f"{SPEC_TAG}.{n}" if n else SPEC_TAG: text[i : i + MAX_TAG_CHARACTERS] for n, i in enumerate(starts)}
+
+
+def spec_of(tags: Mapping[str, str]) -> str:
+    """Return the spec that `spec_tags` has written.
+
+    Raises:
+        KeyError: there is none.
+    """
+    further = itertools.takewhile(tags.__contains__, (f"{SPEC_TAG}.{n}" for n in itertools.count(1)))
+    return tags[SPEC_TAG] + "".join(tags[name] for name in further)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from search.jobs import DispatcherSession, JobFailed, run_job
 from search.layouts import STEP_KNOBS
 from search.outlook import Outlook
 from search.profiles import ProfileCache
+from search.provenance import own_command
 from search.record import noise_of
 from search.session import check_fit, examine, prepare
 from search.store import Store
@@ -50,7 +51,7 @@ def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[s
         limits = check_fit(prepared, capacity)
         store = Store(root=Path(directory))
         with (
-            Interruption(f"paretune profile {loaded.path}") as interruption,
+            Interruption(own_command()) as interruption,
             DispatcherSession(store, spec, prepared.data, capacity) as dispatcher,
         ):
             device = examine(dispatcher, store, spec, limits, interruption)

@@ -56,7 +56,10 @@ def command_in(directory: Path, *words: str) -> str:
 def reproduce_command(spec: SearchSpec, spec_path: str, name: str, number: int, params: Mapping[str, Any]) -> str:
     """Return the command that trains one trial of the search `name` again."""
     searched = {knob: params[knob] for knob in spec.space.names_searched() if knob in params}
-    pins = [*spec.space.fixed_to(searched), "budget.trials=1", f"name={name}-again-{number}"]
+    # A name has up to 64 characters.
+    pins = [*spec.space.fixed_to(searched), "budget.trials=1", f"name={name[:48]}-again-{number}"]
+    if spec.sampler.method == "points":
+        pins.append("sampler.method=random")
     if spec.sampler.points_to_evaluate:
         pins.append("sampler.points_to_evaluate=[]")
     if spec.sampler.warm_start is not None:

@@ -84,12 +84,12 @@ def load_results(name: str, directory: Path, tracking_uri: str | None = None) ->
     return Results(
         name=found.name,
         spec=spec,
-        spec_path=SPEC_FILE,
+        spec_path=f"{found.name}-spec/{SPEC_FILE}",
         directory=Path(spec.directory),
         # Not over the report of the search itself, which knows more.
         report_path=Path(f"{found.name}-report"),
         fetch_spec=f"MLFLOW_TRACKING_URI={shlex.quote(redacted(tracking_uri))} mlflow artifacts download "
-        f"--run-id {found.run_id} --artifact-path {SPEC_FILE} --dst-path . && ",
+        f"--run-id {found.run_id} --artifact-path {SPEC_FILE} --dst-path {shlex.quote(found.name)}-spec && ",
         state=state,
         objectives=objectives_of(spec, state),
     )

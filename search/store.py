@@ -68,17 +68,18 @@ class Store:
         parent = Path(loaded.spec.directory).absolute()
         if loaded.spec.name is not None:
             root = parent / loaded.spec.name
-            if (root / "ledger.jsonl").exists():
-                raise StoreError(
-                    f"a search named '{root.name}' is in {parent} already: go on with `{command_in(parent, 'resume', root.name)}`, "
-                    "or give this one another name with --set name=..."
-                )
             root.mkdir(parents=True, exist_ok=True)
         else:
             root = _new_directory(parent, loaded.path.stem)
         store = cls(root=root)
-        spec = loaded.spec.model_copy(update={"name": store.name})
-        store.write_spec(spec)
+        # Another one of this name may be about to begin, and has written its spec and no fact yet.
+        with store.lock():
+            if store.ledger_path.exists():
+                raise StoreError(
+                    f"a search named '{root.name}' is in {parent} already: go on with `{command_in(parent, 'resume', root.name)}`, "
+                    "or give this one another name with --set name=..."
+                )
+            store.write_spec(loaded.spec.model_copy(update={"name": store.name}))
         return store
 
     @classmethod

@@ -78,7 +78,8 @@ class Study:
         self._method: Method | Literal["auto"] = "random" if sampler == "points" else sampler
         self._seed = seed
         self._startup_trials = startup_trials
-        self._points = tuple(points_to_evaluate)
+        self._points = list(points_to_evaluate)
+        """Those that were not proposed yet."""
         self._reseed()
         # Optuna numbers all its trials, an earlier search's too; the numbers of this search are its own.
         self._study = optuna.create_study(storage=_Memory(), directions=[o.direction for o in self._objectives])
@@ -87,7 +88,7 @@ class Study:
         self._reserved: set[int] = set()
         self._beside: list[tuple[float, ...]] = []
         self._is_closed = False
-        self._num_asked = self._num_proposed = 0
+        self._num_asked = 0
         self._num_ended = 0
         self._num_infeasible = 0
         self._worst: list[float] = []
@@ -117,8 +118,8 @@ class Study:
             look: tells what is known of any point of the space; without it there is no model.
             budget_left: share of the search's budget, from 0 to 1.
         """
-        if self._num_proposed < len(self._points):
-            return self._take(*self._candidate("random", self._points[self._num_proposed]))
+        if self._points:
+            return self._take(*self._candidate("random", self._points.pop(0)))
         method = self._chosen_method()
         if look is not None and method == "model" and not self._is_closed:
             params = self._modelled(look, budget_left)
@@ -137,7 +138,7 @@ class Study:
     @property
     def is_over(self) -> bool:
         """Whether all points were proposed, and nothing else is to be."""
-        return self._is_list and self._num_proposed >= len(self._points)
+        return self._is_list and not self._points
 
     def judge(self, objectives: Sequence[Objective]) -> None:
         """Take the objectives with references that were not known at the beginning."""
@@ -160,7 +161,12 @@ class Study:
         if trial is not None:
             self._study.tell(trial, state=OptunaState.FAIL)
 
-    def restore(self, asked: Mapping[int, Mapping[str, Any] | None], again: Mapping[int, int | None] | None = None) -> None:
+    def restore(
+        self,
+        asked: Mapping[int, Mapping[str, Any] | None],
+        again: Mapping[int, int | None] | None = None,
+        cut_off: Container[int] = (),
+    ) -> None:
         """Take up the trials that an earlier driver asked for, by number, and those whose numbers it reserved (None).
 
         Each that was asked for is RUNNING until it is told.
@@ -170,6 +176,7 @@ class Study:
         Args:
             asked: the params of each.
             again: of those that were proposed again, the trial that ran out of memory.
+            cut_off: those that a limit ended; of the points that the user gave they are to be proposed again.
         """
         for number in sorted(asked):
             self._num_asked = number
@@ -181,10 +188,18 @@ class Study:
             if candidate is None:
                 self.reserve()
             else:
-                self._take(*candidate, again=(again or {}).get(number))
+                proposal = self._take(*candidate, again=(again or {}).get(number))
+                if proposal.again is None and number not in cut_off:
+                    self._strike(proposal.params)
         # A resumed study must not propose its first points again, so the seed moves on with the trials.
         self._seed += self._num_asked
         self._reseed()
+
+    def _strike(self, params: Mapping[str, Any]) -> None:
+        """Take what was proposed off the points that the user gave; of several that it may be, the first."""
+        place = next((n for n, point in enumerate(self._points) if _is_at(params, point)), None)
+        if place is not None:
+            del self._points[place]
 
     def tell_complete(self, number: int, values: Mapping[str, float], constraints: Mapping[str, float]) -> None:
         """End a trial with its objectives' values, and with its constraints: GP wants the same ones of every trial.
@@ -252,12 +267,11 @@ class Study:
         return trial, params
 
     def _take(self, trial: Trial, params: dict[str, Any], *, again: int | None = None) -> Proposal:
-        """Make a candidate the proposal; one that comes again is none of the points that the user gave."""
+        """Make a candidate the proposal."""
         number, self._num_asked = self._num_asked, self._num_asked + 1
         self._running[number] = trial
         if self._method == "auto":
             self._seen[trial.number] = Seen(number=number, params=params)
-        self._num_proposed += again is None
         return Proposal(number=number, params=params, again=again)
 
     def _modelled(self, look: Look, budget_left: float) -> dict[str, Any] | None:
@@ -341,6 +355,12 @@ def _scaled(metric: str, value: float) -> float:
     """Return what the sampler sees: times, rates and sizes by their logarithm, since half as much is as good from any level."""
     is_ratio = metric in METRICS and METRICS[metric].unit in ("s", "1/s", "B", "FLOP")
     return math.log(max(value, SMALLEST)) if is_ratio else value
+
+
+def _is_at(params: Mapping[str, Any], point: Mapping[str, Any]) -> bool:
+    """Return whether params have the values of a point; what a sampler sees by its logarithm comes back with another last digit."""
+    pairs = [(params.get(knob), value) for knob, value in point.items()]
+    return all(math.isclose(a, b, rel_tol=1e-9) if isinstance(b, float) and isinstance(a, float) else a == b for a, b in pairs)
 
 
 class _Memory(optuna.storages.InMemoryStorage):

@@ -10,7 +10,7 @@ from typing import Any
 
 from search.endpoint import SQLITE, absolute_uri, problem_with, redacted
 from search.ledger import SearchState
-from search.mirror import CONFIRMED_TAG, DATA_TAG, DEVICE_TAG, RECORD_TAG, REFERENCE_TAG, SEARCH_TAG, SPEC_TAG
+from search.mirror import CONFIRMED_TAG, DATA_TAG, DEVICE_TAG, RECORD_TAG, REFERENCE_TAG, SEARCH_TAG, spec_of
 from search.record import TrialRecord
 from search.tracking import TrackingError, client_of, in_words
 
@@ -77,7 +77,7 @@ def _search_of(parent: Any, children: Sequence[Any], confirming: Sequence[Any]) 
     return FoundSearch(
         name=tags[SEARCH_TAG],
         run_id=parent.info.run_id,
-        spec_yaml=tags[SPEC_TAG],
+        spec_yaml=spec_of(tags),
         reference=json.loads(tags[REFERENCE_TAG]) if REFERENCE_TAG in tags else None,
         records=tuple(sorted(state.records.values(), key=lambda record: record.number)),
         data_fingerprint=next((run.data.tags[DATA_TAG] for run in children if DATA_TAG in run.data.tags), None),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.endpoint import SQLITE, absolute_uri, is_http, problem_with, redacted
-from search.mirror import SEARCH_TAG, SPEC_TAG, FoundRun, Mirror
+from search.mirror import SEARCH_TAG, FoundRun, Mirror, spec_tags
 from search.record import TrialRecord
 from search.saved_view import runs_url
 from search.spool import Event, Spool
@@ -104,7 +104,7 @@ class Tracker:
         with in_words(self.uri):
             client = client_of(self.uri)
             runs = _MlflowRuns(client, self._experiment_id(client))
-            run_id = runs.create(name, {"kind": "search", SEARCH_TAG: name, SPEC_TAG: spec_path.read_text(), **tags})
+            run_id = runs.create(name, {"kind": "search", SEARCH_TAG: name, **spec_tags(spec_path.read_text()), **tags})
             runs.log_params(run_id, params)
             runs.log_file(run_id, spec_path)
         self._begin(runs, name, run_id)
@@ -125,7 +125,7 @@ class Tracker:
             client = client_of(self.uri)
             runs = _MlflowRuns(client, client.get_run(run_id).info.experiment_id)
             runs.reopen(run_id)
-            runs.log(run_id, tags={SPEC_TAG: spec_path.read_text()})
+            runs.log(run_id, tags=spec_tags(spec_path.read_text()))
             runs.log_file(run_id, spec_path)
         self._begin(runs, name, run_id)
 

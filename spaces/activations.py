@@ -18,7 +18,7 @@ from spaces.adapters import (
     num_prefix_tokens,
     rotation_numbers,
 )
-from spaces.attention import attention_bytes, num_keys
+from spaces.attention import attention_bytes, num_kept_kv_heads, num_keys
 from spaces.blueprint import Blueprint, Matrix
 from spaces.config import Recipe
 from spaces.quantization import is_quantized
@@ -175,7 +175,8 @@ class Activations:
         The gradients of the residual stream, of attention's output, and of queries, keys and values.
         """
         shape, width = self.plan.shape, self.width
-        half = width.products * shape.head_dim * (shape.num_heads + shape.num_kv_heads)
+        num_kv_heads = num_kept_kv_heads(self.plan, width, is_on_gpu=self.is_on_gpu)
+        half = width.products * shape.head_dim * (shape.num_heads + num_kv_heads)
         gradients = self.num_tokens * (width.stream * shape.hidden_size + 2 * half)
         # When the last of the three is made, neither it nor attention's output is kept yet.
         later = [(m, half + FP32_BYTES * shape.num_heads) for m in self.plan.attention_in if is_wrapped(m, self.recipe)]
@@ -284,7 +285,9 @@ class Activations:
     def _attended_per_token(self) -> float:
         # The output is the input of the next product; under autocast an adapter's copy is counted with it.
         is_output_kept = self._is_full or self._share_input(self.plan.attention_out)
-        return attention_bytes(self.plan, self.recipe, self.width, self.length, is_output_kept=is_output_kept)
+        return attention_bytes(
+            self.plan, self.recipe, self.width, self.length, is_output_kept=is_output_kept, is_on_gpu=self.is_on_gpu
+        )
 
     def _activation_per_token(self) -> int:
         last, num_inner = self.plan.feed_forward_out[0], self.plan.num_kept_by_activation

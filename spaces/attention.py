@@ -14,7 +14,15 @@ def num_keys(recipe: Recipe, length: int) -> int:
     return num_prefix_tokens(recipe) + length
 
 
-def attention_bytes(plan: Blueprint, recipe: Recipe, width: Widths, length: int, *, is_output_kept: bool) -> float:
+def num_kept_kv_heads(plan: Blueprint, width: Widths, *, is_on_gpu: bool) -> int:
+    """Return the heads of keys that attention is given: in fp32 on a GPU one for each of queries (`trainables.packed`)."""
+    is_repeated = is_on_gpu and width.products == FP32_BYTES and can_pack(plan.family)
+    return plan.shape.num_heads if is_repeated else plan.shape.num_kv_heads
+
+
+def attention_bytes(
+    plan: Blueprint, recipe: Recipe, width: Widths, length: int, *, is_output_kept: bool, is_on_gpu: bool = False
+) -> float:
     """Return what attention keeps for each token.
 
     Args:
@@ -23,9 +31,10 @@ def attention_bytes(plan: Blueprint, recipe: Recipe, width: Widths, length: int,
         width: bytes per number.
         length: padded tokens per row.
         is_output_kept: whether the product behind it needs its output where attention does not.
+        is_on_gpu: whether the device is one.
     """
     shape, products = plan.shape, width.products
-    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    queries, keys = shape.num_heads * shape.head_dim, num_kept_kv_heads(plan, width, is_on_gpu=is_on_gpu) * shape.head_dim
     of_sums, stretch = FP32_BYTES * shape.num_heads, num_keys(recipe, length) / length
     if not plan.is_attention_fused:
         return _written_out(plan, recipe, products, length) + (products * queries if is_output_kept else 0)

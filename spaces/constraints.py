@@ -94,6 +94,11 @@ def quantized_base_whole(config: TrialConfig, limits: Limits) -> float:
     return float(config.recipe.quantization != "none" and is_spread)
 
 
+def int8_as_written(config: TrialConfig, limits: Limits) -> float:
+    """1 where LLM.int8() would be compiled for a GPU: how many columns are outliers only the data tell, at every layer."""
+    return float(config.recipe.quantization == "int8" and config.layout.compile != "none" and limits.is_on_gpu)
+
+
 def offloaded_from_gpu(config: TrialConfig, limits: Limits) -> float:
     """1 where weights would be left to the host by a worker that is on it."""
     return float(config.layout.offload != "none" and not limits.is_on_gpu)
@@ -260,6 +265,7 @@ CONSTRAINTS = (
     shards_of_equal_size,
     adapter_rank_within_width,
     quantized_base_whole,
+    int8_as_written,
     offloaded_from_gpu,
     norms_whole,
     vectors_whole,
@@ -274,6 +280,7 @@ CONSTRAINTS = (
 OF_METHODS: dict[Constraint, str] = {
     matrices_split_evenly: "strategy",
     quantized_base_whole: "quantization",
+    int8_as_written: "compile",
     offloaded_from_gpu: "offload",
     norms_whole: "adapter",
     vectors_whole: "adapter",
@@ -300,6 +307,7 @@ def reason(name: str, config: TrialConfig, limits: Limits) -> str:
         + (f"a shard size of {layout.shard_size}" if layout.tp_size is None else f"a tp size of {layout.tp_size}"),
         adapter_rank_within_width.__name__: f"rank {recipe.adapter_rank} exceeds the model's width of {limits.hidden_size}",
         quantized_base_whole.__name__: f"a base in {recipe.quantization} is neither spread over ranks nor left to the host: ddp",
+        int8_as_written.__name__: "int8 on a GPU is not compiled: how many columns are outliers only the data tell (compile none)",
         offloaded_from_gpu.__name__: "offload cpu moves weights from a GPU, and the workers have none (resources.gpus_per_worker)",
         norms_whole.__name__: "dora trains the norms of whole rows: not of what tp splits, int8 or float8 holds, or experts share",
         vectors_whole.__name__: f"{recipe.adapter} trains what tp would cut"

@@ -222,6 +222,7 @@ class _Range(OneKey, Generic[T]):
     """A low and a high end, both included."""
 
     kind: ClassVar[str]
+    is_whole: ClassVar[bool] = False
 
     @field_validator("*", mode="before")
     @classmethod
@@ -256,8 +257,10 @@ class _Range(OneKey, Generic[T]):
     def encode(self, name: str, value: Any) -> dict[str, Any]:
         """Return the value itself."""
         low, high = self.bounds
-        if not low <= value <= high:
-            raise ValueError(f"{name} lies in [{low:g}, {high:g}], got {value!r}")
+        number = int if self.is_whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, number) or not low <= value <= high:
+            what = "is an integer" if self.is_whole else "lies"
+            raise ValueError(f"{name} {what} in [{low:g}, {high:g}], got {value!r}")
         return {name: value}
 
     def ends(self) -> list[Any]:
@@ -269,6 +272,7 @@ class IntRange(_Range[T], Generic[T]):
     """An integer in `[low, high]`."""
 
     kind: ClassVar[str] = "int"
+    is_whole: ClassVar[bool] = True
     int: tuple[T, T]
     """Low and high end, both included."""
 

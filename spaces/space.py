@@ -342,17 +342,20 @@ class SpaceSpec(BaseModel):
     def fixed_to(self, params: Mapping[str, Any]) -> list[str]:
         """Return the overrides that pin every knob of these params: `space.learning_rate=0.002`.
 
-        Knobs that say nothing with the strategy are at their defaults, and so is a quantised base with an adapter that has none.
+        Knobs of the layout, and a quantised base, that say nothing with the strategy and the adapter are at their defaults.
         """
-        fields, own = type(self).model_fields, STRATEGY_KNOBS[params.get("strategy", self.strategy.ends()[0])]
-        idle = {knob: fields[knob].default.root for knobs in STRATEGY_KNOBS.values() for knob in knobs if knob not in own}
-        values = {**params, **{knob: value for knob, value in idle.items() if knob in params}}
-        if (
-            "quantization" not in ADAPTER_KNOBS[params.get("adapter", self.adapter.ends()[0])]
-            and "none" not in self.quantization.ends()
-        ):
-            values["quantization"] = "none"
-        return [f"space.{knob}={values[knob]}" for knob in fields if knob in values]
+        strategy, adapter = params.get("strategy", self.strategy.ends()[0]), params.get("adapter", self.adapter.ends()[0])
+        values = {**params, **self.idle_defaults(strategy, adapter, params)}
+        return [f"space.{knob}={values[knob]}" for knob in type(self).model_fields if knob in values]
+
+    def idle_defaults(self, strategy: Strategy, adapter: Adapter, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the defaults of what says nothing with a strategy and an adapter, where the params or the file have other values."""
+        every = {
+            "quantization": ADAPTER_KNOBS[adapter],
+            **{k: STRATEGY_KNOBS[strategy] for ks in STRATEGY_KNOBS.values() for k in ks},
+        }
+        defaults = {knob: type(self).model_fields[knob].default.root for knob, own in every.items() if knob not in own}
+        return {knob: value for knob, value in defaults.items() if knob in params or value not in getattr(self, knob).ends()}
 
     def _is_searched(self, knob: str) -> bool:
         if knob in CONDITIONAL and not any(knob in ADAPTER_KNOBS[adapter] for adapter in self.adapter.ends()):

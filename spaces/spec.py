@@ -253,6 +253,18 @@ class SearchSpec(Section):
             raise PydanticCustomError("no_price", "dollars without a price", context)
         return budget
 
+    @field_validator("budget")
+    @classmethod
+    def _patience_sees_a_hypervolume(cls, budget: BudgetSpec, info: ValidationInfo) -> BudgetSpec:
+        objectives = info.data.get("objectives") or ()
+        # What the untrained model scores is known before the first trial, seconds have a default, and what is maximised begins at 0.
+        found = [(o, metric_of(o.metric)) for o in objectives if o.reference is None]
+        unknown = [o.metric for o, m in found if m.section != "eval" and m.unit != "s" and (o.direction or m.direction) == "minimize"]
+        if budget.patience is not None and unknown:
+            context = {"metric": unknown[0], "allowed": f"a reference for {unknown[0]}: the worst value that is still worth anything"}
+            raise PydanticCustomError("no_hypervolume", "patience without a reference of {metric}", context)
+        return budget
+
     @field_validator("sampler")
     @classmethod
     def _points_are_in_the_space(cls, sampler: SamplerSpec, info: ValidationInfo) -> SamplerSpec:

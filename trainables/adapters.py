@@ -198,7 +198,9 @@ class _LeanDora(DoraLinearVariant):
             norms = dora.get_weight_norm(weight, (second @ first).to(first.dtype), module.scaling[active_adapter])
         scale = dora.weight / norms
         scaled = _Lean.forward(module, active_adapter, x, result) * scale
-        return scaled if base.bias is None else scaled + base.bias * (1 - scale)
+        summed = scaled if base.bias is None else scaled + base.bias * (1 - scale)
+        # Over a quantised base PEFT leaves what it gets as it is under CUDA's autocast, and the next block would go on in fp32.
+        return summed.to(result.dtype)
 
 
 class _Rotation(OFTRotationModule):

@@ -6,6 +6,7 @@ A bottleneck is neither: it goes with the file that loads it.
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,12 +115,19 @@ def unquantized(module: Any) -> list[str]:
 
 
 def scores(module: nn.Module, config: TrialConfig, data: TaskData, base: BaseModel, exact_match_rows: int) -> dict[str, float]:
-    """Return a model's metrics on the evaluation rows, on a GPU where there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    world = replace(World.alone(), device=device)
-    config, module, table = replace(config, layout=_one_rank(config)), module.to(device), data.evaluation
-    completed = score_completions(module, config, data, table, world, base, exact_match_rows)
-    return evaluate(module, config, data, table, world, is_final=False) | completed
+    """Return a model's metrics on the evaluation rows, on a GPU where there is one that has the memory."""
+
+    def on(device: str) -> dict[str, float]:
+        world = replace(World.alone(), device=torch.device(device))
+        module.to(world.device)
+        completed = score_completions(module, config, data, data.evaluation, world, base, exact_match_rows)
+        return evaluate(module, config, data, data.evaluation, world, is_final=False) | completed
+
+    config = replace(config, layout=_one_rank(config))
+    if torch.cuda.is_available():
+        with suppress(torch.OutOfMemoryError):
+            return on("cuda")
+    return on("cpu")
 
 
 def save(module: Any, base: BaseModel, config: TrialConfig, directory: Path, origin: str | None = None) -> None:

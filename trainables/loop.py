@@ -45,6 +45,11 @@ EVALUATION_SHARE = 0.02
 STATES, SAVED_BYTES_PER_SECOND = 3, 200e6
 
 
+# What else says that memory ran out, without a class of its own: torch's allocators of a CPU and of pinned memory, CUDA's driver,
+# cuBLAS and NCCL.
+FULL = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+
+
 class Command(Enum):
     """What a trial is told after every step; all ranks are told the same."""
 
@@ -128,8 +133,7 @@ def memory_errors() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(str(error).splitlines()[0]) from error
     except RuntimeError as error:
-        # What torch's allocator of a CPU says has no class of its own.
-        if "can't allocate memory" not in str(error):
+        if not any(text in str(error) for text in FULL):
             raise
         raise OutOfMemory(str(error).splitlines()[0]) from error
 
@@ -223,7 +227,7 @@ class Trainer:
             table = self.data.evaluation
             scores |= score_completions(self.module, self.config, self.data, table, self.world, self.base, exact_match_rows)
         if self.checkpoints is not None:
-            weights = whole_weights(self._parameters)
+            weights = whole_weights(self._parameters, is_kept=self.world.rank == 0)
             if self.world.rank == 0:
                 state = {"config": self.config.to_dict(), "step": self.step}
                 self.checkpoints.save_final(Checkpoint(weights=weights, optimizer={}, state=state))
@@ -243,7 +247,9 @@ class Trainer:
         if self.checkpoints is None:
             return
         started = time.perf_counter()
-        weights, optimizer = whole_weights(self._parameters), whole_state(self._optimizer, self._parameters)
+        is_writer = self.world.rank == 0
+        weights = whole_weights(self._parameters, is_kept=is_writer)
+        optimizer = whole_state(self._optimizer, self._parameters, is_kept=is_writer)
         assert self.flops is not None  # a step was trained
         state = {
             "step": self.step,
@@ -253,9 +259,11 @@ class Trainer:
             "layout": self.config.layout.key(),
             "memory_by_rank": self.world.gather(self.memory.state()),
         }
-        if self.world.rank == 0:
+        if is_writer:
             self.checkpoints.save(self.step, Checkpoint(weights=weights, optimizer=optimizer, state=state))
             self.checkpoints.save_seconds = time.perf_counter() - started
+        # The others wait here, and not in the next exchange, which gives up sooner than a large file is written.
+        self.world.gather(None)
 
     def _is_to_be_followed(self) -> bool:
         """Return whether this step may hold the most, or comes after these and none was followed."""

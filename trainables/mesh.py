@@ -44,7 +44,7 @@ class World:
             return self._grid(layout)[AXES["fsdp"]]
         if layout.shard_size is not None:
             return self._grid(layout)
-        return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=(AXES["fsdp"],))
+        return _mesh(self.device.type, (self.world_size,), (AXES["fsdp"],), dist.group.WORLD)
 
     def data_parallel(self, layout: Layout) -> World:
         """Return the ranks that rows are dealt to; those that share the blocks' matrices see the same rows."""
@@ -108,6 +108,6 @@ def _axes(layout: Layout) -> tuple[str, str, int]:
 
 
 @cache
-def _mesh(device_type: str, sizes: tuple[int, int], names: tuple[str, str], world: Any) -> DeviceMesh:
+def _mesh(device_type: str, sizes: tuple[int, ...], names: tuple[str, ...], world: Any) -> DeviceMesh:
     """Return the mesh of a process group, whose own groups all trials share."""
     return init_device_mesh(device_type, sizes, mesh_dim_names=names)

@@ -156,6 +156,8 @@ def takes_all_rows(device: torch.device, dtype: torch.dtype, width: int) -> bool
         return False
     try:
         errors = list(_errors(device, dtype, width))
+    except torch.OutOfMemoryError:  # which says nothing of the kernel, and is not remembered
+        raise
     except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
     else:
@@ -203,6 +205,7 @@ def _attention_by_length(
     A prefix is before all rows, and every row sees it. Its own queries are zeros, whose results are dropped: what is causal then
     stays so in a square, which fast kernels know.
     """
+    key, value = _for_every_head(query, key, value)
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": key.shape[1] != query.shape[1]}
     # Split at once: the gradient of a slice is as long as what it was cut from, that of all parts together too.
     sizes = [num_rows * length for num_rows, length in rows.runs]
@@ -219,6 +222,26 @@ def _attention_by_length(
     return torch.cat(results)
 
 
+def _for_every_head(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values; on a GPU in fp32 repeated for every head.
+
+    None of torch's kernels that keep no scores knows shared heads there: FlashAttention and cuDNN's are for half precision, and the
+    memory-efficient one has as many heads of keys as of queries (https://github.com/pytorch/pytorch/pull/181528).
+    """
+    if query.device.type not in KERNEL_DEVICES or _dtype(query) in KERNEL_TYPES or key.shape[1] == query.shape[1]:
+        return key, value
+    num_sharing = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(num_sharing, 1), value.repeat_interleave(num_sharing, 1)
+
+
+class _Heads(nn.Module):
+    """What transformers looks at of a module whose keys and values are there for every head."""
+
+    def __init__(self, *, is_causal: bool) -> None:
+        super().__init__()
+        self.is_causal = is_causal
+
+
 def _attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -233,6 +256,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     if packed_rows is None:
+        whole_key, whole_value = _for_every_head(query, key, value)
+        if whole_key is not key:
+            module, key, value = _Heads(is_causal=bool(getattr(module, "is_causal", True))), whole_key, whole_value
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
         )

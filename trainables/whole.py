@@ -12,14 +12,22 @@ from trainables.trained_rows import rows_of
 Parameters = dict[str, torch.nn.Parameter]
 
 
-def whole_weights(parameters: Parameters) -> dict[str, torch.Tensor]:
-    """Return the parameters whole, on the CPU; every rank must call it, because shards are gathered."""
-    return {name: _whole(parameter, parameter) for name, parameter in parameters.items()}
+def whole_weights(parameters: Parameters, *, is_kept: bool = True) -> dict[str, torch.Tensor]:
+    """Return the parameters whole, on the CPU; every rank must call it, because shards are gathered.
+
+    Args:
+        parameters: by name.
+        is_kept: whether this rank wants them; to the others nothing is returned. All ranks of a node together would hold many copies.
+    """
+    found = {name: _whole(parameter, parameter, is_kept=is_kept) for name, parameter in parameters.items()}
+    return {name: whole for name, whole in found.items() if whole is not None}
 
 
-def whole_state(optimizer: Optimizer, parameters: Parameters) -> dict[str, torch.Tensor]:
-    """Return what the optimizer keeps, whole, on the CPU, by `<parameter>/<state>`; every rank must call it."""
-    return {f"{n}/{key}": _whole(value, p) for n, p in parameters.items() for key, value in optimizer.state[p].items()}
+def whole_state(optimizer: Optimizer, parameters: Parameters, *, is_kept: bool = True) -> dict[str, torch.Tensor]:
+    """Return what the optimizer keeps, whole, on the CPU, by `<parameter>/<state>`; as `whole_weights` does."""
+    pairs = ((f"{n}/{key}", value, p) for n, p in parameters.items() for key, value in optimizer.state[p].items())
+    found = {name: _whole(value, p, is_kept=is_kept) for name, value, p in pairs}
+    return {name: whole for name, whole in found.items() if whole is not None}
 
 
 @torch.no_grad()
@@ -45,15 +53,17 @@ def load_state(optimizer: Optimizer, parameters: Parameters, state: dict[str, to
         }
 
 
-def _whole(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Gather a parameter, or what the optimizer keeps of it, on every rank; on the CPU, apart from the original."""
+def _whole(tensor: torch.Tensor, parameter: torch.Tensor, *, is_kept: bool) -> torch.Tensor | None:
+    """Gather a parameter, or what the optimizer keeps of it; on the CPU, apart from the original. None where it is not kept."""
     piece, rows = piece_of(parameter), rows_of(parameter)
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     if whole.dim() and piece is not None:  # a count of steps is no tensor of the parameter's shape
         whole = piece.gathered(whole.detach())
+    if not is_kept:
+        return None
     if whole.dim() and rows is not None:
         return rows.whole(whole, is_weight=tensor is parameter)
-    return whole.detach().cpu().clone().contiguous()
+    return whole.detach().to("cpu", copy=True).contiguous()
 
 
 def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,9 @@ from trainables.step_profile import measure_step
 
 logger = logging.getLogger(__name__)
 
-# Work that a killed worker may lose. A checkpoint is written at evaluation points too, unless that would take more than this share
-# of the time: of a short trial in full the optimizer's state takes longer to write than the steps to train.
+# Work that a killed worker may lose, or more where writing a checkpoint would else take more than this share of the time. One is
+# written at evaluation points too, unless that would: of a short trial in full the optimizer's state takes longer to write than the
+# steps to train.
 CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 60.0, 0.1
 
 
@@ -116,6 +117,8 @@ def _run_job(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
         gc.collect()
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
+            # What was left to the host, and batches; torch 2.13 has it.
+            getattr(torch.accelerator, "empty_host_cache", lambda: None)()
     if world.rank == 0:
         inbox.finish({**outcome, "job_seconds": time.perf_counter() - started})
 
@@ -181,8 +184,9 @@ class _Control:
         return command
 
     def _is_due(self, is_rung: bool) -> bool:
-        unsaved = time.monotonic() - self._saved_at
-        return unsaved > CHECKPOINT_SECONDS or (is_rung and self._checkpoints.save_seconds <= CHECKPOINT_SHARE * unsaved)
+        # From the begin of the last one on.
+        unsaved, least = time.monotonic() - self._saved_at, self._checkpoints.save_seconds / CHECKPOINT_SHARE
+        return unsaved > max(CHECKPOINT_SECONDS, least) or (is_rung and unsaved >= least)
 
 
 def _lost_partner(error: Exception) -> bool:

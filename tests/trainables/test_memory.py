@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
+from unittest.mock import patch
 
 import distributed
 import numpy as np
@@ -33,6 +35,7 @@ from memory_grid import (
 )
 from synthetic_data import task_data
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from varlen_kernel import kernels_of
 
 from spaces import memory
 from spaces.blueprint import FAMILIES, with_idle_rows
@@ -47,6 +50,7 @@ from trainables.loss import evaluated
 from trainables.memory_meter import LiveBytes
 from trainables.mesh import World
 from trainables.model import build, trainable
+from trainables.packed import attend_by_rows
 from trainables.parallelize import autocast, blocks_of, parallelize
 from trainables.tokenization import Encoded
 
@@ -154,7 +158,29 @@ def check_without_copies(cases: list[Case], world_size: int, strategy: str) -> N
         peaks = peaks_of(world, cases, strategy)
     finally:
         dist.destroy_process_group()
-    check({case: error(case, world_size, peak, strategy, is_on_gpu=True) for case, (peak, _) in zip(cases, peaks, strict=True)})
+    with ExitStack() as shared:
+        for module in ("attention", "activations"):  # a CPU repeats no heads of keys
+            shared.enter_context(patch(f"spaces.{module}.num_kept_kv_heads", lambda plan, *_, **__: plan.shape.num_kv_heads))
+        found = {case: error(case, world_size, peak, strategy, is_on_gpu=True) for case, (peak, _) in zip(cases, peaks, strict=True)}
+    check(found)
+
+
+@pytest.mark.parametrize("adapter", ["none", "all-linear"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_heads_of_keys_that_a_gpu_repeats_in_fp32_are_predicted(family: str, adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(family=family, adapter=adapter, length=128)
+    base, batch = case.base(), replace(case.batch(), attention_mask=None)
+    attend_by_rows(base.module)
+    monkeypatch.setattr(Case, "base", lambda _: base)
+    monkeypatch.setattr(Case, "batch", lambda _: batch)
+    assert base.shape.num_kv_heads < base.shape.num_heads
+    shared, _ = measured(case, case.config(1), World.alone())
+    with kernels_of("cpu", torch.bfloat16):
+        repeated, _ = measured(case, case.config(1), World.alone())
+    predicted = [
+        rank_memory(case.blueprint(), case.config(1), case.length, is_on_gpu=is_on_gpu).peak_bytes for is_on_gpu in (False, True)
+    ]
+    assert repeated - shared == pytest.approx(predicted[1] - predicted[0], rel=0.1)
 
 
 def test_tensor_parallel_layouts_are_predicted() -> None:

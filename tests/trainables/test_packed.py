@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from families import config_of
 from memory_grid import Case
+from torch.nn import functional
 from unequal_rows import LENGTHS, base_of, data_of, gradients
 from varlen_kernel import kernels_of, varlen_on_cpu
 
@@ -74,6 +76,32 @@ def test_torch_takes_what_the_kernel_for_all_rows_is_given(is_causal: bool) -> N
     assert attended.shape == (sum(LENGTHS), 8, 16)
     attended.sum().backward()
     assert [part.grad is not None and part.grad.shape == part.shape for part in parts.values()] == [True] * 3
+
+
+@pytest.mark.parametrize("rows", [np.arange(len(LENGTHS)), np.array([1, 2, 3])])
+def test_where_no_kernel_knows_shared_heads_they_are_repeated_and_learn_the_same(
+    rows: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32 on a GPU: rows that are laid end to end, and rows of one length, which transformers attends to."""
+    case = Case(family="llama")
+    config, base, data = case.config(1), base_of(case), data_of(case.task)
+    assert base.shape.num_kv_heads < base.shape.num_heads
+    module = build(config, base, World.alone()).train()
+    batch = collate(data.train, rows, 0, packing_for(base.module, config, data))
+    expected_loss, expected = gradients(module, [batch], case.task)
+    attention, heads = functional.scaled_dot_product_attention, []
+
+    def watched(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        heads.append((key.shape[1], value.shape[1], bool(options.get("enable_gqa"))))
+        return attention(query, key, value, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
+    with kernels_of("cpu", torch.bfloat16):
+        loss, found = gradients(module, [batch], case.task)
+    assert set(heads) == {(base.shape.num_heads, base.shape.num_heads, False)}
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
 
 CPU = torch.device("cpu")
