@@ -107,8 +107,7 @@ class DataSpec(Section):
     """The rows to train and to evaluate on. Columns are found by their names unless they are given."""
 
     train: DataName | None = None
-    """A csv (of commas, or of semicolons where its heading has no comma), tsv, jsonl, json, parquet or txt file,
-    `hf:org/name[:config][@revision]`, `embedded:stdlib-docstrings`."""
+    """A csv, tsv, jsonl, json, parquet or txt file, `hf:org/name[:config][@revision]`, `embedded:stdlib-docstrings`."""
     evaluation: DataName | None = None
     """Rows that every trial is evaluated on; without it, a part of the training rows is held out."""
     test: DataName | None = None

@@ -248,8 +248,9 @@ def grown(store: Store, outcome: Callable[[str, float], float | str]) -> list[li
             records[number] = record
         further = further_rates(spec, results_with(records))
         assert further_rates(spec, results_with(dict(list(records.items())[:-1]))) == [], "a limit came before all were trained"
-        if not _lengthen(store, spec, further, "rates"):
+        if not further:
             return rounds
+        _lengthen(store, spec, further, "rates")
 
 
 def results_with(records: dict[int, TrialRecord]) -> Results:

@@ -236,6 +236,24 @@ async def test_groups_that_never_start_fail_every_job_instead_of_waiting_for_eve
     assert poll.result()[-1]["kind"] == "no_workers"
 
 
+@scenario(3)
+async def test_groups_of_one_size_that_never_start_fail_the_jobs_that_wait_for_them_and_no_others(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("small"))
+    (healthy,) = await dispatcher.groups()
+    generation = await ranks_join(dispatcher, healthy["group_id"], 1)
+    await dispatcher.submit(job("large", 2))
+    poll = asyncio.create_task(dispatcher.poll("large"))
+    while not poll.done():
+        for group in await dispatcher.groups():
+            if group["world_size"] == 2:
+                dispatcher.end_of(group["group_id"]).set()
+        await asyncio.sleep(0.001)
+    assert poll.result()[-1]["kind"] == "no_workers"
+    await dispatcher.finish(healthy["group_id"], generation, 1, {"state": "complete"})
+    assert (await dispatcher.poll("small"))[-1]["state"] == "complete"
+    assert {(g["group_id"], g["state"]) for g in await dispatcher.groups() if g["world_size"] == 1} == {(healthy["group_id"], "idle")}
+
+
 @scenario(5)
 async def test_groups_of_expected_jobs_start_on_free_workers_and_take_the_jobs_when_they_come(dispatcher: Groups) -> None:
     await dispatcher.submit(job("first"))

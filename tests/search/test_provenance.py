@@ -6,6 +6,7 @@ import json
 import shlex
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,11 @@ import pytest
 from synthetic import synthetic_events
 
 from search import session
-from search.provenance import command_in, versions
+from search.provenance import command_in, reproduce_command, versions
 from search.results import load_results, render_front, render_pick
 from search.store import Store, StoreError
+from search.study import Study
+from spaces.config import TrialConfig
 from spaces.loading import load_spec
 from trainables.device import package_versions
 
@@ -88,3 +91,38 @@ def test_every_hint_finds_its_search(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     prepared: Any = SimpleNamespace(spec=results.spec)
     with pytest.raises(Told, match=f"<paretune resume mine{option}>"):
         session._drive(store, prepared, print, None, None)
+
+
+def test_a_trial_of_a_list_of_points_is_trained_again_as_one_proposal(tmp_path: Path) -> None:
+    """As those of a comparison are: without its list, nothing else would be proposed."""
+    path = tmp_path / "spec.yaml"
+    points = [{"learning_rate": 1e-3, "lora_rank": rank} for rank in (4, 8)]
+    space = {
+        "learning_rate": {"choice": [1e-3, 1e-2]},
+        "global_batch_size": 8,
+        "dataset_fraction": 1.0,
+        "lora_rank": {"choice": [4, 8]},
+    }
+    spec = {
+        "name": "n" * 60,
+        "model": {"name": "m", "task": "sequence-classification"},
+        "data": {"train": "t.csv"},
+        "space": space,
+        "sampler": {"method": "points", "points_to_evaluate": points},
+    }
+    path.write_text(json.dumps(spec))
+    loaded = load_spec(path).spec
+    params = {**loaded.space.first(), "lora_rank": 8}
+    words = shlex.split(reproduce_command(loaded, str(path), str(loaded.name), 7, params))
+    again = load_spec(path, [pin for option, pin in pairwise(words) if option == "--set"]).spec
+    study = Study(
+        space=again.space,
+        objectives=again.resolved_objectives(),
+        sampler=again.sampler.method,
+        seed=0,
+        startup_trials=again.sampler.startup_trials,
+        points_to_evaluate=again.sampler.points_to_evaluate or (),
+    )
+    assert not study.is_over
+    assert TrialConfig.from_params(study.ask().params) == TrialConfig.from_params(params)
+    assert again.budget.max_trials == 1

@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import make_spec
 
 from search.store import Store, StoreError
+from spaces.loading import load_spec
 
 HOLD = """
 import sys
@@ -31,3 +33,12 @@ def test_one_driver_a_search_and_a_killed_one_holds_nothing(tmp_path: Path) -> N
         pass
     with store.lock():
         pass
+
+
+def test_another_search_of_a_name_that_is_about_to_begin_does_not_change_its_spec(tmp_path: Path) -> None:
+    first = load_spec(make_spec(tmp_path, name="mine"))
+    store = Store.create(first)
+    before = store.spec_path.read_bytes()
+    with store.lock(), pytest.raises(StoreError, match="runs already"):
+        Store.create(load_spec(make_spec(tmp_path, name="mine", space={"epochs": 7})))
+    assert store.spec_path.read_bytes() == before

@@ -330,3 +330,24 @@ def test_a_stopped_or_diverged_trial_is_as_bad_as_the_worst_for_who_sees_complet
     study.tell_pruned(second, {"memory": 0.0})
     assert trials(study)[second].values == [0.5, math.log(9.0)]
     assert [t.constraints for t in trials(study)] == [{"memory": 0.0}] * 2, "the same of every trial, or GP refuses"
+
+
+def test_points_that_were_not_begun_or_cut_off_are_proposed_after_a_resume() -> None:
+    space = {"learning_rate": {"log_uniform": [1e-4, 1e-2]}, "world_size": {"choice": [1, 2]}, "global_batch_size": 8, "lora_rank": 4}
+    points = [{"learning_rate": rate, "world_size": size} for rate, size in ((1e-3, 1), (1e-3, 2), (2e-3, 1), (3e-3, 1))]
+    asked = [make(points=points, **space)]
+    study = asked[0]
+    first, waiting, third = (study.ask() for _ in range(3))
+    # What waits for the first, which trains the same recipe, is no trial yet.
+    begun = {0: first.params, 1: third.params}
+    again = make(points=points, **space)
+    again.restore(begun)
+    found = [again.ask().params for _ in range(2)]
+    assert [(round(p["learning_rate"], 6), p["world_size"]) for p in found] == [(1e-3, 2), (3e-3, 1)]
+    assert waiting.params["world_size"] == 2
+    cut = make(points=points, sampler="points", **space)
+    cut.restore(begun, cut_off={1})
+    found = []
+    while not cut.is_over:
+        found.append(cut.ask().params)
+    assert [(round(p["learning_rate"], 6), p["world_size"]) for p in found] == [(1e-3, 2), (2e-3, 1), (3e-3, 1)]

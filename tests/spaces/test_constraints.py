@@ -36,6 +36,11 @@ def config(**params: object) -> TrialConfig:
     return TrialConfig.from_params({**SpaceSpec().first(), **params})
 
 
+def test_int8_is_compiled_on_a_cpu_and_nf4_everywhere():
+    assert is_feasible(violations(config(quantization="int8", compile="blocks"), ROOMY))
+    assert is_feasible(violations(config(quantization="nf4", compile="blocks"), ON_GPUS))
+
+
 def test_the_default_space_is_feasible():
     values = violations(config(), ROOMY)
     assert list(values) == [
@@ -45,6 +50,7 @@ def test_the_default_space_is_feasible():
         "shards_of_equal_size",
         "adapter_rank_within_width",
         "quantized_base_whole",
+        "int8_as_written",
         "offloaded_from_gpu",
         "norms_whole",
         "vectors_whole",
@@ -72,6 +78,7 @@ def test_the_default_space_is_feasible():
         ({"quantization": "int8", "world_size": 8, "strategy": "fsdp"}, ROOMY, "quantized_base_whole", 1),
         ({"quantization": "nf4", "strategy": "fsdp", "offload": "cpu"}, ON_GPUS, "quantized_base_whole", 1),
         ({"strategy": "fsdp", "offload": "cpu"}, ROOMY, "offloaded_from_gpu", 1),
+        ({"quantization": "int8", "compile": "blocks"}, ON_GPUS, "int8_as_written", 1),
         ({"adapter": "vera", "precision": "bf16", "world_size": 2, "strategy": "fsdp"}, ROOMY, "vectors_whole", 1),
         ({"adapter": "prefix", "compile": "blocks"}, ROOMY, "prefix_kept", 1),
     ],

@@ -5,7 +5,7 @@ from memory_grid import Case
 from torch import nn
 
 from trainables.optim import make_optimizer
-from trainables.whole import load_state, whole_state
+from trainables.whole import load_state, whole_state, whole_weights
 
 
 def test_an_optimizer_goes_on_on_the_device_of_its_parameters() -> None:
@@ -23,3 +23,13 @@ def test_an_optimizer_goes_on_on_the_device_of_its_parameters() -> None:
     load_state(other, elsewhere, saved)
     assert {f"{n}/{key}" for n, p in elsewhere.items() for key in other.state[p]} == set(saved)
     assert {value.device.type for p in elsewhere.values() for value in other.state[p].values()} == {"meta"}
+
+
+def test_a_rank_that_does_not_write_keeps_no_copy() -> None:
+    trained = {"w": nn.Parameter(torch.ones(3, 2))}
+    optimizer = make_optimizer(trained, Case(family="bert").config(1).recipe)
+    trained["w"].grad = torch.ones(3, 2)
+    optimizer.step()
+    assert whole_weights(trained, is_kept=False) == whole_state(optimizer, trained, is_kept=False) == {}
+    kept = whole_weights(trained)
+    assert kept["w"].data_ptr() != trained["w"].data_ptr(), "the next step changes the parameter"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,11 +24,12 @@ from spaces.space import SpaceSpec
 from trainables.checkpoint import Checkpoint, CheckpointStore
 from trainables.data import TaskData
 from trainables.job import Ask, Job, Task
+from trainables.loop import Command
 from trainables.mesh import World
 from trainables.model import BaseModel
 from trainables.preparation import prepare
 from trainables.report import OutOfMemory, TrialReport
-from trainables.worker import _execute, _failure, _run_job
+from trainables.worker import _Control, _execute, _failure, _run_job
 
 WORLD = World(rank=0, world_size=1, device=torch.device("cpu"), control_group=None, node_id="here")
 TASK = Task(model_name="", model_revision=None, task="sequence-classification", exact_match_rows=0, precisions=("fp32",), data=[])
@@ -90,13 +92,25 @@ def test_a_point_of_the_curve_that_decides_nothing_costs_at_most_a_fiftieth_of_t
     assert [r.step for r in inbox.reports] == steps
 
 
-def test_what_torch_says_of_a_full_device_is_out_of_memory(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation for Memory Management"),
+        RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.distributed.DistBackendError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"),
+    ],
+)
+def test_what_torch_says_of_a_full_device_is_out_of_memory(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def forward(*_: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation for Memory Management")
+        raise error
 
     monkeypatch.setattr("trainables.loss.TrainingLoss.__call__", forward)
-    with pytest.raises(OutOfMemory, match=r"^CUDA out of memory\. Tried to allocate 2\.00 GiB\.$") as caught:
+    with pytest.raises(OutOfMemory) as caught:
         work(parts, tmp_path / "t", Inbox())
+    assert str(caught.value) == str(error).splitlines()[0]
     assert (found := _failure(caught.value, False))["kind"] == "out_of_memory", found
 
 
@@ -134,6 +148,18 @@ def test_a_model_that_refers_to_itself_does_not_stay_beside_that_of_the_next_job
     assert made[0]() is None
 
 
+def test_other_ranks_wait_until_a_checkpoint_is_written(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr("trainables.worker.CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr("trainables.loop.SAVED_BYTES_PER_SECOND", math.inf)
+    monkeypatch.setattr(World, "gather", lambda *_: done.append("meet") or [None])
+    monkeypatch.setattr(CheckpointStore, "save", lambda *_: done.append("write"))
+    assert work(parts, tmp_path, Inbox(ask=Ask.STOP, after=3)) == {"state": "stopped"}
+    written = [i for i, what in enumerate(done) if what == "write"]
+    assert written
+    assert all(done[i + 1] == "meet" for i in written)
+
+
 def test_a_stopped_trial_takes_its_files_along_and_a_suspended_one_leaves_them(
     parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +170,23 @@ def test_a_stopped_trial_takes_its_files_along_and_a_suspended_one_leaves_them(
     assert not (tmp_path / "stopped").exists()
     assert work(parts, tmp_path / "suspended", suspended) == {"state": "stopped"}
     assert sorted(p.name for p in (tmp_path / "suspended").iterdir()) == ["step-00000004", "step-00000005"]
+
+
+@pytest.mark.parametrize("save_seconds", [0.1, 20.0, 70.0, 300.0])
+def test_checkpoints_that_take_long_to_write_take_at_most_a_tenth_of_the_time(
+    monkeypatch: pytest.MonkeyPatch, save_seconds: float
+) -> None:
+    clock, num_saves = [0.0], 0
+    monkeypatch.setattr("trainables.worker.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    control = _Control(lambda: None, WORLD, cast(Any, SimpleNamespace(save_seconds=save_seconds)))
+    for _ in range(2000):
+        clock[0] += 5
+        if control(False) is Command.SAVE:
+            num_saves += 1
+            clock[0] += save_seconds
+    assert num_saves > 0
+    assert num_saves * save_seconds <= 0.11 * 5 * 2000
+    assert num_saves >= 0.9 * 5 * 2000 / max(65, 10 * save_seconds), "nor is more lost than that asks for"
 
 
 @pytest.mark.parametrize(("write_seconds", "saved"), [(0.0, [2, 6, 9]), (1e9, [2, 7, 9])])
