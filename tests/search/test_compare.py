@@ -430,6 +430,27 @@ def test_a_comparison_of_something_else_is_left_alone_and_the_same_one_in_anothe
     assert (store.ledger_path.read_bytes(), store.spec_path.read_bytes()) == before
 
 
+def test_a_comparison_that_a_limit_ended_goes_on_with_a_later_one(tmp_path: Path) -> None:
+    path = make_spec(tmp_path, space={})
+    store = Store.create(grid_spec(path, ["budget.minutes=1"], METHODS[:1], (0.5,)))
+    ledger = Ledger(store.ledger_path)
+    ledger.append("search_started", name=store.name)
+    ledger.append("search_finished", reason="1 minute used up")
+    assert _add(store, grid_spec(path, ["budget.minutes=1"], METHODS[:1], (0.5,)).spec) is None
+    longer = _add(store, grid_spec(path, ["budget.minutes=600"], METHODS[:1], (0.5,)).spec)
+    assert longer is not None
+    assert (longer["num_trials"], longer["num_further"]) == (len(RATES), 0)
+    assert store.load_spec().spec.budget.minutes == 600
+    assert not replay(ledger.events()).finished
+
+
+def test_other_strategies_than_the_first_say_nothing_to_a_comparison(tmp_path: Path) -> None:
+    space = {"strategy": {"choice": ["ddp", "fsdp"]}, "offload": "cpu"}
+    path = make_spec(tmp_path, space=space, resources={"gpus_per_worker": 1})
+    spec = grid_spec(path, [], METHODS[:1], (0.5,)).spec
+    assert (spec.space.strategy.ends(), spec.space.offload.ends()) == (["ddp"], ["none"])
+
+
 def test_a_comparison_gets_the_methods_and_shares_that_it_lacks_and_no_others(tmp_path: Path) -> None:
     path = make_spec(tmp_path, space={})
     store = Store.create(grid_spec(path, [], (Method.parse("none"), Method.parse("lora:4")), (0.5,)))

@@ -276,6 +276,26 @@ def test_steps_that_cannot_be_timed_are_tried_once_whatever_recipes_have_them(tm
     assert {record.error and record.error["message"] for record in records if record.source is not None} == {"no compiler"}
 
 
+def test_a_layout_that_cannot_be_timed_is_not_proposed_again_of_what_is_trained(tmp_path: Path) -> None:
+    space = {"learning_rate": {"choice": [1e-3, 2e-3, 4e-3]}, "dataset_fraction": 1.0, "lora_rank": 4, "global_batch_size": 16}
+    engine, _, _ = make(tmp_path, trials=30, sampler="auto", world_size={"choice": [1, 2]}, **space, **CLOSED)
+
+    def train_all() -> None:
+        while (assignment := engine.next()) is not None:
+            if assignment.is_trained:
+                engine.reported(assignment.number, report(0.5, 3.0))
+                (engine._store.trial_path(assignment.number) / "final").mkdir(parents=True)
+                engine.ended(assignment.number, {"state": "complete"})
+            else:
+                engine.ended(assignment.number, {"state": "failed", "kind": "error", "message": "no peer"})
+
+    with pytest.raises(SearchExhausted):
+        train_all()
+    states = [record.state for record in engine.state.records.values()]
+    assert states.count(TrialState.COMPLETE) == 3
+    assert states.count(TrialState.FAIL) <= 2, "one for each way round"
+
+
 def test_a_space_that_is_used_up_is_told_without_a_look_at_it_for_every_proposal(tmp_path: Path) -> None:
     looks = []
 

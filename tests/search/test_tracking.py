@@ -27,7 +27,9 @@ EVENTS = [
 ]
 STATE = replay(EVENTS)
 RECORDS = list(STATE.records.values())
-SPEC, LONGER_SPEC = "model: {}\n", "model: {}\n# and more\n"
+SPEC = "model: {}\n"
+# Longer than a tag may be.
+LONGER_SPEC = SPEC + "".join(f"# line {n}\n" for n in range(2000))
 PARAMS = {"model.name": "tiny", **{f"space.knob_{n}": n for n in range(120)}}
 
 

@@ -259,6 +259,23 @@ def test_what_says_nothing_with_a_strategy_is_no_part_of_what_trains_it_again():
         space(strategy={"choice": ["ddp", "tp"]}, offload="cpu")
 
 
+def test_what_a_file_fixes_and_a_pinned_strategy_has_not_is_at_its_default_in_what_trains_it_again():
+    searched = space(world_size=2, strategy={"choice": ["ddp", "fsdp"]}, offload="cpu")
+    for strategy, offload in (("ddp", "none"), ("fsdp", "cpu")):
+        pins = searched.fixed_to({"strategy": strategy})
+        fixed = dict(each.removeprefix("space.").split("=") for each in pins)
+        assert fixed.get("offload", "cpu") == offload
+        space(world_size=2, strategy=strategy, offload=fixed.get("offload", "cpu"))
+
+
+@pytest.mark.parametrize("value", [2.7, True, 0, "2"])
+def test_a_point_in_a_range_of_integers_is_one(value):
+    searched = space(epochs={"int": [1, 4]}, weight_decay={"uniform": [0, 1]})
+    assert searched.problem_with_point({"epochs": 2, "weight_decay": 1}) is None
+    assert searched.problem_with_point({"epochs": value}) is not None
+    assert searched.problem_with_point({"weight_decay": True}) is not None
+
+
 def test_a_base_that_no_adapter_can_have_is_refused_and_no_part_of_what_trains_the_others_again():
     for adapter in ("none", "ia3", {"choice": ["none", "vera"]}):
         with pytest.raises(ValidationError, match=r"says nothing with adapter (none|ia3)"):

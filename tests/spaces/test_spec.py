@@ -234,3 +234,16 @@ def test_the_accuracy_of_a_domain_may_be_an_objective():
     )
     with pytest.raises(ValidationError, match="of no domain"):
         spec(objectives=[{"metric": "accuracy.war"}, {"metric": "train_seconds"}], data={"domains": domains})
+
+
+def test_patience_needs_a_hypervolume() -> None:
+    def spec(*objectives: dict[str, object]) -> SearchSpec:
+        model = {"name": "m", "task": "sequence-classification"}
+        budget = {"patience": 3}
+        return SearchSpec.model_validate({"model": model, "data": {"train": "t.csv"}, "objectives": objectives, "budget": budget})
+
+    accuracy, memory = {"metric": "accuracy"}, {"metric": "peak_memory_bytes"}
+    with pytest.raises(ValidationError, match="patience without a reference of peak_memory_bytes"):
+        spec(accuracy, memory)
+    assert spec(accuracy, {**memory, "reference": 1e9}).budget.patience == 3
+    assert spec(accuracy, {"metric": "train_seconds"}, {"metric": "eval_loss"}).budget.patience == 3

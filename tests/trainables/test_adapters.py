@@ -204,6 +204,19 @@ def test_dora_is_the_formula_of_its_paper(quantization: str) -> None:
         torch.testing.assert_close(layer(x), expected, **tolerance)
 
 
+def test_dora_over_a_quantised_base_stays_in_the_format_of_the_model_where_peft_leaves_it_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under CUDA's autocast, of which alone PEFT asks, nothing casts the result back."""
+    case = Case(family="llama", adapter="all-linear", quantization="nf4", method="dora", precision="bf16")
+    module: Any = build(case.config(1), case.base(), World.alone())
+    layer = module.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: asked(*kind) if kind else True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.randn(2, 3, 64, dtype=torch.bfloat16)).dtype is torch.bfloat16
+
+
 def test_rslora_is_lora_with_a_scale_of_alpha_over_the_root_of_the_rank() -> None:
     module: Any = add_adapter(make("llama", "causal-lm"), replace(recipe("up_proj"), adapter="rslora"), "causal-lm", ())
     layer = module.get_submodule("base_model.model.model.layers.0.mlp.up_proj")

@@ -295,3 +295,22 @@ def test_an_adapters_files_name_the_base_on_the_hub(parts: Parts, tmp_path: Path
     weights, _ = finished(parts, tmp_path / "trial", config)
     save(trained_module(config, base, weights), base, config, tmp_path / "out", "org/name")
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "org/name"
+
+
+def test_what_does_not_fit_a_gpu_is_scored_on_the_cpu(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, base = parts
+    config = config_of(adapter="none")
+    module = build(config, base, World.alone())
+    expected, moves = scores(module, config, data, base, 0), []
+    move = torch.nn.Module.to
+
+    def to(self: torch.nn.Module, device: Any, *args: Any) -> torch.nn.Module:
+        moves.append(str(device))
+        if str(device) == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return move(self, device, *args)
+
+    monkeypatch.setattr("trainables.export.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    assert scores(module, config, data, base, 0) == expected
+    assert moves[:2] == ["cuda", "cpu"]

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from memory_grid import Case
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from trainables.mesh import World
 from trainables.optim import make_optimizer
 from trainables.whole import load_state, whole_state, whole_weights
 
@@ -33,3 +36,14 @@ def test_a_rank_that_does_not_write_keeps_no_copy() -> None:
     assert whole_weights(trained, is_kept=False) == whole_state(optimizer, trained, is_kept=False) == {}
     kept = whole_weights(trained)
     assert kept["w"].data_ptr() != trained["w"].data_ptr(), "the next step changes the parameter"
+
+
+def test_every_trial_of_a_group_shards_over_the_same_mesh() -> None:
+    """Each mesh may have process groups of its own, with their threads and files."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        world = World(rank=0, world_size=2, device=torch.device("cpu"), control_group=None)
+        layout = Case(family="bert").config(2, "fsdp").layout
+        assert world.sharding(layout) is world.sharding(layout)
+    finally:
+        dist.destroy_process_group()

@@ -164,6 +164,7 @@ def test_a_stopped_trial_takes_its_files_along_and_a_suspended_one_leaves_them(
     parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainables.worker.CHECKPOINT_SECONDS", -1.0)  # at every step
+    monkeypatch.setattr("trainables.worker.CHECKPOINT_SHARE", math.inf)
     stopped, suspended = Inbox(ask=Ask.STOP, after=4), Inbox(ask=Ask.SUSPEND, after=4)
     assert work(parts, tmp_path / "stopped", stopped) == {"state": "stopped"}
     assert [r.step for r in stopped.reports] == [2]
@@ -189,7 +190,7 @@ def test_checkpoints_that_take_long_to_write_take_at_most_a_tenth_of_the_time(
     assert num_saves >= 0.9 * 5 * 2000 / max(65, 10 * save_seconds), "nor is more lost than that asks for"
 
 
-@pytest.mark.parametrize(("write_seconds", "saved"), [(0.0, [2, 6, 9]), (1e9, [2, 7, 9])])
+@pytest.mark.parametrize(("write_seconds", "saved"), [(0.0, [2, 6, 9]), (1e9, [2, 9])])
 def test_what_takes_long_to_write_is_not_written_at_every_rung(
     parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_seconds: float, saved: list[int]
 ) -> None:
