@@ -25,8 +25,7 @@ class Known:
         self._diverged: dict[Recipe, int] = {}
         self._in_training: dict[Recipe, int] = {}
         self._by_config: dict[TrialConfig, int] = {}
-        self._untimed: dict[TrialConfig, int] = {}
-        self._errors: dict[TrialConfig, dict[str, str]] = {}
+        self._untimed: dict[TrialConfig, TrialRecord] = {}
         self._waiting: dict[int, list[Proposal]] = {}
         self._returned: deque[Proposal] = deque()
         for record in records:
@@ -48,7 +47,8 @@ class Known:
 
         Of one that is trained already, that in which its steps failed to be timed, as they would with every recipe.
         """
-        return self._untimed.get(config.of_step()) if is_trained else self._diverged.get(config.recipe)
+        untimed = self._untimed.get(config.of_step()) if is_trained else None
+        return untimed.number if untimed is not None else self._diverged.get(config.recipe)
 
     def in_training(self, recipe: Recipe) -> int | None:
         """Return the trial that trains the recipe now, or will."""
@@ -56,7 +56,8 @@ class Known:
 
     def why_untimed(self, config: TrialConfig) -> dict[str, str] | None:
         """Return the error that such steps failed to be timed by."""
-        return self._errors.get(config.of_step())
+        untimed = self._untimed.get(config.of_step())
+        return None if untimed is None else untimed.error
 
     def may_time(self, config: TrialConfig) -> bool:
         """Return whether a trained recipe may be timed with this config: it was not, and its steps did not fail."""
@@ -79,8 +80,7 @@ class Known:
         elif record.source is None and record.error is not None and record.error["kind"] == LASTING:
             self._diverged[recipe] = record.number
         elif record.source is not None and record.error is not None and record.error["kind"] in OF_STEPS:
-            step = record.trial_config.of_step()
-            self._untimed[step], self._errors[step] = record.number, record.error
+            self._untimed[record.trial_config.of_step()] = record
         if record.was_cut_off and self._by_config.get(record.trial_config) == record.number:
             del self._by_config[record.trial_config]
         self._returned.extend(self._waiting.pop(record.number, ()))

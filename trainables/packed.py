@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 ATTENTION, IN_ONE_KERNEL = "sdpa_of_rows", "varlen_of_rows"
 # Of which torch has a kernel for rows of several lengths.
 KERNEL_DEVICES, KERNEL_TYPES = ("cuda",), (torch.bfloat16, torch.float16)
+# What transformers sees in the place of a module whose keys are there for every head: it asks a module for its groups of heads.
+WITHOUT_GROUPS = nn.Identity()
 # Of what it computes, relative: some times a rounding of bf16, 2^-9.
 TOLERANCE = 0.02
 # Torch 2.11 takes fewer heads of keys without being told.
@@ -234,14 +236,6 @@ def _for_every_head(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     return key.repeat_interleave(num_sharing, 1), value.repeat_interleave(num_sharing, 1)
 
 
-class _Heads(nn.Module):
-    """What transformers looks at of a module whose keys and values are there for every head."""
-
-    def __init__(self, *, is_causal: bool) -> None:
-        super().__init__()
-        self.is_causal = is_causal
-
-
 def _attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -255,15 +249,20 @@ def _attention(
     in_one_kernel: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     if packed_rows is None:
         whole_key, whole_value = _for_every_head(query, key, value)
-        if whole_key is not key:
-            module, key, value = _Heads(is_causal=bool(getattr(module, "is_causal", True))), whole_key, whole_value
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
+            module if whole_key is key else WITHOUT_GROUPS,
+            query,
+            whole_key,
+            whole_value,
+            attention_mask,
+            scaling=scaling,
+            is_causal=causal,
+            **kwargs,
         )
         return found
-    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     attended = attention_by_rows(query, key, value, packed_rows, is_causal=causal, scale=scaling, in_one_kernel=in_one_kernel)
     return attended[None], None
 
@@ -283,6 +282,7 @@ def _mask(*, attention_mask: torch.Tensor | None = None, **options: Any) -> torc
     return sdpa_mask(attention_mask=attention_mask, **options | NO_SKIP)
 
 
-for name, attention in ((ATTENTION, _attention), (IN_ONE_KERNEL, _attention_in_one_kernel)):
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, _mask)
+AttentionInterface.register(ATTENTION, _attention)
+AttentionInterface.register(IN_ONE_KERNEL, _attention_in_one_kernel)
+AttentionMaskInterface.register(ATTENTION, _mask)
+AttentionMaskInterface.register(IN_ONE_KERNEL, _mask)
