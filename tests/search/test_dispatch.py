@@ -250,7 +250,8 @@ async def test_groups_of_one_size_that_never_start_fail_the_jobs_that_wait_for_t
         await asyncio.sleep(0.001)
     assert poll.result()[-1]["kind"] == "no_workers"
     await dispatcher.finish(healthy["group_id"], generation, 1, {"state": "complete"})
-    assert (await dispatcher.poll("small"))[-1]["state"] == "complete"
+    started, ended = await dispatcher.poll("small")
+    assert (started["event"], ended["event"], ended["state"]) == ("started", "ended", "complete")
     assert {(g["group_id"], g["state"]) for g in await dispatcher.groups() if g["world_size"] == 1} == {(healthy["group_id"], "idle")}
 
 

@@ -273,7 +273,10 @@ def test_steps_that_cannot_be_timed_are_tried_once_whatever_recipes_have_them(tm
     assert len(tried) == num_tried
     records = engine.state.records.values()
     assert sum(record.state is TrialState.COMPLETE for record in records) == 6
-    assert {record.error and record.error["message"] for record in records if record.source is not None} == {"no compiler"}
+    timed = [record for record in records if record.source is not None]
+    assert {record.error and record.error["message"] for record in timed} == {"no compiler"}
+    # Of what waited when the first one failed there is a trial; later recipes have none.
+    assert len(timed) == 6 if kind == "worker_lost" else len(timed) <= 3
 
 
 def test_a_layout_that_cannot_be_timed_is_not_proposed_again_of_what_is_trained(tmp_path: Path) -> None:
