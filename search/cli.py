@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -143,22 +142,26 @@ def search(spec: SpecPath, set_: Set = None, budget: Budget = None, quiet: Quiet
 
 
 @app.command()
-def resume(name: Name, directory: Directory = RUNS, quiet: Quiet = False, json_: Json = False) -> None:
-    """Go on with a search that was interrupted or killed."""
+def resume(name: Name, directory: Directory = RUNS, budget: Budget = None, quiet: Quiet = False, json_: Json = False) -> None:
+    """Go on with a search that was interrupted or killed, or has a later end now."""
     from search.console import SearchView
-    from search.ledger import Ledger, replay
+    from search.ledger import Ledger
+    from search.lengthening import give_budget
     from search.session import resume as resume_search
     from search.store import Store
 
     with clear_errors():
         store = Store.open(name, directory)
+        if budget:
+            give_budget(store, budget)
         with SearchView(store.load_spec().spec, quiet=quiet) as view:
             resume_search(store, view)
         _show_calibration(store, json_)
         _show_front(str(store.root), directory, json_)
-        began = replay(Ledger(store.ledger_path).events()).started or {}
-        if str(began.get("command")).startswith("paretune compare-methods "):
-            print(f"a comparison of methods: `{began['command']}` goes on with its further rates and seeds", file=sys.stderr)
+        begun = [e.get("command") for e in Ledger(store.ledger_path).events() if e["event"] in ("search_started", "lengthened")]
+        own = next((command for command in reversed(begun) if command), "")
+        if own.startswith("paretune compare-methods "):
+            print(f"a comparison of methods: `{own}` goes on with its further rates and seeds", file=sys.stderr)
 
 
 def _show_calibration(store: Store, json_: bool) -> None:
@@ -270,11 +273,8 @@ def compare_methods(
         try:
             chosen = None if methods is None else tuple(map(comparison.Method.parse, methods.split(",")))
             say = teller(quiet=quiet)
-            loaded = compare.grid_spec(spec, set_ or (), chosen, compare.parse_fractions(fractions), say)
-            say(
-                f"{loaded.spec.budget.max_trials} trainings: every method with every share of the rows and three learning rates, "
-                "whatever the file has of these; further rates where the best one is the lowest or the highest"
-            )
+            shares = None if fractions is None else compare.parse_fractions(fractions)
+            loaded = compare.grid_spec(spec, set_ or (), chosen, shares, say)
             with SearchView(loaded.spec, quiet=quiet) as view:
                 store = compare.search(loaded, view)
             found, files, failures = compare.confirm_best(store, num_seeds=seeds, say=say)
@@ -389,9 +389,9 @@ def doctor(directory: Directory = RUNS, json_: Json = False) -> None:
         raise typer.Exit(FAILURE)
 
 
-def main(run: Callable[[], Any] = app) -> None:
+def main() -> None:
     """Run the command line; the entry point of the installed command."""
-    run()
+    app()
 
 
 if __name__ == "__main__":

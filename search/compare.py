@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 from search.comparison import FILES, METHODS, CompareError, Comparison, Method, comparison_of, configs_of, pair_of, pairs_of
 from search.confirm import confirm
 from search.ledger import Ledger
+from search.lengthening import lengthen
 from search.provenance import own_command
 from search.record import LASTING, TrialState
 from search.results import Results, load_results
@@ -43,18 +44,20 @@ LADDER = tuple(2.0**exponent for exponent in range(-3, 5))
 COMPARED = ("adapter", "learning_rate", "dataset_fraction", "lora_rank", "quantization")
 # Of a budget; its trials are the points.
 LIMITS = ("minutes", "device_hours", "dollars")
+GRID = (
+    "every method with every share of the rows and three learning rates, whatever the file has of these; further rates where the "
+    "best one is the lowest or the highest"
+)
 # More workers than any layout needs.
 EVERYWHERE = 4096
 
 
-def parse_fractions(text: str | None) -> tuple[float, ...]:
+def parse_fractions(text: str) -> tuple[float, ...]:
     """Read shares of the rows with commas.
 
     Raises:
         CompareError: one is none.
     """
-    if text is None:
-        return FRACTIONS
     try:
         fractions = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -68,7 +71,7 @@ def grid_spec(
     path: Path,
     overrides: Sequence[str],
     methods: Sequence[Method] | None,
-    fractions: Sequence[float],
+    fractions: Sequence[float] | None,
     say: Callable[[str], None] = lambda _: None,
 ) -> LoadedSpec:
     """Return the search that trains every method at every share of the rows with every one of `RATES`, and nothing else.
@@ -79,9 +82,9 @@ def grid_spec(
     Args:
         path: the user's file.
         overrides: of the command line.
-        methods: at least one; None: of `METHODS` those that the model can be trained with.
-        fractions: of the training rows.
-        say: is told which of `METHODS` are left out, and why.
+        methods: at least one; None: those of the comparison that is there, else of `METHODS` those that the model can train with.
+        fractions: of the training rows; None: those of the comparison that is there, else `FRACTIONS`.
+        say: is told how many trainings a new one is, and which of `METHODS` are left out, and why.
 
     Raises:
         SpecError: the file or its model cannot be used.
@@ -92,36 +95,34 @@ def grid_spec(
     spec, width = loaded.spec, shape.hidden_size
     if not any(metric_of(o.metric).section == "eval" for o in spec.resolved_objectives()):
         raise CompareError("objectives: none says how good a model is; allowed: with accuracy, eval_loss or another score among them")
-    limits = Limits(num_workers=EVERYWHERE, hidden_size=width, max_length=spec.model.max_length)
-    limits = replace(limits, is_on_gpu=spec.resources.gpus_per_worker > 0)
-    with suppress(ShapeError):  # a family without formulas
-        limits = replace(limits, plan=blueprint(config, spec.model.task))
-    methods, fractions = _trainable(methods, spec.space, limits, say), sorted(set(fractions))
+    known = _pairs_there(_store(spec.directory, _name_of(spec, path)))
+    is_known = bool(known) and methods is None and fractions is None
+    methods = _trainable(methods or [m for m, _ in known] or None, spec, _limits(spec, config, width), say)
+    fractions = sorted(set(fractions or [fraction for _, fraction in known] or FRACTIONS))
     adapters = list(dict.fromkeys(method.adapter for method in methods))
     ladder = {a: [rate for factor in LADDER if (rate := factor * usual_rate(a, width)) <= HIGHEST_RATE] for a in adapters}
-    points = [
-        {**method.params, "dataset_fraction": fraction, "learning_rate": factor * usual_rate(method.adapter, width)}
-        for fraction in fractions
-        for method in methods
-        for factor in RATES
-    ]
-    ranks = [method.rank for method in methods if method.rank is not None]
+    pairs = [(m, f) for f in fractions for m in methods if not is_known or (m, f) in known]
+    rates = {m: [factor * usual_rate(m.adapter, width) for factor in RATES] for m in methods}
+    points = [{**m.params, "dataset_fraction": f, "learning_rate": rate} for m, f in pairs for rate in rates[m]]
+    ranked = [method for method in methods if method.rank is not None]
     values: dict[str, Any] = {
         **{f"space.{knob}": value for knob, value in _fixed_knobs(spec.space).items()},
         "space.adapter": _choice(adapters),
         "space.dataset_fraction": _choice(fractions),
         "space.learning_rate": {"by_adapter": {adapter: {"choice": rates} for adapter, rates in ladder.items()}},
-        "space.quantization": _choice([method.quantization for method in methods if method.rank is not None] or ["none"]),
+        "space.quantization": _choice([method.quantization for method in ranked] or ["none"]),
         "sampler.points_to_evaluate": points,
         "scheduler.method": "none",
         "sampler.method": "points",
         "sampler.warm_start": None,
         "budget.trials": len(points),
         "budget.patience": None,
-        "name": f"{re.sub(r'[^A-Za-z0-9._-]', '-', spec.name or path.stem)[:40]}-methods",
+        "name": _name_of(spec, path),
     }
-    if ranks:
-        values["space.lora_rank"] = _choice(ranks)
+    if ranked:
+        values["space.lora_rank"] = _choice([method.rank for method in ranked])
+    if not known:
+        say(f"{len(points)} trainings: {GRID}")
     return load_spec(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in values.items())])
 
 
@@ -134,7 +135,7 @@ def search(loaded: LoadedSpec, emit: Emit) -> Store:
         StoreError: a search of another model or data set, or with another value of what is not compared, has the name.
         What `search.session.start` and `resume` raise, but where they ended without a result.
     """
-    store = Store(root=Path(loaded.spec.directory).absolute() / str(loaded.spec.name))
+    store = _store(loaded.spec.directory, str(loaded.spec.name))
     if store.ledger_path.exists():
         with store.lock():
             added = _add(store, loaded.spec)
@@ -146,12 +147,24 @@ def search(loaded: LoadedSpec, emit: Emit) -> Store:
         with store.lock():
             results = _results(store)
             points = further_rates(results.spec, results) if results.state.finished else []
-            longer = _lengthen(store, results.spec, points, _beyond(results.spec, points)) if points else None
+            longer = _with_points(store, results.spec, points, _beyond(results.spec, points)) if points else None
         if results.state.finished and longer is None:
             return store
         if longer is not None:
             emit(longer)
         _to_its_end(store, lambda: resume(store, emit, own_command()))
+
+
+def _store(directory: str, name: str) -> Store:
+    return Store(root=Path(directory).absolute() / name)
+
+
+def _name_of(spec: SearchSpec, path: Path) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '-', spec.name or path.stem)[:40]}-methods"
+
+
+def _pairs_there(store: Store) -> list[tuple[Method, float]]:
+    return pairs_of(store.load_spec().spec) if store.ledger_path.exists() else []
 
 
 def _to_its_end(store: Store, run: Callable[[], Store]) -> None:
@@ -212,10 +225,12 @@ def _add(store: Store, asked: SearchSpec) -> dict[str, Any] | None:
     further = [point for config, point in points if pair_of(config) in lacking]
     # What ends it is as this command has it: a comparison that a limit ended goes on with a later one.
     budget = known.budget.model_copy(update={name: getattr(asked.budget, name) for name in LIMITS})
-    grown = known.model_copy(update={"space": _joined(known.space, asked.space), "budget": budget})
+    price = asked.resources.price_per_device_hour or known.resources.price_per_device_hour
+    resources = known.resources.model_copy(update={"price_per_device_hour": price})
+    grown = known.model_copy(update={"space": _joined(known.space, asked.space), "budget": budget, "resources": resources})
     words = ", ".join(f"{method.name} ({fraction:.3g})" for method, fraction in lacking)
     why = f"methods and shares of the rows that it did not have: {words}" if lacking else "limits in time or money are others now"
-    return _lengthen(store, grown, further, why) if lacking or budget != known.budget else None
+    return _with_points(store, grown, further, why) if lacking or (budget, resources) != (known.budget, known.resources) else None
 
 
 def _joined(known: SpaceSpec, asked: SpaceSpec) -> SpaceSpec:
@@ -228,8 +243,8 @@ def _joined(known: SpaceSpec, asked: SpaceSpec) -> SpaceSpec:
     return SpaceSpec.model_validate(values)
 
 
-def _lengthen(store: Store, spec: SearchSpec, points: Sequence[dict[str, Any]], why: str) -> dict[str, Any]:
-    """Give a search further points to train when it is resumed; return what the ledger says of it.
+def _with_points(store: Store, spec: SearchSpec, points: Sequence[dict[str, Any]], why: str) -> dict[str, Any]:
+    """Give a comparison further points to train when it is resumed; return what the ledger says of it.
 
     Args:
         store: of the search.
@@ -240,10 +255,7 @@ def _lengthen(store: Store, spec: SearchSpec, points: Sequence[dict[str, Any]], 
     every = (*(spec.sampler.points_to_evaluate or ()), *points)
     sampler = spec.sampler.model_copy(update={"points_to_evaluate": every})
     budget = spec.budget.model_copy(update={"trials": len(every)})
-    # First that it is not at its end any more: whatever comes between, the same command finds further points again.
-    longer = Ledger(store.ledger_path).append("lengthened", num_trials=len(every), num_further=len(points), why=why)
-    store.write_spec(spec.model_copy(update={"sampler": sampler, "budget": budget}))
-    return longer
+    return lengthen(store, spec.model_copy(update={"sampler": sampler, "budget": budget}), why, num_further=len(points))
 
 
 def _beyond(spec: SearchSpec, points: Sequence[dict[str, Any]]) -> str:
@@ -292,13 +304,22 @@ def _fixed_knobs(space: SpaceSpec) -> dict[str, Any]:
     return fixed | {knob: value for knob, value in idle.items() if knob not in COMPARED}
 
 
-def _trainable(methods: Sequence[Method] | None, space: SpaceSpec, limits: Limits, say: Callable[[str], None]) -> list[Method]:
+def _limits(spec: SearchSpec, config: Mapping[str, Any], width: int) -> Limits:
+    """Return what decides whether a method can be trained somewhere, whatever machine that is."""
+    is_on_gpu = spec.resources.gpus_per_worker > 0
+    limits = Limits(num_workers=EVERYWHERE, hidden_size=width, max_length=spec.model.max_length, is_on_gpu=is_on_gpu)
+    with suppress(ShapeError):  # a family without formulas
+        limits = replace(limits, plan=blueprint(config, spec.model.task))
+    return limits
+
+
+def _trainable(methods: Sequence[Method] | None, spec: SearchSpec, limits: Limits, say: Callable[[str], None]) -> list[Method]:
     """Return the methods, each once; of those that nobody asked for, the ones that can be trained somewhere.
 
     Raises:
         CompareError: one that was asked for cannot.
     """
-    found = []
+    found, space = [], spec.space
     for method in dict.fromkeys(METHODS if methods is None else methods):
         # The space may have no such adapter, and then no learning rate of it, which decides nothing here.
         own = {knob: getattr(space, knob).ends()[0] for knob in ADAPTER_KNOBS[method.adapter]}

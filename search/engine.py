@@ -75,7 +75,7 @@ class Engine:
         records = list(self._state.records.values())
         # Under another layout a trial is only timed where all objectives follow from that.
         self._reuses = spec.reuse and not NOT_FROM_PROFILE & {o.metric for o in spec.resolved_objectives()}
-        self._known = Known(records)
+        self._known = Known(records, outlook.has_profile)
         self._exhausted = ""
         self._violated: dict[str, float] = {}
         self._spending = Spending(spec, self._state, clock)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from search.record import LASTING, TrialRecord, TrialState
 from search.study import Proposal
 from spaces.config import Recipe, TrialConfig
 
-# What a step fails by whenever it is tried: its model, its layout, the device's memory, or ranks that do not come together; not a
-# worker that was lost.
-OF_STEPS = ("error", "out_of_memory", "no_workers")
+# What a step fails by whenever it is tried: its model, its layout, or the memory; not workers that were lost, or did not come.
+OF_STEPS = ("error", "out_of_memory")
 
 
 class Known:
@@ -20,7 +19,14 @@ class Known:
     What waits is in memory alone: the ledger hears of a proposal when it becomes a trial; after a crash the sampler proposes anew.
     """
 
-    def __init__(self, records: Iterable[TrialRecord]) -> None:
+    def __init__(self, records: Iterable[TrialRecord], has_profile: Callable[[TrialConfig], bool] = lambda _: False) -> None:
+        """Take up what is known.
+
+        Args:
+            records: the trials up to now.
+            has_profile: whether such steps were timed after all, as by `paretune profile` once what they failed by was mended.
+        """
+        self._has_profile = has_profile
         self._trained: dict[Recipe, int] = {}
         self._diverged: dict[Recipe, int] = {}
         self._in_training: dict[Recipe, int] = {}
@@ -79,7 +85,7 @@ class Known:
             self._trained[recipe] = record.number
         elif record.source is None and record.error is not None and record.error["kind"] == LASTING:
             self._diverged[recipe] = record.number
-        elif record.source is not None and record.error is not None and record.error["kind"] in OF_STEPS:
+        elif _cannot_be_timed(record) and not self._has_profile(record.trial_config):
             self._untimed[record.trial_config.of_step()] = record
         if record.was_cut_off and self._by_config.get(record.trial_config) == record.number:
             del self._by_config[record.trial_config]
@@ -100,3 +106,7 @@ class Known:
     @property
     def has_returned(self) -> bool:
         return bool(self._returned)
+
+
+def _cannot_be_timed(record: TrialRecord) -> bool:
+    return record.source is not None and record.error is not None and record.error["kind"] in OF_STEPS

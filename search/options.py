@@ -20,7 +20,9 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 Budget = Annotated[
     list[str] | None,
     typer.Option(
-        "--budget", metavar="AMOUNT", help="Instead of the file's: 50trials, 30m, 2h, 8gpu-hours, 40usd; the first reached ends."
+        "--budget",
+        metavar="AMOUNT",
+        help="Of the whole search, instead of its file's: 50trials, 30m, 2h, 8gpu-hours, 40usd; the first reached ends.",
     ),
 ]
 Directory = Annotated[Path, typer.Option("--directory", help="Where the searches are.")]

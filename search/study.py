@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -197,7 +197,7 @@ class Study:
 
     def _strike(self, params: Mapping[str, Any]) -> None:
         """Take what was proposed off the points that the user gave; of several that it may be, the first."""
-        place = next((n for n, point in enumerate(self._points) if _is_at(params, point)), None)
+        place = next((n for n, point in enumerate(self._points) if _is_at(params, point, self._space.profiled_knobs())), None)
         if place is not None:
             del self._points[place]
 
@@ -357,9 +357,12 @@ def _scaled(metric: str, value: float) -> float:
     return math.log(max(value, SMALLEST)) if is_ratio else value
 
 
-def _is_at(params: Mapping[str, Any], point: Mapping[str, Any]) -> bool:
-    """Return whether params have the values of a point; what a sampler sees by its logarithm comes back with another last digit."""
-    pairs = [(params.get(knob), value) for knob, value in point.items()]
+def _is_at(params: Mapping[str, Any], point: Mapping[str, Any], measured: Collection[str]) -> bool:
+    """Return whether params have the values of a point; what a sampler sees by its logarithm comes back with another last digit.
+
+    Of knobs that are measured, params have the first value, whatever the point has.
+    """
+    pairs = [(params.get(knob), value) for knob, value in point.items() if knob not in measured]
     return all(math.isclose(a, b, rel_tol=1e-9) if isinstance(b, float) and isinstance(a, float) else a == b for a, b in pairs)
 
 

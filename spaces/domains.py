@@ -255,8 +255,10 @@ class _Range(OneKey, Generic[T]):
         return low, high
 
     def encode(self, name: str, value: Any) -> dict[str, Any]:
-        """Return the value itself."""
+        """Return the value itself, of an integer also where it is given as 2.0."""
         low, high = self.bounds
+        if self.is_whole and isinstance(value, float) and value.is_integer():
+            value = int(value)
         number = int if self.is_whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, number) or not low <= value <= high:
             what = "is an integer" if self.is_whole else "lies"

@@ -292,7 +292,7 @@ class SpaceSpec(BaseModel):
 
         Of those that are trained alike, as all strategies on one rank, the first stands for all.
         """
-        knobs = ("adapter", "quantization", "precision", "global_batch_size", "micro_batch_size", "recomputation")
+        knobs = ("adapter", "quantization", "precision", "global_batch_size", "micro_batch_size", "recomputation", "compile")
         seen: set[tuple[TrialConfig, bool]] = set()
         for world_size, strategy in self.layouts():
             varied = (*knobs, *STRATEGY_KNOBS[strategy])

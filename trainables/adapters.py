@@ -6,8 +6,10 @@ import copy
 import difflib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -25,10 +27,11 @@ from trainables.rotation import rotate
 # After `trainables.quantize`, which tells the logger of bitsandbytes: PEFT imports that.
 from peft import IA3Config, LoraConfig, OFTConfig, TaskType, VeraConfig, get_peft_model
 from peft.tuners.lora import Linear, LoraLayer
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import LoraVariant, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.oft import OFTLayer
 from peft.tuners.oft.layer import OFTRotationModule
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 
 # PEFT asks for it by the name that it had before transformers 5.24.
@@ -37,8 +40,18 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
 
 
+@contextmanager
+def _drawn_in_fp32() -> Iterator[None]:
+    """Have PEFT leave what it draws in fp32: it rounds that to the base's number format first, DoRA's norms of the base too."""
+    with ExitStack() as stack:
+        for kind in (BaseTunerLayer, ParamWrapper):
+            stack.enter_context(patch.object(kind, "_move_adapter_to_device_of_base_layer", lambda *_, **__: None))
+        yield
+
+
+@_drawn_in_fp32()
 def add_adapter(module: nn.Module, recipe: Recipe, task: str, new_parameters: tuple[str, ...]) -> nn.Module:
-    """Freeze the model and add a trainable adapter.
+    """Freeze the model and add a trainable adapter, which is on the CPU.
 
     What the pretrained weights lack is trained whole: a small update of random weights would leave them random.
 

@@ -21,9 +21,11 @@ from trainables import bottleneck
 from trainables.checkpoint import read_checkpoint
 from trainables.data import TaskData
 from trainables.evaluation import evaluate, score_completions
+from trainables.loop import memory_errors
 from trainables.mesh import World
 from trainables.model import BaseModel, build, quietly, trainable
 from trainables.quantize import is_head, pack_linears, spread_out
+from trainables.report import OutOfMemory
 from trainables.tokenization import load_tokenizer
 from trainables.whole import load_weights
 
@@ -125,7 +127,7 @@ def scores(module: nn.Module, config: TrialConfig, data: TaskData, base: BaseMod
 
     config = replace(config, layout=_one_rank(config))
     if torch.cuda.is_available():
-        with suppress(torch.OutOfMemoryError):
+        with suppress(OutOfMemory), memory_errors():
             return on("cuda")
     return on("cpu")
 

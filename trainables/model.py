@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from spaces.architecture import ModelShape
 from spaces.config import Quantization, TrialConfig
@@ -27,12 +33,18 @@ from trainables.parallelize import parallelize
 from trainables.quantize import Packed, pack_linears, quantize
 from trainables.trained_rows import train_used_rows
 
+# What safetensors calls the formats in which weights are kept as they are stored.
+HALF_FORMATS = {"BF16": torch.bfloat16, "F16": torch.float16}
 CLASSES = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseModel:
-    """A pretrained model on the CPU, in fp32."""
+    """A pretrained model on the CPU, in the number format of its files.
+
+    As they are stored, weights are pages of the file, which all workers of a machine share: an 8B model in bf16 takes 16 GB of a host
+    with eight GPUs, where in fp32 it would take 256.
+    """
 
     name: str
     revision: str | None
@@ -63,17 +75,20 @@ class BaseModel:
             config.label2id = {label: i for i, label in enumerate(label_names)}
             if getattr(config, "pad_token_id", None) is None:
                 config.pad_token_id = getattr(config, "eos_token_id", None)
+        stored = _stored_format(name, revision)
         with quietly():
             module, info = CLASSES[task].from_pretrained(
                 name,
                 revision=revision,
                 config=config,
-                dtype=torch.float32,
+                dtype=stored,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-        attend_by_rows(module)
         new = {*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))}
+        if stored != torch.float32:
+            _compute_in_fp32(module, CLASSES[task], new)
+        attend_by_rows(module)
         return BaseModel(
             name=name,
             revision=revision,
@@ -84,15 +99,17 @@ class BaseModel:
         )
 
     def copy(self, *, is_frozen: bool) -> nn.Module:
-        """Return a copy of the model; frozen, its pretrained weights are the base's own and must not change."""
-        memo = {}
-        if is_frozen:
-            own = {n: p for n, p in self.module.named_parameters() if n not in self.new_parameters}
-            # What deepcopy finds in its memo, it takes instead of a copy.
-            memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in own.values()}
-        else:
+        """Return a copy of the model in fp32; frozen, its pretrained weights are the base's own and must not change."""
+        if not is_frozen:
             self._held.clear()  # memory that this trial may need
             self._packed.clear()
+        # What deepcopy finds in its memo, it takes instead of a copy.
+        memo = {}
+        for name, weights in self.module.named_parameters():
+            if is_frozen and name not in self.new_parameters:
+                memo[id(weights)] = nn.Parameter(weights.detach(), requires_grad=False)
+            else:
+                memo[id(weights)] = nn.Parameter(weights.detach().to(torch.float32, copy=True))
         return copy.deepcopy(self.module, memo)
 
     def quantize(self, module: nn.Module, method: Quantization, dtype: torch.dtype, device: torch.device) -> None:
@@ -166,6 +183,8 @@ def build(
         _initialise(module, base.new_parameters)
         if recipe.adapter != "none":
             module = add_adapter(module, recipe, base.task, base.new_parameters)
+            for parameter in trainable(module).values():
+                parameter.data = parameter.data.float()
             base.hold_frozen(module, frozen, device)
     if used_tokens is not None:
         train_used_rows(module, config, used_tokens)
@@ -180,6 +199,41 @@ def unwrapped(module: nn.Module) -> Any:
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that train, by their names without wrappers."""
     return {name: p for name, p in unwrapped(module).named_parameters() if p.requires_grad}
+
+
+def _stored_format(name: str, revision: str | None) -> torch.dtype:
+    """Return the half format that all weights of a model are stored in; fp32 where they are not, or are in no safetensors."""
+    formats = set()
+    for path in _weight_files(name, revision):
+        with safe_open(path, framework="pt") as file:
+            formats |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  # no mapping
+    floats = {given for given in formats if "F" in given}
+    return HALF_FORMATS.get(floats.pop(), torch.float32) if len(floats) == 1 else torch.float32
+
+
+def _weight_files(name: str, revision: str | None) -> list[str]:
+    def find(file: str) -> str | None:
+        found: str | None = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return found
+
+    if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
+        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    else:
+        names = [SAFE_WEIGHTS_NAME]
+    return [path for path in map(find, names) if path is not None]
+
+
+def _compute_in_fp32(module: Any, kind: Any, new_parameters: set[str]) -> None:
+    """Give a model in a half format what one that is loaded in fp32 has beside the weights: tables, new parameters, configuration."""
+    module.config.dtype = torch.float32
+    with init_empty_weights(include_buffers=False):
+        tables = dict(kind.from_config(module.config, dtype=torch.float32).named_buffers())
+    for name, table in module.named_buffers():
+        if table.is_floating_point():
+            table.data = tables[name].to(torch.float32)
+    for name, parameter in module.named_parameters():
+        if name in new_parameters:
+            parameter.data = parameter.data.float()
 
 
 def _initialise(module: nn.Module, names: tuple[str, ...]) -> None:

@@ -35,7 +35,7 @@ from trainables.packed_rows import PackedRows
 logger = logging.getLogger(__name__)
 
 # Under these names transformers finds what is below. Where rows are padded, it is `scaled_dot_product_attention` as ever.
-ATTENTION, IN_ONE_KERNEL = "sdpa_of_rows", "varlen_of_rows"
+BY_ROWS = ATTENTION, IN_ONE_KERNEL = "sdpa_of_rows", "varlen_of_rows"
 # Of which torch has a kernel for rows of several lengths.
 KERNEL_DEVICES, KERNEL_TYPES = ("cuda",), (torch.bfloat16, torch.float16)
 # What transformers sees in the place of a module whose keys are there for every head: it asks a module for its groups of heads.
@@ -58,7 +58,7 @@ def packing_for(module: Any, config: TrialConfig, data: TaskData) -> Packing | N
         config: the trial's.
         data: its data.
     """
-    if module.config._attn_implementation != ATTENTION:
+    if module.config._attn_implementation not in BY_ROWS:
         return None
     return packing_of(module.config.to_dict(), data.task, config, data.longest)
 
@@ -100,7 +100,7 @@ def inputs_of(module: Any, batch: Batch) -> Iterator[dict[str, Any]]:
     inputs = batch.inputs()
     # A prefix is a cache, behind which nobody looks; given a mask, PEFT would send what it masks of the prefix from the host.
     is_prefixed = batch.packed is not None and batch.packed.num_before > 0
-    if module.config._attn_implementation in (ATTENTION, IN_ONE_KERNEL) and batch.attention_mask is None and not is_prefixed:
+    if module.config._attn_implementation in BY_ROWS and batch.attention_mask is None and not is_prefixed:
         inputs["attention_mask"] = torch.ones_like(batch.input_ids)
     token = _batch.set(batch)
     try:

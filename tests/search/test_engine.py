@@ -10,6 +10,7 @@ import pytest
 from engines import STOP, Clock, Profiles, make, report
 
 from search.engine import Assignment, Engine, SearchExhausted
+from search.known import Known
 from search.ledger import Ledger, replay
 from search.pareto import front
 from search.record import TrialState
@@ -252,7 +253,7 @@ def test_where_layouts_are_timed_a_search_by_the_model_ends_and_resumes(tmp_path
     assert resumed.is_handed_out
 
 
-@pytest.mark.parametrize(("kind", "num_tried"), [("error", 1), ("out_of_memory", 1), ("worker_lost", 6)])
+@pytest.mark.parametrize(("kind", "num_tried"), [("error", 1), ("out_of_memory", 1), ("worker_lost", 6), ("no_workers", 6)])
 def test_steps_that_cannot_be_timed_are_tried_once_whatever_recipes_have_them(tmp_path: Path, kind: str, num_tried: int) -> None:
     tried, live = [], list[Assignment]()
     for trials in (3, 6):  # the search and its resume
@@ -276,7 +277,12 @@ def test_steps_that_cannot_be_timed_are_tried_once_whatever_recipes_have_them(tm
     timed = [record for record in records if record.source is not None]
     assert {record.error and record.error["message"] for record in timed} == {"no compiler"}
     # Of what waited when the first one failed there is a trial; later recipes have none.
-    assert len(timed) == 6 if kind == "worker_lost" else len(timed) <= 3
+    assert len(timed) == 6 if num_tried == 6 else len(timed) <= 3
+    if num_tried == 1:
+        config = timed[0].trial_config
+        assert Known(records).why_untimed(config) is not None
+        # Such steps have been timed since then.
+        assert Known(records, lambda other: other.of_step() == config.of_step()).why_untimed(config) is None
 
 
 def test_a_layout_that_cannot_be_timed_is_not_proposed_again_of_what_is_trained(tmp_path: Path) -> None:

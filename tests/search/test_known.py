@@ -130,6 +130,23 @@ def test_what_the_budget_cut_off_is_trained_where_there_is_more_of_it(tmp_path: 
     assert states(resumed)[2] == ("COMPLETE", [0.5, 9.0]), "now it is known"
 
 
+def test_points_that_a_limit_cut_off_have_a_place_in_a_budget_of_as_many(tmp_path: Path) -> None:
+    engine, _, _ = make(tmp_path, trials=2, points=[ONE, OTHER], **SPACE)
+    first, second = engine.next(), engine.next()
+    assert first is not None
+    assert second is not None
+    end(engine, first, {"state": "complete"})
+    engine.ended(second.number, {"state": "stopped"})
+    assert engine.num_left == 1
+    engine.finished("1 minutes used up")
+    resumed, _, _ = make(tmp_path, trials=2, points=[ONE, OTHER], **SPACE)
+    again = resumed.next()
+    assert again is not None
+    assert again.config == second.config
+    end(resumed, again, {"state": "complete"})
+    assert resumed.num_left == 0
+
+
 def test_who_waited_in_vain_until_the_budget_was_used_up_is_left(tmp_path: Path) -> None:
     engine, _, _ = make(tmp_path, trials=2, points=POINTS, **SPACE)
     first, second = two(engine)

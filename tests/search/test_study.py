@@ -345,6 +345,11 @@ def test_points_that_were_not_begun_or_cut_off_are_proposed_after_a_resume() -> 
     found = [again.ask().params for _ in range(2)]
     assert [(round(p["learning_rate"], 6), p["world_size"]) for p in found] == [(1e-3, 2), (3e-3, 1)]
     assert waiting.params["world_size"] == 2
+    measured = {**space, "world_size": {"profile": [2, 1]}}
+    assert make(points=points[:1], **measured).ask().params["world_size"] == 2, "whatever the point has of what is measured"
+    again = make(points=points[:1], sampler="points", **measured)
+    again.restore({0: {**first.params, "world_size": 2}})
+    assert again.is_over
     cut = make(points=points, sampler="points", **space)
     cut.restore(begun, cut_off={1})
     found = []

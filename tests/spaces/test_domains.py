@@ -159,5 +159,13 @@ def test_optuna_is_a_suggester_and_reaches_every_value():
     assert 70 < small < 130
 
 
+@pytest.mark.parametrize("value", [2, 2.0])
+def test_an_integer_of_a_range_may_be_given_as_a_float(value: float) -> None:
+    """As earlier searches have it, whose space had a choice of floats."""
+    encoded = INTS.validate_python({"int": [1, 3]}).encode("epochs", value)
+    assert encoded == {"epochs": 2}
+    assert type(encoded["epochs"]) is int
+
+
 def test_int_range_stands_beside_floats_only_where_it_is_meant():
     assert isinstance(INTS.validate_python({"int": [1, 3]}), IntRange)

@@ -356,3 +356,10 @@ def test_profile_alone_is_every_value() -> None:
     space = SpaceSpec.model_validate({"world_size": "profile", "recomputation": "profile"})
     assert space.world_size.ends()[:4] == [1, 2, 4, 8]
     assert space.recomputation.ends() == ["none", "half", "full"]
+
+
+@pytest.mark.parametrize("kind", ["choice", "profile"])
+def test_corners_have_every_way_to_compile(kind: str) -> None:
+    """What cannot be trained compiled may be trained without."""
+    corners = space(compile={kind: ["blocks", "none"]}).corners()
+    assert {params["compile"] for params in corners} == {"blocks", "none"}

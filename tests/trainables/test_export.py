@@ -297,7 +297,10 @@ def test_an_adapters_files_name_the_base_on_the_hub(parts: Parts, tmp_path: Path
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "org/name"
 
 
-def test_what_does_not_fit_a_gpu_is_scored_on_the_cpu(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")]
+)
+def test_what_does_not_fit_a_gpu_is_scored_on_the_cpu(error: RuntimeError, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     data, base = parts
     config = config_of(adapter="none")
     module = build(config, base, World.alone())
@@ -307,7 +310,7 @@ def test_what_does_not_fit_a_gpu_is_scored_on_the_cpu(parts: Parts, monkeypatch:
     def to(self: torch.nn.Module, device: Any, *args: Any) -> torch.nn.Module:
         moves.append(str(device))
         if str(device) == "cuda":
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return move(self, device, *args)
 
     monkeypatch.setattr("trainables.export.torch.cuda.is_available", lambda: True)

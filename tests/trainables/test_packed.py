@@ -59,7 +59,10 @@ def test_the_kernel_for_all_rows_computes_what_those_of_one_length_do(family: st
     batch = collate(data.train, np.arange(len(LENGTHS)), 0, packing_for(base.module, config, data))
     expected_loss, expected = gradients(module, [batch], case.task)
     with varlen_on_cpu(base.shape.head_dim) as called:
-        loss, found = gradients(build(config, base, World.alone()).train(), [batch], case.task)
+        built = build(config, base, World.alone())
+        # Evaluation asks the built model, training the base.
+        assert packing_for(built, config, data) == packing_for(base.module, config, data) is not None
+        loss, found = gradients(built.train(), [batch], case.task)
     assert called == ["forward"] * base.shape.num_layers + ["backward"] * base.shape.num_layers
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     for name, gradient in expected.items():

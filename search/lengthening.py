@@ -1,0 +1,56 @@
+"""A search gets a later end: further points, or another budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from search.budget import amount_text, limits_of, used
+from search.ledger import Ledger, replay
+from search.provenance import own_command
+from search.store import Store, StoreError
+from spaces.loading import load_spec
+from spaces.spec import SearchSpec
+
+
+def lengthen(store: Store, spec: SearchSpec, why: str, *, num_further: int = 0) -> dict[str, Any]:
+    """Have a search go by another spec when it is resumed; return what the ledger says of it.
+
+    Args:
+        store: of the search.
+        spec: with more to do than it has.
+        why: in words.
+        num_further: points that are further.
+    """
+    # First that it is not at its end any more: whatever comes between, the same command goes on.
+    ledger = Ledger(store.ledger_path)
+    known = {"num_trials": spec.budget.max_trials, "num_further": num_further, "why": why}
+    longer = ledger.append("lengthened", **known, command=own_command())
+    store.write_spec(spec)
+    return longer
+
+
+def give_budget(store: Store, amounts: Sequence[str]) -> None:
+    """Give a search these limits in the place of its own.
+
+    Args:
+        store: of the search.
+        amounts: as `--budget` has them, of the whole search: what it has used counts.
+
+    Raises:
+        StoreError: it has used as much already, or is a comparison, whose own command takes limits.
+        spaces.loading.SpecError: one is no amount.
+    """
+    loaded, state = load_spec(store.spec_path, (), amounts), replay(Ledger(store.ledger_path).events())
+    started = (state.started or {}).get("command") or ""
+    if state.is_comparison or started.startswith("paretune compare-methods "):
+        raise StoreError(f"--budget: {store.name} is a comparison, which takes its limits from its own command: {started}")
+    spent = used(loaded.spec, state).as_dict()
+    limits = limits_of(loaded.spec.budget)
+    for limit, most in limits.items():
+        if spent.get(limit, 0.0) >= most:
+            taken = f"{amount_text(limit, spent[limit])} are used already"
+            raise StoreError(f"--budget: {amount_text(limit, most)} for the whole search, of which {taken}; allowed: more than that")
+    words = " or ".join(amount_text(limit, most) for limit, most in limits.items())
+    with store.lock():
+        lengthen(store, loaded.spec, f"its budget is now {words} in all")
