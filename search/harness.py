@@ -147,7 +147,7 @@ def _model(store: Store, spec: SearchSpec, record: TrialRecord | None) -> tuple[
     base = BaseModel.load(resolve_model(model.name, model.revision), model.revision, model.task, ())
     tokenizer = load_tokenizer(base.name, base.revision)
     if record is None:
-        return weights.for_use(base.copy(is_frozen=False), base), tokenizer
+        return weights.for_use(base.copy(), base), tokenizer
     config = record.trial_config
     try:
         module = weights.whole_module(config, base, store.trial_path(record.root) / "final")

@@ -49,15 +49,11 @@ class RankMemory:
 
 
 def host_bytes(plan: Blueprint, config: TrialConfig) -> int:
-    """Return what a rank leaves to its host with `offload: cpu`: its shards, their gradients and the optimizer's state.
-
-    What trains whole is copied from the base first, as wide as it is held, before it is spread over the ranks.
-    """
+    """Return what a rank leaves to its host with `offload: cpu`: its shards, their gradients and the optimizer's state."""
     if config.layout.offload == "none":
         return 0
     held = FP32_BYTES * (2 + ADAMW_STATES) * _num_updated(plan, config) + _frozen_bytes(plan, config)
-    copied = FP32_BYTES * plan.num_params if config.recipe.adapter == "none" else 0
-    return max(held // config.layout.num_shards, copied)
+    return held // config.layout.num_shards
 
 
 def num_trained(plan: Blueprint, recipe: Recipe) -> int:

@@ -91,7 +91,7 @@ def whole_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:
 
 def _spread_base(config: TrialConfig, base: BaseModel) -> BaseModel:
     """Return a base of its own, as merging changes weights that all trials share, with what quantised weights stand for."""
-    own = replace(base, module=base.copy(is_frozen=False), _held={}, _packed={})
+    own = replace(base, module=base.copy(), _held={}, _packed={})
     recipe = config.recipe
     packed = pack_linears(base.module, recipe.quantization, DTYPES[recipe.precision], torch.device("cpu"), base.new_parameters)
     spread_out(own.module, packed)

@@ -29,7 +29,7 @@ from trainables.first_tokens import end_at_first_tokens
 from trainables.mesh import World
 from trainables.meter import StepTimer
 from trainables.packed import attend_by_rows, attend_in_one_kernel
-from trainables.parallelize import parallelize
+from trainables.parallelize import own_in_fp32, parallelize
 from trainables.quantize import Packed, pack_linears, quantize
 from trainables.trained_rows import train_used_rows
 
@@ -98,19 +98,24 @@ class BaseModel:
             shape=ModelShape.from_config({**config.to_dict(), "architectures": [*architectures, type(module).__name__]}),
         )
 
-    def copy(self, *, is_frozen: bool) -> nn.Module:
-        """Return a copy of the model in fp32; frozen, its pretrained weights are the base's own and must not change."""
+    def share(self, *, is_frozen: bool) -> nn.Module:
+        """Return a model whose pretrained weights are the base's own and must not change: `parallelize` gives what trains others."""
         if not is_frozen:
             self._held.clear()  # memory that this trial may need
             self._packed.clear()
         # What deepcopy finds in its memo, it takes instead of a copy.
         memo = {}
         for name, weights in self.module.named_parameters():
-            if is_frozen and name not in self.new_parameters:
-                memo[id(weights)] = nn.Parameter(weights.detach(), requires_grad=False)
-            else:
-                memo[id(weights)] = nn.Parameter(weights.detach().to(torch.float32, copy=True))
+            is_new = name in self.new_parameters
+            shared = weights.detach().clone() if is_new else weights.detach()
+            memo[id(weights)] = nn.Parameter(shared, requires_grad=is_new or not is_frozen)
         return copy.deepcopy(self.module, memo)
+
+    def copy(self) -> nn.Module:
+        """Return a model in fp32 that shares nothing."""
+        module = self.share(is_frozen=False)
+        own_in_fp32(module, torch.device("cpu"))
+        return module
 
     def quantize(self, module: nn.Module, method: Quantization, dtype: torch.dtype, device: torch.device) -> None:
         """Quantise the linear layers of a frozen copy, once for all trials; one method on one device is kept at a time."""
@@ -172,7 +177,7 @@ def build(
     device = world.device if is_whole else torch.device("cpu")
     # Products of a bf16 recipe are in bf16 anyway, and an fp32 copy beside would be most of the memory.
     frozen = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    module = base.copy(is_frozen=recipe.adapter != "none")
+    module = base.share(is_frozen=recipe.adapter != "none")
     attend_in_one_kernel(module, recipe, world.device, base.shape.head_dim)
     if base.task == "sequence-classification":
         end_at_first_tokens(module)
@@ -183,12 +188,10 @@ def build(
         _initialise(module, base.new_parameters)
         if recipe.adapter != "none":
             module = add_adapter(module, recipe, base.task, base.new_parameters)
-            for parameter in trainable(module).values():
-                parameter.data = parameter.data.float()
             base.hold_frozen(module, frozen, device)
     if used_tokens is not None:
         train_used_rows(module, config, used_tokens)
-    return parallelize(module.to(device), config, world, timer, compilation)
+    return parallelize(module, config, world, timer, compilation)
 
 
 def unwrapped(module: nn.Module) -> Any:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -47,8 +48,11 @@ def parallelize(
     recompute(module, config.layout)
     if compilation is not None:
         compilation.blocks(blocks_of(module))
+    if not config.layout.is_sharded:
+        own_in_fp32(module, world.device)
+        module.to(world.device)
     if config.layout.data_parallel_size == 1 and not config.layout.is_sharded:
-        return module.to(world.device)
+        return module
     if config.layout.strategy == "ddp":
         # Buffers are tables that all ranks compute alike: without this they would be sent in every forward pass. And gradients would
         # be there twice, as such and in the buckets that are exchanged.
@@ -67,6 +71,7 @@ def parallelize(
         # From pinned memory a block comes while the one before computes.
         offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     for part in (*blocks_of(module), module):
+        own_in_fp32(part, world.device)
         fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload)
     mark(module, marks)
     # On a GPU the exchange is on streams of its own, and what the computation waits for it is not to be seen from here.
@@ -76,6 +81,16 @@ def parallelize(
                 part.set_custom_all_gather(cast("Any", _TimedExchange(timer, dist.all_gather_into_tensor)))
                 part.set_custom_reduce_scatter(cast("Any", _TimedExchange(timer, dist.reduce_scatter_tensor)))
     return module
+
+
+def own_in_fp32(part: nn.Module, device: torch.device) -> None:
+    """Give what trains, and was not sharded before, values of its own on a device: until then they are the base's, as that is stored.
+
+    Block by block, so that no host holds a whole copy for each rank.
+    """
+    for parameter in part.parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device).to(torch.float32, copy=True)
 
 
 def recompute(module: nn.Module, layout: Layout, watch: Callable[[], AbstractContextManager[object]] | None = None) -> None:

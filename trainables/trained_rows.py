@@ -50,7 +50,7 @@ class TrainedRows(nn.Module):
 
     def __init__(self, embedding: nn.Embedding, used: torch.Tensor) -> None:
         super().__init__()
-        whole, num_used = embedding.weight.detach(), len(used)
+        whole, num_used = embedding.weight.detach().float(), len(used)
         is_idle = torch.ones(len(whole), dtype=torch.bool)
         is_idle[used] = False
         order = torch.cat([used, is_idle.nonzero().flatten()])

@@ -194,7 +194,7 @@ def test_bottlenecks_of_another_model_are_refused(parts: Parts, tmp_path: Path) 
         with pytest.raises(ValueError, match=r"another model's: .* should have 32 outputs, and has"):
             bottleneck.load(other, tmp_path / "out")
         assert set(other.state_dict()) == before
-    model = bottleneck.load(base.copy(is_frozen=False), tmp_path / "out")
+    model = bottleneck.load(base.copy(), tmp_path / "out")
     with pytest.raises(ValueError, match="another model's"):
         bottleneck.load(model, tmp_path / "out")
 

@@ -38,7 +38,7 @@ def case_of(family: str, **knobs: Any) -> Case:
 
 def of_peft(base: BaseModel, weight: torch.Tensor) -> Any:
     """Return a prefix around a model as a user of PEFT makes it."""
-    module: Any = base.copy(is_frozen=False)
+    module: Any = base.copy()
     module.set_attn_implementation("eager")
     tokens = len(weight)
     model = get_peft_model(module, PrefixTuningConfig(num_virtual_tokens=tokens, task_type=TaskType.CAUSAL_LM))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import distributed
 import pytest
 import torch
 from families import make
@@ -13,6 +15,7 @@ from memory_grid import Case
 from safetensors.torch import load_file, save_file
 
 from spaces.blueprint import FAMILIES
+from trainables.loop import Command, train
 from trainables.loss import TrainingLoss
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
@@ -121,3 +124,28 @@ def test_shards_are_all_looked_at(tmp_path: Path) -> None:
     BaseModel.load.cache_clear()
     save_file({name: weights.float() for name, weights in load_file(files[-1]).items()}, files[-1], {"format": "pt"})
     assert BaseModel.load(str(tmp_path), None, "causal-lm", ()).module.dtype == torch.float32
+
+
+def curves(world: World, half: str, whole: str) -> list[tuple[list[float], list[float]]]:
+    """Every strategy, in full and with an adapter, from both files."""
+    found = []
+    for strategy, adapter in product(("ddp", "fsdp", "tp"), ("none", "all-linear")):
+        case = Case(family="llama", adapter=adapter, rows=4, num_micro_batches=2)
+        trial, pair = case.config(world.world_size, strategy), []
+        for name in (half, whole):
+            base = BaseModel.load(name, None, case.task, ())
+            before = {name: weights.clone() for name, weights in base.module.named_parameters()}
+            reports = list(train(trial, case.data(16), base, world, control=lambda _: Command.CONTINUE, checkpoints=None))
+            assert all(torch.equal(weights, before[name]) for name, weights in base.module.named_parameters()), (strategy, adapter)
+            pair.append(reports[-1].details["train_losses"])
+        found.append(tuple(pair))
+    return found
+
+
+def test_every_strategy_learns_the_same_from_both_and_leaves_the_base_as_it_is(tmp_path: Path) -> None:
+    half, whole = stored(Case(family="llama"), tmp_path, torch.bfloat16)
+    for ranks in distributed.run(2, curves, half.name, whole.name):
+        assert len(ranks) == 6
+        for of_half, of_whole in ranks:
+            assert of_half == of_whole
+            assert len(of_half) > 1
