@@ -122,7 +122,7 @@ class Recorder:
         data: TaskData = preparation.prepare(self.spec.model, self.spec.data)
         self.data = replace(data, evaluation=thinned(data.evaluation, task.evaluation_rows), answers=None, test=None)
         model = self.spec.model
-        self.base = BaseModel.load(resolve_model(model.name, model.revision), model.revision, model.task, data.label_names)
+        self.base = BaseModel.load(resolve_model(model.name), model.revision, model.task, data.label_names)
 
     def untrained(self) -> dict[str, float]:
         """Return the scores before any training: the corner of a hypervolume over the loss."""

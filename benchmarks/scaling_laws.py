@@ -100,7 +100,7 @@ def run_grid(arguments: argparse.Namespace) -> None:
     spec = load_spec(arguments.spec, arguments.set).spec
     data = preparation.prepare(spec.model, spec.data)
     data = replace(data, evaluation=thinned(data.evaluation, arguments.evaluation_rows), answers=None)
-    base = BaseModel.load(resolve_model(spec.model.name, spec.model.revision), spec.model.revision, spec.model.task, data.label_names)
+    base = BaseModel.load(resolve_model(spec.model.name), spec.model.revision, spec.model.task, data.label_names)
     known = {(row["fingerprint"], row["config"], row["evaluation_rows"]) for row in read_rows(arguments.rows)}
     for fraction, config in grid(spec, arguments.share, arguments.batch):
         key = {"fingerprint": data.fingerprint[:12], "config": config.key(), "evaluation_rows": data.evaluation.num_rows}

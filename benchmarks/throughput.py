@@ -112,7 +112,7 @@ def train_once(case: Case, contender: str, data_path: str, causal_model: str, th
     torch.set_num_threads(threads)
     model, config = case.model(causal_model), case.config()
     data = prepare(model, DataSpec(train=data_path))
-    base = BaseModel.load(resolve_model(model.name, None), None, model.task, data.label_names)
+    base = BaseModel.load(resolve_model(model.name), None, model.task, data.label_names)
     as_it_comes = partial(_trainer, sampling="random")
     train = {"paretune": _paretune, "padded": _padded, "trainer": _trainer, "trainer_default": as_it_comes, "trl": _trl}[contender]
     module, seconds = train(config, data, base)

@@ -166,9 +166,8 @@ def resume(name: Name, directory: Directory = RUNS, budget: Budget = None, quiet
 
 def _show_calibration(store: Store, json_: bool) -> None:
     from search.calibration import render_calibration
-    from search.ledger import Ledger, replay
 
-    text = render_calibration(list(replay(Ledger(store.ledger_path).events()).records.values()))
+    text = render_calibration(list(store.state().records.values()))
     if text and not json_:
         print(f"{text}\n")
 

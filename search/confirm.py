@@ -18,7 +18,7 @@ from search.confidence import failure_lines
 from search.formatting import number_text
 from search.interruption import Interruption
 from search.jobs import DispatcherSession, run_to_end
-from search.ledger import Ledger, SearchState, objectives_of, replay
+from search.ledger import Ledger, SearchState, objectives_of
 from search.pareto import eligible, front
 from search.publication import LEAVING_FLUSH_SECONDS, publish
 from search.record import LASTING, Confirmation, TrialRecord, TrialState, classify
@@ -69,10 +69,11 @@ def confirm(store: Store, *, num_seeds: int, trials: str | None, say: Callable[[
         spaces.loading.SpecError: model, data or tracking server cannot be used; nothing was started.
         search.interruption.Interrupted: a signal came; what was in flight is saved.
     """
+    if num_seeds < 1:
+        raise ConfirmError(f"--seeds {num_seeds}: at least one further seed; allowed: 1 or more, and from 2 on there is an interval")
     with store.lock():
-        loaded = store.load_spec_here()
-        state = replay(Ledger(store.ledger_path).events())
-        chosen = chosen_trials(list(state.records.values()), objectives_of(loaded.spec, state), num_seeds, trials, store.name)
+        loaded, state = store.load_spec_here(), store.state()
+        chosen = chosen_trials(list(state.records.values()), objectives_of(loaded.spec, state), trials, store.name)
         left = outstanding(chosen, num_seeds)
         named = [] if trials is None else ["--trials", trials]
         command = store.command("confirm", store.name, "--seeds", str(num_seeds), *named)
@@ -94,18 +95,16 @@ def confirm(store: Store, *, num_seeds: int, trials: str | None, say: Callable[[
 
 
 def chosen_trials(
-    records: Sequence[TrialRecord], objectives: Sequence[Objective], num_seeds: int, trials: str | None, name: str
+    records: Sequence[TrialRecord], objectives: Sequence[Objective], trials: str | None, name: str
 ) -> list[TrialRecord]:
-    """Return the trials to confirm: those that are named, or the members of the front.
+    """Return the trials that are named, or the members of the front.
 
     Raises:
-        ConfirmError: there is nothing to confirm, or a name is none.
+        ConfirmError: there is none, or a name is none.
     """
-    if num_seeds < 1:
-        raise ConfirmError(f"--seeds {num_seeds}: at least one further seed; allowed: 1 or more, and from 2 on there is an interval")
     members = front(records, objectives)
     if not members:
-        raise ConfirmError(f"{name} has no front: no trial is complete and feasible, so there is nothing to confirm")
+        raise ConfirmError(f"{name} has no front: no trial is complete and feasible, and so there is none to take")
     if trials is None:
         return members
     known = {record.number: record for record in eligible(records, objectives)}
@@ -118,9 +117,7 @@ def _number(text: str, known: Mapping[int, TrialRecord], records: Sequence[Trial
     number = int(text)
     if number not in known:
         states = {record.number: record.state.value for record in records}
-        what = (
-            f"trial {number} is {states[number]}, and only complete trials can be confirmed" if number in states else "no such trial"
-        )
+        what = f"trial {number} is {states[number]}, and only complete trials can be taken" if number in states else "no such trial"
         nearest = min(known, key=lambda other: (abs(other - number), other))
         raise ConfirmError(f"--trials {number}: {what}; did you mean {nearest}?")
     return number

@@ -38,7 +38,7 @@ class Exported:
     def text(self) -> str:
         """What to tell the user."""
         scores = ", ".join(f"{name} {number_text(name, value)}" for name, value in self.scores.items())
-        return f"{self.directory}" + (f"\nthe merged weights on the evaluation rows: {scores}" if scores else "")
+        return f"{self.directory}" + (f"\nas written, on the evaluation rows: {scores}" if scores else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
@@ -74,7 +74,7 @@ def export(store: Store, number: int, *, merge: bool, output: Path | None) -> Ex
     data = _data(store.load_spec())
     check_same_data(data.fingerprint, store, results.state)
     model = results.spec.model
-    base = BaseModel.load(resolve_model(model.name, model.revision), model.revision, model.task, data.label_names)
+    base = BaseModel.load(resolve_model(model.name), model.revision, model.task, data.label_names)
     try:
         module = (weights.merged_module if merge else weights.trained_module)(config, base, _weights(store, record))
         module = weights.as_saved(module, config)

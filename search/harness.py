@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.confirm import chosen_trials, cut_short, reopen
 from search.formatting import aligned, number_text
-from search.ledger import Ledger, SearchState, objectives_of, replay
+from search.ledger import Ledger, SearchState, objectives_of
 from search.publication import publish
 from search.record import HarnessRun, TrialRecord
 from search.results import harness_lines
@@ -78,12 +78,12 @@ def evaluate(store: Store, request: Request, *, trials: str | None, say: Callabl
     if not request.tasks:
         raise EvaluateError("--tasks: there is no task; allowed: names with commas, as arc_easy,hellaswag")
     with store.lock():
-        loaded, state = store.load_spec_here(), replay(Ledger(store.ledger_path).events())
+        loaded, state = store.load_spec_here(), store.state()
         spec = loaded.spec
         if spec.model.task != "causal-lm":
             what = "lm-evaluation-harness scores language models"
             raise EvaluateError(f"{store.name}: model.task is {spec.model.task}; allowed: causal-lm, since {what}")
-        chosen = chosen_trials(list(state.records.values()), objectives_of(spec, state), 1, trials, store.name)
+        chosen = chosen_trials(list(state.records.values()), objectives_of(spec, state), trials, store.name)
         without = [str(r.number) for r in chosen if not (store.trial_path(r.root) / "final").exists()]
         if without:
             raise EvaluateError(f"--trials: only weights of the front are kept, and there are none of {', '.join(without)}")
@@ -144,7 +144,7 @@ def _model(store: Store, spec: SearchSpec, record: TrialRecord | None) -> tuple[
     from trainables.tokenization import load_tokenizer
 
     model = spec.model
-    base = BaseModel.load(resolve_model(model.name, model.revision), model.revision, model.task, ())
+    base = BaseModel.load(resolve_model(model.name), model.revision, model.task, ())
     tokenizer = load_tokenizer(base.name, base.revision)
     if record is None:
         return weights.for_use(base.copy(), base), tokenizer

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from search.budget import amount_text, limits_of, used
-from search.ledger import Ledger, replay
+from search.ledger import Ledger
 from search.provenance import own_command
 from search.store import Store, StoreError
 from spaces.loading import load_spec
@@ -41,7 +41,7 @@ def give_budget(store: Store, amounts: Sequence[str]) -> None:
         StoreError: it has used as much already, or is a comparison, whose own command takes limits.
         spaces.loading.SpecError: one is no amount.
     """
-    loaded, state = load_spec(store.spec_path, (), amounts), replay(Ledger(store.ledger_path).events())
+    loaded, state = load_spec(store.spec_path, (), amounts), store.state()
     started = (state.started or {}).get("command") or ""
     if state.is_comparison or started.startswith("paretune compare-methods "):
         raise StoreError(f"--budget: {store.name} is a comparison, which takes its limits from its own command: {started}")

@@ -16,7 +16,7 @@ from search.confidence import confirmed, confirmed_as_json, failure_lines, rival
 from search.data_scaling import data_curves, scaling_as_json, scaling_lines
 from search.endpoint import redacted
 from search.formatting import aligned, number_text, short_text
-from search.ledger import Ledger, SearchState, objectives_of, replay
+from search.ledger import SearchState, objectives_of
 from search.pareto import front, hypervolume_of
 from search.provenance import command_in, reproduce_command
 from search.record import HarnessRun, TrialRecord, TrialState
@@ -66,7 +66,7 @@ def load_results(name: str, directory: Path, tracking_uri: str | None = None) ->
     if tracking_uri is None:
         store = Store.open(name, directory)
         spec = store.load_spec().spec
-        state = replay(Ledger(store.ledger_path).events())
+        state = store.state()
         return Results(
             name=store.name,
             spec=spec,

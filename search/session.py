@@ -153,7 +153,7 @@ def resume(store: Store, emit: Emit, command: str | None = None) -> Store:
     Raises:
         NothingFits: its data are others than they were, or no layout of the space can run here.
     """
-    prepared, state = prepare(store.load_spec_here()), replay(Ledger(store.ledger_path).events())
+    prepared, state = prepare(store.load_spec_here()), store.state()
     if state.started is not None:
         check_same_data(prepared.data.fingerprint, store, state)
     return _drive(store, prepared, emit, _past(prepared) if state.warm_start is None else None, command)

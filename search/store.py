@@ -11,6 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from search.ledger import Ledger, SearchState, replay
 from search.provenance import command_in
 from spaces.loading import LoadedSpec, dump_spec, load_spec
 from spaces.spec import SearchSpec
@@ -37,6 +38,14 @@ class Store:
     @property
     def ledger_path(self) -> Path:
         return self.root / "ledger.jsonl"
+
+    def state(self) -> SearchState:
+        """Return what the ledger tells.
+
+        Raises:
+            LedgerError: it is damaged.
+        """
+        return replay(Ledger(self.ledger_path).events())
 
     @property
     def report_path(self) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from search.endpoint import redacted, tracking_uri
-from search.ledger import Ledger, LedgerError, SearchState, replay
+from search.ledger import LedgerError, SearchState
 from search.pareto import eligible
 from search.record import TrialRecord
 from search.store import Store, StoreError
@@ -89,7 +89,7 @@ def _found(name: str, spec: SearchSpec) -> _Earlier:
         store = Store.open(name, Path(spec.directory))
     except StoreError as nowhere:
         return _in_mlflow(name, tracking_uri(spec), nowhere)
-    state = replay(Ledger(store.ledger_path).events())
+    state = store.state()
     return _Earlier(
         name=name,
         spec=store.load_spec().spec,
@@ -145,11 +145,11 @@ def new_study(spec: SearchSpec, state: SearchState, limits: Limits, objectives: 
         points_to_evaluate=points,
     )
     # The user may have changed the space since they were written down.
-    study.learn([_past(trial, spec, limits) for trial in past if spec.space.holds(trial["params"])])
+    study.learn([_past(trial, limits) for trial in past if spec.space.holds(trial["params"])])
     return study
 
 
-def _past(trial: Mapping[str, Any], spec: SearchSpec, limits: Limits) -> PastTrial:
+def _past(trial: Mapping[str, Any], limits: Limits) -> PastTrial:
     config = TrialConfig.from_params(trial["params"])
     # It ran, whatever the limits are here.
     known = {name: min(0.0, value) for name, value in constraints.violations(config, limits).items()}

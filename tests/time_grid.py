@@ -80,7 +80,7 @@ def predicted_and_measured(world: World, cases: list[Case]) -> list[dict[str, fl
 def _load(max_length: int) -> tuple[TaskData, BaseModel]:
     model = ModelSpec(name=EMBEDDED_MODEL, task=TASK, max_length=max_length)
     data = preparation.prepare(model, DataSpec(train="embedded:stdlib-docstrings"))
-    return data, BaseModel.load(resolve_model(EMBEDDED_MODEL, None), None, TASK, data.label_names)
+    return data, BaseModel.load(resolve_model(EMBEDDED_MODEL), None, TASK, data.label_names)
 
 
 def _trained(config: TrialConfig, data: TaskData, base: BaseModel, world: World, profile: dict[str, Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Where a model's files are: a local directory, the extra that carries MiniLM, or the Hugging Face hub."""
+"""Where a model's files are: a local directory, the package that carries MiniLM, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ModelError(Exception):
 
 
 @cache
-def resolve_model(name: str, revision: str | None) -> str:
+def resolve_model(name: str) -> str:
     """Return what transformers loads the model from: a local directory, or a name on the hub.
 
     Raises:
@@ -51,7 +51,7 @@ def model_config(name: str, revision: str | None) -> dict[str, Any]:
     Raises:
         ModelError: there is no such model, or it wants to run code of its own.
     """
-    resolved = resolve_model(name, revision)
+    resolved = resolve_model(name)
     path = Path(resolved) / "config.json" if Path(resolved).is_dir() else _hub_config(name, revision)
     try:
         config: dict[str, Any] = json.loads(path.read_text())

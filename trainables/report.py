@@ -27,11 +27,6 @@ class TrialReport:
         """Return plain values, ready for JSON."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> TrialReport:
-        """Read back what `to_dict` wrote."""
-        return cls(**data)
-
 
 class TrialError(Exception):
     """A trial cannot give a result. `kind` says why, and decides whether it is tried again."""

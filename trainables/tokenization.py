@@ -33,7 +33,7 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(resolve_model(name, revision), revision=revision)
+        return AutoTokenizer.from_pretrained(resolve_model(name), revision=revision)
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name: no tokenizer for {name}: {str(error).splitlines()[0]}") from error
 

@@ -88,7 +88,7 @@ def work(config: dict[str, Any]) -> None:
     inbox = Inbox(config["dispatcher"], config["group_id"], world.rank)
     task: Task = ray.get(config["dispatcher"].task.remote())
     data: TaskData = ray.get(task.data[0])
-    name = resolve_model(task.model_name, task.model_revision)
+    name = resolve_model(task.model_name)
     base = BaseModel.load(name, task.model_revision, task.task, data.label_names)
     while (job := inbox.next()) is not None:
         _run_job(job, task=task, data=data, base=base, world=world, inbox=inbox)

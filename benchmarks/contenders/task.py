@@ -154,7 +154,7 @@ class Task:
         from trainables.preparation import prepare
 
         self.data = prepare(ModelSpec(**MODEL), DataSpec(**data_spec(directory)))
-        self.base = BaseModel.load(resolve_model(MODEL["name"], None), None, MODEL["task"], self.data.label_names)
+        self.base = BaseModel.load(resolve_model(MODEL["name"]), None, MODEL["task"], self.data.label_names)
         self._world = World.alone()
 
     def train(self, params: Mapping[str, Any], shares: tuple[float, ...] = (1.0,)) -> Iterator[Point]:

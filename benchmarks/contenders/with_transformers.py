@@ -79,7 +79,7 @@ def main() -> None:
             disable_tqdm=True,
             dataloader_pin_memory=False,
         ),
-        data_collator=DataCollatorWithPadding(load_tokenizer(resolve_model(MODEL["name"], None), None)),
+        data_collator=DataCollatorWithPadding(load_tokenizer(resolve_model(MODEL["name"]), None)),
         train_dataset=rows_of(train, range(train.num_rows)),
         eval_dataset=rows_of(evaluation, evaluation.lengths.argsort()),
         compute_metrics=accuracy,

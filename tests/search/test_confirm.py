@@ -12,12 +12,13 @@ from engines import make, report
 from synthetic import OBJECTIVES, confirmed_event, numbers_on_front, synthetic_events
 from typer.testing import CliRunner
 
-from search import confirm as module
+import search.confirm as module
 from search.confirm import (
     ConfirmError,
     Training,
     announcement,
     chosen_trials,
+    confirm,
     further_seeds,
     outstanding,
     progress_text,
@@ -34,8 +35,8 @@ DIVERGED = {"kind": "diverged", "message": "the loss is nan"}
 LOST = {"kind": "worker_lost", "message": "a worker was killed"}
 
 
-def choose(trials: str | None, num_seeds: int = 3) -> list[int]:
-    return [r.number for r in chosen_trials(RECORDS, OBJECTIVES, num_seeds, trials, "made-up")]
+def choose(trials: str | None) -> list[int]:
+    return [r.number for r in chosen_trials(RECORDS, OBJECTIVES, trials, "made-up")]
 
 
 def test_the_front_is_confirmed_unless_trials_are_named() -> None:
@@ -44,25 +45,29 @@ def test_the_front_is_confirmed_unless_trials_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trials", "num_seeds", "line"),
+    ("trials", "line"),
     [
-        (None, 0, r"--seeds 0: at least one further seed"),
-        (None, -1, r"--seeds -1: at least one"),
-        ("99", 3, r"--trials 99: no such trial; did you mean 11\?"),
-        ("3", 3, r"--trials 3: trial 3 is PRUNED, and only complete trials can be confirmed; did you mean 2\?"),
-        ("1,best", 3, r"--trials: 'best' is not the number of a trial; allowed: numbers with commas"),
-        ("", 3, r"--trials: '' is not the number of a trial"),
+        ("99", r"--trials 99: no such trial; did you mean 11\?"),
+        ("3", r"--trials 3: trial 3 is PRUNED, and only complete trials can be taken; did you mean 2\?"),
+        ("1,best", r"--trials: 'best' is not the number of a trial; allowed: numbers with commas"),
+        ("", r"--trials: '' is not the number of a trial"),
     ],
 )
-def test_what_cannot_be_confirmed_is_one_line(trials: str | None, num_seeds: int, line: str) -> None:
+def test_what_cannot_be_confirmed_is_one_line(trials: str, line: str) -> None:
     with pytest.raises(ConfirmError, match=line):
-        choose(trials, num_seeds)
+        choose(trials)
+
+
+@pytest.mark.parametrize("num_seeds", [0, -1])
+def test_no_further_seed_is_refused_before_anything_is_read(num_seeds: int, tmp_path: Path) -> None:
+    with pytest.raises(ConfirmError, match=f"--seeds {num_seeds}: at least one further seed"):
+        confirm(Store(root=tmp_path), num_seeds=num_seeds, trials=None, say=print)
 
 
 def test_a_search_without_a_front_has_nothing_to_confirm() -> None:
     failed = [r for r in RECORDS if r.state is not TrialState.COMPLETE]
     with pytest.raises(ConfirmError, match="made-up has no front"):
-        chosen_trials(failed, OBJECTIVES, 3, None, "made-up")
+        chosen_trials(failed, OBJECTIVES, None, "made-up")
 
 
 def with_seed(record: TrialRecord, seed: int) -> TrialRecord:

