@@ -65,12 +65,9 @@ def counts(record: TrialRecord) -> bool:
 
 
 def num_ended(records: Iterable[TrialRecord]) -> int:
-    """Return how many trials of the budget have ended, but for those that another limit cut off."""
-    return sum(record.state is not TrialState.RUNNING and _took_its_place(record) for record in records)
-
-
-def _took_its_place(record: TrialRecord) -> bool:
-    return counts(record) and not record.was_cut_off
+    """Return how many trials of the budget have ended, but for those that another limit cut off: a resume puts others there."""
+    ended = (record for record in records if record.state is not TrialState.RUNNING and not record.was_cut_off)
+    return sum(map(counts, ended))
 
 
 def used(spec: SearchSpec, state: SearchState) -> Used:
@@ -112,7 +109,7 @@ class Spending:
     def ended(self, record: TrialRecord) -> None:
         """Take note that a trial holds nothing any more."""
         self._holding.pop(record.number, None)
-        self._num_ended += _took_its_place(record)
+        self._num_ended += counts(record)
 
     def now(self) -> Used:
         """Return what was used up to now."""

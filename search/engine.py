@@ -75,7 +75,7 @@ class Engine:
         records = list(self._state.records.values())
         # Under another layout a trial is only timed where all objectives follow from that.
         self._reuses = spec.reuse and not NOT_FROM_PROFILE & {o.metric for o in spec.resolved_objectives()}
-        self._known = Known(records, outlook.has_profile)
+        self._known = Known(self._state.records, outlook.has_profile)
         self._exhausted = ""
         self._violated: dict[str, float] = {}
         self._spending = Spending(spec, self._state, clock)
@@ -328,7 +328,7 @@ class Engine:
     def _spread(self, record: TrialRecord) -> None:
         """Have a trained recipe timed under every other layout that is to be measured, and can be."""
         for other in self._prospects.candidates(record.params):
-            if other.config.layout != record.trial_config.layout and other.is_feasible and self._known.may_time(other.config):
+            if other.config.layout != record.trial_config.layout and other.is_feasible and self._known.may_time(other.config, record):
                 number = self._study.reserve()
                 self._start(number, other.params, other.config, source=record.number, was_proposed=False)
                 self._pending.append(number)

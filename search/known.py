@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
+from search.compilations import Compilations
 from search.record import LASTING, TrialRecord, TrialState
 from search.study import Proposal
 from spaces.config import Recipe, TrialConfig
@@ -19,11 +20,11 @@ class Known:
     What waits is in memory alone: the ledger hears of a proposal when it becomes a trial; after a crash the sampler proposes anew.
     """
 
-    def __init__(self, records: Iterable[TrialRecord], has_profile: Callable[[TrialConfig], bool] = lambda _: False) -> None:
+    def __init__(self, records: Mapping[int, TrialRecord], has_profile: Callable[[TrialConfig], bool] = lambda _: False) -> None:
         """Take up what is known.
 
         Args:
-            records: the trials up to now.
+            records: the trials up to now by number, and later those to come.
             has_profile: whether such steps were timed after all, as by `paretune profile` once what they failed by was mended.
         """
         self._has_profile = has_profile
@@ -34,7 +35,8 @@ class Known:
         self._untimed: dict[TrialConfig, TrialRecord] = {}
         self._waiting: dict[int, list[Proposal]] = {}
         self._returned: deque[Proposal] = deque()
-        for record in records:
+        self._compilations = Compilations(records)
+        for record in records.values():
             if record.feasible_before_launch:
                 self.started(record)
                 if record.state is not TrialState.RUNNING:
@@ -65,9 +67,11 @@ class Known:
         untimed = self._untimed.get(config.of_step())
         return None if untimed is None else untimed.error
 
-    def may_time(self, config: TrialConfig) -> bool:
-        """Return whether a trained recipe may be timed with this config: it was not, and its steps did not fail."""
-        return self.trial_of(config) is None and self.why_untimed(config) is None
+    def may_time(self, config: TrialConfig, trained: TrialRecord) -> bool:
+        """Return whether a trained recipe may be timed with this config: it was not, its steps did not fail, and it may pay."""
+        if self.trial_of(config) is not None or self.why_untimed(config) is not None:
+            return False
+        return self._has_profile(config) or self._compilations.may_pay(config, trained)
 
     def started(self, record: TrialRecord) -> None:
         """Take note of a trial that is to run."""
@@ -79,6 +83,7 @@ class Known:
     def ended(self, record: TrialRecord) -> None:
         """Take note of a trial's end: what waited for it may be considered again."""
         recipe = record.trial_config.recipe
+        self._compilations.ended(record)
         if self._in_training.get(recipe) == record.number:
             del self._in_training[recipe]
         if record.is_whole:

@@ -280,9 +280,9 @@ def test_steps_that_cannot_be_timed_are_tried_once_whatever_recipes_have_them(tm
     assert len(timed) == 6 if num_tried == 6 else len(timed) <= 3
     if num_tried == 1:
         config = timed[0].trial_config
-        assert Known(records).why_untimed(config) is not None
+        assert Known(engine.state.records).why_untimed(config) is not None
         # Such steps have been timed since then.
-        assert Known(records, lambda other: other.of_step() == config.of_step()).why_untimed(config) is None
+        assert Known(engine.state.records, lambda other: other.of_step() == config.of_step()).why_untimed(config) is None
 
 
 def test_a_layout_that_cannot_be_timed_is_not_proposed_again_of_what_is_trained(tmp_path: Path) -> None:
@@ -440,7 +440,8 @@ def test_the_sampler_learns_the_same_from_a_search_that_was_resumed(tmp_path: Pa
     for i in range(12):
         assignment = engine.next()
         assert assignment is not None
-        engine.reported(assignment.number, report(0.1 * (i % 7), 1.0 + i % 5))
+        is_stopped = i % 4 == 1
+        engine.reported(assignment.number, report(0.1 * (i % 7), 1.0 + i % 5, final=not is_stopped), STOP if is_stopped else None)
         if i % 4 < 3:
             engine.ended(assignment.number, outcomes[i % 4])
     resumed, _, _ = make(tmp_path, trials=40, world_size={"choice": [1, 2, 4]}, **CLOSED)
