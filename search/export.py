@@ -74,7 +74,7 @@ def export(store: Store, number: int, *, merge: bool, output: Path | None) -> Ex
     data = _data(store.load_spec())
     check_same_data(data.fingerprint, store, results.state)
     model = results.spec.model
-    base = BaseModel.load(resolve_model(model.name), model.revision, model.task, data.label_names)
+    base = BaseModel.load(resolve_model(model.name), model.revision, model.task, data.label_names, data.pad_token_id)
     try:
         module = (weights.merged_module if merge else weights.trained_module)(config, base, _weights(store, record))
         module = weights.as_saved(module, config)

@@ -155,8 +155,7 @@ def layout_rows(
                 "micro_batch_tokens": config.layout.micro_batch_tokens or "-",
                 "num_grad_accum_steps": config.num_grad_accum_steps(max_length),
                 "recomputation": config.layout.recomputation,
-                # Neither memory nor an estimate tells them apart.
-                "compile": "/".join(map(str, space.compile.ends())),
+                "compile": config.layout.compile,
                 "peak_memory_bytes": None if memory is None else sum(memory.values()),
                 "memory": memory,
                 "host_bytes": None if plan is None else host_bytes(plan, config),

@@ -99,7 +99,7 @@ def timed_configs(space: SpaceSpec, limits: Limits) -> Iterator[TrialConfig]:
     """Yield one config for each step of the space that takes a time of its own; of a range its two ends."""
     for corner in space.corners():
         own = ADAPTER_KNOBS[corner["adapter"]]
-        knobs = ["compile", *(knob for knob in ("lora_rank", "lora_target_modules") if knob in own)]
+        knobs = [knob for knob in ("lora_rank", "lora_target_modules") if knob in own]
         for values in itertools.product(*(getattr(space, knob).ends() for knob in knobs)):
             yield config_within({**corner, **dict(zip(knobs, values, strict=True))}, limits)
 

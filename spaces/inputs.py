@@ -140,10 +140,13 @@ class DataSpec(Section):
     @classmethod
     def _compiles(cls, pattern: str | None) -> str | None:
         try:
-            re.compile(pattern or "")
+            num_groups = re.compile(pattern or "()").groups
         except re.error as error:
             context = {"error": str(error), "allowed": "a regular expression of Python"}
             raise PydanticCustomError("pattern", "not a regular expression ({error})", context) from error
+        if not num_groups:
+            context = {"allowed": "a regular expression whose first group is the answer", "nearest": f"({pattern})"}
+            raise PydanticCustomError("no_group", "the expression has no group", context)
         return pattern
 
     @field_validator("domains")

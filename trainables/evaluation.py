@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from spaces import metrics
+from spaces.adapters import num_prefix_tokens
 from spaces.config import TrialConfig
 from trainables.batching import Batch, collate, evaluation_batches
 from trainables.compilation import as_written
@@ -27,6 +29,8 @@ from trainables.report import TrialError
 from trainables.tokenization import IGNORE, load_tokenizer
 
 GENERATION_ROWS = 32
+# Whatever a model's own generation settings say.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
 # Beyond it, its exponential is no number any more.
 MAX_LOSS = 700.0
 
@@ -156,7 +160,7 @@ def score_completions(
 def _exact_match(texts: list[str], answers: Sequence[str], pattern: str) -> float:
     """Return the share of completions that give the expected answer."""
     found = [re.search(pattern, text) for text in texts]
-    right = [match is not None and match.group(1).strip() == answer for match, answer in zip(found, answers, strict=False)]
+    right = [match is not None and (match.group(1) or "").strip() == answer for match, answer in zip(found, answers, strict=False)]
     return sum(right) / len(texts)
 
 
@@ -185,12 +189,13 @@ def completions(
         # Padding at the left: the completion must follow its prompt.
         ids = torch.tensor([[data.pad_token_id] * (width - len(p)) + p for p in prompts], device=world.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=world.device)
+        num_left = _num_positions(model) - width - num_prefix_tokens(config.recipe)
         with autocast(config, world), as_written(config.layout.compile == "blocks"):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=limit,
-                do_sample=False,
+                max_new_tokens=max(1, min(limit, num_left)),
+                **GREEDY,
                 use_cache=True,
                 pad_token_id=data.pad_token_id,
                 eos_token_id=data.eos_token_id,
@@ -201,6 +206,12 @@ def completions(
     model.train()
     gathered = {i: text for part in world.gather(texts) for i, text in part.items()}
     return [gathered[i] for i in range(num_rows)]
+
+
+def _num_positions(model: Any) -> int:
+    """Return how many tokens a model has positions for."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or sys.maxsize)
 
 
 def _prompt(table: TokenTable, index: int) -> list[int]:

@@ -86,7 +86,14 @@ def whole_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:
         module = trained_module(config, _spread_base(config, base), weights)
     else:
         module = merged_module(config, base, weights)
-    return module.to("cpu", DTYPES[config.recipe.precision])
+    return _in_format(module, config)
+
+
+def _in_format(module: Any, config: TrialConfig) -> Any:
+    """Return a model on the CPU with its weights, and no tables of positions, in the number format that the trial computed in."""
+    for parameter in module.to("cpu").parameters():
+        parameter.data = parameter.data.to(DTYPES[config.recipe.precision])
+    return module
 
 
 def _spread_base(config: TrialConfig, base: BaseModel) -> BaseModel:
@@ -101,7 +108,7 @@ def _spread_base(config: TrialConfig, base: BaseModel) -> BaseModel:
 def as_saved(module: Any, config: TrialConfig) -> Any:
     """Return a whole model in the number format that the trial computed in; an adapter as it is."""
     is_adapter = isinstance(module, PeftModel) or config.recipe.adapter == "bottleneck"
-    return module if is_adapter else module.to("cpu", DTYPES[config.recipe.precision])
+    return module if is_adapter else _in_format(module, config)
 
 
 def unquantized(module: Any) -> list[str]:

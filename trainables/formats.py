@@ -236,5 +236,6 @@ def _read_hub(source: str, split: str) -> list[Row]:
     rows = [dict(row) for row in data]
     for row in rows:
         for key, labels in names.items():
-            row[key] = labels[row[key]]
+            # An unknown class is -1 there, or missing.
+            row[key] = None if row[key] is None or row[key] < 0 else labels[row[key]]
     return rows

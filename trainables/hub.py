@@ -23,6 +23,10 @@ EMBEDDED_MODEL, EMBEDDED_ORIGIN = "embedded:all-MiniLM-L6-v2", "sentence-transfo
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
+# As RoBERTa does, they count positions from their padding token on, so that two of them are never used.
+BEHIND_PADDING = ("camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "xmod")
+
+
 class ModelError(Exception):
     """The model cannot be used; the message is one line for the user."""
 
@@ -73,19 +77,19 @@ def check_use(config: Mapping[str, Any], model: ModelSpec) -> None:
     family = str(sizes.get("model_type", ""))
     positions = sizes.get("max_position_embeddings") or sizes.get("n_positions")
     if isinstance(positions, int):
-        # RoBERTa counts positions from its padding token on, so two of them are never used.
-        positions -= 2 if "roberta" in family else 0
+        positions -= 2 if "roberta" in family or family in BEHIND_PADDING else 0
         if model.max_length > positions:
             given = f"{model.name} has {positions} positions, got {model.max_length}"
             raise ModelError(f"model.max_length: {given}; allowed: 1 to {positions}")
-    if model.task == "causal-lm" and family not in DECODERS and not sizes.get("is_decoder") and _is_masked(family):
+    if model.task == "causal-lm" and family not in DECODERS and not sizes.get("is_decoder") and is_masked(family):
         raise ModelError(
             f"model.task: {model.name} ({family}) sees the tokens after a token too, so it cannot learn to predict them; "
             "allowed: sequence-classification"
         )
 
 
-def _is_masked(family: str) -> bool:
+def is_masked(family: str) -> bool:
+    """Return whether models of a family see all tokens of a row: they predict masked ones."""
     # Imports torch, which takes seconds that no other check needs.
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 

@@ -26,6 +26,7 @@ from spaces.config import Quantization, TrialConfig
 from trainables.adapters import add_adapter
 from trainables.compilation import Compilation
 from trainables.first_tokens import end_at_first_tokens
+from trainables.hub import is_masked
 from trainables.mesh import World
 from trainables.meter import StepTimer
 from trainables.packed import attend_by_rows, attend_in_one_kernel
@@ -60,8 +61,16 @@ class BaseModel:
 
     @staticmethod
     @cache
-    def load(name: str, revision: str | None, task: str, label_names: tuple[str, ...]) -> BaseModel:
-        """Load from a local directory or the hub, once per process."""
+    def load(name: str, revision: str | None, task: str, label_names: tuple[str, ...], pad_token_id: int | None = None) -> BaseModel:
+        """Load from a local directory or the hub, once per process.
+
+        Args:
+            name: of the model.
+            revision: on the hub.
+            task: what it shall do.
+            label_names: of the classes.
+            pad_token_id: what rows are padded with, before which a decoder that classifies looks for the last token; None: its own.
+        """
         config = AutoConfig.from_pretrained(name, revision=revision)
         architectures = config.architectures or []
         # A recipe's loss curve must not depend on the layout, and every layout draws other dropout masks.
@@ -73,8 +82,9 @@ class BaseModel:
             config.num_labels = len(label_names)
             config.id2label = dict(enumerate(label_names))
             config.label2id = {label: i for i, label in enumerate(label_names)}
-            if getattr(config, "pad_token_id", None) is None:
-                config.pad_token_id = getattr(config, "eos_token_id", None)
+            config.problem_type = "single_label_classification"
+            if pad_token_id is not None and not is_masked(config.model_type):
+                config.pad_token_id = pad_token_id
         stored = _stored_format(name, revision)
         with quietly():
             module, info = CLASSES[task].from_pretrained(
@@ -231,9 +241,10 @@ def _compute_in_fp32(module: Any, kind: Any, new_parameters: set[str]) -> None:
     module.config.dtype = torch.float32
     with init_empty_weights(include_buffers=False):
         tables = dict(kind.from_config(module.config, dtype=torch.float32).named_buffers())
+    learned = module.state_dict().keys()
     for name, table in module.named_buffers():
         if table.is_floating_point():
-            table.data = tables[name].to(torch.float32)
+            table.data = table.float() if name in learned else tables[name].to(torch.float32)
     for name, parameter in module.named_parameters():
         if name in new_parameters:
             parameter.data = parameter.data.float()

@@ -242,7 +242,7 @@ def _encoded(raw: _Raw, domain: _Domain, role: str, rows: list[Row], index: int)
         encoded, cut, lost = encode_rows(raw.tokenizer, rows, columns, source, raw.model.max_length)
         if columns.kind == "prompt_completion" and not lost:
             matches = [re.search(_pattern(raw.data), str(row[columns.completion or ""])) for row in rows]
-            answers = [match.group(1).strip() if match else None for match in matches]
+            answers = [((match.group(1) or "").strip() or None) if match else None for match in matches]
     return _Part(
         encoded=encoded,
         labels=None,
@@ -330,7 +330,10 @@ def _checked_metric(raw: _Raw, evaluation: TokenTable, label_names: tuple[str, .
 
 
 def _held_out(labels: Sequence[str], share: float) -> np.ndarray:
-    """Return a mask of the held-out rows, bool (num_rows,): the share of every class, and never its last row."""
+    """Return a mask of the held-out rows, bool (num_rows,): the share of every class, and never its last row.
+
+    Of classes too small for a row of their own, the largest give one, until all of them together have given their share.
+    """
     order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
     members: dict[str, list[int]] = {}
     for i in order:
@@ -338,6 +341,8 @@ def _held_out(labels: Sequence[str], share: float) -> np.ndarray:
     held = np.zeros(len(labels), dtype=bool)
     for rows in members.values():
         held[rows[: min(len(rows) - 1, round(len(rows) * share))]] = True
+    small = sorted((rows for rows in members.values() if len(rows) > 1 and round(len(rows) * share) == 0), key=len, reverse=True)
+    held[[rows[0] for rows in small[: round(share * sum(map(len, small)))]]] = True
     return held
 
 

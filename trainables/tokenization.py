@@ -60,7 +60,7 @@ def encode_text(tokenizer: Any, texts: Sequence[str], max_length: int, *, is_who
     """
     documents = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     if not is_whole:
-        begin, end = ([] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+        begin, end = _begin(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         documents = [[*begin, *document, *end] for document in documents]
     windows = [document[i : i + max_length] for document in documents for i in range(0, len(document), max_length)]
     return [Encoded(input_ids=window, targets=window) for window in windows if len(window) > 1]
@@ -85,7 +85,7 @@ def encode_rows(
             ids, targets = _prompt_completion(tokenizer, row, columns, source, number)
         if len(ids) > max_length:
             num_cut += 1
-            ids, targets = _shorten(ids, targets, max_length)
+            ids, targets = _shorten(ids, targets, max_length, tokenizer.bos_token_id)
         if all(target == IGNORE for target in targets[1:]):
             num_lost += 1
             continue
@@ -101,11 +101,16 @@ def _prompt_completion(tokenizer: Any, row: Row, columns: Columns, source: str, 
     # The two are tokenised apart, as they are when the model answers: no token may span the seam.
     head = tokenizer(f"{prompt}\n", add_special_tokens=False, verbose=False)["input_ids"]
     tail = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
-    if tokenizer.bos_token_id is not None:
-        head = [tokenizer.bos_token_id, *head]
+    head = [*_begin(tokenizer), *head]
     if tokenizer.eos_token_id is not None:
         tail = [*tail, tokenizer.eos_token_id]
     return head + tail, [IGNORE] * len(head) + tail
+
+
+def _begin(tokenizer: Any) -> list[int]:
+    """Return the begin-of-text token where the tokenizer puts one: what is exported is given text as it does."""
+    begin = tokenizer("a")["input_ids"][:1]
+    return list(begin) if begin == [tokenizer.bos_token_id] else []
 
 
 def _chat(tokenizer: Any, messages: Any, where: str) -> tuple[list[int], list[int]]:
@@ -157,9 +162,15 @@ def _turns(messages: Any, where: str) -> list[dict[str, str]]:
     return turns
 
 
-def _shorten(ids: list[int], targets: list[int], max_length: int) -> tuple[list[int], list[int]]:
-    """Cut the prompt from the left, so that the completion stays; a completion that is too long is cut at the right."""
-    first_target = next((i for i, t in enumerate(targets) if t != IGNORE), len(ids))
-    # One token of prompt stays, from which the first target is predicted.
-    start = min(len(ids) - max_length, max(0, first_target - 1))
+def _shorten(ids: list[int], targets: list[int], max_length: int, begin: int | None) -> tuple[list[int], list[int]]:
+    """Cut the prompt from the left, so that what follows it stays, and what is too long all the same at the right.
+
+    Half of the window is the prompt's, if it is as long: an answer without its question teaches nothing. A begin-of-text token stays.
+    """
+    num_prompt = next((i for i, t in enumerate(targets) if t != IGNORE), len(ids))
+    num_kept = min(num_prompt, max(max_length // 2, max_length - (len(ids) - num_prompt)))
+    start = num_prompt - num_kept
+    if start and ids[0] == begin:
+        ids, targets = [ids[0], *ids[start + 1 :]], [targets[0], *targets[start + 1 :]]
+        start = 0
     return ids[start : start + max_length], targets[start : start + max_length]

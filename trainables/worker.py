@@ -89,7 +89,7 @@ def work(config: dict[str, Any]) -> None:
     task: Task = ray.get(config["dispatcher"].task.remote())
     data: TaskData = ray.get(task.data[0])
     name = resolve_model(task.model_name)
-    base = BaseModel.load(name, task.model_revision, task.task, data.label_names)
+    base = BaseModel.load(name, task.model_revision, task.task, data.label_names, data.pad_token_id)
     while (job := inbox.next()) is not None:
         _run_job(job, task=task, data=data, base=base, world=world, inbox=inbox)
 

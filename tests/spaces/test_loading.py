@@ -344,6 +344,11 @@ LINES = {
         "  train: t.txt\n  answer_pattern: '({x'",
         r'spec.yaml:6: data.answer_pattern: not a regular expression \(.*\), got "\({x"; allowed: a regular .*',
     ),
+    "no group": (
+        "  train: t.txt",
+        "  train: t.txt\n  answer_pattern: '[0-9]+'",
+        r"spec.yaml:6: data.answer_pattern: the expression has no group, got .*; allowed: .* group is the answer; did you mean '\(.*\)'\?",
+    ),
     "embedded": (
         "name: m",
         "name: embedded:minilm",

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from tiny import make_model, make_rows
@@ -14,9 +15,9 @@ from tiny import make_model, make_rows
 from spaces.inputs import DataSpec, ModelSpec
 from trainables.data import TaskData
 from trainables.docstrings import load_docstrings
-from trainables.formats import DataError
+from trainables.formats import DataError, _read_hub
 from trainables.hub import EMBEDDED_MODEL, ModelError, model_config, resolve_model
-from trainables.preparation import prepare
+from trainables.preparation import _held_out, prepare
 from trainables.tokenization import IGNORE, load_tokenizer
 
 
@@ -241,3 +242,20 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_not_its_completion(storie
     assert len(ids) == 64
     assert "the end" in tokenizer.decode(ids[targets != IGNORE])
     assert data.summary["truncated_rows"] == data.train.num_rows
+
+
+def test_of_classes_too_small_for_a_row_of_their_own_some_are_held_out() -> None:
+    labels = [f"small {i // 3}" for i in range(60)] + ["alone"] + ["large"] * 100
+    held = _held_out(labels, 0.1)
+    of_small = [label for label, is_held in zip(labels, held, strict=True) if is_held and label.startswith("small")]
+    assert len(of_small) == len(set(of_small)) == 6, "a tenth of sixty rows, of six classes"
+    assert held[labels.index("large") :].sum() == 10
+    assert not held[labels.index("alone")]
+
+
+def test_hub_rows_without_a_class_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """-1 is what `ClassLabel` has where a class is not known, as in GLUE's test rows."""
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, -1, None]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    assert [row["label"] for row in _read_hub("hf:org/name", "test")] == ["yes", None, None]

@@ -28,7 +28,7 @@ from trainables import bottleneck
 from trainables.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from trainables.data import TaskData
 from trainables.evaluation import evaluate
-from trainables.export import merged_module, save, scores, trained_module, unquantized, whole_module
+from trainables.export import as_saved, merged_module, save, scores, trained_module, unquantized, whole_module
 from trainables.loop import Command, train
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
@@ -317,3 +317,13 @@ def test_what_does_not_fit_a_gpu_is_scored_on_the_cpu(error: RuntimeError, parts
     monkeypatch.setattr(torch.nn.Module, "to", to)
     assert scores(module, config, data, base, 0) == expected
     assert moves[:2] == ["cuda", "cpu"]
+
+
+def test_in_bf16_weights_are_rounded_and_tables_of_positions_are_not() -> None:
+    """A model that is loaded in bf16 has them in fp32."""
+    base = Case(family="llama").base()
+    tables = {name: table.clone() for name, table in base.module.named_buffers() if table.is_floating_point()}
+    module = as_saved(base.copy(), config_of(adapter="none", precision="bf16"))
+    assert tables
+    assert all(torch.equal(table, tables[name]) for name, table in module.named_buffers() if name in tables)
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}

@@ -18,7 +18,7 @@ from spaces.blueprint import FAMILIES
 from trainables.loop import Command, train
 from trainables.loss import TrainingLoss
 from trainables.mesh import World
-from trainables.model import BaseModel, build, trainable
+from trainables.model import BaseModel, _compute_in_fp32, build, trainable
 from trainables.optim import make_optimizer
 from trainables.parallelize import autocast
 
@@ -149,3 +149,22 @@ def test_every_strategy_learns_the_same_from_both_and_leaves_the_base_as_it_is(t
         for of_half, of_whole in ranks:
             assert of_half == of_whole
             assert len(of_half) > 1
+
+
+def test_a_table_that_was_learned_is_that_of_the_file(tmp_path: Path) -> None:
+    """As the biases of routers are."""
+    half, _ = stored(Case(family="llama"), tmp_path, torch.bfloat16)
+    module: Any = half.module
+    module.register_buffer("learned", torch.tensor([1.5, 2.5], dtype=torch.bfloat16))
+    bare = half.module.__class__
+
+    class Fresh:
+        @staticmethod
+        def from_config(*args: Any, **kwargs: Any) -> Any:
+            fresh: Any = bare._from_config(*args, **kwargs)
+            fresh.register_buffer("learned", torch.zeros(2))
+            return fresh
+
+    _compute_in_fp32(module, Fresh, set())
+    assert module.learned.dtype == torch.float32
+    assert module.learned.tolist() == [1.5, 2.5]
