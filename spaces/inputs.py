@@ -86,7 +86,7 @@ class ModelSpec(Section):
     revision: Text | None = None
     """Branch, tag or commit on the hub."""
     max_length: Annotated[int, Within(ge=8, le=131_072)] = 128
-    """Tokens per row; longer rows are cut."""
+    """Tokens per row. Longer rows are cut at the end; with a prompt first at its beginning, down to half of these."""
 
 
 class DomainSpec(Section):

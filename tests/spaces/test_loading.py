@@ -347,7 +347,7 @@ LINES = {
     "no group": (
         "  train: t.txt",
         "  train: t.txt\n  answer_pattern: '[0-9]+'",
-        r"spec.yaml:6: data.answer_pattern: the expression has no group, got .*; allowed: .* group is the answer; did you mean '\(.*\)'\?",
+        r"spec.yaml:6: data.answer_pattern: the expression has no group, got .*; allowed: .*; did you mean '\(.*\)'\?",
     ),
     "embedded": (
         "name: m",
