@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,7 +31,7 @@ from trainables.mesh import World
 from trainables.meter import StepTimer
 from trainables.packed import attend_by_rows, attend_in_one_kernel
 from trainables.parallelize import own_in_fp32, parallelize
-from trainables.quantize import Packed, pack_linears, quantize
+from trainables.quantize import Packed, is_head, pack_linears, quantize
 from trainables.trained_rows import train_used_rows
 
 # What safetensors calls the formats in which weights are kept as they are stored.
@@ -78,6 +78,7 @@ class BaseModel:
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
         config.use_cache = False
+        given = [str(config.id2label[i]) for i in sorted(config.id2label)]
         if task == "sequence-classification":
             config.num_labels = len(label_names)
             config.id2label = dict(enumerate(label_names))
@@ -96,6 +97,8 @@ class BaseModel:
                 ignore_mismatched_sizes=True,
             )
         new = {*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))}
+        if task == "sequence-classification":
+            new |= _order_classes(module, given, label_names, new)
         if stored != torch.float32:
             _compute_in_fp32(module, CLASSES[task], new)
         attend_by_rows(module)
@@ -212,6 +215,28 @@ def unwrapped(module: nn.Module) -> Any:
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that train, by their names without wrappers."""
     return {name: p for name, p in unwrapped(module).named_parameters() if p.requires_grad}
+
+
+def _order_classes(module: nn.Module, given: Sequence[str], label_names: Sequence[str], new: Collection[str]) -> set[str]:
+    """Put the classes of a head that is there in the data's order; return its parameters' names where its classes are others.
+
+    Args:
+        module: the model; changed in place.
+        given: the classes that it was trained for; `LABEL_0` and so on say nothing.
+        label_names: those of the data.
+        new: parameters that the pretrained weights lack.
+    """
+    own, wanted = ([name.casefold() for name in names] for names in (given, label_names))
+    if own == wanted or all(name.startswith("label_") for name in own):
+        return set()
+    # Of a head with several layers the last one's alone have a row for each class.
+    last = {n: p for n, p in module.named_parameters() if n not in new and is_head(n.rpartition(".")[0]) and len(p) == len(wanted)}
+    if sorted(own) != sorted(wanted):
+        return set(last)
+    order = torch.tensor([own.index(name) for name in wanted])
+    for parameter in last.values():
+        parameter.data = parameter.data[order]
+    return set()
 
 
 def _stored_format(name: str, revision: str | None) -> torch.dtype:

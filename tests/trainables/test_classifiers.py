@@ -1,10 +1,11 @@
-"""Decoders that classify: their class is read at a row's last token, whatever rows are padded with."""
+"""Classifiers that are loaded: where their class is read, and which classes a head has that is there."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from families import make
 
@@ -40,3 +41,26 @@ def test_an_encoder_keeps_its_own(tmp_path: Path) -> None:
     own = BaseModel.load(str(tmp_path), None, "sequence-classification", LABELS).module.config.pad_token_id
     BaseModel.load.cache_clear()
     assert BaseModel.load(str(tmp_path), None, "sequence-classification", LABELS, own + 6).module.config.pad_token_id == own
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
+def test_a_head_that_is_there_keeps_its_classes_whatever_their_order(family: str, tmp_path: Path) -> None:
+    made: Any = make(family, "sequence-classification")
+    made.config.id2label = dict(enumerate(("E", "a", "c", "b", "D")))
+    made.save_pretrained(tmp_path)
+    base = BaseModel.load(str(tmp_path), None, "sequence-classification", LABELS, 0)
+    ids = torch.tensor([[1, 11, 12, 13]])
+    with torch.no_grad():
+        expected, found = (model.eval()(input_ids=ids).logits[0] for model in (made, base.module))
+    torch.testing.assert_close(found, expected[[1, 3, 2, 4, 0]])
+    assert base.new_parameters == ()
+
+
+def test_a_head_of_other_classes_is_drawn_anew_and_one_without_names_is_kept(tmp_path: Path) -> None:
+    made: Any = make("roberta", "sequence-classification")
+    made.save_pretrained(tmp_path / "unnamed")
+    assert BaseModel.load(str(tmp_path / "unnamed"), None, "sequence-classification", LABELS).new_parameters == ()
+    made.config.id2label = dict(enumerate(("v", "w", "x", "y", "z")))
+    made.save_pretrained(tmp_path / "others")
+    new = BaseModel.load(str(tmp_path / "others"), None, "sequence-classification", LABELS).new_parameters
+    assert new == ("classifier.out_proj.bias", "classifier.out_proj.weight")
