@@ -15,7 +15,7 @@ from search.pareto import eligible, sign_of
 from search.picture import draw_methods
 from search.record import LASTING, TrialRecord
 from spaces.config import ADAPTER_KNOBS, Adapter, Quantization, TrialConfig
-from spaces.metrics import PEAK_MEMORY_BYTES, TRAIN_SECONDS, domain_accuracy, domain_of, in_order, metric_of
+from spaces.metrics import EVAL_LOSS, PEAK_MEMORY_BYTES, TRAIN_SECONDS, domain_accuracy, domain_of, in_order, metric_of
 from spaces.presets import LORA_RANK
 from spaces.spec import Objective, SearchSpec
 
@@ -182,7 +182,9 @@ def cells_of(records: Sequence[TrialRecord], objectives: Sequence[Objective], pa
     whole = eligible(records, objectives)
     for method, fraction in sorted(pairs, key=lambda pair: pair[1]):
         own = [r for r in records if pair_of(r.trial_config) == (method, fraction)]
-        best = min((r for r in own if r in whole), key=lambda r: sign_of(objective) * r.values[objective.metric], default=None)
+        # Of rates that score alike, as few evaluation rows have it, the one with the least loss.
+        costs = {r.number: (sign_of(objective) * r.values[objective.metric], r.values.get(EVAL_LOSS, 0.0)) for r in own if r in whole}
+        best = min((r for r in own if r in whole), key=lambda r: costs[r.number], default=None)
         quality = None if best is None else confirmed(best, objective.metric)
         why = "" if best is not None else ", ".join(sorted({_why(record) for record in own})) or "not trained"
         # Where it diverged too it is known what lies there.

@@ -104,6 +104,8 @@ def _whole(target: Path) -> Iterator[Path]:
     try:
         temporary.chmod(0o755)
         yield temporary
+        for path in temporary.rglob("*"):
+            path.chmod(path.stat().st_mode | 0o444)  # safetensors writes for its owner alone
         if target.exists():
             target.rmdir()
         temporary.rename(target)

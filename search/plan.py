@@ -135,8 +135,6 @@ def layout_rows(
     rows = []
     for params in space.corners():
         config = config_within(params, limits if forecaster is None else forecaster.device_limits)
-        if isinstance(space.world_size, Profile) and config.layout.world_size > limits.num_workers:
-            continue  # of those that `profile` names, a search takes what the cluster holds
         values = violations(config, limits)
         memory = None if plan is None else asdict(rank_memory(plan, config, max_length, is_on_gpu=limits.is_on_gpu))
         rows.append(
@@ -164,7 +162,9 @@ def layout_rows(
                 **({} if forecaster is None else forecaster.layout(config)),
             }
         )
-    return rows
+    # Of those that `profile` names, a search takes what the cluster holds, if that is any.
+    held = [row for row in rows if not isinstance(space.world_size, Profile) or row["world_size"] <= limits.num_workers]
+    return held or rows
 
 
 def render_plan(plan: Mapping[str, Any]) -> str:

@@ -205,6 +205,18 @@ def test_a_method_without_a_result_is_told_with_the_reason() -> None:
     assert "no result: world_size_within_cluster" in render(comparison)
 
 
+def test_of_rates_that_score_alike_the_one_with_the_least_loss_is_taken() -> None:
+    plain = cell(METHODS[0], 0, [0.7, 0.8]).record
+    assert plain is not None
+    trial, records = plain.trial_config, []
+    for i, loss in enumerate((0.26, 0.01, 0.07)):
+        config = replace(trial, recipe=replace(trial.recipe, learning_rate=1e-3 * 2**i))
+        records.append(replace(plain, number=i, config=config.to_dict(), values={**plain.values, "accuracy": 1.0, "eval_loss": loss}))
+    (found,) = cells_of(records, (ACCURACY,), [pair_of(trial)])
+    assert found.record is not None
+    assert (found.record.number, found.is_at_edge) == (1, False)
+
+
 @pytest.mark.parametrize(
     ("scores", "is_marked"), [((0.5, 0.6, 0.7), True), ((0.5, 0.7, 0.6), False), ((0.7, 0.6, 0.5), True), ((0.7,), False)]
 )

@@ -14,11 +14,14 @@ import yaml
 from typer.testing import CliRunner
 
 from search.cli import app
+from search.plan import layout_rows
 from spaces.blueprint import Blueprint, blueprint
 from spaces.config import Layout, Offload, Recipe, TrialConfig
+from spaces.constraints import Limits
 from spaces.estimate import ASSUMED_UTILISATION, GpuCluster, estimate_step, exchanges
 from spaces.hardware import device_named
 from spaces.memory import host_bytes, rank_memory
+from spaces.space import SpaceSpec
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8}
 _QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 152064}
@@ -503,3 +506,11 @@ def test_no_torch_and_no_transformers_are_loaded_for_it(spec: Path, device: list
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert done.stdout.strip() == "0 True []"
+
+
+def test_world_sizes_that_profile_names_are_shown_where_the_machine_has_none_of_them() -> None:
+    space = SpaceSpec.model_validate({"world_size": {"profile": [2, 4, 8]}, "strategy": "ddp"})
+    shown = {num: {row["world_size"] for row in layout_rows(space, 128, Limits(num_workers=num, hidden_size=64))} for num in (1, 4)}
+    assert shown == {1: {2, 4, 8}, 4: {2, 4}}
+    none = layout_rows(space, 128, Limits(num_workers=1, hidden_size=64))
+    assert not any(row["feasible"] for row in none)
