@@ -118,6 +118,7 @@ def test_a_merged_model_loads_and_its_card_says_where_it_is_from(searched: Path,
 def test_an_adapter_goes_below_the_search(searched: Path) -> None:
     directory = Path(export(searched, "tiny", "0").strip())
     assert directory == searched / "runs/tiny/exports/0000"
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in (searched / "runs/tiny/exports/0000").iterdir()), "for others too"
     assert {"adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json"} <= {
         p.name for p in directory.iterdir()
     }
