@@ -101,13 +101,13 @@ def _hub_config(name: str, revision: str | None) -> Path:
 
     # Its client logs every retry; the error that ends them says it all.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    is_reached = _hub_answers()
     try:
-        return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=not _hub_answers()))
+        return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=not is_reached))
     except Exception as error:  # the hub's client raises a dozen unrelated classes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"model.name: no model '{name}': it is no local directory, and the Hugging Face hub gave: {reason}"
-        ) from error
+        gave = f"gave: {(str(error) or type(error).__name__).splitlines()[0]}"
+        reason = gave if is_reached else f"cannot be reached from here; one that needs no hub: {EMBEDDED_MODEL}"
+        raise ModelError(f"model.name: no model '{name}': it is no local directory, and the Hugging Face hub {reason}") from error
 
 
 def _hub_answers(timeout_seconds: float = 3.0) -> bool:

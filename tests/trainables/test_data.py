@@ -259,3 +259,9 @@ def test_hub_rows_without_a_class_have_none(monkeypatch: pytest.MonkeyPatch) -> 
     rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, -1, None]}, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
     assert [row["label"] for row in _read_hub("hf:org/name", "test")] == ["yes", None, None]
+
+
+def test_a_hub_that_cannot_be_reached_is_told_with_what_needs_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("trainables.hub._hub_answers", lambda: False)
+    with pytest.raises(ModelError, match=rf"hub cannot be reached from here; one that needs no hub: {EMBEDDED_MODEL}"):
+        model_config("nobody/has-this", None)
