@@ -145,8 +145,7 @@ def search(spec: SpecPath, set_: Set = None, budget: Budget = None, quiet: Quiet
 def resume(name: Name, directory: Directory = RUNS, budget: Budget = None, quiet: Quiet = False, json_: Json = False) -> None:
     """Go on with a search that was interrupted or killed, or has a later end now."""
     from search.console import SearchView
-    from search.ledger import Ledger
-    from search.lengthening import give_budget
+    from search.lengthening import command_of_comparison, give_budget
     from search.session import resume as resume_search
     from search.store import Store
 
@@ -158,9 +157,7 @@ def resume(name: Name, directory: Directory = RUNS, budget: Budget = None, quiet
             resume_search(store, view)
         _show_calibration(store, json_)
         _show_front(str(store.root), directory, json_)
-        begun = [e.get("command") for e in Ledger(store.ledger_path).events() if e["event"] in ("search_started", "lengthened")]
-        own = next((command for command in reversed(begun) if command), "")
-        if own.startswith("paretune compare-methods "):
+        if own := command_of_comparison(store):
             print(f"a comparison of methods: `{own}` goes on with its further rates and seeds", file=sys.stderr)
 
 

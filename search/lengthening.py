@@ -30,6 +30,13 @@ def lengthen(store: Store, spec: SearchSpec, why: str, *, num_further: int = 0) 
     return longer
 
 
+def command_of_comparison(store: Store) -> str:
+    """Return the newest command of a comparison of methods; empty where the search is none."""
+    events = [event for event in Ledger(store.ledger_path).events() if event["event"] in ("search_started", "lengthened")]
+    commands = [event["command"] for event in events if str(event.get("command")).startswith("paretune compare-methods ")]
+    return str(commands[-1]) if commands else ""
+
+
 def give_budget(store: Store, amounts: Sequence[str]) -> None:
     """Give a search these limits in the place of its own.
 
@@ -42,9 +49,8 @@ def give_budget(store: Store, amounts: Sequence[str]) -> None:
         spaces.loading.SpecError: one is no amount.
     """
     loaded, state = load_spec(store.spec_path, (), amounts), store.state()
-    started = (state.started or {}).get("command") or ""
-    if state.is_comparison or started.startswith("paretune compare-methods "):
-        raise StoreError(f"--budget: {store.name} is a comparison, which takes its limits from its own command: {started}")
+    if own := command_of_comparison(store):
+        raise StoreError(f"--budget: {store.name} is a comparison, which takes its limits from its own command: {own}")
     spent = used(loaded.spec, state).as_dict()
     limits = limits_of(loaded.spec.budget)
     for limit, most in limits.items():

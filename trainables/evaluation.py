@@ -20,6 +20,7 @@ from spaces.config import TrialConfig
 from trainables.batching import Batch, collate, evaluation_batches
 from trainables.compilation import as_written
 from trainables.data import TaskData, TokenTable, expected_text
+from trainables.hub import num_positions
 from trainables.loss import evaluated
 from trainables.mesh import World
 from trainables.model import BaseModel, unwrapped
@@ -180,6 +181,7 @@ def completions(
     limit = int(np.percentile(table.num_targets[:num_rows], 95))
     rows_world = world.data_parallel(config.layout)
     mine = np.arange(num_rows)[rows_world.rank :: rows_world.world_size]
+    num_places = num_positions(model.config.get_text_config().to_dict()) or sys.maxsize
     per_rank = -(-num_rows // rows_world.world_size)
     texts: dict[int, str] = {}
     for start in range(0, per_rank, GENERATION_ROWS):
@@ -189,7 +191,7 @@ def completions(
         # Padding at the left: the completion must follow its prompt.
         ids = torch.tensor([[data.pad_token_id] * (width - len(p)) + p for p in prompts], device=world.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=world.device)
-        num_left = _num_positions(model) - width - num_prefix_tokens(config.recipe)
+        num_left = num_places - width - num_prefix_tokens(config.recipe)
         with autocast(config, world), as_written(config.layout.compile == "blocks"):
             out = model.generate(
                 input_ids=ids,
@@ -206,12 +208,6 @@ def completions(
     model.train()
     gathered = {i: text for part in world.gather(texts) for i, text in part.items()}
     return [gathered[i] for i in range(num_rows)]
-
-
-def _num_positions(model: Any) -> int:
-    """Return how many tokens a model has positions for."""
-    config = model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or sys.maxsize)
 
 
 def _prompt(table: TokenTable, index: int) -> list[int]:

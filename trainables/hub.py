@@ -75,17 +75,24 @@ def check_use(config: Mapping[str, Any], model: ModelSpec) -> None:
     text = config.get("text_config")
     sizes: Mapping[str, Any] = text if isinstance(text, Mapping) else config
     family = str(sizes.get("model_type", ""))
-    positions = sizes.get("max_position_embeddings") or sizes.get("n_positions")
-    if isinstance(positions, int):
-        positions -= 2 if "roberta" in family or family in BEHIND_PADDING else 0
-        if model.max_length > positions:
-            given = f"{model.name} has {positions} positions, got {model.max_length}"
-            raise ModelError(f"model.max_length: {given}; allowed: 1 to {positions}")
+    positions = num_positions(sizes)
+    if positions is not None and model.max_length > positions:
+        given = f"{model.name} has {positions} positions, got {model.max_length}"
+        raise ModelError(f"model.max_length: {given}; allowed: 1 to {positions}")
     if model.task == "causal-lm" and family not in DECODERS and not sizes.get("is_decoder") and is_masked(family):
         raise ModelError(
             f"model.task: {model.name} ({family}) sees the tokens after a token too, so it cannot learn to predict them; "
             "allowed: sequence-classification"
         )
+
+
+def num_positions(sizes: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model has positions for, by its `config.json`; None where it does not say."""
+    positions, family = sizes.get("max_position_embeddings") or sizes.get("n_positions"), str(sizes.get("model_type", ""))
+    if not isinstance(positions, int):
+        return None
+    # RoBERTa counts positions from its padding token on, so two of them are never used.
+    return positions - (2 if "roberta" in family or family in BEHIND_PADDING else 0)
 
 
 def is_masked(family: str) -> bool:

@@ -78,8 +78,9 @@ class BaseModel:
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
         config.use_cache = False
-        given = [str(config.id2label[i]) for i in sorted(config.id2label)]
+        given: list[str] = []
         if task == "sequence-classification":
+            given = [str(config.id2label[i]) for i in sorted(config.id2label)]
             config.num_labels = len(label_names)
             config.id2label = dict(enumerate(label_names))
             config.label2id = {label: i for i, label in enumerate(label_names)}
@@ -121,7 +122,9 @@ class BaseModel:
         for name, weights in self.module.named_parameters():
             is_new = name in self.new_parameters
             shared = weights.detach().clone() if is_new else weights.detach()
-            memo[id(weights)] = nn.Parameter(shared, requires_grad=is_new or not is_frozen)
+            if not is_frozen and not weights.requires_grad:  # a table that no trial trains
+                shared = shared.float()
+            memo[id(weights)] = nn.Parameter(shared, requires_grad=weights.requires_grad and (is_new or not is_frozen))
         return copy.deepcopy(self.module, memo)
 
     def copy(self) -> nn.Module:

@@ -77,12 +77,12 @@ def encode_rows(
     Raises:
         DataError: a row has not the form that its format demands.
     """
-    encoded, num_cut, num_lost = [], 0, 0
+    encoded, num_cut, num_lost, begin = [], 0, 0, _begin(tokenizer)
     for number, row in enumerate(rows, start=1):
         if columns.kind == "messages":
             ids, targets = _chat(tokenizer, row[columns.messages or ""], f"{source}: row {number}")
         else:
-            ids, targets = _prompt_completion(tokenizer, row, columns, source, number)
+            ids, targets = _prompt_completion(tokenizer, row, columns, begin, source, number)
         if len(ids) > max_length:
             num_cut += 1
             ids, targets = _shorten(ids, targets, max_length, tokenizer.bos_token_id)
@@ -93,7 +93,9 @@ def encode_rows(
     return encoded, num_cut, num_lost
 
 
-def _prompt_completion(tokenizer: Any, row: Row, columns: Columns, source: str, number: int) -> tuple[list[int], list[int]]:
+def _prompt_completion(
+    tokenizer: Any, row: Row, columns: Columns, begin: list[int], source: str, number: int
+) -> tuple[list[int], list[int]]:
     prompt = field(row, columns.prompt or "", source, number)
     if columns.prompt_input and str(row.get(columns.prompt_input) or "").strip():
         prompt = f"{prompt}\n{row[columns.prompt_input]}"
@@ -101,7 +103,7 @@ def _prompt_completion(tokenizer: Any, row: Row, columns: Columns, source: str, 
     # The two are tokenised apart, as they are when the model answers: no token may span the seam.
     head = tokenizer(f"{prompt}\n", add_special_tokens=False, verbose=False)["input_ids"]
     tail = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
-    head = [*_begin(tokenizer), *head]
+    head = [*begin, *head]
     if tokenizer.eos_token_id is not None:
         tail = [*tail, tokenizer.eos_token_id]
     return head + tail, [IGNORE] * len(head) + tail

@@ -168,3 +168,14 @@ def test_a_table_that_was_learned_is_that_of_the_file(tmp_path: Path) -> None:
     _compute_in_fp32(module, Fresh, set())
     assert module.learned.dtype == torch.float32
     assert module.learned.tolist() == [1.5, 2.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_model_does_not_train_is_not_trained(dtype: torch.dtype, tmp_path: Path) -> None:
+    """As tables of sinusoids are."""
+    make("gpt2", "causal-lm").to(dtype).save_pretrained(tmp_path)
+    base = BaseModel.load(str(tmp_path), None, "causal-lm", ())
+    base.module.get_parameter("transformer.wpe.weight").requires_grad_(False)
+    table = build(Case(family="gpt2").config(1), base, World.alone()).get_parameter("transformer.wpe.weight")
+    assert not table.requires_grad
+    assert table.dtype == torch.float32
