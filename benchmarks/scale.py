@@ -289,7 +289,7 @@ class Driver:
         self.rows.append(
             {
                 "trials": self._num_ended,
-                "in_flight": self._engine.num_live,
+                "in_flight": len(self._engine.state.in_flight),
                 "front": len(self._engine.front()),
                 "suggestion_seconds": {
                     clock: {"median": round(np.median(row), 4), "p95": round(np.quantile(row, 0.95), 4), "max": round(row.max(), 4)}

@@ -64,10 +64,14 @@ def counts(record: TrialRecord) -> bool:
     return record.feasible_before_launch and record.source is None and record.again is None
 
 
+def has_counted(record: TrialRecord) -> bool:
+    """Whether a trial of the budget has ended by itself: in the place of one that another limit cut off a resume puts another."""
+    return counts(record) and record.state is not TrialState.RUNNING and not record.was_cut_off
+
+
 def num_ended(records: Iterable[TrialRecord]) -> int:
-    """Return how many trials of the budget have ended, but for those that another limit cut off: a resume puts others there."""
-    ended = (record for record in records if record.state is not TrialState.RUNNING and not record.was_cut_off)
-    return sum(map(counts, ended))
+    """Return how many trials of the budget have ended."""
+    return sum(map(has_counted, records))
 
 
 def used(spec: SearchSpec, state: SearchState) -> Used:
@@ -75,6 +79,11 @@ def used(spec: SearchSpec, state: SearchState) -> Used:
     records = state.records.values()
     seconds = state.active_seconds if state.started else None
     return _used(spec, num_ended(records), seconds, sum(r.held_seconds * _world_size(r) for r in records))
+
+
+def used_up(spec: SearchSpec, state: SearchState) -> str:
+    """Return in words which limit the events of a search have reached, or nothing."""
+    return _reached(spec, used(spec, state).as_dict())
 
 
 class Spending:
@@ -132,9 +141,7 @@ class Spending:
 
     def reached(self) -> str:
         """Return in words which limit ends even what still trains, or nothing."""
-        spent = self.now().as_dict()
-        limits = limits_of(self._spec.budget).items()
-        return next((f"{amount_text(k, most)} used up" for k, most in limits if k != "trials" and spent[k] >= most), "")
+        return _reached(self._spec, {k: value for k, value in self.now().as_dict().items() if k != "trials"})
 
     def num_left(self, live: Iterable[TrialRecord]) -> float:
         """Return how many trials may still be begun, where these are live."""
@@ -142,6 +149,11 @@ class Spending:
         if self.reached():
             return 0
         return math.inf if most is None else max(0, most - self._num_ended - sum(map(counts, live)))
+
+
+def _reached(spec: SearchSpec, spent: Mapping[str, float]) -> str:
+    limits = limits_of(spec.budget).items()
+    return next((f"{amount_text(limit, most)} used up" for limit, most in limits if spent.get(limit, 0.0) >= most), "")
 
 
 def _used(spec: SearchSpec, trials: int, seconds: float | None, device_seconds: float) -> Used:

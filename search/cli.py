@@ -145,7 +145,7 @@ def search(spec: SpecPath, set_: Set = None, budget: Budget = None, quiet: Quiet
 def resume(name: Name, directory: Directory = RUNS, budget: Budget = None, quiet: Quiet = False, json_: Json = False) -> None:
     """Go on with a search that was interrupted or killed, or has a later end now."""
     from search.console import SearchView
-    from search.lengthening import command_of_comparison, give_budget
+    from search.lengthening import command_of_comparison, deliver_rest, give_budget, why_nothing_is_left
     from search.session import resume as resume_search
     from search.store import Store
 
@@ -153,9 +153,13 @@ def resume(name: Name, directory: Directory = RUNS, budget: Budget = None, quiet
         store = Store.open(name, directory)
         if budget:
             give_budget(store, budget)
-        with SearchView(store.load_spec().spec, quiet=quiet) as view:
-            resume_search(store, view)
-        _show_calibration(store, json_)
+        if why := why_nothing_is_left(store):
+            print(f"{store.name} has ended: {why}; --budget gives it a later end", file=sys.stderr)
+            deliver_rest(store)
+        else:
+            with SearchView(store.load_spec().spec, quiet=quiet) as view:
+                resume_search(store, view)
+            _show_calibration(store, json_)
         _show_front(str(store.root), directory, json_)
         if own := command_of_comparison(store):
             print(f"a comparison of methods: `{own}` goes on with its further rates and seeds", file=sys.stderr)
@@ -177,7 +181,8 @@ def front(name: Name, directory: Directory = RUNS, tracking_uri: TrackingUri = N
 
 
 def _show_front(name: str, directory: Path, json_: bool, tracking_uri: str | None = None) -> None:
-    from search.results import front_as_json, load_results, render_front
+    from search.rendering import render_front
+    from search.results import front_as_json, load_results
 
     results = load_results(name, directory, tracking_uri)
     if json_:
@@ -201,7 +206,8 @@ def pick(
     json_: Json = False,
 ) -> None:
     """Choose one member of the front, and print its configuration and the command that reproduces it."""
-    from search.results import load_results, pick_as_json, pick_one, render_pick
+    from search.rendering import render_pick
+    from search.results import load_results, pick_as_json, pick_one
 
     limits = {
         "train_seconds": ("<=", max_time),
@@ -228,17 +234,12 @@ def confirm(
     json_: Json = False,
 ) -> None:
     """Train the members of the front again with further seeds, each alone, and score them on the test rows."""
-    from search.confirm import ConfirmError
     from search.confirm import confirm as confirm_trials
     from search.store import Store
 
     with clear_errors():
         store = Store.open(name, directory)
-        try:
-            say = teller(quiet=quiet)
-            failures = confirm_trials(store, num_seeds=seeds, trials=trials, say=say)
-        except ConfirmError as error:
-            fail(USAGE, str(error))
+        failures = confirm_trials(store, num_seeds=seeds, trials=trials, say=teller(quiet=quiet))
         _show_front(str(store.root), directory, json_)
         if failures:
             fail(FAILURE, *failures)
@@ -258,7 +259,6 @@ def compare_methods(
 ) -> None:
     """Tell which way to fine-tune is the best for how much data: a grid of trials, the best of each confirmed."""
     from search import compare, comparison
-    from search.confirm import ConfirmError
     from search.console import SearchView
     from search.interruption import Interrupted
     from search.provenance import own_command
@@ -274,8 +274,6 @@ def compare_methods(
             with SearchView(loaded.spec, quiet=quiet) as view:
                 store = compare.search(loaded, view)
             found, files, failures = compare.confirm_best(store, num_seeds=seeds, say=say)
-        except (comparison.CompareError, ConfirmError) as error:
-            fail(USAGE, str(error))
         except Interrupted as left:
             # Not with what goes on with its parts, the search and the confirmation.
             raise Interrupted(left.signum, own_command()) from left
@@ -301,15 +299,11 @@ def export(
     json_: Json = False,
 ) -> None:
     """Write a trial's model for transformers and PEFT: safetensors, tokenizer, and a card that says where it is from."""
-    from search.export import ExportError
     from search.export import export as export_trial
     from search.store import Store
 
     with clear_errors():
-        try:
-            exported = export_trial(Store.open(name, directory), trial, merge=merge, output=output)
-        except ExportError as error:
-            fail(USAGE, str(error))
+        exported = export_trial(Store.open(name, directory), trial, merge=merge, output=output, say=teller(quiet=json_))
         if json_:
             print_json(exported.to_dict())
         else:
@@ -329,18 +323,13 @@ def evaluate(
 ) -> None:
     """Score the members of the front, and the untrained model, on tasks of lm-evaluation-harness."""
     from search import harness
-    from search.confirm import ConfirmError
     from search.store import Store
 
     with clear_errors():
         store = Store.open(name, directory)
-        say = teller(quiet=quiet)
-        try:
-            names = tuple(task for text in tasks.split(",") if (task := text.strip()))
-            request = harness.Request(tasks=names, limit=limit, include_path=include_path)
-            found = harness.evaluate(store, request, trials=trials, say=say)
-        except (harness.EvaluateError, ConfirmError) as error:
-            fail(USAGE, str(error))
+        names = tuple(task for text in tasks.split(",") if (task := text.strip()))
+        request = harness.Request(tasks=names, limit=limit, include_path=include_path)
+        found = harness.evaluate(store, request, trials=trials, say=teller(quiet=quiet))
         if json_:
             print_json(harness.rows_of(found))
         else:
@@ -350,10 +339,11 @@ def evaluate(
 @app.command()
 def report(name: Name, directory: Directory = RUNS, tracking_uri: TrackingUri = None) -> None:
     """Write the report again: one HTML file that works offline, with tables and a picture beside it."""
-    from search.results import load_results, write_results
+    from search.report import write_report
+    from search.results import load_results
 
     with clear_errors():
-        for path in write_results(load_results(name, directory, tracking_uri)):
+        for path in write_report(load_results(name, directory, tracking_uri)).values():
             print(path)
 
 
@@ -363,12 +353,10 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on the loopback interface.")] = 5000,
 ) -> None:
     """Open MLflow's user interface on the searches of a directory, on this machine only."""
-    from search.ui import UiError, serve
+    from search.ui import serve
 
-    try:
+    with clear_errors():
         raise typer.Exit(serve(directory.absolute() / "mlflow.db", port))
-    except UiError as error:
-        fail(USAGE, str(error))
 
 
 @app.command()

@@ -16,15 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from search.comparison import FILES, METHODS, CompareError, Comparison, Method, comparison_of, configs_of, pair_of, pairs_of
+from search.comparison import FILES, METHODS, Comparison, Method, comparison_of, configs_of, pair_of, pairs_of
 from search.confirm import confirm
+from search.errors import NoResult, UserError
 from search.ledger import Ledger
 from search.lengthening import lengthen
 from search.provenance import own_command
 from search.record import LASTING, TrialState
-from search.results import Results, load_results
-from search.session import Emit, NoResult, checked_model, resume, start
-from search.store import Store, StoreError
+from search.results import Results
+from search.session import Emit, checked_model, resume, start
+from search.store import Store
 from spaces.architecture import ShapeError
 from spaces.blueprint import blueprint
 from spaces.config import ADAPTER_KNOBS, TrialConfig
@@ -56,14 +57,14 @@ def parse_fractions(text: str) -> tuple[float, ...]:
     """Read shares of the rows with commas.
 
     Raises:
-        CompareError: one is none.
+        UserError: one is none.
     """
     try:
         fractions = tuple(float(part) for part in text.split(","))
     except ValueError:
         fractions = (0.0,)
     if not all(0 < fraction <= 1 for fraction in fractions):
-        raise CompareError(f"--fractions {text}: not shares of rows; allowed: numbers above 0 and up to 1 with commas, as 0.01,1")
+        raise UserError(f"--fractions {text}: not shares of rows; allowed: numbers above 0 and up to 1 with commas, as 0.01,1")
     return fractions
 
 
@@ -88,13 +89,13 @@ def grid_spec(
 
     Raises:
         SpecError: the file or its model cannot be used.
-        CompareError: a method cannot be trained anywhere, or no objective is a score.
+        UserError: a method cannot be trained anywhere, or no objective is a score.
     """
     loaded = load_spec(path, overrides)
     config, shape = checked_model(loaded)
     spec, width = loaded.spec, shape.hidden_size
     if not any(metric_of(o.metric).section == "eval" for o in spec.resolved_objectives()):
-        raise CompareError("objectives: none says how good a model is; allowed: with accuracy, eval_loss or another score among them")
+        raise UserError("objectives: none says how good a model is; allowed: with accuracy, eval_loss or another score among them")
     known = _pairs_there(_store(spec.directory, _name_of(spec, path)))
     is_known = bool(known) and methods is None and fractions is None
     methods = _trainable(methods or [m for m, _ in known] or None, spec, _limits(spec, config, width), say)
@@ -132,7 +133,7 @@ def search(loaded: LoadedSpec, emit: Emit) -> Store:
     A comparison of the name that lacks methods or shares of this one gets them.
 
     Raises:
-        StoreError: a search of another model or data set, or with another value of what is not compared, has the name.
+        UserError: a search of another model or data set, or with another value of what is not compared, has the name.
         What `search.session.start` and `resume` raise, but where they ended without a result.
     """
     store = _store(loaded.spec.directory, str(loaded.spec.name))
@@ -145,7 +146,7 @@ def search(loaded: LoadedSpec, emit: Emit) -> Store:
         _to_its_end(store, lambda: start(loaded, emit, own_command()))
     while True:
         with store.lock():
-            results = _results(store)
+            results = Results.of(store)
             points = further_rates(results.spec, results) if results.state.finished else []
             longer = _with_points(store, results.spec, points, _beyond(results.spec, points)) if points else None
         if results.state.finished and longer is None:
@@ -172,7 +173,7 @@ def _to_its_end(store: Store, run: Callable[[], Store]) -> None:
     try:
         run()
     except NoResult:
-        if not store.ledger_path.exists() or not _results(store).state.finished:
+        if not store.ledger_path.exists() or not Results.of(store).state.finished:
             raise
 
 
@@ -209,7 +210,7 @@ def _add(store: Store, asked: SearchSpec) -> dict[str, Any] | None:
     """Give a comparison the methods and shares that it lacks, and limits; return what the ledger says of it, None if nothing changes.
 
     Raises:
-        StoreError: it is another one: its trials would not compare.
+        UserError: it is another one: its trials would not compare.
     """
     known = store.load_spec().spec
     others = [part for part in ("model", "data", "objectives") if getattr(known, part) != getattr(asked, part)]
@@ -218,7 +219,7 @@ def _add(store: Store, asked: SearchSpec) -> dict[str, Any] | None:
     others += ["sampler.seed"] if known.sampler.seed != asked.sampler.seed else []
     if others:
         where = f"a comparison named '{store.name}' is in {store.root.parent} already, with other {', '.join(others)}"
-        raise StoreError(f"{where}; give this one --set name=...")
+        raise UserError(f"{where}; give this one --set name=...")
     pairs = pairs_of(known)
     lacking = [pair for pair in pairs_of(asked) if pair not in pairs]
     points = zip(configs_of(asked), asked.sampler.points_to_evaluate or (), strict=True)
@@ -276,19 +277,15 @@ def confirm_best(store: Store, *, num_seeds: int, say: Callable[[str], None]) ->
     if not best:
         raise NoResult(f"{store.name}: no trial is complete, so there is nothing to compare")
     with store.lock():
-        if not _results(store).state.is_comparison:
+        if not Results.of(store).state.is_comparison:
             Ledger(store.ledger_path).append("compared")  # so the report has a table of methods
     failures = confirm(store, num_seeds=num_seeds, trials=",".join(map(str, best)), say=say)
     return _comparison(store), [store.report_path / name for name in ("report.html", *FILES)], failures
 
 
 def _comparison(store: Store) -> Comparison:
-    results = _results(store)
+    results = Results.of(store)
     return comparison_of(results.state, results.spec, results.objectives)
-
-
-def _results(store: Store) -> Results:
-    return load_results(str(store.root), store.root.parent)
 
 
 def _fixed_knobs(space: SpaceSpec) -> dict[str, Any]:
@@ -317,7 +314,7 @@ def _trainable(methods: Sequence[Method] | None, spec: SearchSpec, limits: Limit
     """Return the methods, each once; of those that nobody asked for, the ones that can be trained somewhere.
 
     Raises:
-        CompareError: one that was asked for cannot.
+        UserError: one that was asked for cannot.
     """
     found, space = [], spec.space
     for method in dict.fromkeys(METHODS if methods is None else methods):
@@ -330,9 +327,9 @@ def _trainable(methods: Sequence[Method] | None, spec: SearchSpec, limits: Limit
         elif methods is None:
             say(f"left out: {method.name}: {reason(violated[0], config, limits)}")
         else:
-            raise CompareError(f"--methods: {method.name}: {reason(violated[0], config, limits)}")
+            raise UserError(f"--methods: {method.name}: {reason(violated[0], config, limits)}")
     if not found:
-        raise CompareError("--methods: none of the usual ones can be trained; name those that can")
+        raise UserError("--methods: none of the usual ones can be trained; name those that can")
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from search.confidence import LEVEL, Confirmed, confirmed, told_apart
+from search.errors import UserError
 from search.formatting import aligned, number_text, short_text
 from search.ledger import SearchState
 from search.pareto import eligible, sign_of
@@ -24,10 +25,6 @@ COSTS = (TRAIN_SECONDS, PEAK_MEMORY_BYTES)
 FILES = ("methods.csv", "methods.png")
 
 
-class CompareError(Exception):
-    """The methods cannot be compared; the message is one line for the user."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
     """One way to fine-tune."""
@@ -41,7 +38,7 @@ class Method:
         """Read `none`, `lora:16`, `lora:16:nf4`, `bottleneck:16`, `prefix:16` or `ia3`.
 
         Raises:
-            CompareError: it is none of these.
+            UserError: it is none of these.
         """
         adapter, *rest = text.strip().split(":")
         knobs = ADAPTER_KNOBS.get(adapter, ())  # type: ignore[call-overload]
@@ -52,10 +49,10 @@ class Method:
         if adapter in ADAPTER_KNOBS and len(rest) > most:
             allowed = (adapter, f"{adapter}:{LORA_RANK}", f"{adapter}:{LORA_RANK}:nf4")[most]
             takes = ("neither a rank nor a quantised base", "a rank and no quantised base", "a rank and a base")[most]
-            raise CompareError(f"--methods: '{text}' is no method: {adapter} takes {takes}; allowed: {allowed}")
+            raise UserError(f"--methods: '{text}' is no method: {adapter} takes {takes}; allowed: {allowed}")
         if not is_known:
             forms = f"{' '.join(ADAPTER_KNOBS)}; with a rank lora:16, and quantised lora:16:nf4 ({' '.join(get_args(Quantization))})"
-            raise CompareError(f"--methods: '{text}' is no method; allowed: {forms}")
+            raise UserError(f"--methods: '{text}' is no method; allowed: {forms}")
         return cls(adapter=adapter, rank=int(rank) if "lora_rank" in knobs else None, quantization=quantization)  # type: ignore[arg-type]
 
     @classmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import NormalDist, fmean, variance
 from typing import Any
@@ -108,11 +108,19 @@ def confirmed(record: TrialRecord, metric: str) -> Confirmed | None:
     if not values:
         return None
     split = ("test" if on_test else "evaluation") if is_quality else ""
-    return Confirmed(metric=metric, estimate=estimate(values), values=values, split=split)
+    sure = estimate(values)
+    if is_quality and len({*values}) == 1:
+        sure = replace(sure, half_width=None)
+    return Confirmed(metric=metric, estimate=sure, values=values, split=split)
 
 
 def told_apart(a: Confirmed, b: Confirmed, level: float = LEVEL) -> bool:
-    """Whether the seeds say that two trials differ at all; not where there are too few to say."""
+    """Whether the seeds say that two trials differ at all; not where there are too few to say.
+
+    Nor where each trial's seeds have one score, which is as coarse as its rows are few: that says nothing of how they scatter.
+    """
+    if a.split and len({*a.values}) == len({*b.values}) == 1:
+        return False
     gap = difference(a.values, b.values, level)
     return gap.half_width is not None and abs(gap.mean) > gap.half_width
 

@@ -15,13 +15,15 @@ from typing import Any
 
 from search import cluster
 from search.confidence import failure_lines
+from search.errors import UserError
 from search.formatting import number_text
 from search.interruption import Interruption
 from search.jobs import DispatcherSession, run_to_end
 from search.ledger import Ledger, SearchState, objectives_of
 from search.pareto import eligible, front
-from search.publication import LEAVING_FLUSH_SECONDS, publish
+from search.publication import LEAVING_FLUSH_SECONDS, publish, publish_again, reopen
 from search.record import LASTING, Confirmation, TrialRecord, TrialState, classify
+from search.results import Results
 from search.session import Prepared, check_same_data, connected_tracker, prepare
 from search.store import Store
 from search.tracking import Tracker
@@ -31,10 +33,6 @@ from spaces.spec import Objective
 from trainables.job import Job
 
 NUM_SEEDS = 2**32
-
-
-class ConfirmError(Exception):
-    """What shall be confirmed cannot be; the message is one line for the user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,13 +62,12 @@ def confirm(store: Store, *, num_seeds: int, trials: str | None, say: Callable[[
         say: takes a line on what happens.
 
     Raises:
-        ConfirmError: nothing was started.
-        search.session.NothingFits: the data changed since the search began; nothing was started.
+        UserError: the data changed since the search began, or there is no such trial; nothing was started.
         spaces.loading.SpecError: model, data or tracking server cannot be used; nothing was started.
         search.interruption.Interrupted: a signal came; what was in flight is saved.
     """
     if num_seeds < 1:
-        raise ConfirmError(f"--seeds {num_seeds}: at least one further seed; allowed: 1 or more, and from 2 on there is an interval")
+        raise UserError(f"--seeds {num_seeds}: at least one further seed; allowed: 1 or more, and from 2 on there is an interval")
     with store.lock():
         loaded, state = store.load_spec_here(), store.state()
         chosen = chosen_trials(list(state.records.values()), objectives_of(loaded.spec, state), trials, store.name)
@@ -83,10 +80,7 @@ def confirm(store: Store, *, num_seeds: int, trials: str | None, say: Callable[[
             _drive(store, prepared, state, left, command, say)
         else:
             say(f"confirmed already: {len(chosen)} trials with {num_seeds} further seeds")
-            # The last time may have been cut off, or MLflow away, before all of it was published.
-            tracker = connected_tracker(loaded)
-            reopen(tracker, store, state)
-            publish(state, store, tracker, command_for_rest=command)
+            publish_again(store, connected_tracker(loaded), state, command_for_rest=command)
     wanted = {(r.number, seed) for r in chosen for seed in further_seeds(r, num_seeds)}
     records = [
         replace(r, confirmations=tuple(c for c in r.confirmations if (r.number, c.seed) in wanted)) for r in state.records.values()
@@ -100,11 +94,11 @@ def chosen_trials(
     """Return the trials that are named, or the members of the front.
 
     Raises:
-        ConfirmError: there is none, or a name is none.
+        UserError: there is none, or a name is none.
     """
     members = front(records, objectives)
     if not members:
-        raise ConfirmError(f"{name} has no front: no trial is complete and feasible, and so there is none to take")
+        raise UserError(f"{name} has no front: no trial is complete and feasible, and so there is none to take")
     if trials is None:
         return members
     known = {record.number: record for record in eligible(records, objectives)}
@@ -113,13 +107,13 @@ def chosen_trials(
 
 def _number(text: str, known: Mapping[int, TrialRecord], records: Sequence[TrialRecord]) -> int:
     if not text.strip().isdecimal():
-        raise ConfirmError(f"--trials: '{text}' is not the number of a trial; allowed: numbers with commas, such as {min(known)}")
+        raise UserError(f"--trials: '{text}' is not the number of a trial; allowed: numbers with commas, such as {min(known)}")
     number = int(text)
     if number not in known:
         states = {record.number: record.state.value for record in records}
         what = f"trial {number} is {states[number]}, and only complete trials can be taken" if number in states else "no such trial"
         nearest = min(known, key=lambda other: (abs(other - number), other))
-        raise ConfirmError(f"--trials {number}: {what}; did you mean {nearest}?")
+        raise UserError(f"--trials {number}: {what}; did you mean {nearest}?")
     return number
 
 
@@ -169,14 +163,7 @@ def _drive(
                 record = state.records[training.record.number]
                 (done,) = (c for c in record.confirmations if c.seed == training.seed)
                 say(f"{number} of {len(left)}: {progress_text(record, done, objectives_of(spec, state))}")
-        publish(state, store, tracker, command_for_rest=command)
-
-
-def reopen(tracker: Tracker, store: Store, state: SearchState) -> None:
-    """Open the search's run in MLflow again, and give it all events so far."""
-    tracker.reopen_search(store.name, (state.started or {})["mlflow_run_id"], spec_path=store.spec_path)
-    for event in Ledger(store.ledger_path).events():
-        tracker.submit(event)
+        publish(Results.of(store, state), tracker, command_for_rest=command)
 
 
 @contextmanager
@@ -192,7 +179,7 @@ def cut_short(tracker: Tracker, state: SearchState) -> Iterator[None]:
 def _check_fits(left: Sequence[Training], capacity: int) -> None:
     for training in left:
         if training.config.layout.world_size > capacity:
-            raise ConfirmError(
+            raise UserError(
                 f"trial {training.record.number} needs {training.config.layout.world_size} workers and the cluster holds {capacity}; "
                 "confirm it where it was trained, or name others with --trials"
             )

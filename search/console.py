@@ -108,7 +108,8 @@ class SearchView:
                 workers = "1 worker" if event["num_workers"] == 1 else f"{event['num_workers']} workers"
                 return f"search {event['name']}: {event['machine']}; {workers}; data: {_brief(event['data'])}"
             case "device_examined":
-                return device_text(event["device"], self._spec.space.precision.ends())
+                other = f"; it was {event['before']}, with whose times and bytes these do not compare" if "before" in event else ""
+                return device_text(event["device"], self._spec.space.precision.ends()) + other
             case "warm_started":
                 return warm_start_text(event)
             case "reference":

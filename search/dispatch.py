@@ -11,6 +11,7 @@ import itertools
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 
 from search.placement import Assign, Group, GroupState, Start, Stop, Waiting, decide
 from trainables.job import Ask, Job, Task
-from trainables.report import OutOfMemory
+from trainables.report import NotPlaced, OutOfMemory
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ class _GroupState:
     leaving: bool = False
     ever_joined: bool = False
     placement_group: Any = None
+    reason: str = ""
+    """Why its workers could not begin, the last time."""
 
 
 class Dispatcher:
@@ -74,6 +77,7 @@ class Dispatcher:
     def __init__(self, task: Task, resources: GroupResources) -> None:
         self._task = task
         self._resources = resources
+        self._capacity = resources.capacity
         self._jobs: dict[str, _JobState] = {}
         self._groups: dict[str, _GroupState] = {}
         self._changed = asyncio.Condition()
@@ -84,6 +88,7 @@ class Dispatcher:
         self._failed_starts: Counter[int] = Counter()
         """In a row, of groups of each world size."""
         self._relays: set[str] = set()
+        self._is_closing = False
         self._handle: Any = None
 
     # -- the driver's and the Tune trials' side ------------------------------------------------------------------------
@@ -98,6 +103,7 @@ class Dispatcher:
         if known is None or (known.ended and not known.events):
             self._jobs.pop(job.job_id, None)  # one that comes again stands at the end of the line
             self._jobs[job.job_id] = _JobState(job=job, place=next(self._places))
+            self._give_up_too_large()
             await self._place()
 
     async def expect(self, world_size: int, num_jobs: float) -> None:
@@ -108,7 +114,7 @@ class Dispatcher:
             num_jobs: with those that the groups which are there will take; infinite for as many as fit.
         """
         sizes = [group.world_size for group in self._groups.values()]
-        num_fit = (self._resources.capacity - sum(sizes)) // world_size
+        num_fit = (self._capacity - sum(sizes)) // world_size
         for _ in range(int(min(num_fit, num_jobs - sizes.count(world_size)))):
             self._start(world_size)
 
@@ -149,7 +155,8 @@ class Dispatcher:
         await self._notify()
 
     async def shutdown(self) -> None:
-        """Have the jobs in flight saved, let every group go and wait until all are gone."""
+        """Have the jobs in flight saved, let every group go and wait until all are gone; what waits in the queue is left there."""
+        self._is_closing = True
         for state in self._jobs.values():
             state.asked = state.asked or Ask.SUSPEND
         for group in self._groups.values():
@@ -188,6 +195,10 @@ class Dispatcher:
         async with self._changed:
             await self._changed.wait_for(lambda: group.generation != generation or len(group.joined) == group.world_size)
         return group.generation
+
+    async def lost(self, group_id: str, reason: str) -> None:
+        """Take note of why a worker cannot begin; its group is about to be restarted."""
+        self._groups[group_id].reason = reason
 
     async def next(self, group_id: str, generation: int, sequence: int) -> tuple[int, Job] | None:
         """Wait for a job later than `sequence`; None when the group is to end, or was restarted without this rank."""
@@ -271,7 +282,7 @@ class Dispatcher:
             state.attempts -= 1
             group.job_id = None
             group.state = GroupState.IDLE
-            message = f"its workers died in {state.attempts} attempts"
+            message = f"its workers died in {state.attempts} attempts" + (f": {group.reason}" if group.reason else "")
             lost = {"state": "failed", "kind": "worker_lost", "message": message}
             self._end(state, {"state": "stopped"} if state.asked else lost)
             return
@@ -282,6 +293,16 @@ class Dispatcher:
         group.state = GroupState.BUSY
         state.events.append({"event": "started", "group_id": group_id, "attempt": state.attempts, "at": time.time()})
 
+    def _give_up(self, message: str, is_hopeless: Callable[[int], bool]) -> None:
+        """End the jobs that wait for workers of a world size that will not come."""
+        held = {group.job_id for group in self._groups.values()}
+        for name, state in list(self._jobs.items()):
+            if not state.ended and name not in held and is_hopeless(state.job.world_size):
+                self._end(state, {"state": "failed", "kind": "no_workers", "message": message})
+
+    def _give_up_too_large(self) -> None:
+        self._give_up(f"the cluster has room for {self._capacity} workers, and it needs more", lambda size: size > self._capacity)
+
     def _release(self, group: _GroupState) -> None:
         group.leaving = True
         if group.state is not GroupState.BUSY:
@@ -289,6 +310,9 @@ class Dispatcher:
 
     async def _place(self) -> None:
         """Let `placement` decide and carry it out."""
+        if self._is_closing:
+            await self._notify()
+            return
         held = {group.job_id for group in self._groups.values()}
         # A generator, since `decide` reads few of the hundreds that may wait; jobs stand in the order in which they came.
         waiting = (
@@ -301,7 +325,7 @@ class Dispatcher:
             Group(group_id=n, world_size=g.world_size, state=g.state, seconds_left=None if g.job_ends is None else g.job_ends - now)
             for n, g in self._groups.items()
         ]
-        for action in decide(capacity=self._resources.capacity, groups=groups, waiting=waiting):
+        for action in decide(capacity=self._capacity, groups=groups, waiting=waiting):
             match action:
                 case Assign(job_id=job_id, group_id=group_id):
                     self._deliver(group_id, self._groups[group_id], self._jobs[job_id])
@@ -330,23 +354,26 @@ class Dispatcher:
             left = self._groups[group_id].placement_group
             await asyncio.get_running_loop().run_in_executor(self._threads, self._vacate, left)
         group = self._groups.pop(group_id)
-        if not group.ever_joined and not group.leaving:
+        if isinstance(error, NotPlaced):
+            # Nodes were lost, or are none: what is placed is what there is.
+            self._capacity = sum(other.world_size for other in self._groups.values() if other.ever_joined)
+            self._give_up_too_large()
+        elif not group.ever_joined and not group.leaving:
             self._failed_starts[world_size] += 1
         if group.job_id is not None:
             # Ray Train gave the group up: another one goes on. The memory monitor kills the youngest worker of a node, not the
             # largest: only of a job that trains alone is it clear that it is the one that takes too much.
             state = self._jobs[group.job_id]
+            if state.asked:
+                self._end(state, {"state": "stopped"})
             is_alone = not any(other.job_id for other in self._groups.values())
             is_over_memory = isinstance(error, OutOfMemory) and is_alone
-            if state.attempts >= MAX_ATTEMPTS or is_over_memory:
+            if not state.ended and (state.attempts >= MAX_ATTEMPTS or is_over_memory):
                 kind = OutOfMemory.kind if is_over_memory else "worker_lost"
-                self._end(state, {"state": "failed", "kind": kind, "message": str(error)})
+                self._end(state, {"state": "failed", "kind": kind, "message": group.reason or str(error)})
         if self._failed_starts[world_size] >= MAX_FAILED_STARTS:
-            message = f"no group of {world_size} workers could be started: {error}"
-            held = {group.job_id for group in self._groups.values()}
-            for name, state in list(self._jobs.items()):
-                if not state.ended and state.job.world_size == world_size and name not in held:
-                    self._end(state, {"state": "failed", "kind": "no_workers", "message": message})
+            message = f"no group of {world_size} workers could be started: {group.reason or error}"
+            self._give_up(message, lambda size: size == world_size)
         await self._place()
 
     def _vacate(self, placement_group: Any) -> None:

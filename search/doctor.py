@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from search.cluster import ClusterError, check_reachable
+from search.cluster import check_reachable
+from search.errors import UserError
 
 Finding = dict[str, str]
 
@@ -93,7 +94,7 @@ def _ray(_: Path) -> tuple[str, str]:
         return "ok", "no RAY_ADDRESS: a search starts Ray on this machine"
     try:
         check_reachable()
-    except ClusterError as error:
+    except UserError as error:
         return "error", str(error)
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     known = "RAY_AUTH_TOKEN" in os.environ or token.exists()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from search.budget import Spending, Used, counts
+from search.budget import Spending, Used, has_counted
 from search.growth import Growth
 from search.known import Known
 from search.layouts import Forecaster, layout_to_train
@@ -105,11 +105,6 @@ class Engine:
         return objectives_of(self._spec, self._state)
 
     @property
-    def num_live(self) -> int:
-        """Trials that were handed out and have not ended."""
-        return len(self._live)
-
-    @property
     def num_left(self) -> float:
         """Trials of the budget that have not been handed out yet; infinite where only other limits end the search."""
         return 0 if self._growth.ended else self._spending.num_left(self._state.records[number] for number in self._live)
@@ -127,7 +122,9 @@ class Engine:
     @property
     def why_over(self) -> str:
         """In words, why nothing is proposed any more."""
-        return self.reached or self._growth.ended or f"{self._spec.budget.max_trials} trials"
+        most = self._spec.budget.max_trials
+        is_used_up = most is not None and self.num_left == 0
+        return self.reached or self._growth.ended or (f"{most} trials" if is_used_up else "all points were tried")
 
     @property
     def is_handed_out(self) -> bool:
@@ -203,7 +200,7 @@ class Engine:
         if record.is_whole:
             self._spread(record)
         self._weights.sweep(record, (*self._pending, *self._live))
-        if self._spec.budget.patience and counts(record):
+        if self._spec.budget.patience and has_counted(record):
             self._growth.add(hypervolume_of(self.front(), self.objectives))
 
     def held_seconds(self) -> dict[int, float]:

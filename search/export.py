@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from search.errors import UserError
 from search.formatting import number_text
 from search.model_card import base_name, model_card
 from search.pareto import eligible
 from search.record import TrialRecord
-from search.results import Results, load_results
+from search.results import Results
 from search.session import check_same_data
 from search.store import Store
 from spaces.loading import LoadedSpec, SpecError
-
-
-class ExportError(Exception):
-    """The trial cannot be exported; the message is one line for the user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +42,7 @@ class Exported:
         return {"directory": str(self.directory), "is_merged": self.is_merged, "scores": self.scores}
 
 
-def export(store: Store, number: int, *, merge: bool, output: Path | None) -> Exported:
+def export(store: Store, number: int, *, merge: bool, output: Path | None, say: Callable[[str], None] = print) -> Exported:
     """Write a trial's model.
 
     Args:
@@ -53,24 +50,24 @@ def export(store: Store, number: int, *, merge: bool, output: Path | None) -> Ex
         number: the trial; complete, and with its weights still there.
         merge: whether to add the adapter to the weights, so that transformers alone loads them.
         output: where to; by default below the search's own directory.
+        say: takes a line on what takes long.
 
     Raises:
-        ExportError: nothing was written.
-        search.session.NothingFits: the data changed since the search began; nothing was written.
+        UserError: the data changed since the search began, or there is no such trial; nothing was written.
         SpecError: model or data cannot be used; nothing was written.
     """
     from trainables import export as weights
     from trainables.hub import resolve_model
     from trainables.model import BaseModel
 
-    results = load_results(str(store.root), store.root.parent)
+    results = Results.of(store)
     record = _chosen(number, store, results)
     config = record.trial_config
     if merge and config.recipe.adapter == "none":
-        raise ExportError(f"--merge: trial {number} trained every weight and has no adapter to merge; leave --merge out")
+        raise UserError(f"--merge: trial {number} trained every weight and has no adapter to merge; leave --merge out")
     target = (output or store.export_path(number, is_merged=merge)).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ExportError(f"{target}: something is there already; remove it, or name another directory with --output")
+        raise UserError(f"{target}: something is there already; remove it, or name another directory with --output")
     data = _data(store.load_spec())
     check_same_data(data.fingerprint, store, results.state)
     model = results.spec.model
@@ -81,18 +78,20 @@ def export(store: Store, number: int, *, merge: bool, output: Path | None) -> Ex
         # Where rounding or a spread out base makes them other weights than those that were scored.
         is_whole = merge or config.recipe.adapter == "none"
         is_other = is_whole and (config.recipe.quantization, config.recipe.precision) != ("none", "fp32")
+        if is_other:
+            say(f"these are not quite the weights that were scored: scoring them on {data.evaluation.num_rows:,} evaluation rows")
         scores = weights.scores(module, config, data, base, results.spec.data.exact_match_rows) if is_other else {}
         is_plain = config.recipe.quantization == "none" or merge or model.task == "causal-lm"
         card = model_card(
             results, record, is_merged=merge, scores=scores, unquantized=[] if is_plain else weights.unquantized(module)
         )
         with _whole(target) as directory:
-            weights.save(module, base, config, directory, base_name(model.name))
+            weights.save(module, base, config, directory, data.end_token_ids, base_name(model.name))
             (directory / "README.md").write_text(card)
     except (ValueError, KeyError) as error:
-        raise ExportError(f"trial {number}: its weights cannot be exported: {str(error).splitlines()[0]}") from error
+        raise UserError(f"trial {number}: its weights cannot be exported: {str(error).splitlines()[0]}") from error
     except OSError as error:
-        raise ExportError(f"{target}: cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
     return Exported(directory=target, is_merged=merge, scores=scores)
 
 
@@ -118,12 +117,12 @@ def _chosen(number: int, store: Store, results: Results) -> TrialRecord:
     record = results.state.records.get(number)
     members = ", ".join(str(member.number) for member in results.members) or "none"
     if record is None:
-        raise ExportError(f"trial {number}: {results.name} has no such trial; its front: {members}")
+        raise UserError(f"trial {number}: {results.name} has no such trial; its front: {members}")
     if record not in eligible([record], results.objectives):
-        raise ExportError(f"trial {number} is {record.state.value}, and only complete trials have weights; the front: {members}")
+        raise UserError(f"trial {number} is {record.state.value}, and only complete trials have weights; the front: {members}")
     if not _weights(store, record).exists():
         again = results.command_of(record)
-        raise ExportError(f"trial {number}: only weights of the front ({members}) are kept; this trains it again: {again}")
+        raise UserError(f"trial {number}: only weights of the front ({members}) are kept; this trains it again: {again}")
     return record
 
 

@@ -216,18 +216,30 @@ def hypervolume_history(state: SearchState, objectives: Sequence[Objective]) -> 
     """Return (seconds since the search began, hypervolume) after every trial that ended."""
     begin = _begin(state)
     ended = sorted((r for r in state.records.values() if r.finished_at is not None), key=lambda r: r.finished_at or 0.0)
-    history = [(r.finished_at or 0.0, hypervolume_of(ended[: n + 1], objectives)) for n, r in enumerate(ended)]
-    return [(at - begin, volume) for at, volume in history if volume is not None]
+    history, members, volume = [], list[TrialRecord](), hypervolume_of([], objectives)
+    if volume is None:
+        return []
+    for record in ended:
+        # Whatever dominates a newcomer is on the front of those before it.
+        known, members = members, front([*members, record], objectives)
+        if members != known:
+            volume = hypervolume_of(members, objectives) or 0.0
+        history.append((state.active_until(record.finished_at or 0.0, begin), volume))
+    return history
 
 
 def timeline(state: SearchState) -> list[Span]:
-    """Return when every trial that ran and ended did so."""
+    """Return when every trial that ran and ended did so, from when it had workers."""
     begin = _begin(state)
+
+    def at(time: float) -> float:
+        return state.active_until(time, begin)
+
     return [
         Span(
             number=record.number,
-            begin_seconds=record.started_at - begin,
-            end_seconds=record.finished_at - begin,
+            begin_seconds=max(at(record.started_at), at(record.finished_at) - (record.held_seconds or math.inf)),
+            end_seconds=at(record.finished_at),
             state=outcome(record),
             world_size=(record.config or {}).get("layout", {}).get("world_size", 1),
         )

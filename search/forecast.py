@@ -51,7 +51,7 @@ class Drawn:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Forecaster:
+class ClusterForecast:
     """Holds every layout against a cluster of GPUs."""
 
     spec: SearchSpec

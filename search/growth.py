@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from search.budget import counts
+from search.budget import has_counted
 from search.pareto import front, hypervolume_of
 from search.record import TrialRecord, TrialState
 from spaces.budget import BudgetSpec
@@ -39,7 +39,7 @@ class Growth:
         self._budget = budget
         self._volumes: deque[float] = deque(maxlen=(budget.patience or 0) + 1)
         ended = sorted((r for r in records if r.state is not TrialState.RUNNING), key=lambda r: r.finished_at or 0.0)
-        counted = [n for n, record in enumerate(ended, start=1) if counts(record)]
+        counted = [n for n, record in enumerate(ended, start=1) if has_counted(record)]
         for n in counted[-(budget.patience or 0) - 1 :] if budget.patience else ():
             self.add(hypervolume_of(front(ended[:n], objectives), objectives))
 

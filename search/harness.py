@@ -7,22 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.confirm import chosen_trials, cut_short, reopen
+from search.confirm import chosen_trials, cut_short
+from search.errors import UserError
 from search.formatting import aligned, number_text
 from search.ledger import Ledger, SearchState, objectives_of
-from search.publication import publish
+from search.publication import publish, reopen
 from search.record import HarnessRun, TrialRecord
-from search.results import harness_lines
+from search.rendering import harness_lines
+from search.results import Results
 from search.session import connected_tracker
 from search.store import Store
+from spaces.config import Precision
 from spaces.spec import SearchSpec
 
 if TYPE_CHECKING:
     from trainables.harness import Harness
-
-
-class EvaluateError(Exception):
-    """Nothing can be scored; the message is one line for the user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,40 +68,42 @@ def evaluate(store: Store, request: Request, *, trials: str | None, say: Callabl
         say: takes a line on what happens.
 
     Raises:
-        EvaluateError: nothing, or nothing further, can be scored.
-        search.confirm.ConfirmError: a trial is none that can be scored.
+        UserError: nothing, or nothing further, can be scored, or a trial is none that can be.
         SpecError: model or tracking server cannot be used.
     """
     from trainables.harness import Harness, HarnessError
 
     if not request.tasks:
-        raise EvaluateError("--tasks: there is no task; allowed: names with commas, as arc_easy,hellaswag")
+        raise UserError("--tasks: there is no task; allowed: names with commas, as arc_easy,hellaswag")
     with store.lock():
         loaded, state = store.load_spec_here(), store.state()
         spec = loaded.spec
         if spec.model.task != "causal-lm":
             what = "lm-evaluation-harness scores language models"
-            raise EvaluateError(f"{store.name}: model.task is {spec.model.task}; allowed: causal-lm, since {what}")
+            raise UserError(f"{store.name}: model.task is {spec.model.task}; allowed: causal-lm, since {what}")
         chosen = chosen_trials(list(state.records.values()), objectives_of(spec, state), trials, store.name)
         without = [str(r.number) for r in chosen if not (store.trial_path(r.root) / "final").exists()]
         if without:
-            raise EvaluateError(f"--trials: only weights of the front are kept, and there are none of {', '.join(without)}")
+            raise UserError(f"--trials: only weights of the front are kept, and there are none of {', '.join(without)}")
         named = [] if trials is None else ["--trials", trials]
         try:
+            # The untrained model computes as the trials do beside which it stands.
+            precision = chosen[0].trial_config.recipe.precision
             harness = Harness(request.tasks, include_path=request.include_path, limit=request.limit)
             tracker = connected_tracker(loaded)
             reopen(tracker, store, state)
             with cut_short(tracker, state):
                 for number in (None, *(record.number for record in chosen)):
-                    for event in _scored(store, spec, state, number, request, harness):
+                    for event in _scored(store, spec, state, number, request, harness, precision):
                         tracker.submit(event)
                         state.apply(event)
                         run = request.run_of(event["task"], _runs(state, number))
                         who = "the untrained model" if number is None else f"trial {number:04d}"
                         say(f"{who}: {', '.join(harness_lines(run) if run else ())}")
         except HarnessError as error:
-            raise EvaluateError(str(error)) from error
-        publish(state, store, tracker, command_for_rest=store.command("evaluate", store.name, *request.options(), *named))
+            raise UserError(str(error)) from error
+        command = store.command("evaluate", store.name, *request.options(), *named)
+        publish(Results.of(store, state), tracker, command_for_rest=command)
     return [
         Evaluated(
             record=None if number is None else state.records[number],
@@ -113,7 +114,7 @@ def evaluate(store: Store, request: Request, *, trials: str | None, say: Callabl
 
 
 def _scored(
-    store: Store, spec: SearchSpec, state: SearchState, number: int | None, request: Request, harness: Harness
+    store: Store, spec: SearchSpec, state: SearchState, number: int | None, request: Request, harness: Harness, precision: Precision
 ) -> Iterator[dict[str, Any]]:
     """Yield an event of the ledger for each task that a model was not scored on; trials of the same weights share the score."""
     ledger, made = Ledger(store.ledger_path), None
@@ -124,7 +125,7 @@ def _scored(
         shared = [run for r in state.records.values() if root is not None and r.root == root for run in r.harness]
         known = request.run_of(task, shared)
         if known is None:
-            made = made or _model(store, spec, None if number is None else state.records[number])
+            made = made or _model(store, spec, None if number is None else state.records[number], precision)
             scores = harness.scores(*made, task)
         else:
             scores = known.scores
@@ -136,7 +137,7 @@ def _runs(state: SearchState, number: int | None) -> tuple[HarnessRun, ...]:
     return state.harness if number is None else state.records[number].harness
 
 
-def _model(store: Store, spec: SearchSpec, record: TrialRecord | None) -> tuple[Any, Any]:
+def _model(store: Store, spec: SearchSpec, record: TrialRecord | None, precision: Precision) -> tuple[Any, Any]:
     """Return a model for use and its tokenizer."""
     from trainables import export as weights
     from trainables.hub import resolve_model
@@ -147,12 +148,12 @@ def _model(store: Store, spec: SearchSpec, record: TrialRecord | None) -> tuple[
     base = BaseModel.load(resolve_model(model.name), model.revision, model.task, ())
     tokenizer = load_tokenizer(base.name, base.revision)
     if record is None:
-        return weights.for_use(base.copy(), base), tokenizer
+        return weights.for_use(weights.in_format(base.copy(), precision), base), tokenizer
     config = record.trial_config
     try:
         module = weights.whole_module(config, base, store.trial_path(record.root) / "final")
     except (ValueError, KeyError) as error:
-        raise EvaluateError(f"trial {record.number}: its weights cannot be used: {str(error).splitlines()[0]}") from error
+        raise UserError(f"trial {record.number}: its weights cannot be used: {str(error).splitlines()[0]}") from error
     return weights.for_use(module, base), tokenizer
 
 

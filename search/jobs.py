@@ -10,7 +10,7 @@ from search.dispatch import Dispatcher, GroupResources
 from search.interruption import Interruption
 from search.store import Store
 from spaces.spec import SearchSpec
-from trainables.job import Job, Task
+from trainables.job import HERE, Job, Task
 
 if TYPE_CHECKING:
     from trainables.data import TaskData
@@ -38,6 +38,8 @@ class DispatcherSession:
             precisions=tuple(spec.space.precision.ends()),
             data=[ray.put(self._data)],
         )
+        self._store.groups_path.mkdir(parents=True, exist_ok=True)
+        (self._store.groups_path / HERE).touch()
         resources = GroupResources(
             capacity=self._capacity,
             cpus_per_worker=spec.resources.cpus_per_worker,
@@ -46,7 +48,12 @@ class DispatcherSession:
         )
         self._actor = (
             ray.remote(cast(Any, Dispatcher))
-            .options(num_cpus=0, max_concurrency=100_000, runtime_env={"env_vars": cluster.group_environment()})
+            .options(
+                num_cpus=0,
+                resources=cluster.ON_HEAD,
+                max_concurrency=100_000,
+                runtime_env={"env_vars": cluster.group_environment()},
+            )
             .remote(task, resources)
         )
         ray.get(self._actor.ready.remote(self._actor))

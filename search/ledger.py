@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from search.errors import UserError
 from search.record import Confirmation, HarnessRun, TrialRecord, TrialState, with_run
 from spaces.spec import Objective, SearchSpec
 
@@ -29,10 +30,6 @@ logger = logging.getLogger(__name__)
 TOLD = "told"
 # What lies before these is no time of the search: it was away, or its front was being confirmed.
 OUTSIDE = ("resumed", "lengthened", "compared", "confirmed", "harness_scored")
-
-
-class LedgerError(Exception):
-    """The ledger cannot be read or written; the message is one line for the user."""
 
 
 class Ledger:
@@ -46,7 +43,7 @@ class Ledger:
         """Write one event and return it as a reader will see it; when this returns, the event is on the disk.
 
         Raises:
-            LedgerError: the disk is full or gone; the ledger is then as it was before.
+            UserError: the disk is full or gone; the ledger is then as it was before.
             TypeError: a field is no plain value; nothing was written.
         """
         line = json.dumps({"event": event, "time": time.time(), **fields}, separators=(",", ":"))
@@ -55,14 +52,14 @@ class Ledger:
                 self._make_whole()
             self._write(line.encode() + b"\n")
         except OSError as error:
-            raise LedgerError(f"{self._path}: cannot write the ledger: {error.strerror}") from error
+            raise UserError(f"{self._path}: cannot write the ledger: {error.strerror}") from error
         return _read(line)
 
     def events(self) -> list[dict[str, Any]]:
         """Return all events, oldest first; a line that a crash left half written at the end is left out.
 
         Raises:
-            LedgerError: a line that is not the last one is damaged.
+            UserError: a line that is not the last one is damaged.
         """
         try:
             data = self._path.read_bytes()
@@ -115,7 +112,7 @@ class Ledger:
             except ValueError as error:
                 if number == len(lines) - 1 and not lines[-1]:
                     break
-                raise LedgerError(f"{self._path}:{number}: damaged line ({error}); restore the file from a copy") from error
+                raise UserError(f"{self._path}:{number}: damaged line ({error}); restore the file from a copy") from error
             events.append(event)
             end += len(line) + 1
         return events, end
@@ -144,10 +141,16 @@ class SearchState:
     """Wall seconds from the first event to the last, without those from an interruption to the resume, and without confirmations."""
     last_at: float | None = None
     """Unix seconds of the last event."""
+    away: list[tuple[float, float]] = field(default_factory=list)
+    """Unix seconds from when to when nothing of the search ran."""
 
     def seconds_until(self, now: float) -> float:
         """Return the active seconds, with those since the last event."""
         return self.active_seconds + (0.0 if self.last_at is None else max(0.0, now - self.last_at))
+
+    def active_until(self, at: float, begin: float) -> float:
+        """Return the seconds from one moment to a later one in which the search ran."""
+        return at - begin - sum(max(0.0, min(at, end) - max(begin, start)) for start, end in self.away)
 
     @property
     def in_flight(self) -> set[int]:
@@ -158,11 +161,9 @@ class SearchState:
         """Take one event; one that repeats what is known already changes nothing.
 
         Raises:
-            LedgerError: the event is about a trial that was never proposed.
+            UserError: the event is about a trial that was never proposed.
         """
-        if event["event"] not in OUTSIDE:
-            self.active_seconds = self.seconds_until(event["time"])
-        self.last_at = event["time"]
+        self._pass_time(event)
         match event["event"]:
             case "search_started":
                 self.started = dict(event)
@@ -187,6 +188,13 @@ class SearchState:
             case "trial_reported" | "trial_finished" | "test_scored" | "confirmed" | "harness_scored":
                 self._update(event)
 
+    def _pass_time(self, event: Mapping[str, Any]) -> None:
+        if event["event"] not in OUTSIDE:
+            self.active_seconds = self.seconds_until(event["time"])
+        elif self.last_at is not None:
+            self.away.append((self.last_at, event["time"]))
+        self.last_at = event["time"]
+
     def _update(self, event: Mapping[str, Any]) -> None:
         number = event["number"]
         record = self._record(number, event)
@@ -210,7 +218,7 @@ class SearchState:
 
     def _record(self, number: int, event: Mapping[str, Any]) -> TrialRecord:
         if number not in self.records:
-            raise LedgerError(f"{event['event']} of trial {number}, which was never started")
+            raise UserError(f"{event['event']} of trial {number}, which was never started")
         return self.records[number]
 
 
@@ -218,7 +226,7 @@ def replay(events: Iterable[Mapping[str, Any]]) -> SearchState:
     """Return the state after all events.
 
     Raises:
-        LedgerError: an event is about a trial that was never proposed.
+        UserError: an event is about a trial that was never proposed.
     """
     state = SearchState()
     for event in events:

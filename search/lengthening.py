@@ -1,16 +1,40 @@
-"""A search gets a later end: further points, or another budget."""
+"""A search that ended: nothing is left of it, or it gets a later end, by further points or another budget."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from search.budget import amount_text, limits_of, used
-from search.ledger import Ledger
+from search.budget import amount_text, limits_of, used, used_up
+from search.errors import UserError
+from search.growth import Growth
+from search.ledger import Ledger, objectives_of
 from search.provenance import own_command
-from search.store import Store, StoreError
+from search.publication import publish_again
+from search.results import Results
+from search.session import connected_tracker
+from search.store import Store
 from spaces.loading import load_spec
 from spaces.spec import SearchSpec
+
+
+def why_nothing_is_left(store: Store) -> str:
+    """Return in words why a search has no more to do, or nothing: a limit was reached, and its front is scored on the test rows."""
+    results = Results.of(store)
+    has_test = any(source.test for source in results.spec.data.sources.values())
+    is_scored = not has_test or all(record.test for record in results.members)
+    return used_up(results.spec, results.state) if results.state.finished and is_scored else ""
+
+
+def deliver_rest(store: Store) -> None:
+    """Publish a search that ended once more: the last time MLflow may not have had all of it.
+
+    Raises:
+        spaces.loading.SpecError: the tracking server does not answer.
+    """
+    with store.lock():
+        tracker = connected_tracker(store.load_spec_here())
+        publish_again(store, tracker, store.state(), command_for_rest=store.command("resume", store.name))
 
 
 def lengthen(store: Store, spec: SearchSpec, why: str, *, num_further: int = 0) -> dict[str, Any]:
@@ -45,18 +69,22 @@ def give_budget(store: Store, amounts: Sequence[str]) -> None:
         amounts: as `--budget` has them, of the whole search: what it has used counts.
 
     Raises:
-        StoreError: it has used as much already, or is a comparison, whose own command takes limits.
+        UserError: it has used as much already, or is a comparison, whose own command takes limits.
         spaces.loading.SpecError: one is no amount.
     """
     loaded, state = load_spec(store.spec_path, (), amounts), store.state()
     if own := command_of_comparison(store):
-        raise StoreError(f"--budget: {store.name} is a comparison, which takes its limits from its own command: {own}")
+        raise UserError(f"--budget: {store.name} is a comparison, which takes its limits from its own command: {own}")
     spent = used(loaded.spec, state).as_dict()
     limits = limits_of(loaded.spec.budget)
     for limit, most in limits.items():
         if spent.get(limit, 0.0) >= most:
             taken = f"{amount_text(limit, spent[limit])} are used already"
-            raise StoreError(f"--budget: {amount_text(limit, most)} for the whole search, of which {taken}; allowed: more than that")
+            raise UserError(f"--budget: {amount_text(limit, most)} for the whole search, of which {taken}; allowed: more than that")
     words = " or ".join(amount_text(limit, most) for limit, most in limits.items())
+    spec, records = loaded.spec, list(state.records.values())
+    if Growth(spec.budget, records, objectives_of(spec, state)).ended:
+        spec = spec.model_copy(update={"budget": spec.budget.model_copy(update={"patience": None})})
+        words += ", without the patience that ended it,"
     with store.lock():
-        lengthen(store, loaded.spec, f"its budget is now {words} in all")
+        lengthen(store, spec, f"its budget is now {words} in all")

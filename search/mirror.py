@@ -101,13 +101,16 @@ class Mirror:
         self._runs = runs
         self._parent = parent_run_id
         self._state = SearchState()
+        self._applied: Event | None = None
         self._run_ids: dict[int, str] = {}
         self._ended: set[int] = set()
         self._last_step: dict[int, int] = {}
 
     def deliver(self, event: Event) -> None:
-        """Write one event."""
-        self._state.apply(event)
+        """Write one event; one that could not be written the last time comes again."""
+        if event is not self._applied:
+            self._state.apply(event)
+            self._applied = event
         number = event.get("number")
         record = self._state.records.get(number) if number is not None else None
         time_ms = int(event["time"] * 1000)

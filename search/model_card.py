@@ -153,7 +153,10 @@ def _usage(results: Results, recipe: Recipe, unquantized: Sequence[str], *, is_a
     name, task = CLASSES[model.task], PIPELINES[model.task]
     if not is_adapter:
         return f'```python\nfrom transformers import pipeline\n\nmodel = pipeline("{task}", model="THIS_DIRECTORY")\n```'
-    options, imports = "", f"AutoConfig, AutoTokenizer, {name}"
+    options, imports, ending = "", f"AutoConfig, AutoTokenizer, {name}", []
+    if model.task == "causal-lm":
+        imports += ", GenerationConfig"
+        ending = ['base.generation_config = GenerationConfig.from_pretrained("THIS_DIRECTORY")  # where answers end']
     if recipe.quantization != "none":
         skipped = f", {SKIPPED[recipe.quantization]}={list(unquantized)!r}" if unquantized else ""
         how = QUANTIZATIONS[recipe.quantization].format(dtype=DTYPES[recipe.precision], skipped=skipped)
@@ -179,6 +182,7 @@ def _usage(results: Results, recipe: Recipe, unquantized: Sequence[str], *, is_a
             "",
             'config = AutoConfig.from_pretrained("THIS_DIRECTORY")',
             f'base = {name}.from_pretrained("{base_name(model.name) or model.name}"{revision}, config=config{options})',
+            *ending,
             last,
             'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
             *after,

@@ -38,19 +38,15 @@ RUNS = Path("paretune-runs")
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn every error that the user can mend into its lines on standard error and an exit code."""
-    from search.cluster import ClusterError
+    from search.errors import NoResult, UserError
     from search.interruption import Interrupted
-    from search.ledger import LedgerError
-    from search.session import NoResult, NothingFits
-    from search.store import StoreError
-    from search.tracking import TrackingError
     from spaces.loading import SpecError
 
     try:
         yield
     except SpecError as error:
         fail(USAGE, *error.lines)
-    except (ClusterError, StoreError, TrackingError, LedgerError, NothingFits) as error:
+    except UserError as error:
         fail(USAGE, str(error))
     except NoResult as error:
         fail(NO_RESULT, str(error))

@@ -20,11 +20,6 @@ if TYPE_CHECKING:
     from spaces.spec import Objective
 
 
-def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Return whether `a` is nowhere worse than `b` and somewhere better; both are minimised."""
-    return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
-
-
 def eligible(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
     """Return the trials that may stand on a front: complete, feasible, with a finite value for every objective."""
     return [

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from search.figures import CONFIRMED_COLOR, FRONT_COLOR, KNEE_COLOR, OTHER_COLOR, FrontFigure, axis_label
-from search.ledger import SearchState
-from search.pareto import front
-from search.tables import front_table, search_name
+from search.results import Results
+from search.tables import front_table
 from spaces.metrics import TRAIN_SECONDS
-from spaces.spec import Objective, SearchSpec
 
 # With more members than this a table below the picture would be larger than the picture.
 MAX_TABLE_ROWS = 12
@@ -19,23 +17,23 @@ MAX_TABLE_ROWS = 12
 INCHES_PER_LETTER = 0.07
 
 
-def draw_png(figure: FrontFigure, state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], path: Path) -> None:
+def draw_png(figure: FrontFigure, results: Results, path: Path) -> None:
     """Draw the front with a table of its members' knobs below it."""
     # The object interface, not pyplot: no global state, no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Drawing
 
-    members = front(list(state.records.values()), objectives)
+    members = results.members
     has_table = 0 < len(members) <= MAX_TABLE_ROWS
     table_inches = 0.24 * (len(members) + 2) if has_table else 0.01
-    heading, rows = front_table(members, spec, objectives)
+    heading, rows = front_table(members, results.spec, results.objectives)
     letters = sum(max(map(len, column)) for column in zip(heading, *rows, strict=True)) if has_table else 0
     drawing = Drawing(figsize=(max(9, INCHES_PER_LETTER * letters), 4.6 + table_inches), layout="constrained")
     FigureCanvasAgg(drawing)
     axes, below = drawing.subplots(2, 1, height_ratios=[4.6, table_inches])
     _draw_points(axes, figure)
     counts = ", ".join(f"{n} {what}" for what, n in figure.left_out.items())
-    title = f"{search_name(state, spec)}: {len(members)} of {len(figure.points)} complete trials on the front"
+    title = f"{results.name}: {len(members)} of {len(figure.points)} complete trials on the front"
     axes.set_title(f"{title}; {counts}" if counts else title, fontsize=10)
     below.axis("off")
     if has_table:

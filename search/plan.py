@@ -9,7 +9,7 @@ from typing import Any
 
 from search.budget import budget_text, limits_of
 from search.cluster import is_submitted, local_capacity
-from search.forecast import Forecaster
+from search.forecast import ClusterForecast
 from search.formatting import aligned, plain
 from search.layouts import STEP_KNOBS
 from spaces.architecture import ShapeError
@@ -64,13 +64,13 @@ def make_plan(loaded: LoadedSpec, rental: Rental | None = None) -> dict[str, Any
         max_length=spec.model.max_length,
         is_on_gpu=rental is not None or spec.resources.gpus_per_worker > 0,
     )
-    forecaster = None
+    forecast = None
     if rental is not None:
         if plan is None:
             raise SpecError([loaded.locate(unknown)])
         num_rows = rental.num_rows or _num_rows(spec)
-        forecaster = Forecaster(spec=spec, plan=plan, cluster=rental.cluster, limits=limits, num_rows=num_rows)
-    rows = layout_rows(spec.space, spec.model.max_length, limits, plan, forecaster)
+        forecast = ClusterForecast(spec=spec, plan=plan, cluster=rental.cluster, limits=limits, num_rows=num_rows)
+    rows = layout_rows(spec.space, spec.model.max_length, limits, plan, forecast)
     return {
         "spec": dump_spec(spec),
         "origins": _origins(loaded),
@@ -81,7 +81,7 @@ def make_plan(loaded: LoadedSpec, rental: Rental | None = None) -> dict[str, Any
         "budget": limits_of(spec.budget),
         "layouts": rows,
         "num_feasible_layouts": sum(row["feasible"] and row.get("fits", True) for row in rows),
-        "forecast": None if forecaster is None else forecaster.whole(rows),
+        "forecast": None if forecast is None else forecast.whole(rows),
         "memory_unknown": unknown,
     }
 
@@ -125,16 +125,16 @@ def _num_rows(spec: SearchSpec) -> int | None:
 
 
 def layout_rows(
-    space: SpaceSpec, max_length: int, limits: Limits, plan: Blueprint | None = None, forecaster: Forecaster | None = None
+    space: SpaceSpec, max_length: int, limits: Limits, plan: Blueprint | None = None, forecast: ClusterForecast | None = None
 ) -> list[dict[str, Any]]:
     """Return one row per world size, strategy and global batch size of the space.
 
     Each says whether it is feasible and by which constraint it is not, what a rank is predicted to hold at its peak, and with a
-    forecaster whether that fits and what a step takes.
+    forecast whether that fits and what a step takes.
     """
     rows = []
     for params in space.corners():
-        config = config_within(params, limits if forecaster is None else forecaster.device_limits)
+        config = config_within(params, limits if forecast is None else forecast.device_limits)
         values = violations(config, limits)
         memory = None if plan is None else asdict(rank_memory(plan, config, max_length, is_on_gpu=limits.is_on_gpu))
         rows.append(
@@ -159,7 +159,7 @@ def layout_rows(
                 "host_bytes": None if plan is None else host_bytes(plan, config),
                 "feasible": is_feasible(values),
                 "violated": {name: reason(name, config, limits) for name, value in values.items() if value > 0},
-                **({} if forecaster is None else forecaster.layout(config)),
+                **({} if forecast is None else forecast.layout(config)),
             }
         )
     # Of those that `profile` names, a search takes what the cluster holds, if that is any.

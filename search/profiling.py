@@ -37,7 +37,7 @@ def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[s
     """Measure what the cache does not have yet or only noisy, with nothing else running; return a row for each step of the space.
 
     Raises:
-        NothingFits: no layout of the space can run here.
+        UserError: no layout of the space can run here.
         search.interruption.Interrupted: a signal came; what was measured stays.
     """
     check_local_data(loaded)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
-from search.advice import knee, recommendation_lines
+from search.advice import recommendation_lines
 from search.budget import used
-from search.ledger import SearchState, objectives_of
-from search.pareto import front, hypervolume_of
-from search.provenance import reproduce_command
+from search.ledger import Ledger, SearchState
+from search.pareto import hypervolume_of
 from search.report import write_report
+from search.results import Results
 from search.store import Store
 from search.tracking import Tracker, TrackingError
-from spaces.spec import Objective, SearchSpec
 
 # Knobs that a trial config, and so MLflow, names otherwise than the user's file: there, rank is a process.
 TRACKED_KNOBS = {
@@ -25,34 +23,30 @@ TRACKED_KNOBS = {
 TRACKING_FLUSH_SECONDS, LEAVING_FLUSH_SECONDS = 60.0, 5.0
 
 
-def publish(state: SearchState, store: Store, tracker: Tracker, *, command_for_rest: str) -> None:
+def publish(results: Results, tracker: Tracker, *, command_for_rest: str) -> None:
     """Write the report and send the front to MLflow.
 
     Args:
-        state: of the search.
-        store: the search.
+        results: of the search.
         tracker: which has been given all events.
         command_for_rest: what the user runs to deliver what the server does not take now.
     """
-    spec, records = store.load_spec().spec, list(state.records.values())
-    objectives = objectives_of(spec, state)
-    members = front(records, objectives)
-    chosen = knee(members, objectives)
-    command = reproduce_command(spec, str(store.spec_path), store.name, chosen.number, chosen.params) if chosen else ""
-    paths = write_report(state, spec, objectives, store.report_path, command=command)
+    paths = write_report(results)
     try:
         undelivered = tracker.flush(TRACKING_FLUSH_SECONDS)
         if undelivered:
             raise TrackingError(f"{undelivered} events wait for an answer")
+        note = recommendation_lines(results.members, results.objectives, results.name)
+        note += [f"```bash\n{command}\n```"] if (command := results.command_of_knee) else []
         tracker.write_front(
-            members,
-            [o.metric for o in objectives],
-            [TRACKED_KNOBS.get(knob, knob) for knob in spec.space.names_searched()],
+            results.members,
+            [o.metric for o in results.objectives],
+            [TRACKED_KNOBS.get(knob, knob) for knob in results.spec.space.names_searched()],
             list(paths.values()),
-            note="\n\n".join([*recommendation_lines(members, objectives, store.name), f"```bash\n{command}\n```"]),
-            metrics=search_metrics(state, spec, objectives),
+            note="\n\n".join(note),
+            metrics=search_metrics(results),
         )
-        if state.finished:
+        if results.state.finished:
             tracker.finish()
         else:
             tracker.leave("KILLED", LEAVING_FLUSH_SECONDS)
@@ -61,9 +55,21 @@ def publish(state: SearchState, store: Store, tracker: Tracker, *, command_for_r
         print(f"MLflow does not have all of the search: {error}; `{command_for_rest}` delivers the rest", file=sys.stderr)
 
 
-def search_metrics(state: SearchState, spec: SearchSpec, objectives: Sequence[Objective]) -> dict[str, float]:
+def publish_again(store: Store, tracker: Tracker, state: SearchState, *, command_for_rest: str) -> None:
+    """Publish a search that has ended: the last time may have been cut off, or MLflow away, before all of it was there."""
+    reopen(tracker, store, state)
+    publish(Results.of(store, state), tracker, command_for_rest=command_for_rest)
+
+
+def reopen(tracker: Tracker, store: Store, state: SearchState) -> None:
+    """Open the search's run in MLflow again, and give it all events so far."""
+    tracker.reopen_search(store.name, (state.started or {})["mlflow_run_id"], spec_path=store.spec_path)
+    for event in Ledger(store.ledger_path).events():
+        tracker.submit(event)
+
+
+def search_metrics(results: Results) -> dict[str, float]:
     """Return what the search's own run says of its front and its budget; nothing of a front whose hypervolume is unknown."""
-    records = list(state.records.values())
-    volume = hypervolume_of(records, objectives)
-    reached = {} if volume is None else {"front/hypervolume": volume, "front/size": len(front(records, objectives))}
-    return {**reached, **{f"budget/{limit}": value for limit, value in used(spec, state).as_dict().items()}}
+    volume = hypervolume_of(results.records, results.objectives)
+    reached = {} if volume is None else {"front/hypervolume": volume, "front/size": len(results.members)}
+    return {**reached, **{f"budget/{limit}": value for limit, value in used(results.spec, results.state).as_dict().items()}}

@@ -33,12 +33,13 @@ from search.figures import (
     timeline,
 )
 from search.ledger import SearchState
-from search.pareto import eligible, front, hypervolume_of
+from search.pareto import eligible, hypervolume_of
 from search.picture import draw_png
 from search.record import TrialRecord
-from search.tables import WORTH_SEEING, front_table, search_name, stopped_line, stopped_table, write_tables
+from search.results import Results
+from search.tables import WORTH_SEEING, front_table, stopped_line, stopped_table, write_tables
 from spaces.metrics import EVAL_LOSS
-from spaces.spec import Objective, SearchSpec
+from spaces.spec import Objective
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -57,56 +58,38 @@ p.note { color: #555; margin-bottom: 0 }
 """
 
 
-def write_report(
-    state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], directory: Path, *, command: str = ""
-) -> dict[str, Path]:
-    """Write the report of a search.
-
-    Args:
-        state: what is known of it.
-        spec: its name and its knobs.
-        objectives: what its front is about.
-        directory: is made if there is none.
-        command: what trains the recommended trial again.
+def write_report(results: Results) -> dict[str, Path]:
+    """Write the report of a search to its `report_path`, which is made if there is none.
 
     Returns:
         The files by what they are: `html`, `png`, `front_csv`, `trials_csv`, `calibration_csv`, `scaling_csv`,
         `confirmations_csv`, `json`; of a comparison of methods `methods_csv` and `methods_png` too.
     """
+    directory = results.report_path
     directory.mkdir(parents=True, exist_ok=True)
-    scaling = data_curves(state.records.values())
-    paths = write_tables(state, spec, objectives, scaling, directory)
-    figure = front_figure(state, spec.space.names_searched(), objectives)
+    scaling = data_curves(results.records)
+    paths = write_tables(results, scaling)
+    figure = front_figure(results.state, results.spec.space.names_searched(), results.objectives)
     paths["png"] = directory / "front.png"
-    draw_png(figure, state, spec, objectives, paths["png"])
+    draw_png(figure, results, paths["png"])
     paths["html"] = directory / "report.html"
     methods: list[str] = []
-    if state.is_comparison:
-        comparison = comparison_of(state, spec, objectives)
+    if results.state.is_comparison:
+        comparison = comparison_of(results.state, results.spec, results.objectives)
         paths["methods_csv"], paths["methods_png"] = write(comparison, directory)
         methods = _methods_parts(comparison, paths["methods_png"])
-    paths["html"].write_text(draw_html(figure, state, spec, objectives, scaling, methods, command), encoding="utf-8")
+    paths["html"].write_text(draw_html(results, figure, scaling, methods), encoding="utf-8")
     return paths
 
 
-def draw_html(
-    figure: FrontFigure,
-    state: SearchState,
-    spec: SearchSpec,
-    objectives: Sequence[Objective],
-    scaling: Sequence[DataCurve],
-    methods: Sequence[str],
-    command: str,
-) -> str:
+def draw_html(results: Results, figure: FrontFigure, scaling: Sequence[DataCurve], methods: Sequence[str]) -> str:
     """Return the report as one HTML page that needs neither a network nor, for the front's table, JavaScript."""
     import plotly.io
 
-    records = list(state.records.values())
-    members = front(records, objectives)
-    name = search_name(state, spec)
-    volume = hypervolume_of(records, objectives)
+    name, spec, objectives, records, members = results.name, results.spec, results.objectives, results.records, results.members
+    command, volume = results.command_of_knee, hypervolume_of(records, objectives)
     counts = [f"{len(figure.points)} complete", *(f"{n} {what}" for what, n in figure.left_out.items())]
-    started = state.started or {}
+    started = results.state.started or {}
     facts = [f"Trials: {', '.join(counts)}.", f"Hypervolume: {'unknown' if volume is None else f'{volume:.6g}'}."]
     facts += [f"Machine: {started['machine']}."] if "machine" in started else []
     advice, *doubts = recommendation_lines(members, objectives, name)
@@ -120,7 +103,7 @@ def draw_html(
         _html_table(*front_table(members, spec, objectives, WORTH_SEEING), marked=str(figure.knee_number)),
         *(f"<p class='note'>{html.escape(line)}</p>" for line in [*doubts, *scaling_lines(scaling)]),
     ]
-    for number, (title, note, drawing) in enumerate(_drawings(figure, state, spec, objectives, scaling)):
+    for number, (title, note, drawing) in enumerate(_drawings(results, figure, scaling)):
         # The library is embedded once, in the first figure; it is most of the file's 5 MB.
         body = plotly.io.to_html(
             drawing, full_html=False, include_plotlyjs=number == 0, config={"displaylogo": False, "responsive": True}
@@ -159,13 +142,10 @@ def _methods_parts(comparison: Comparison, picture: Path) -> list[str]:
     ]
 
 
-def _drawings(
-    figure: FrontFigure, state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], scaling: Sequence[DataCurve]
-) -> list[tuple[str, str, Figure]]:
+def _drawings(results: Results, figure: FrontFigure, scaling: Sequence[DataCurve]) -> list[tuple[str, str, Figure]]:
     """Return title, what it answers, and drawing of every figure that has something to show."""
-    records = list(state.records.values())
-    members = front(records, objectives)
-    knobs = spec.space.names_searched()
+    state, objectives, records, members = results.state, results.objectives, results.records, results.members
+    knobs = results.spec.space.names_searched()
     drawings = [
         (
             "What does it cost?",

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from search import cluster
 from search.budget import num_ended
-from search.endpoint import tracking_uri
+from search.endpoint import redacted, tracking_uri
 from search.engine import Engine, SearchExhausted
+from search.errors import NoResult, UserError
 from search.interruption import Interrupted, Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
-from search.ledger import TOLD, Ledger, LedgerError, SearchState, objectives_of, replay
+from search.ledger import TOLD, Ledger, SearchState, objectives_of, replay
 from search.placement import num_handed_out
 from search.provenance import flat_params, git_commit, machine, own_command, versions
 from search.publication import LEAVING_FLUSH_SECONDS, publish
 from search.record import TrialState
+from search.results import Results
 from search.rungs import Rungs
 from search.store import Store
 from search.tracking import Tracker, TrackingError
@@ -37,14 +39,6 @@ if TYPE_CHECKING:
     from trainables.data import TaskData
 
 Emit = Callable[[dict[str, Any]], None]
-
-
-class NothingFits(Exception):
-    """No trial of the space can run on this cluster; the message is one line for the user."""
-
-
-class NoResult(Exception):
-    """The search ended and no trial succeeded; the message is one line for the user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +125,7 @@ def start(loaded: LoadedSpec, emit: Emit, command: str | None = None) -> Store:
     """Run a new search to its end and return where it is; after an interruption `command`, by default `resume`, goes on with it.
 
     Raises:
-        NothingFits: no layout of the space can run here.
+        UserError: no layout of the space can run here.
         NoResult: no trial succeeded.
         search.interruption.Interrupted: a signal came; what was in flight is saved.
     """
@@ -151,7 +145,7 @@ def resume(store: Store, emit: Emit, command: str | None = None) -> Store:
     """Go on with a search that was cut off: the same study, the same MLflow run, and the trials in flight first.
 
     Raises:
-        NothingFits: its data are others than they were, or no layout of the space can run here.
+        UserError: its data are others than they were, or no layout of the space can run here.
     """
     prepared, state = prepare(store.load_spec_here()), store.state()
     if state.started is not None:
@@ -192,7 +186,8 @@ def _drive(store: Store, prepared: Prepared, emit: Emit, past: Mapping[str, Any]
                 emit({**event, TOLD: True})
             on_event(last)
             device = examine(dispatcher, store, spec, limits, interruption)
-            on_event(ledger.append("device_examined", device=device))
+            was = (replay(ledger.events()).device or device)["name"]
+            on_event(ledger.append("device_examined", device=device, **({} if was == device["name"] else {"before": was})))
             limits = limits.on(device)
             if past is not None:
                 on_event(ledger.append("warm_started", **on_device(past, device["name"], spec)))
@@ -213,7 +208,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit, past: Mapping[str, Any]
             if prepared.data.test is not None:
                 _score_on_test(engine, dispatcher, store, interruption)
         engine.finished(reason)
-        publish(engine.state, store, prepared.tracker, command_for_rest=command)
+        publish(Results.of(store, engine.state), prepared.tracker, command_for_rest=command)
     if not engine.front():
         raise NoResult(_why_nothing(engine))
     return store
@@ -232,9 +227,9 @@ def check_fit(prepared: Prepared, capacity: int) -> Limits:
     )
     sizes = sorted({world_size for world_size, _ in prepared.spec.space.layouts()})
     if min(sizes) > capacity:
-        raise NothingFits(prepared.loaded.locate(cluster.why_too_small(prepared.spec.resources, capacity, sizes)))
+        raise UserError(prepared.loaded.locate(cluster.why_too_small(prepared.spec.resources, capacity, sizes)))
     if why := why_none_trains(_corners(prepared.spec, limits), limits, has_all_batches=prepared.spec.space.has_all_batches):
-        raise NothingFits(prepared.loaded.locate(why))
+        raise UserError(prepared.loaded.locate(why))
     return limits
 
 
@@ -271,11 +266,11 @@ def check_same_data(fingerprint: str, store: Store, state: SearchState) -> None:
     """Check that the data are those that a search began with.
 
     Raises:
-        NothingFits: they are not.
+        UserError: they are not.
     """
     began = (state.started or {})["data_fingerprint"]
     if began != fingerprint:
-        raise NothingFits(
+        raise UserError(
             f"{store.spec_path}: data.train: the data changed since the search began (fingerprint "
             f"{fingerprint[:12]}, then {began[:12]}): its trials would not compare"
         )
@@ -294,7 +289,7 @@ def _cut_short(ledger: Ledger, on_event: Emit, tracker: Tracker, engines: Sequen
         if not tracker.is_open:
             raise
         # A disk that is full may be why it ends.
-        with suppress(LedgerError):
+        with suppress(UserError):
             held = {number: seconds for engine in engines for number, seconds in engine.held_seconds().items()}
             on_event(ledger.append("search_cut_short", reason=f"{type(error).__name__}: {error}", held_seconds=held))
         tracker.leave("KILLED" if isinstance(error, Interrupted) else "FAILED", LEAVING_FLUSH_SECONDS)
@@ -386,7 +381,7 @@ def _score_on_test(engine: Engine, dispatcher: Any, store: Store, interruption: 
 
 def _ui_base(uri: str) -> str:
     """Return where the tracking server's pages are; for a database, where `paretune ui` will put them."""
-    return uri if uri.startswith("http") else "http://127.0.0.1:5000"
+    return redacted(uri) if uri.startswith("http") else "http://127.0.0.1:5000"
 
 
 def _why_nothing(engine: Engine) -> str:

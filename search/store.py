@@ -11,14 +11,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from search.errors import UserError
 from search.ledger import Ledger, SearchState, replay
 from search.provenance import command_in
 from spaces.loading import LoadedSpec, dump_spec, load_spec
 from spaces.spec import SearchSpec
-
-
-class StoreError(Exception):
-    """The directory of a search cannot be used; the message is one line for the user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +40,7 @@ class Store:
         """Return what the ledger tells.
 
         Raises:
-            LedgerError: it is damaged.
+            UserError: it is damaged.
         """
         return replay(Ledger(self.ledger_path).events())
 
@@ -72,7 +69,7 @@ class Store:
         """Make the directory of a new search and write the resolved spec into it.
 
         Raises:
-            StoreError: a search of this name exists already.
+            UserError: a search of this name exists already.
         """
         parent = Path(loaded.spec.directory).absolute()
         if loaded.spec.name is not None:
@@ -84,7 +81,7 @@ class Store:
         # Another one of this name may be about to begin, and has written its spec and no fact yet.
         with store.lock():
             if store.ledger_path.exists():
-                raise StoreError(
+                raise UserError(
                     f"a search named '{root.name}' is in {parent} already: go on with `{command_in(parent, 'resume', root.name)}`, "
                     "or give this one another name with --set name=..."
                 )
@@ -96,13 +93,13 @@ class Store:
         """Find a search by its name below `directory`, or by the path of its own directory.
 
         Raises:
-            StoreError: there is none.
+            UserError: there is none.
         """
         for root in (directory / name, Path(name)):
             if (root / "ledger.jsonl").exists():
                 return cls(root=root.absolute())
         there = sorted(p.parent.name for p in directory.glob("*/ledger.jsonl")) if directory.is_dir() else []
-        raise StoreError(f"no search named '{name}' in {directory.absolute()}; there are: {', '.join(there) or 'none'}")
+        raise UserError(f"no search named '{name}' in {directory.absolute()}; there are: {', '.join(there) or 'none'}")
 
     def command(self, *words: str) -> str:
         """Return `paretune WORDS` for the searches beside this one and itself."""
@@ -128,13 +125,13 @@ class Store:
         """Keep other drivers off this search; the operating system lets go of it for a driver that was killed.
 
         Raises:
-            StoreError: another driver runs this search.
+            UserError: another driver runs this search.
         """
         try:
             with FileLock(self.root / "driver.lock", blocking=False):
                 yield
         except Timeout:
-            raise StoreError(f"the search '{self.name}' runs already, in another process; wait for it or stop it first") from None
+            raise UserError(f"the search '{self.name}' runs already, in another process; wait for it or stop it first") from None
 
 
 def _new_directory(parent: Path, stem: str) -> Path:
@@ -149,4 +146,4 @@ def _new_directory(parent: Path, stem: str) -> Path:
         except FileExistsError:
             continue
         return root
-    raise StoreError(f"too many searches of {stem} today in {parent}; give this one a name with --set name=...")
+    raise UserError(f"too many searches of {stem} today in {parent}; give this one a name with --set name=...")

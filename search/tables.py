@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from search.calibration import calibrate, calibration_as_json
-from search.confidence import confirmed, confirmed_as_json, score_text
-from search.data_scaling import DataCurve, scaling_as_json
+from search.calibration import calibrate
+from search.confidence import confirmed, score_text
+from search.data_scaling import DataCurve
 from search.figures import outcome
 from search.formatting import number_text, short_text
-from search.ledger import SearchState
-from search.pareto import front, hypervolume_of
 from search.record import TrialRecord
+from search.results import Results, front_as_json
 from spaces.metrics import CUSTOM, EXACT_MATCH, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, in_order, metric_of
 from spaces.spec import Objective, SearchSpec
 
@@ -23,12 +22,9 @@ from spaces.spec import Objective, SearchSpec
 WORTH_SEEING = (EXACT_MATCH, CUSTOM, TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES)
 
 
-def write_tables(
-    state: SearchState, spec: SearchSpec, objectives: Sequence[Objective], scaling: Sequence[DataCurve], directory: Path
-) -> dict[str, Path]:
+def write_tables(results: Results, scaling: Sequence[DataCurve]) -> dict[str, Path]:
     """Write the front, all trials, what was predicted of them and the loss by rows as CSV, the front as JSON; return the files."""
-    records = list(state.records.values())
-    members = front(records, objectives)
+    directory, records = results.report_path, results.records
     paths = {
         "front_csv": directory / "front.csv",
         "trials_csv": directory / "trials.csv",
@@ -37,22 +33,12 @@ def write_tables(
         "confirmations_csv": directory / "confirmations.csv",
         "json": directory / "front.json",
     }
-    _write_csv(paths["front_csv"], members)
+    _write_csv(paths["front_csv"], results.members)
     _write_csv(paths["trials_csv"], records)
     _write_calibration(paths["calibration_csv"], records)
     _write_scaling(paths["scaling_csv"], scaling)
     _write_confirmations(paths["confirmations_csv"], records)
-    data = {
-        "search": search_name(state, spec),
-        "objectives": [{"metric": o.metric, "direction": o.direction, "reference": o.reference} for o in objectives],
-        "hypervolume": hypervolume_of(records, objectives),
-        "untrained": state.reference,
-        "front": [record.to_dict() for record in members],
-        "confirmed": {record.number: confirmed_as_json(record, objectives) for record in records if record.confirmations},
-        "scaling": scaling_as_json(scaling),
-        "calibration": calibration_as_json(records),
-    }
-    paths["json"].write_text(json.dumps(data, indent=2))
+    paths["json"].write_text(json.dumps(front_as_json(results), indent=2))
     return paths
 
 
@@ -101,11 +87,6 @@ def _write_confirmations(path: Path, records: Sequence[TrialRecord]) -> None:
         for r, c in rows:
             values = [c.values.get(m, "") for m in metrics] + [c.test.get(m, "") for m in tested]
             writer.writerow([r.number, c.seed, c.state.value, *values, f"{c.error['kind']}: {c.error['message']}" if c.error else ""])
-
-
-def search_name(state: SearchState, spec: SearchSpec) -> str:
-    """Return the name of the search, which the spec may leave open."""
-    return spec.name or (state.started or {}).get("name") or "search"
 
 
 def stopped_line(records: Sequence[TrialRecord]) -> str:

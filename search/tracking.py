@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.endpoint import SQLITE, absolute_uri, is_http, problem_with, redacted
+from search.errors import UserError
 from search.mirror import SEARCH_TAG, FoundRun, Mirror, spec_tags
 from search.record import TrialRecord
 from search.saved_view import runs_url
@@ -41,8 +42,8 @@ _ENVIRONMENT = {
 }
 
 
-class TrackingError(Exception):
-    """MLflow cannot be used, or does not know the search; the message is one line for the user."""
+class TrackingError(UserError):
+    """MLflow cannot be used, or does not know the search."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -318,10 +319,13 @@ def _errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def in_words(uri: str) -> Iterator[None]:
-    """Turn MLflow's exceptions into one line for the user."""
-    errors = _errors()
+    """Turn what MLflow raises into one line for the user, and what the client of a store of artifacts does."""
+    known = _errors()
     try:
         yield
-    except errors as error:
+    except TrackingError:
+        raise
+    except Exception as error:
         line = " ".join(str(error).split())[:400]
-        raise TrackingError(f"tracking.uri: MLflow at {redacted(uri)}: {line}") from error
+        kind = "" if isinstance(error, known) else f"{type(error).__name__}: "
+        raise TrackingError(f"tracking.uri: MLflow at {redacted(uri)}: {kind}{line}") from error

@@ -21,9 +21,6 @@ from search.searcher import EngineSearcher
 
 # Ray counts resources in parts of this size.
 SMALLEST_SHARE = 1e-4
-# It only waits: it takes no CPU from the workers, and stays on the head node, which is never a spot node.
-RELAY_ON_HEAD = {"node:__internal_head__": 0.001}
-
 TUNE_ENVIRONMENT = {
     # Results live in the ledger; Tune's loggers would write every one of them three times more.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -43,9 +40,9 @@ def relay_resources(num_relays: int) -> tune.PlacementGroupFactory:
     starts a process. So one trial more is handed out than relays fit. A cluster that was there before has nothing to count relays by.
     """
     if cluster.RELAY_RESOURCE not in ray.cluster_resources():
-        return tune.PlacementGroupFactory([RELAY_ON_HEAD])
+        return tune.PlacementGroupFactory([cluster.ON_HEAD])
     share = max(1, int(1 / SMALLEST_SHARE / num_relays)) * SMALLEST_SHARE
-    return tune.PlacementGroupFactory([{**RELAY_ON_HEAD, cluster.RELAY_RESOURCE: round(share, 4)}])
+    return tune.PlacementGroupFactory([{**cluster.ON_HEAD, cluster.RELAY_RESOURCE: round(share, 4)}])
 
 
 class _Leave(tune.Stopper):
@@ -116,6 +113,8 @@ def run(
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     )
-    tuner.fit()
-    searcher.stop_rest()
-    shutil.rmtree(storage / "tune", ignore_errors=True)
+    try:
+        tuner.fit()
+        searcher.stop_rest()
+    finally:
+        shutil.rmtree(storage / "tune", ignore_errors=True)

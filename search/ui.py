@@ -10,30 +10,28 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from search.errors import UserError
+
 # Evaluation jobs of MLflow's own, which no search uses; each would be a process more.
 ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONWARNINGS": "ignore"}
 HOST = "127.0.0.1"
-
-
-class UiError(Exception):
-    """The user interface cannot be started; the message is one line for the user."""
 
 
 def serve(database: Path, port: int) -> int:
     """Run MLflow's server until it ends or this process is asked to; return its exit code, 0 when asked.
 
     Raises:
-        UiError: there is no database, or the port is taken.
+        UserError: there is no database, or the port is taken.
     """
     if not database.exists():
-        raise UiError(f"{database}: there is no tracking database; a search with the default tracking writes it")
+        raise UserError(f"{database}: there is no tracking database; a search with the default tracking writes it")
     with socket.socket() as probe:
         # As the server itself will: a port whose last connections are still closing is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise UiError(f"--port {port}: {error.strerror}; another `paretune ui` may run: try --port {port + 1}") from error
+            raise UserError(f"--port {port}: {error.strerror}; another `paretune ui` may run: try --port {port + 1}") from error
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{database}", "--workers", "1"]
     # In a session of its own: the server's workers outlive it unless the whole group is ended.
     server = subprocess.Popen(

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from search.endpoint import redacted, tracking_uri
-from search.ledger import LedgerError, SearchState
+from search.errors import UserError
+from search.ledger import SearchState
 from search.pareto import eligible
 from search.record import TrialRecord
-from search.store import Store, StoreError
+from search.store import Store
 from search.study import MAX_REMEMBERED, PastTrial, Study
 from search.tracked import load_search
 from search.tracking import TrackingError
@@ -55,7 +56,7 @@ def earlier_trials(loaded: LoadedSpec, data_fingerprint: str) -> dict[str, Any]:
     spec = loaded.spec
     try:
         earlier = _found(str(spec.sampler.warm_start), spec)
-    except (StoreError, LedgerError, TrackingError, SpecError) as error:
+    except (UserError, SpecError) as error:
         raise SpecError([loaded.locate(f"sampler.warm_start: {error}")]) from error
     problem = _difference(spec, earlier, data_fingerprint)
     if problem:
@@ -87,7 +88,7 @@ def _found(name: str, spec: SearchSpec) -> _Earlier:
     """Return an earlier search from its directory; failing that, from the MLflow that this search writes to."""
     try:
         store = Store.open(name, Path(spec.directory))
-    except StoreError as nowhere:
+    except UserError as nowhere:
         return _in_mlflow(name, tracking_uri(spec), nowhere)
     state = store.state()
     return _Earlier(
@@ -99,11 +100,11 @@ def _found(name: str, spec: SearchSpec) -> _Earlier:
     )
 
 
-def _in_mlflow(name: str, uri: str, nowhere: StoreError) -> _Earlier:
+def _in_mlflow(name: str, uri: str, nowhere: UserError) -> _Earlier:
     try:
         found = load_search(uri, name)
     except TrackingError as error:
-        raise StoreError(f"{nowhere}; and in MLflow: {error}") from error
+        raise UserError(f"{nowhere}; and in MLflow: {error}") from error
     return _Earlier(
         name=name,
         spec=parse_spec(found.spec_yaml, f"{redacted(uri)}: {name}/spec.yaml"),

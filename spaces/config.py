@@ -81,10 +81,6 @@ class Recipe:
     quantization: Quantization = "none"
     """How the linear layers of a frozen base are held; always `none` without an adapter."""
 
-    def key(self) -> str:
-        """Return a short, stable fingerprint of the recipe: 12 hexadecimal digits."""
-        return _fingerprint(asdict(self))
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:

@@ -126,7 +126,8 @@ class DataSpec(Section):
     completion: Text | None = None
     """Column of the completion, the only part that the loss counts (causal-lm)."""
     messages: Text | None = None
-    """Column of the chat messages (causal-lm)."""
+    """Column of the chat messages (causal-lm), of which the assistant's are learned; where the model's template renders a turn
+    otherwise once others follow, as Qwen 3's does, the last of them."""
     answer_pattern: Text | None = None
     """Regular expression whose first group is the answer in a completion; exact_match compares it."""
     exact_match_rows: AtLeastZero = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -93,7 +94,7 @@ class ResourcesSpec(Section):
     """What one worker, that is one rank, takes."""
 
     workers: AtLeastOne | None = None
-    """Workers at once; by default what the cluster holds."""
+    """Workers at once; by default what the nodes hold. On a cluster that starts nodes for what waits: how many it may grow to."""
     cpus_per_worker: AtLeastOne = 1
     """CPU cores of a worker."""
     gpus_per_worker: AtLeastZero = 0
@@ -159,6 +160,17 @@ class TrackingSpec(Section):
     """Tracking URI; by default MLFLOW_TRACKING_URI, or a SQLite file beside the searches."""
     experiment: Text = "paretune"
     """MLflow experiment."""
+
+    @field_validator("uri")
+    @classmethod
+    def _no_credentials(cls, uri: str | None) -> str | None:
+        """They would stand in the search's own spec, and in MLflow."""
+        if re.search("://[^/@]*@", uri or ""):
+            allowed = (
+                "the URI without them; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole in MLFLOW_TRACKING_URI"
+            )
+            raise PydanticCustomError("credentials", "credentials in a URI", {"allowed": allowed})
+        return uri
 
 
 class SearchSpec(Section):

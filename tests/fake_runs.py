@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from search.mirror import FoundRun, Mirror
+from search.record import TrialRecord
 
 
 class FakeRuns:
@@ -76,3 +77,29 @@ def mirrored(events: list[dict[str, Any]], runs: FakeRuns | None = None) -> Fake
     for event in events:
         mirror.deliver(event)
     return runs
+
+
+class FakeTracker:
+    """Remembers what it is given; `undelivered` events never arrive."""
+
+    def __init__(self, undelivered: int = 0) -> None:
+        self.undelivered, self.calls, self.events = undelivered, [], []
+
+    def reopen_search(self, name: str, run_id: str, *, spec_path: Path) -> None:
+        assert spec_path.exists()
+        self.calls.append(f"reopen {name} {run_id}")
+
+    def submit(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+    def flush(self, timeout_seconds: float) -> int:
+        return self.undelivered
+
+    def write_front(self, members: list[TrialRecord], *_: Any, **__: Any) -> None:
+        self.calls.append(f"front of {len(members)}, confirmed {sum(len(r.confirmations) for r in members)} times")
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+    def leave(self, status: str, timeout_seconds: float) -> None:
+        self.calls.append(f"leave {status}")

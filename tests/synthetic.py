@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from search.ledger import SearchState
 from search.record import TrialRecord
+from search.results import Results
 from spaces.config import TrialConfig
-from spaces.spec import Objective
+from spaces.spec import Objective, SearchSpec
 
 BEGIN = 1_700_000_000.0
 ACCURACY = Objective(metric="accuracy", direction="maximize", reference=0.0)
@@ -31,6 +35,21 @@ DEVICE = {
 PREDICTED_MEMORY = {"weights_bytes": 300, "optimizer_bytes": 100, "gradients_bytes": 0, "activations_bytes": 110}
 PEAK = {"peak_source": "measured_gemm", "mfu_convention": "as tests count"}
 HELD_MEMORY = {"weights_bytes": 300, "optimizer_bytes": 100, "working_bytes": 100, "around_bytes": 700}
+
+
+def results_of(
+    state: SearchState, spec: SearchSpec, report_path: Path = Path("report"), objectives: Sequence[Objective] = OBJECTIVES
+) -> Results:
+    """Return the results of a search that has no directory."""
+    return Results(
+        name=spec.name or "synthetic",
+        spec=spec,
+        spec_path="<spec>.yaml",
+        directory=Path("runs"),
+        report_path=report_path,
+        state=state,
+        objectives=tuple(objectives),
+    )
 
 
 def synthetic_events(num_trials: int = 12, *, name: str = "synthetic", seed: int = 0) -> list[dict[str, Any]]:

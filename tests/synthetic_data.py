@@ -30,7 +30,7 @@ def task_data(task: str, train: TokenTable, evaluation: TokenTable, label_names:
         label_names=label_names,
         answer_pattern=None,
         pad_token_id=0,
-        eos_token_id=None,
+        end_token_ids=(),
         fingerprint="",
         summary={},
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fake_runs import mirrored
-from synthetic import OBJECTIVES, confirmed_event, synthetic_events
+from synthetic import confirmed_event, results_of, synthetic_events
 
 from search.ledger import replay
 from search.publication import search_metrics
@@ -27,7 +27,7 @@ def tracked() -> set[str]:
     told = {"event": "harness_scored", "task": "arc_easy", "limit": None, "scores": scores}
     events += [{**events[-1], **told, "number": number} for number in (None, 0)]
     names = {key for run in mirrored(events).runs.values() for key, *_ in run["metrics"]}
-    return names | set(search_metrics(replay(events), SPEC, OBJECTIVES))
+    return names | set(search_metrics(results_of(replay(events), SPEC)))
 
 
 @pytest.mark.parametrize("name", METRICS)

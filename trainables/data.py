@@ -82,7 +82,8 @@ class TaskData:
     label_names: tuple[str, ...]
     answer_pattern: str | None
     pad_token_id: int
-    eos_token_id: int | None
+    end_token_ids: tuple[int, ...]
+    """Behind each of which a completion is over; none where the tokenizer has no such token"""
     fingerprint: str
     """sha256 over all tokens, targets and labels"""
     summary: dict[str, Any]

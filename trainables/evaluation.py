@@ -200,7 +200,7 @@ def completions(
                 **GREEDY,
                 use_cache=True,
                 pad_token_id=data.pad_token_id,
-                eos_token_id=data.eos_token_id,
+                eos_token_id=list(data.end_token_ids) or None,
                 synced_gpus=rows_world.world_size > 1,
             )
         for i, completion in zip(rows, out[:, width:], strict=False):

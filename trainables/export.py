@@ -6,6 +6,7 @@ A bottleneck is neither: it goes with the file that loads it.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
-from spaces.config import Adapter, Layout, TrialConfig
+from spaces.config import Adapter, Layout, Precision, TrialConfig
 from trainables import bottleneck
 from trainables.checkpoint import read_checkpoint
 from trainables.data import TaskData
@@ -35,6 +36,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Settings of generation that only sampling has, with what they are where they change nothing.
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "min_p": None, "top_k": 50, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 # What no change of weights is, and why not.
 UNMERGED: dict[Adapter, str] = {
     "bottleneck": "no weights stand for a bottleneck, which is not linear: leave --merge out",
@@ -86,13 +89,13 @@ def whole_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:
         module = trained_module(config, _spread_base(config, base), weights)
     else:
         module = merged_module(config, base, weights)
-    return _in_format(module, config)
+    return in_format(module, config.recipe.precision)
 
 
-def _in_format(module: Any, config: TrialConfig) -> Any:
-    """Return a model on the CPU with its weights, and no tables of positions, in the number format that the trial computed in."""
+def in_format(module: Any, precision: Precision) -> Any:
+    """Return a model on the CPU with its weights, and no tables of positions, in the number format that a trial computes in."""
     for parameter in module.to("cpu").parameters():
-        parameter.data = parameter.data.to(DTYPES[config.recipe.precision])
+        parameter.data = parameter.data.to(DTYPES[precision])
     return module
 
 
@@ -108,7 +111,7 @@ def _spread_base(config: TrialConfig, base: BaseModel) -> BaseModel:
 def as_saved(module: Any, config: TrialConfig) -> Any:
     """Return a whole model in the number format that the trial computed in; an adapter as it is."""
     is_adapter = isinstance(module, PeftModel) or config.recipe.adapter == "bottleneck"
-    return module if is_adapter else _in_format(module, config)
+    return module if is_adapter else in_format(module, config.recipe.precision)
 
 
 def unquantized(module: Any) -> list[str]:
@@ -139,10 +142,17 @@ def scores(module: nn.Module, config: TrialConfig, data: TaskData, base: BaseMod
     return on("cpu")
 
 
-def save(module: Any, base: BaseModel, config: TrialConfig, directory: Path, origin: str | None = None) -> None:
+def save(
+    module: Any, base: BaseModel, config: TrialConfig, directory: Path, end_token_ids: Sequence[int] = (), origin: str | None = None
+) -> None:
     """Write safetensors, configuration and tokenizer: an adapter in fp32, a whole model in what the trial computed in.
 
     Args:
+        module: as `trained_module` or `merged_module` gives it.
+        base: what it was trained from.
+        config: of the trial.
+        directory: is made if there is none.
+        end_token_ids: behind which an answer is over, beside those that the base's own generation ends with.
         origin: the base's name on the hub, which an adapter's files give; by default where it was loaded from.
     """
     is_adapter = isinstance(module, PeftModel)
@@ -150,6 +160,9 @@ def save(module: Any, base: BaseModel, config: TrialConfig, directory: Path, ori
     if is_adapter:
         settings = module.peft_config["default"]
         settings.base_model_name_or_path, settings.revision = origin or base.name, base.revision
+    if base.task == "causal-lm":
+        _end_with(module.generation_config, end_token_ids)
+    module.config.dtype = DTYPES[config.recipe.precision]  # by which the base is loaded beside an adapter
     if config.recipe.adapter == "bottleneck":
         directory.mkdir(parents=True, exist_ok=True)
         save_file({name: p.detach().contiguous() for name, p in trainable(module).items()}, directory / bottleneck.WEIGHTS)
@@ -159,9 +172,22 @@ def save(module: Any, base: BaseModel, config: TrialConfig, directory: Path, ori
         options = {"save_embedding_layers": False} if is_adapter else {}
         with quietly():
             module.save_pretrained(directory, **options)
-    # Beside an adapter, for the names of the labels; a whole model has written the same.
+    # Beside an adapter; a whole model has written the same.
     module.config.save_pretrained(directory)
+    if base.task == "causal-lm":
+        module.generation_config.save_pretrained(directory)
     load_tokenizer(base.name, base.revision).save_pretrained(directory)
+
+
+def _end_with(settings: GenerationConfig, end_token_ids: Sequence[int]) -> None:
+    """Have generation end with these tokens too."""
+    known = settings.eos_token_id
+    own = [] if known is None else [known] if isinstance(known, int) else known
+    if missing := [token for token in end_token_ids if token not in own]:
+        settings.eos_token_id = [*own, *missing] if own or len(missing) > 1 else missing[0]
+    # Some published settings sample and do not say so, which transformers reads and does not write.
+    if any(getattr(settings, name) not in (None, neutral) for name, neutral in SAMPLING.items()):
+        settings.do_sample = True
 
 
 def for_use(module: Any, base: BaseModel) -> Any:

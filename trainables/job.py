@@ -9,6 +9,9 @@ from typing import Any
 from spaces.config import Precision
 from spaces.fidelity import rung_shares
 
+# In the directory of the groups' own files; the driver writes it, and every worker looks for it.
+HERE = "here"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:

@@ -33,6 +33,7 @@ from trainables.optim import learning_rate, make_optimizer, update
 from trainables.packed import packing_for
 from trainables.parallelize import GradientExchange, autocast, blocks_of, recompute, summing
 from trainables.report import Diverged, OutOfMemory, TrialReport
+from trainables.step_time import MIN_TIMED_STEPS
 from trainables.tensor_parallel import marked_while_gathered, sum_partial_gradients
 from trainables.trained_rows import rows_of
 from trainables.whole import load_state, load_weights, whole_state, whole_weights
@@ -84,6 +85,8 @@ def train(
     """
     with memory_errors():
         trainer = Trainer(config, data, base, world, checkpoints, rungs)
+        if trainer.step in trainer.rungs and trainer.step < trainer.num_steps:
+            yield trainer.report()  # which may not have come through before the trial was cut off
         while trainer.step < trainer.num_steps:
             trainer.train_step()
             is_rung = trainer.step in trainer.rungs
@@ -239,6 +242,7 @@ class Trainer:
         if metrics.EXACT_MATCH in scores:
             facts["exact_match_rows"] = min(exact_match_rows, self.data.evaluation.num_rows)
         scores[metrics.PEAK_MEMORY_BYTES] = float(max(facts["peak_memory_bytes_by_rank"]))
+        self._time_further_steps()
         return self._report(scores, facts)
 
     def save(self) -> None:
@@ -265,10 +269,18 @@ class Trainer:
         # The others wait here, and not in the next exchange, which gives up sooner than a large file is written.
         self.world.gather(None)
 
+    def _time_further_steps(self) -> None:
+        """Train steps once more where too few were timed to tell the pace; nothing is kept of what is learned in them."""
+        for number in range(self.num_steps, MIN_TIMED_STEPS):
+            self.step = number % self.num_steps
+            self.train_step()
+        self.step = self.num_steps
+
     def _is_to_be_followed(self) -> bool:
         """Return whether this step may hold the most, or comes after these and none was followed."""
+        is_over = len(self._global_losses) == self.num_steps  # what is trained now is timed, and no part of the trial
         is_missed = self.step > self._fullest[-1] and not self.memory.is_measured
-        return bool(self._optimizer.state) and (self.step in self._fullest or is_missed)
+        return not is_over and bool(self._optimizer.state) and (self.step in self._fullest or is_missed)
 
     def _evaluate(self, *, is_final: bool) -> dict[str, float]:
         with self.memory.pause():
@@ -305,7 +317,7 @@ class Trainer:
     def _collect_losses(self) -> None:
         """Sum the ranks' parts of the losses since the last time, and stop a trial that has none any more."""
         start = len(self._global_losses)
-        if start == self.step:
+        if start >= self.step:
             return
         recent = self._rows_world.sum(self._losses[start : self.step].clone()).tolist()
         for offset, loss in enumerate(recent):

@@ -17,7 +17,7 @@ from trainables.data import TaskData, TokenTable, expected_text
 from trainables.docstrings import load_docstrings
 from trainables.formats import Columns, DataError, Row, detect, field, read_rows
 from trainables.report import TrialError
-from trainables.tokenization import Encoded, encode_classification, encode_rows, encode_text, load_tokenizer
+from trainables.tokenization import Encoded, EncodedRows, encode_classification, encode_rows, encode_text, end_tokens, load_tokenizer
 from trainables.user_metric import UserMetric
 
 EMBEDDED_DATA = "embedded:stdlib-docstrings"
@@ -92,6 +92,7 @@ class _Part:
     """What `data.answer_pattern` finds in a row's completion; none where rows have no completions, or some were left out."""
     num_cut: int = 0
     num_dropped: int = 0
+    num_last_only: int = 0
 
     @classmethod
     def join(cls, parts: Sequence[_Part]) -> _Part:
@@ -111,6 +112,7 @@ class _Part:
             answers=dealt([p.answers for p in parts]),
             num_cut=sum(p.num_cut for p in parts),
             num_dropped=sum(p.num_dropped for p in parts),
+            num_last_only=sum(p.num_last_only for p in parts),
         )
 
 
@@ -233,24 +235,24 @@ def _rows_by_role(domain: _Domain, holdout: float) -> dict[str, list[Row]]:
 
 def _encoded(raw: _Raw, domain: _Domain, role: str, rows: list[Row], index: int) -> _Part:
     columns, source = domain.columns, domain.source(role)
-    cut, lost = 0, 0
     answers: list[str | None] = []
     if columns.kind == "text":
         texts = [field(row, columns.text or "", source, i) for i, row in enumerate(rows, start=1)]
-        encoded = encode_text(raw.tokenizer, texts, raw.model.max_length, is_whole=domain.is_whole)
+        found = EncodedRows(encoded=encode_text(raw.tokenizer, texts, raw.model.max_length, is_whole=domain.is_whole))
     else:
-        encoded, cut, lost = encode_rows(raw.tokenizer, rows, columns, source, raw.model.max_length)
-        if columns.kind == "prompt_completion" and not lost:
+        found = encode_rows(raw.tokenizer, rows, columns, source, raw.model.max_length)
+        if columns.kind == "prompt_completion" and not found.num_lost:
             matches = [re.search(_pattern(raw.data), str(row[columns.completion or ""])) for row in rows]
             answers = [((match.group(1) or "").strip() or None) if match else None for match in matches]
     return _Part(
-        encoded=encoded,
+        encoded=found.encoded,
         labels=None,
-        rows=[tuple(e.input_ids) for e in encoded],
-        domains=[index] * len(encoded),
+        rows=[tuple(e.input_ids) for e in found.encoded],
+        domains=[index] * len(found.encoded),
         answers=answers,
-        num_cut=cut,
-        num_dropped=lost,
+        num_cut=found.num_cut,
+        num_dropped=found.num_lost,
+        num_last_only=found.num_last_only,
     )
 
 
@@ -294,7 +296,7 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
         label_names=names,
         answer_pattern=_pattern(data) if has_answers else None,
         pad_token_id=int(pad),
-        eos_token_id=tokenizer.eos_token_id,
+        end_token_ids=end_tokens(tokenizer, raw.columns.kind),
         fingerprint=digest.hexdigest(),
         summary=_summary(raw, tables, parts),
         metric=_checked_metric(raw, tables["evaluation"], names),
@@ -383,6 +385,8 @@ def _summary(raw: _Raw, tables: Mapping[str, TokenTable], parts: Mapping[str, _P
         summary["test_rows"] = tables["test"].num_rows
     if not is_classified:
         summary |= {"dropped_rows": parts["train"].num_dropped, "target_tokens": int(train.num_targets.sum())}
+    if parts["train"].num_last_only:
+        summary["chats_of_which_the_last_answer_counts"] = parts["train"].num_last_only
     if raw.data.domains is not None:
         counts = {role: np.bincount(part.domains, minlength=len(raw.domains)).tolist() for role, part in parts.items()}
         summary["domains"] = {name: {role: count[i] for role, count in counts.items()} for i, name in enumerate(raw.domains)}

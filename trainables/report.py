@@ -34,6 +34,10 @@ class TrialError(Exception):
     kind = "error"
 
 
+class NotPlaced(Exception):
+    """The cluster gave a worker group no workers in time."""
+
+
 class Diverged(TrialError):
     """The loss or the gradient norm is not finite; the same recipe would diverge again."""
 

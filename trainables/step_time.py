@@ -11,6 +11,8 @@ from trainables.batching import StepSizes
 
 # Steps until caches, allocator and clocks have settled: a tenth of the trial, at least three where there are enough.
 WARMUP_SHARE, WARMUP_STEPS = 0.1, 3
+# Of a trial with fewer, steps are trained once more until as many were timed: half of them are the warm-up's, half say the pace.
+MIN_TIMED_STEPS = 2 * WARMUP_STEPS
 # Steps of the fit below; it has settled long before.
 MAX_ROUNDS = 50
 # Two parts cannot be told apart from fewer steps: a line through two noisy points says anything of a third.
@@ -94,11 +96,16 @@ def steady_steps(seconds: Sequence[float]) -> np.ndarray:
 def settling_seconds(seconds: Sequence[float], sizes: StepSizes) -> float:
     """Return what the steps of the warm-up took beyond the steady pace: where blocks are compiled, that is their compilation."""
     first = slice(0, steady_steps(seconds)[0])
-    beyond = np.asarray(seconds, dtype=np.float64)[first] - fit_steady(seconds, sizes).of(sizes.padded_tokens[first])
+    beyond = np.asarray(seconds, dtype=np.float64)[first] - fit_steady(seconds, sizes).of(_padded_tokens(seconds, sizes)[first])
     return float(np.nansum(np.maximum(0.0, beyond)))  # of disturbed steps nothing is known
 
 
 def fit_steady(seconds: Sequence[float], sizes: StepSizes) -> StepTime:
     """Return the line through the steady steps."""
     steps = steady_steps(seconds)
-    return fit(np.asarray(seconds)[steps], sizes.padded_tokens[steps])
+    return fit(np.asarray(seconds)[steps], _padded_tokens(seconds, sizes)[steps])
+
+
+def _padded_tokens(seconds: Sequence[float], sizes: StepSizes) -> np.ndarray:
+    """Return the size of every step that was timed; behind the last come the first ones once more."""
+    return np.resize(sizes.padded_tokens, len(seconds))

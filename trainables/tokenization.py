@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from trainables.formats import Columns, DataError, Row, field
 from trainables.hub import ModelError, resolve_model
 
@@ -66,21 +68,29 @@ def encode_text(tokenizer: Any, texts: Sequence[str], max_length: int, *, is_who
     return [Encoded(input_ids=window, targets=window) for window in windows if len(window) > 1]
 
 
-def encode_rows(
-    tokenizer: Any, rows: Sequence[Row], columns: Columns, source: str, max_length: int
-) -> tuple[list[Encoded], int, int]:
-    """Tokenise prompts with completions, or chats; the loss counts completions and assistant turns alone.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedRows:
+    """Rows for a language model as tokens."""
 
-    Returns:
-        The rows, how many were cut, and how many were left out because no target was left.
+    encoded: list[Encoded]
+    num_cut: int = 0
+    num_lost: int = 0
+    """Left out, because no target was left."""
+    num_last_only: int = 0
+    """Chats of which the last answer alone counts."""
+
+
+def encode_rows(tokenizer: Any, rows: Sequence[Row], columns: Columns, source: str, max_length: int) -> EncodedRows:
+    """Tokenise prompts with completions, or chats; the loss counts completions and assistant turns alone.
 
     Raises:
         DataError: a row has not the form that its format demands.
     """
-    encoded, num_cut, num_lost, begin = [], 0, 0, _begin(tokenizer)
+    encoded, num_cut, num_lost, num_last_only, begin = [], 0, 0, 0, _begin(tokenizer)
     for number, row in enumerate(rows, start=1):
         if columns.kind == "messages":
-            ids, targets = _chat(tokenizer, row[columns.messages or ""], f"{source}: row {number}")
+            ids, targets, is_last_only = _chat(tokenizer, row[columns.messages or ""], f"{source}: row {number}")
+            num_last_only += is_last_only
         else:
             ids, targets = _prompt_completion(tokenizer, row, columns, begin, source, number)
         if len(ids) > max_length:
@@ -90,7 +100,7 @@ def encode_rows(
             num_lost += 1
             continue
         encoded.append(Encoded(input_ids=ids, targets=targets))
-    return encoded, num_cut, num_lost
+    return EncodedRows(encoded=encoded, num_cut=num_cut, num_lost=num_lost, num_last_only=num_last_only)
 
 
 def _prompt_completion(
@@ -109,42 +119,87 @@ def _prompt_completion(
     return head + tail, [IGNORE] * len(head) + tail
 
 
+def end_tokens(tokenizer: Any, kind: str) -> tuple[int, ...]:
+    """Return the tokens behind which an answer is over: the end of the text, and of chats what the template puts behind a turn.
+
+    The tokenizer of a base model ends texts with another one than its chat template ends turns with.
+
+    Args:
+        tokenizer: the model's.
+        kind: what a row holds, as `Columns.kind`.
+    """
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if kind == "messages":
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        before = _render(tokenizer, turns[:1], add_generation_prompt=True)
+        answer = _render(tokenizer, turns, add_generation_prompt=False)[len(before) :]
+        special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+        ends += [i for i in answer if i in special][-1:]
+    return tuple(dict.fromkeys(ends))
+
+
 def _begin(tokenizer: Any) -> list[int]:
     """Return the begin-of-text token where the tokenizer puts one: what is exported is given text as it does."""
     begin = tokenizer("a")["input_ids"][:1]
     return list(begin) if begin == [tokenizer.bos_token_id] else []
 
 
-def _chat(tokenizer: Any, messages: Any, where: str) -> tuple[list[int], list[int]]:
-    """Render with the tokenizer's template; an assistant's turn is what its message adds to the rendered chat before it."""
+def _chat(tokenizer: Any, messages: Any, where: str) -> tuple[list[int], list[int], bool]:
+    """Render with the tokenizer's template; an assistant's turn is what its message adds to the rendered chat before it.
+
+    Some templates render a turn otherwise once others follow: Qwen 3's has no thoughts there. Of such a chat the last answer alone
+    counts, which is rendered as the model will see it.
+
+    Returns:
+        Tokens, targets, and whether it is such a chat.
+    """
     if tokenizer.chat_template is None:
         raise DataError(f"{where}: chat messages need a tokenizer with a chat template, and this model's has none")
     turns = _turns(messages, where)
+    try:
+        return (*_answers(tokenizer, turns, range(len(turns))), False)
+    except _Rewritten:
+        pass
+    except TemplateError as error:
+        raise DataError(f"{where}: the model's chat template refuses it: {error}") from error
+    last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    try:
+        return (*_answers(tokenizer, turns[: last + 1], [last]), True)
+    except _Rewritten as error:
+        raise DataError(
+            f"{where}: the chat template changes earlier turns when an answer is added, so it cannot be told which tokens are "
+            "the assistant's; give prompt and completion columns instead"
+        ) from error
+
+
+class _Rewritten(Exception):
+    """What was rendered is no longer how the chat begins once more is rendered."""
+
+
+def _answers(tokenizer: Any, turns: Sequence[dict[str, str]], steps: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return tokens and targets of a chat that is rendered up to these of its turns, one after the other."""
     ids: list[int] = []
     targets: list[int] = []
-    for end, turn in enumerate(turns, start=1):
-        is_target = turn["role"] == "assistant"
+
+    def extend(longer: list[int], is_target: bool) -> None:
+        if longer[: len(ids)] != ids:
+            raise _Rewritten
+        added = longer[len(ids) :]
+        ids[:] = longer
+        targets.extend(added if is_target else [IGNORE] * len(added))
+
+    for step in steps:
+        is_target = turns[step]["role"] == "assistant"
         if is_target:
             # What the template puts before an answer (the assistant's header) is given to the model, not learned.
-            before = _render(tokenizer, turns[: end - 1], add_generation_prompt=True)
-            ids, targets = _extend(ids, targets, before, False, where)
-        ids, targets = _extend(ids, targets, _render(tokenizer, turns[:end], add_generation_prompt=False), is_target, where)
+            extend(_render(tokenizer, turns[:step], add_generation_prompt=True), False)
+        extend(_render(tokenizer, turns[: step + 1], add_generation_prompt=False), is_target)
     return ids, targets
 
 
 def _render(tokenizer: Any, turns: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
     text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=add_generation_prompt)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _extend(ids: list[int], targets: list[int], longer: list[int], is_target: bool, where: str) -> tuple[list[int], list[int]]:
-    if longer[: len(ids)] != ids:
-        raise DataError(
-            f"{where}: the chat template changes earlier turns when a turn is added, so it cannot be told which tokens are "
-            "the assistant's; give prompt and completion columns instead"
-        )
-    added = longer[len(ids) :]
-    return longer, targets + (added if is_target else [IGNORE] * len(added))
 
 
 def _turns(messages: Any, where: str) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from trainables.checkpoint import CheckpointStore
 from trainables.data import TaskData
 from trainables.device import examine
 from trainables.hub import resolve_model
-from trainables.job import Ask, Job, Task
+from trainables.job import HERE, Ask, Job, Task
 from trainables.loop import Command, affordable_rungs, evaluate_saved, evaluate_untrained, train
 from trainables.mesh import World
 from trainables.model import BaseModel
@@ -44,6 +45,11 @@ class Inbox:
         self._group_id = group_id
         self._generation = ray.get(dispatcher.join.remote(group_id, rank))
         self._sequence = 0
+
+    def lost(self, error: Exception) -> None:
+        """Say why this worker cannot begin: whoever restarts it does not tell."""
+        message = str(error).strip().splitlines() or [""]
+        ray.get(self._dispatcher.lost.remote(self._group_id, f"{type(error).__name__}: {message[0]}"))
 
     def next(self) -> Job | None:
         """Wait for the next job; every rank of the group gets the same one. None: the group is no longer needed."""
@@ -86,12 +92,29 @@ def work(config: dict[str, Any]) -> None:
         node_id=ray.get_runtime_context().get_node_id(),
     )
     inbox = Inbox(config["dispatcher"], config["group_id"], world.rank)
-    task: Task = ray.get(config["dispatcher"].task.remote())
-    data: TaskData = ray.get(task.data[0])
-    name = resolve_model(task.model_name)
-    base = BaseModel.load(name, task.model_revision, task.task, data.label_names, data.pad_token_id)
+    try:
+        check_shared(Path(config["storage"]))
+        task: Task = ray.get(config["dispatcher"].task.remote())
+        data: TaskData = ray.get(task.data[0])
+        name = resolve_model(task.model_name)
+        base = BaseModel.load(name, task.model_revision, task.task, data.label_names, data.pad_token_id)
+    except Exception as error:
+        inbox.lost(error)
+        raise
     while (job := inbox.next()) is not None:
         _run_job(job, task=task, data=data, base=base, world=world, inbox=inbox)
+
+
+def check_shared(directory: Path) -> None:
+    """Check that this node sees what the driver writes: else weights and checkpoints would lie where nobody looks for them.
+
+    Raises:
+        FileNotFoundError: it does not.
+    """
+    if not (directory / HERE).exists():
+        raise FileNotFoundError(
+            f"{directory.parent} is not on node {socket.gethostname()}: `directory` must name one that all nodes share"
+        )
 
 
 def _run_job(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: World, inbox: Inbox) -> None:

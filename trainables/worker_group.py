@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._common.network_utils import build_address  # type: ignore[attr-defined]
 from ray.exceptions import OutOfMemoryError
@@ -16,13 +18,14 @@ from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from trainables.report import OutOfMemory
+from trainables.report import NotPlaced, OutOfMemory
 
 # A collective that a dead or stopped rank never joins ends after this long, and the group restarts.
 COLLECTIVE_TIMEOUT_SECONDS = 600
@@ -46,7 +49,7 @@ class _Placed(WorkerGroupCallback):
         ray.get(self._dispatcher.placed.remote(self._group_id, place))
 
 
-def _join(**group: Any) -> None:
+def _join(*, is_one_of_many_nodes: bool, **group: Any) -> None:
     """Import what a worker needs and join the process group of all; each of them runs it."""
     # A sixth of the time would go into the search for garbage among modules, which all stay. Nor is it searched for among them later:
     # that takes 0.2 s.
@@ -58,7 +61,15 @@ def _join(**group: Any) -> None:
     gc.freeze()
     gc.enable()
     _set_torch_distributed_env_vars()
+    if is_one_of_many_nodes and (name := _interface()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     _setup_torch_process_group(**group)
+
+
+def _interface() -> str | None:
+    """Return the network interface by which Ray knows this node; gloo would take that of the host's name, which may be a loopback."""
+    address = ray.util.get_node_ip_address()
+    return next((name for name, known in psutil.net_if_addrs().items() if address in {one.address for one in known}), None)
 
 
 class _Torch(Backend):
@@ -73,10 +84,12 @@ class _Torch(Backend):
         """Form the process group; who cannot join in time fails the start."""
         assert isinstance(backend_config, _TorchConfig)
         host, port = worker_group.execute_single(0, get_address_and_port)
+        is_one_of_many_nodes = sum(node["Alive"] for node in ray.nodes()) > 1
         joining: Any = [
             worker_group.execute_single_async(
                 rank,
                 _join,
+                is_one_of_many_nodes=is_one_of_many_nodes,
                 backend=backend_config.backend,
                 world_rank=rank,
                 world_size=len(worker_group),
@@ -141,6 +154,7 @@ def run_worker_group(
 
     Raises:
         OutOfMemory: Ray's memory monitor killed a worker.
+        NotPlaced: no node had room for its workers.
         ray.train.TrainingFailedError: the group could not be started or restarted.
     """
     resources: dict[str, float] = {"CPU": cpus_per_worker}
@@ -148,7 +162,7 @@ def run_worker_group(
         resources["GPU"] = gpus_per_worker
     trainer = _Trainer(
         _work,
-        train_loop_config={"dispatcher": dispatcher, "group_id": group_id, "threads": cpus_per_worker},
+        train_loop_config={"dispatcher": dispatcher, "group_id": group_id, "threads": cpus_per_worker, "storage": str(storage)},
         backend_config=_TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(num_workers=world_size, use_gpu=bool(gpus_per_worker), resources_per_worker=resources),
         run_config=RunConfig(
@@ -163,6 +177,8 @@ def run_worker_group(
     try:
         trainer.fit()
     except ControllerError as error:
+        if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            raise NotPlaced(f"no room for {world_size} workers was found in time") from error
         # Letting go of a worker that the monitor killed raises this again in Ray 2.60, which then gives the group up.
         if not isinstance(error.controller_failure, OutOfMemoryError):
             raise

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,14 +51,42 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+@contextmanager
+def started(commands: list[list[str]], env: dict[str, str], directory: Path, address: str) -> Iterator[None]:
+    """Run `ray start` with these options, one after the other, for the time of the block."""
+    nodes: list[subprocess.Popen[bytes]] = []
+    log = (directory / "nodes.log").open("ab")
+    try:
+        for command in commands:
+            # Another Ray on this machine has the usual port, and jobs are started by whoever listens on it.
+            options = [*command, "--block", "--disable-usage-stats", f"--dashboard-agent-listen-port={free_port()}"]
+            nodes.append(subprocess.Popen([BIN / "ray", "start", *options], env=env, stdout=log, stderr=log, cwd=directory))
+            _wait_for_nodes(address, len(nodes), env, directory)
+        yield
+    finally:
+        for node in reversed(nodes):
+            node.send_signal(signal.SIGTERM)
+        for node in reversed(nodes):
+            try:
+                node.wait(30)
+            except subprocess.TimeoutExpired:
+                node.kill()
+
+
 @pytest.fixture
-def two_nodes(tmp_path: Path) -> Iterator[TwoNodes]:
+def short_directory() -> Iterator[Path]:
+    """Ray's sockets live below its temporary directory, and their paths are limited to 107 characters."""
+    temp = Path("/tmp") / f"pt{os.getpid()}"
+    yield temp
+    shutil.rmtree(temp, ignore_errors=True)
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path, short_directory: Path) -> Iterator[TwoNodes]:
     """A head without CPUs that trials may use, a worker with one CPU each, token authentication, own ports and directories."""
     token = tmp_path / "token"
     token.write_text("a" * 64)
     token.chmod(0o600)
-    # Ray's sockets live below the temporary directory, and their paths are limited to 107 characters.
-    temp = Path("/tmp") / f"pt{os.getpid()}"
     port, dashboard = free_port(), free_port()
     env = {
         **os.environ,
@@ -67,27 +96,14 @@ def two_nodes(tmp_path: Path) -> Iterator[TwoNodes]:
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
-    common = ["--block", "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
-    head = [f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}/head", "--dashboard-host=127.0.0.1"]
-    commands = [["--head", *head], [f"--address=127.0.0.1:{port}", f"--temp-dir={temp}/worker"]]
-    nodes: list[subprocess.Popen[bytes]] = []
-    log = (tmp_path / "nodes.log").open("ab")
-    try:
-        for command in commands:
-            # Another Ray on this machine has the usual port, and jobs are started by whoever listens on it.
-            command.append(f"--dashboard-agent-listen-port={free_port()}")
-            nodes.append(subprocess.Popen([BIN / "ray", "start", *command, *common], env=env, stdout=log, stderr=log, cwd=tmp_path))
-            _wait_for_nodes(f"127.0.0.1:{port}", len(nodes), env, tmp_path)
+    common = ["--num-cpus=1", "--object-store-memory=100000000"]
+    head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    commands = [
+        [*head, f"--temp-dir={short_directory}/head", *common],
+        [f"--address=127.0.0.1:{port}", f"--temp-dir={short_directory}/worker", *common],
+    ]
+    with started(commands, env, tmp_path, f"127.0.0.1:{port}"):
         yield TwoNodes(job_server=f"http://127.0.0.1:{dashboard}", address=f"127.0.0.1:{port}", env=env)
-    finally:
-        for node in reversed(nodes):
-            node.send_signal(signal.SIGTERM)
-        for node in reversed(nodes):
-            try:
-                node.wait(30)
-            except subprocess.TimeoutExpired:
-                node.kill()
-        shutil.rmtree(temp, ignore_errors=True)
 
 
 def _wait_for_nodes(address: str, count: int, env: dict[str, str], cwd: Path) -> None:
@@ -154,3 +170,48 @@ def test_without_the_token_nobody_gets_in(two_nodes: TwoNodes, tmp_path: Path) -
     assert done.returncode == 2, done.stderr[-2000:]
     assert f"error: RAY_ADDRESS: the Ray cluster at {two_nodes.address} lets nobody in" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_autoscaler_starts_the_nodes_that_a_search_asks_for(tmp_path: Path, short_directory: Path) -> None:
+    """Ray's own autoscaler, with a provider whose nodes are processes of this machine: none runs before a trial waits for one."""
+    port = free_port()
+    node_types = {
+        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "worker": {
+            "resources": {"CPU": 1, "object_store_memory": 100_000_000},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": 2,
+        },
+    }
+    autoscaler = {
+        "cluster_name": "fake",
+        "max_workers": 2,
+        "provider": {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}"},
+        "available_node_types": node_types,
+        "head_node_type": "head",
+        "idle_timeout_minutes": 5,
+    }
+    (tmp_path / "autoscaler.yaml").write_text(yaml.safe_dump(autoscaler))
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    }
+    head = ["--head", f"--port={port}", "--num-cpus=0", "--object-store-memory=100000000", f"--temp-dir={short_directory}"]
+    head += [f"--autoscaling-config={tmp_path}/autoscaler.yaml", "--include-dashboard=false"]
+    make_spec(tmp_path / "project", resources={"workers": 2}, budget={"trials": 2})
+    with started([head], env, tmp_path, f"127.0.0.1:{port}"):
+        command = [sys.executable, "-m", "search.cli", "search", str(tmp_path / "project/spec.yaml"), "--set", "space.world_size=2"]
+        env["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "the cluster has room for 0 workers now, resources.workers asks for 2" in done.stderr
+    lines = (tmp_path / "project/runs/tiny/ledger.jsonl").read_text().splitlines()
+    trials = [e for e in map(json.loads, lines) if e["event"] == "trial_finished"]
+    assert [t["state"] for t in trials] == ["COMPLETE", "COMPLETE"]
+    for trial in trials:
+        assert len({entry["node_id"] for entry in trial["details"]["process_map"]}) == 2, "each node holds one worker"

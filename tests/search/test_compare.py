@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from synthetic import ACCURACY, SECONDS, confirmed_event, synthetic_events
+from synthetic import ACCURACY, SECONDS, confirmed_event, results_of, synthetic_events
 from tiny import make_spec
 
 from search.compare import (
@@ -24,27 +24,14 @@ from search.compare import (
     parse_fractions,
     search,
 )
-from search.comparison import (
-    METHODS,
-    Cell,
-    CompareError,
-    Comparison,
-    Method,
-    cells_of,
-    configs_of,
-    pair_of,
-    pairs_of,
-    render,
-    rows_of,
-    write,
-)
+from search.comparison import METHODS, Cell, Comparison, Method, cells_of, configs_of, pair_of, pairs_of, render, rows_of, write
 from search.confidence import confirmed
+from search.errors import NoResult, UserError
 from search.ledger import Ledger, replay
 from search.record import TrialRecord, TrialState
 from search.report import write_report
 from search.results import Results
-from search.session import NoResult
-from search.store import Store, StoreError
+from search.store import Store
 from spaces.config import TrialConfig
 from spaces.presets import usual_rate
 from spaces.spec import SearchSpec
@@ -67,7 +54,7 @@ def test_a_method_is_read_and_named(text: str, method: Method, name: str) -> Non
 
 @pytest.mark.parametrize("text", ["", "lorra", "lora:0", "lora:x", "lora:4:nf3"])
 def test_what_is_no_method_is_told_with_what_is_allowed(text: str) -> None:
-    with pytest.raises(CompareError, match=r"--methods: .* is no method; allowed: none lora .*lora:16:nf4"):
+    with pytest.raises(UserError, match=r"--methods: .* is no method; allowed: none lora .*lora:16:nf4"):
         Method.parse(text)
 
 
@@ -81,13 +68,13 @@ def test_what_is_no_method_is_told_with_what_is_allowed(text: str) -> None:
     ],
 )
 def test_what_a_method_does_not_take_is_told(text: str, why: str) -> None:
-    with pytest.raises(CompareError, match=f"--methods: '{text}' is no method: {why}"):
+    with pytest.raises(UserError, match=f"--methods: '{text}' is no method: {why}"):
         Method.parse(text)
 
 
 @pytest.mark.parametrize("text", ["", "0", "0.1,2", "a"])
 def test_shares_of_the_rows_are_checked(text: str) -> None:
-    with pytest.raises(CompareError, match="allowed: numbers above 0 and up to 1"):
+    with pytest.raises(UserError, match="allowed: numbers above 0 and up to 1"):
         parse_fractions(text)
     assert parse_fractions("0.01,1") == (0.01, 1.0)
 
@@ -123,7 +110,7 @@ def test_other_knobs_have_the_usual_value_or_the_first_and_limits_in_time_stay(t
 @pytest.mark.parametrize("text", ["dora:16:int8", "lora:64"])
 def test_a_method_that_nothing_can_train_is_refused(tmp_path: Path, text: str) -> None:
     """Of a model that is 32 wide."""
-    with pytest.raises(CompareError, match=r"--methods: (dora 16 int8: dora trains the norms|lora 64: rank 64 exceeds)"):
+    with pytest.raises(UserError, match=r"--methods: (dora 16 int8: dora trains the norms|lora 64: rank 64 exceeds)"):
         grid_spec(make_spec(tmp_path, space={}), [], (METHODS[0], Method.parse(text)), (1.0,))
 
 
@@ -157,7 +144,7 @@ def test_a_method_is_held_against_the_adapter_knobs_and_the_workers_of_the_file(
 
 def test_objectives_without_a_score_are_refused(tmp_path: Path) -> None:
     objectives = [{"metric": "train_seconds"}, {"metric": "peak_memory_bytes"}]
-    with pytest.raises(CompareError, match="none says how good a model is"):
+    with pytest.raises(UserError, match="none says how good a model is"):
         grid_spec(make_spec(tmp_path, objectives=objectives), [], METHODS[:1], (1.0,))
 
 
@@ -409,11 +396,11 @@ def test_the_report_of_a_comparison_says_which_method_is_the_best_and_that_of_an
     methods, fractions = (list(dict.fromkeys(part)) for part in zip(*(pair_of(r.trial_config) for r in records), strict=True))
     spec = grid_spec(make_spec(tmp_path, space={}), [], methods, fractions).spec
     events += [confirmed_event(records[0].number, seed, accuracy=0.5, seconds=9.0, test=0.7 + seed / 100) for seed in (1, 2)]
-    plain = write_report(replay(events), spec, (ACCURACY, SECONDS), tmp_path / "plain")
+    plain = write_report(results_of(replay(events), spec, tmp_path / "plain"))
     assert "methods_csv" not in plain
     assert "Which method" not in plain["html"].read_text()
     events.append({"event": "compared", "time": events[-1]["time"] + 1})
-    paths = write_report(replay(events), spec, (ACCURACY, SECONDS), tmp_path / "compared")
+    paths = write_report(results_of(replay(events), spec, tmp_path / "compared"))
     page = paths["html"].read_text().partition("<script")[0]
     assert "Which method is the best for how much data?" in page
     assert f"<td>{Method.of(records[0].trial_config).name}</td><td>0.715 ± 0.064</td>" in page
@@ -437,7 +424,7 @@ def test_a_comparison_of_something_else_is_left_alone_and_the_same_one_in_anothe
     assert _add(store, spec_of(path, "lora:4", 1.0)) is None, "a part of it"
     for named, value in (("space.epochs", 7), ("data.holdout", 0.3), ("sampler.seed", 7)):
         wrong = spec_of(path, "lora:4,dora:4", 1.0, **{named: value})
-        with pytest.raises(StoreError, match=f"with other {named.removesuffix('.holdout')}; give this one --set name="):
+        with pytest.raises(UserError, match=f"with other {named.removesuffix('.holdout')}; give this one --set name="):
             _add(store, wrong)
     assert (store.ledger_path.read_bytes(), store.spec_path.read_bytes()) == before
 

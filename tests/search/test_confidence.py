@@ -85,6 +85,20 @@ def test_one_seed_has_no_interval_and_equal_seeds_a_narrow_one() -> None:
     assert difference([0.5, 0.5], [0.4, 0.4]).half_width == 0
 
 
+def test_seeds_that_score_alike_on_few_rows_tell_nothing_apart() -> None:
+    low, high = (record_with(8.0, 8.0, test=False), record_with(9.0, 9.0, test=False))
+    scores, seconds = ([confirmed(record, metric) for record in (low, high)] for metric in ("accuracy", "train_seconds"))
+    (a, b), (c, d) = scores, seconds
+    assert a is not None
+    assert b is not None
+    assert c is not None
+    assert d is not None
+    assert (a.values, b.values) == ((8.0, 8.0), (9.0, 9.0))
+    assert not told_apart(a, b)
+    assert "±" not in a.text
+    assert told_apart(replace(c, values=(1.0, 1.0)), replace(d, values=(2.0, 2.0))), "what is no score is the same with every seed"
+
+
 def test_quality_is_scored_on_the_test_rows_and_time_is_not() -> None:
     record = record_with(0.8, 0.82, 0.84)
     accuracy, seconds = confirmed(record, "accuracy"), confirmed(record, "train_seconds")

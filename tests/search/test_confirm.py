@@ -9,21 +9,13 @@ from typing import Any
 
 import pytest
 from engines import make, report
+from fake_runs import FakeTracker
 from synthetic import OBJECTIVES, confirmed_event, numbers_on_front, synthetic_events
 from typer.testing import CliRunner
 
 import search.confirm as module
-from search.confirm import (
-    ConfirmError,
-    Training,
-    announcement,
-    chosen_trials,
-    confirm,
-    further_seeds,
-    outstanding,
-    progress_text,
-    split_lines,
-)
+from search.confirm import Training, announcement, chosen_trials, confirm, further_seeds, outstanding, progress_text, split_lines
+from search.errors import UserError
 from search.ledger import Ledger, replay
 from search.record import TrialRecord, TrialState
 from search.store import Store
@@ -54,19 +46,19 @@ def test_the_front_is_confirmed_unless_trials_are_named() -> None:
     ],
 )
 def test_what_cannot_be_confirmed_is_one_line(trials: str, line: str) -> None:
-    with pytest.raises(ConfirmError, match=line):
+    with pytest.raises(UserError, match=line):
         choose(trials)
 
 
 @pytest.mark.parametrize("num_seeds", [0, -1])
 def test_no_further_seed_is_refused_before_anything_is_read(num_seeds: int, tmp_path: Path) -> None:
-    with pytest.raises(ConfirmError, match=f"--seeds {num_seeds}: at least one further seed"):
+    with pytest.raises(UserError, match=f"--seeds {num_seeds}: at least one further seed"):
         confirm(Store(root=tmp_path), num_seeds=num_seeds, trials=None, say=print)
 
 
 def test_a_search_without_a_front_has_nothing_to_confirm() -> None:
     failed = [r for r in RECORDS if r.state is not TrialState.COMPLETE]
-    with pytest.raises(ConfirmError, match="made-up has no front"):
+    with pytest.raises(UserError, match="made-up has no front"):
         chosen_trials(failed, OBJECTIVES, None, "made-up")
 
 
@@ -199,32 +191,6 @@ def test_the_exit_code_says_whether_a_seed_failed(
     assert done.exit_code == exit_code
     assert done.stdout.startswith("the front")
     assert all(f"error: {line}" in done.output for line in failures)
-
-
-class FakeTracker:
-    """Remembers what it is given; `undelivered` events never arrive."""
-
-    def __init__(self, undelivered: int = 0) -> None:
-        self.undelivered, self.calls, self.events = undelivered, [], []
-
-    def reopen_search(self, name: str, run_id: str, *, spec_path: Path) -> None:
-        assert spec_path.exists()
-        self.calls.append(f"reopen {name} {run_id}")
-
-    def submit(self, event: dict[str, Any]) -> None:
-        self.events.append(event)
-
-    def flush(self, timeout_seconds: float) -> int:
-        return self.undelivered
-
-    def write_front(self, members: list[TrialRecord], *_: Any, **__: Any) -> None:
-        self.calls.append(f"front of {len(members)}, confirmed {sum(len(r.confirmations) for r in members)} times")
-
-    def finish(self) -> None:
-        self.calls.append("finish")
-
-    def leave(self, status: str, timeout_seconds: float) -> None:
-        self.calls.append(f"leave {status}")
 
 
 @pytest.mark.parametrize(("is_finished", "end"), [(True, "finish"), (False, "leave KILLED")])

@@ -14,7 +14,7 @@ from search import dispatch
 from search.dispatch import MAX_ATTEMPTS, Dispatcher, GroupResources
 from search.placement import OVERTAKEN_PER_WORKER
 from trainables.job import Ask, Job, Task
-from trainables.report import OutOfMemory
+from trainables.report import NotPlaced, OutOfMemory
 
 TASK = Task(model_name="m", model_revision=None, task="causal-lm", exact_match_rows=0, precisions=("fp32",), data=[])
 
@@ -177,6 +177,10 @@ async def test_a_job_moves_to_another_group_when_ray_train_gives_its_group_up(di
 async def lose(dispatcher: Groups, job_id: str, error: Exception) -> None:
     """Have the group of a job given up, and wait until it is gone."""
     (name,) = [g["group_id"] for g in await dispatcher.groups() if g["job_id"] == job_id]
+    await lose_group(dispatcher, name, error)
+
+
+async def lose_group(dispatcher: Groups, name: str, error: Exception) -> None:
     dispatcher.errors[name] = error
     dispatcher.end_of(name).set()
     while name in {g["group_id"] for g in await dispatcher.groups()}:
@@ -255,6 +259,59 @@ async def test_groups_of_one_size_that_never_start_fail_the_jobs_that_wait_for_t
     assert {(g["group_id"], g["state"]) for g in await dispatcher.groups() if g["world_size"] == 1} == {(healthy["group_id"], "idle")}
 
 
+@scenario(4)
+async def test_a_job_that_the_cluster_cannot_hold_fails_and_the_others_go_on(dispatcher: Groups) -> None:
+    """As a trial in flight does that is resumed on a smaller cluster."""
+    await dispatcher.submit(job("large", 8))
+    await dispatcher.submit(job("small"))
+    (ended,) = await dispatcher.poll("large")
+    assert (ended["kind"], ended["message"]) == ("no_workers", "the cluster has room for 4 workers, and it needs more")
+    await begin(dispatcher, "small")
+
+
+@scenario(8)
+async def test_where_nodes_are_lost_what_needs_them_fails_and_the_rest_goes_on_with_what_is_placed(dispatcher: Groups) -> None:
+    for name in ("a", "b", "c"):
+        await dispatcher.submit(job(name, 2))
+    for name in ("a", "b", "c"):
+        await begin(dispatcher, name)
+    await dispatcher.submit(job("whole", 8))
+    await dispatcher.submit(job("d", 2))
+    await lose(dispatcher, "c", NotPlaced("no room"))
+    assert (await dispatcher.poll("whole"))[-1]["kind"] == "no_workers"
+    assert [(g["world_size"], g["job_id"]) for g in await dispatcher.groups()][:2] == [(2, "a"), (2, "b")]
+    for group in (await dispatcher.groups())[2:]:  # which had been started for `d` before
+        await lose_group(dispatcher, group["group_id"], NotPlaced("no room"))
+    assert len(await dispatcher.groups()) == 2
+    first = (await dispatcher.groups())[0]["group_id"]
+    await dispatcher.finish(first, 1, 1, {"state": "complete"})
+    assert (await dispatcher.groups())[0]["job_id"] == "c", "it goes on where there is room"
+    await dispatcher.finish(first, 1, 2, {"state": "complete"})
+    assert (await dispatcher.groups())[0]["job_id"] == "d"
+
+
+@scenario(1)
+async def test_why_workers_cannot_begin_is_told_with_the_job_that_they_were_for(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("a"))
+    (group,) = await dispatcher.groups()
+    for _ in range(MAX_ATTEMPTS + 1):
+        await ranks_join(dispatcher, group["group_id"], 1)
+        await dispatcher.lost(group["group_id"], "ModelError: no such directory: /home/me/model")
+    (*_, ended) = await dispatcher.poll("a")
+    assert ended["message"] == f"its workers died in {MAX_ATTEMPTS} attempts: ModelError: no such directory: /home/me/model"
+
+
+@scenario(1)
+async def test_a_job_that_was_asked_to_leave_is_not_begun_again_where_its_group_is_given_up(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("a"))
+    await begin(dispatcher, "a")
+    await dispatcher.submit(job("b"))
+    await dispatcher.stop("a")
+    await lose(dispatcher, "a", RuntimeError("controller died"))
+    assert set(dispatcher._jobs) == {"b"}
+    await begin(dispatcher, "b")
+
+
 @scenario(5)
 async def test_groups_of_expected_jobs_start_on_free_workers_and_take_the_jobs_when_they_come(dispatcher: Groups) -> None:
     await dispatcher.submit(job("first"))
@@ -296,18 +353,23 @@ async def test_a_job_that_is_predicted_to_end_in_time_is_begun_while_a_large_one
     assert begun == ["first", *(small.job_id for small in smalls), "short"]
 
 
-@scenario(2)
+@scenario(1)
 async def test_shutdown_lets_idle_groups_go_and_waits_for_them(dispatcher: Groups) -> None:
     await dispatcher.submit(job("a"))
     (group,) = await dispatcher.groups()
     generation = await ranks_join(dispatcher, group["group_id"], 1)
     await dispatcher.finish(group["group_id"], generation, 1, {"state": "complete"})
+    busy, waiting = job("busy"), job("waiting")
+    await dispatcher.submit(busy)
+    await dispatcher.submit(waiting)
     ending = asyncio.create_task(dispatcher.shutdown())
-    assert await dispatcher.next(group["group_id"], generation, 1) is None
+    assert await dispatcher.asked(group["group_id"], generation, 2) is Ask.SUSPEND
+    await dispatcher.finish(group["group_id"], generation, 2, {"state": "stopped"})
+    assert await dispatcher.next(group["group_id"], generation, 2) is None
     assert not ending.done()
     dispatcher.end_of(group["group_id"]).set()
     await ending
-    assert await dispatcher.groups() == []
+    assert await dispatcher.groups() == [], "nothing was started for what waits"
 
 
 @pytest.mark.parametrize("restarts", [True, False])

@@ -453,7 +453,7 @@ def test_the_sampler_learns_the_same_from_a_search_that_was_resumed(tmp_path: Pa
         assert params.pop("learning_rate_position") == pytest.approx(again.pop("learning_rate_position"))
         assert one == other
     assert before == after
-    assert resumed.num_left == engine.num_left + engine.num_live
+    assert resumed.num_left == engine.num_left + len(engine.state.in_flight)
     assert [r.number for r in resumed.front()] == [r.number for r in engine.front()]
 
 
@@ -569,4 +569,5 @@ def test_points_alone_are_trained_however_many_of_them_are_infeasible(tmp_path: 
     engine.ended(assignment.number, {"state": "complete"})
     assert engine.next() is None
     assert engine.is_handed_out
+    assert engine.why_over == "all points were tried"
     assert [r.state for r in engine.state.records.values() if r.started_at is not None] == [TrialState.COMPLETE]

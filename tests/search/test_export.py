@@ -6,12 +6,11 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from synthetic import confirmed_event, numbers_on_front, synthetic_events
+from synthetic import confirmed_event, numbers_on_front, results_of, synthetic_events
 from tiny import make_spec
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
@@ -19,7 +18,7 @@ from typer.testing import CliRunner
 from search.cli import app
 from search.ledger import Ledger, replay
 from search.model_card import model_card
-from search.results import Results, load_results
+from search.results import load_results
 from search.store import Store
 from spaces.config import TrialConfig
 from spaces.loading import load_spec
@@ -125,24 +124,11 @@ def test_an_adapter_goes_below_the_search(searched: Path) -> None:
     assert ModelCard.load(directory / "README.md").data.library_name == "peft"
 
 
-def results_of(events: list[dict[str, Any]], spec: Path) -> Results:
-    loaded = load_spec(spec)
-    return Results(
-        name="synthetic",
-        spec=loaded.spec,
-        spec_path="spec.yaml",
-        directory=Path("runs"),
-        report_path=Path("report"),
-        state=replay(events),
-        objectives=loaded.spec.resolved_objectives(),
-    )
-
-
 def test_the_card_names_test_scores_further_seeds_and_quantisation(tmp_path: Path) -> None:
     events = synthetic_events(12)
     number = min(numbers_on_front(list(replay(events).records.values())))
     seeds = [confirmed_event(number, seed, accuracy=0.6, seconds=50.0, test=0.5 + 0.01 * seed) for seed in (1, 2, 3)]
-    results = results_of([*events, *seeds], make_spec(tmp_path))
+    results = results_of(replay([*events, *seeds]), load_spec(make_spec(tmp_path)).spec)
     record = results.state.records[number]
     card = model_card(results, record, is_merged=False, scores={})
     (row,) = re.findall(r"^\| accuracy .*$", card, re.MULTILINE)
@@ -190,7 +176,7 @@ def test_the_card_says_how_a_prompt_is_given(tmp_path: Path, columns: Columns, t
     events = synthetic_events(12)
     number = min(numbers_on_front(list(replay(events).records.values())))
     events[0]["data"]["format"] = columns.describe()
-    results = results_of(events, make_spec(tmp_path))
+    results = results_of(replay(events), load_spec(make_spec(tmp_path)).spec)
     card = model_card(results, results.state.records[number], is_merged=False, scores={})
     assert told in card
     assert ("It was trained on" in card) == bool(told)

@@ -24,6 +24,8 @@ from search.ledger import SearchState, replay
 from search.pareto import eligible, front, hypervolume_of
 from search.record import TrialRecord, TrialState
 from search.scaling import Law, fit_law
+from spaces.config import TrialConfig
+from spaces.space import SpaceSpec
 from spaces.spec import Objective
 
 KNOBS = ("learning_rate", "lora_rank", "strategy", "world_size", "dataset_fraction")
@@ -110,7 +112,8 @@ def test_the_hypervolume_grows_to_that_of_the_whole_search() -> None:
     seconds, volumes = [h[0] for h in history], [h[1] for h in history]
     assert seconds == sorted(seconds)
     assert volumes == sorted(volumes)
-    assert volumes[-1] == hypervolume_of(RECORDS, OBJECTIVES)
+    ended = sorted((r for r in RECORDS if r.finished_at), key=lambda r: r.finished_at or 0.0)
+    assert volumes == [hypervolume_of(ended[: n + 1], OBJECTIVES) for n in range(len(ended))]
     assert hypervolume_history(STATE, (Objective(metric="eval_loss", direction="minimize", reference=None),) * 2) == []
 
 
@@ -119,6 +122,30 @@ def test_without_its_first_event_a_search_begins_with_its_first_trial() -> None:
     (span,) = timeline(state)
     assert (span.begin_seconds, span.end_seconds) == (0.0, 10.0)
     assert hypervolume_history(state, OBJECTIVES)[0][0] == 10.0
+
+
+def test_a_trial_is_shown_from_when_it_had_workers_and_the_time_that_the_search_was_away_is_not_there() -> None:
+    def at(time: float, event: str, **more: Any) -> dict[str, Any]:
+        return {"time": time, "event": event, **more}
+
+    config = TrialConfig.from_params(SpaceSpec().first()).to_dict()
+    begun = {"params": {}, "config": config, "predicted": {}, "source": None}
+    ended = {"state": "COMPLETE", "values": {"accuracy": 0.5, "train_seconds": 2.0}, "error": None, "constraints": {}, "attempts": 1}
+    state = replay(
+        [
+            at(100.0, "search_started", name="s"),
+            at(110.0, "trial_started", number=0, **begun),
+            at(110.0, "trial_started", number=1, **begun),
+            at(150.0, "trial_finished", number=0, **ended, held_seconds=40.0, details={}),
+            at(160.0, "search_cut_short", reason="Interrupted"),
+            at(90_000.0, "resumed", in_flight=[1]),
+            at(90_020.0, "trial_finished", number=1, **ended, held_seconds=15.0, details={}),
+        ]
+    )
+    first, second = timeline(state)
+    assert (first.begin_seconds, first.end_seconds) == (10.0, 50.0)
+    assert (second.begin_seconds, second.end_seconds) == (65.0, 80.0)
+    assert [seconds for seconds, _ in hypervolume_history(state, OBJECTIVES)] == [50.0, 80.0]
 
 
 def test_the_timeline_shows_every_trial_that_ran() -> None:

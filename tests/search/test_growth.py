@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import make, report
+from engines import STOP, make, report
 
 from search.engine import Engine
 from search.growth import has_stopped
@@ -53,8 +53,9 @@ def run(engine: Engine, rng: random.Random, ended: list[int], most: int) -> None
         if not live:
             return
         assignment = live.pop(rng.randrange(len(live)))
-        engine.reported(assignment.number, report(rng.randrange(1, 10) / 10, rng.randrange(1, 59)))
-        engine.ended(assignment.number, {"state": rng.choice(["complete", "complete", "stopped"])})
+        last, state = report(rng.randrange(1, 10) / 10, rng.randrange(1, 59)), rng.choice(["complete", "complete", "stopped"])
+        engine.reported(assignment.number, last, STOP if state == "stopped" else None)
+        engine.ended(assignment.number, {"state": state})
         ended.append(cells(list(engine.state.records.values())))
 
 
@@ -95,3 +96,16 @@ def test_a_search_whose_trials_all_lie_beyond_the_reference_point_ends_too(tmp_p
         engine = search() if is_resumed and num_ended == 7 else engine
     assert engine.why_over == "the hypervolume stayed 0 in 3 trials: none is better than the reference point"
     assert num_ended == (7 if is_resumed else 9), "after a resume the reference is known of all"
+
+
+def test_what_a_limit_cut_off_is_no_trial_without_growth(tmp_path: Path) -> None:
+    limits: dict[str, Any] = {"trials": None, "budget": {"patience": 3, "minutes": 60}, "reuse": False}
+    engine, _, _ = make(tmp_path, **limits)
+    for state in ("complete", "stopped", "stopped", "stopped", "stopped"):
+        assignment = engine.next()
+        assert assignment is not None
+        if state == "complete":
+            engine.reported(assignment.number, report(0.5, 3.0))
+        engine.ended(assignment.number, {"state": state})
+    for each in (engine, make(tmp_path, **limits)[0]):
+        assert each.num_left > 0, "the search goes on where it has more time"

@@ -14,6 +14,7 @@ from engines import STOP, Profiles, make, report
 
 from search.engine import Assignment, Engine, SearchExhausted
 from search.record import TrialState
+from spaces.config import Recipe
 
 SPACE: dict[str, Any] = {
     "learning_rate": {"choice": [1e-3, 2e-3, 3e-3]},
@@ -181,18 +182,18 @@ def test_no_recipe_trains_twice_whatever_ends_how_and_when(tmp_path: Path, seed:
     space = {**SPACE, "learning_rate": {"choice": [1e-3 * n for n in range(1, 9)]}}
     engine, _, _ = make(tmp_path, trials=12, outlook=Profiles(), **space)
     live: list[Assignment] = []
-    trained: set[str] = set()
+    trained: set[Recipe] = set()
     num_trained = 0
     while True:
         try:
             while len(live) < 4 and (assignment := engine.next()) is not None:
-                recipe = assignment.config.recipe.key()
+                recipe = assignment.config.recipe
                 num_trained += assignment.is_trained
                 assert assignment.is_trained == (recipe not in trained)
                 live.append(assignment)
         except SearchExhausted:
             break
-        in_training = Counter(a.config.recipe.key() for a in live if a.is_trained)
+        in_training = Counter(a.config.recipe for a in live if a.is_trained)
         assert max(in_training.values(), default=0) <= 1
         if not live:
             break
@@ -202,7 +203,7 @@ def test_no_recipe_trains_twice_whatever_ends_how_and_when(tmp_path: Path, seed:
         )
         end(engine, assignment, outcome, accuracy=rng.random())
         whole = [r for r in engine.state.records.values() if r.is_whole and engine._weights.has(r.number)]
-        trained = {r.trial_config.recipe.key() for r in whole}
+        trained = {r.trial_config.recipe for r in whole}
     assert num_trained <= 12
     assert {state for state, _ in states(engine)} <= {"COMPLETE", "PRUNED", "FAIL"}, "nothing waits for ever"
     complete = [r for r in engine.state.records.values() if r.state is TrialState.COMPLETE]

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from search.ledger import Ledger, LedgerError, SearchState, replay
+from search.errors import UserError
+from search.ledger import Ledger, SearchState, replay
 from search.record import TrialState
 
 CONFIG = {"recipe": {"epochs": 1.0}, "layout": {"world_size": 1}}
@@ -117,10 +118,10 @@ def test_damage_in_the_middle_names_file_and_line(tmp_path: Path, damage: bytes)
     write_a_search(Ledger(path))
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:3], damage, *lines[4:]]))
-    with pytest.raises(LedgerError, match=rf"{path}:4: damaged line"):
+    with pytest.raises(UserError, match=rf"{path}:4: damaged line"):
         Ledger(path).events()
     before = path.read_bytes()
-    with pytest.raises(LedgerError, match=":4:"):
+    with pytest.raises(UserError, match=":4:"):
         Ledger(path).append("resumed", in_flight=[])
     assert path.read_bytes() == before
 
@@ -135,7 +136,7 @@ def test_a_full_disk_leaves_the_ledger_as_it_was(tmp_path: Path, monkeypatch: py
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(LedgerError, match=f"{path}: cannot write the ledger: No space left"):
+        with pytest.raises(UserError, match=f"{path}: cannot write the ledger: No space left"):
             ledger.append("resumed", in_flight=[])
     assert ledger.events() == events
     ledger.append("resumed", in_flight=[])
@@ -199,7 +200,7 @@ def test_a_resumed_search_is_not_finished() -> None:
 
 
 def test_news_of_an_unknown_trial_are_an_error() -> None:
-    with pytest.raises(LedgerError, match="trial 7, which was never started"):
+    with pytest.raises(UserError, match="trial 7, which was never started"):
         replay([json.loads('{"event":"trial_finished","time":1,"number":7,"state":"COMPLETE"}')])
-    with pytest.raises(LedgerError, match="trial 7, which was never started"):
+    with pytest.raises(UserError, match="trial 7, which was never started"):
         replay([json.loads('{"event":"search_cut_short","time":1,"reason":"x","held_seconds":{"7":1.5}}')])

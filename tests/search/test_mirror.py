@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,20 @@ def test_a_lost_answer_is_asked_for_again_and_nothing_is_there_twice() -> None:
             except ConnectionError:
                 mirror.deliver(event)
         assert runs.runs == once.runs
+
+
+def test_what_a_trial_held_counts_once_however_often_its_report_was_sent() -> None:
+    events = [{**event, "held_seconds": 600.0} if event["event"] == "trial_reported" else event for event in EVENTS]
+    held = json.loads(mirrored(events).runs["trial-0000"]["tags"]["paretune.record"])["held_seconds"]
+    runs = FakeRuns()
+    mirror = Mirror(runs, "synthetic", "parent")
+    for event in events:
+        for _ in range(3 if event["event"] == "trial_reported" else 0):
+            runs.fails_at = runs.num_calls + 1
+            with suppress(ConnectionError):
+                mirror.deliver(event)
+        mirror.deliver(event)
+    assert json.loads(runs.runs["trial-0000"]["tags"]["paretune.record"])["held_seconds"] == held > 0
 
 
 def test_a_confirmation_is_a_run_below_its_trial_that_nothing_takes_for_one() -> None:

@@ -12,7 +12,7 @@ from engines import Profiles
 
 from search.prospects import MAX_COMPARED, Prospects, belief, features
 from search.record import TrialRecord, TrialState
-from spaces.config import TrialConfig
+from spaces.config import Recipe, TrialConfig
 from spaces.constraints import Limits
 from spaces.presets import usual_rate
 from spaces.space import SpaceSpec
@@ -37,14 +37,14 @@ class Search:
         self.outlook, self.left = TenARank(), math.inf
         self.records: dict[int, TrialRecord] = {}
         self.known: set[str] = set()
-        self.trained: set[str] = set()
+        self.trained: set[Recipe] = set()
         self.prospects = Prospects(
             spec,
             self.outlook,
             LIMITS,
             records=self.records,
             is_known=lambda config: config.key() in self.known,
-            is_trained=lambda config: config.recipe.key() in self.trained,
+            is_trained=lambda config: config.recipe in self.trained,
             seconds_left=lambda: self.left,
         )
 
@@ -101,7 +101,7 @@ def test_a_recipe_that_was_trained_under_another_layout_costs_next_to_nothing() 
     trained = record(params(world_size=1), took=10.0, held=12.0)
     search.prospects.ended(trained)
     assert search.seconds(world_size=2) == pytest.approx(2 * (5.0 + 2.0))
-    search.trained.add(trained.trial_config.recipe.key())
+    search.trained.add(trained.trial_config.recipe)
     assert search.seconds(world_size=2) == pytest.approx(2 * 2.0)
 
 

@@ -15,9 +15,11 @@ import pytest
 from synthetic import synthetic_events
 
 from search import session
+from search.errors import UserError
 from search.provenance import command_in, reproduce_command, versions
-from search.results import load_results, render_front, render_pick
-from search.store import Store, StoreError
+from search.rendering import render_front, render_pick
+from search.results import load_results
+from search.store import Store
 from search.study import Study
 from spaces.config import TrialConfig
 from spaces.loading import load_spec
@@ -77,7 +79,7 @@ def test_every_hint_finds_its_search(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert f"`paretune confirm mine{option}` trains" in render_front(results)
     record = results.members[0]
     assert f"`paretune confirm mine --trials {record.number}{option}` trains" in render_pick(results, record)
-    with pytest.raises(StoreError, match=f"`paretune resume mine{option}`"):
+    with pytest.raises(UserError, match=f"`paretune resume mine{option}`"):
         Store.create(load_spec(tmp_path / "spec.yaml"))
 
     class Told(Exception):

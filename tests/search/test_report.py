@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure as Drawing
-from synthetic import OBJECTIVES, confirmed_event, numbers_on_front, synthetic_events, without_mfu
+from synthetic import OBJECTIVES, confirmed_event, numbers_on_front, results_of, synthetic_events, without_mfu
 
 from search.advice import knee, noise_lines, recommendation, recommendation_lines
 from search.figures import Point, front_figure
@@ -20,7 +20,9 @@ from search.picture import draw_png
 from search.record import TrialRecord, TrialState
 from search.report import write_report
 from search.scaling import Law
+from spaces.config import TrialConfig
 from spaces.loading import parse_spec
+from spaces.space import SpaceSpec
 from spaces.spec import Objective
 
 SPEC = parse_spec(
@@ -37,12 +39,11 @@ space:
 )
 STATE = replay([{**e, "data": {"text": "</script><b>"}} if "data" in e else e for e in synthetic_events(24)])
 RECORDS = list(STATE.records.values())
-COMMAND = "paretune search spec.yaml --set 'space.strategy=\"<ddp>\"'"
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_report(STATE, SPEC, OBJECTIVES, tmp_path_factory.mktemp("report") / "new", command=COMMAND)
+    return write_report(results_of(STATE, SPEC, tmp_path_factory.mktemp("report") / "new"))
 
 
 class Cells(HTMLParser):
@@ -91,7 +92,7 @@ def test_what_further_seeds_say_stands_in_the_advice_the_table_and_the_figure(tm
         for r in members
         for seed in (1, 2, 3)
     ]
-    paths = write_report(replay([*synthetic_events(24), *events]), SPEC, OBJECTIVES, tmp_path, command="paretune")
+    paths = write_report(results_of(replay([*synthetic_events(24), *events]), SPEC, tmp_path))
     page = paths["html"].read_text(encoding="utf-8")
     before = page.partition("<script")[0]
     assert (
@@ -110,13 +111,13 @@ def test_what_further_seeds_say_stands_in_the_advice_the_table_and_the_figure(tm
     with paths["confirmations_csv"].open() as file:
         told = [(int(r["trial"]), int(r["seed"]), float(r["test_accuracy"])) for r in csv.DictReader(file)]
     assert told == sorted((e["number"], e["seed"], e["test"]["accuracy"]) for e in events)
-    known = json.loads(paths["json"].read_text())["confirmed"][str(chosen.number)]["accuracy"]
+    known = json.loads(paths["json"].read_text())["front"][0]["confirmed"]["accuracy"]
     assert (known["mean"], known["num_seeds"], known["split"]) == (pytest.approx(0.72), 3, "test")
 
 
 def test_what_others_wrote_is_text_and_not_markup(written: dict[str, Path]) -> None:
     page = written["html"].read_text(encoding="utf-8")
-    assert "&quot;&lt;ddp&gt;&quot;" in page
+    assert "&lt;spec&gt;.yaml" in page
     assert "&lt;/script&gt;&lt;b&gt;" in page
     assert "</script><b>" not in page
 
@@ -136,8 +137,8 @@ def test_the_tables_hold_what_is_known(written: dict[str, Path]) -> None:
     with written["front_csv"].open() as file:
         assert {int(row["trial"]) for row in csv.DictReader(file)} == numbers_on_front(RECORDS)
     data = json.loads(written["json"].read_text())
-    assert [TrialRecord.from_dict(member) for member in data["front"]] == front(RECORDS, OBJECTIVES)
-    assert data["untrained"] == STATE.reference
+    assert [member["number"] for member in data["front"]] == [member.number for member in front(RECORDS, OBJECTIVES)]
+    assert data["reference"] == STATE.reference
     assert data["hypervolume"] > 0
 
 
@@ -162,7 +163,7 @@ def test_a_front_without_mfu_says_why(tmp_path: Path, written: dict[str, Path]) 
     members = front(list(state.records.values()), OBJECTIVES)
     line = f"no MFU of trial {', '.join(str(r.number) for r in members)}: no bf16 peak known for Tesla T4"
     assert recommendation_lines(members, OBJECTIVES, "made-up")[-1] == line
-    paths = write_report(state, SPEC, OBJECTIVES, tmp_path)
+    paths = write_report(results_of(state, SPEC, tmp_path))
     assert f"<p class='note'>{line}</p>" in paths["html"].read_text(encoding="utf-8")
     assert "no MFU" not in written["html"].read_text(encoding="utf-8")
 
@@ -170,18 +171,19 @@ def test_a_front_without_mfu_says_why(tmp_path: Path, written: dict[str, Path]) 
 def test_what_more_data_gives_stands_in_the_report_and_in_its_table(tmp_path: Path) -> None:
     law = Law(scale=20.0, pre_learned=0.0, exponent=0.4, floor=0.5)
     sizes = (500, 1000, 2000, 4000, 8000)
+    config = TrialConfig.from_params({**SpaceSpec().first(), "adapter": "none"}).to_dict()
     records = {
         n: TrialRecord(
             number=n,
             state=TrialState.COMPLETE,
             params={},
-            config={"recipe": {"adapter": "none", "adapter_rank": None}},
+            config=config,
             values={"accuracy": 0.1 * n, "train_seconds": float(n + 1), "eval_loss": law.loss(rows)},
             details={"distinct_rows": rows, "train_rows": 8000},
         )
         for n, rows in enumerate(sizes)
     }
-    paths = write_report(SearchState(records=records), SPEC, OBJECTIVES, tmp_path)
+    paths = write_report(results_of(SearchState(records=records), SPEC, tmp_path))
     page = paths["html"].read_text(encoding="utf-8")
     assert "more data, full fine-tuning: a power law through 5 sizes" in page.partition("<script")[0], "without JavaScript too"
     assert "Does more data pay?" in page
@@ -199,7 +201,7 @@ def test_what_more_data_gives_stands_in_the_report_and_in_its_table(tmp_path: Pa
 
 
 def test_a_search_without_a_law_says_why(tmp_path: Path) -> None:
-    paths = write_report(SearchState(records={r.number: r for r in RECORDS[:3]}), SPEC, OBJECTIVES, tmp_path)
+    paths = write_report(results_of(SearchState(records={r.number: r for r in RECORDS[:3]}), SPEC, tmp_path))
     assert "no law for lora of any rank: 3 of at least 4 different sizes" in paths["html"].read_text(encoding="utf-8")
     with paths["scaling_csv"].open() as file:
         rows = list(csv.DictReader(file))
@@ -219,7 +221,7 @@ def test_members_too_close_for_labels_share_one(monkeypatch: pytest.MonkeyPatch,
     places = [(2.0, 0.2), (20.0, 0.56), (20.2, 0.57), (20.3, 0.58), (30.0, 0.9)]
     points = tuple(Point(number=n, x=x, y=y, on_front=True, hover=()) for n, (x, y) in enumerate(places))
     figure = replace(front_figure(STATE, [], OBJECTIVES), points=points, confirmed=())
-    draw_png(figure, STATE, SPEC, OBJECTIVES, tmp_path / "front.png")
+    draw_png(figure, results_of(STATE, SPEC), tmp_path / "front.png")
     labels = drawn[0].axes[0].texts
     assert [label.get_text() for label in labels] == ["trial 0", "trial 1, 2, 3", "trial 4"]
     assert not any(one.get_window_extent().overlaps(other.get_window_extent()) for one, other in combinations(labels, 2))
@@ -229,7 +231,7 @@ def test_members_too_close_for_labels_share_one(monkeypatch: pytest.MonkeyPatch,
 def test_a_search_that_found_nothing_has_a_report_too(tmp_path: Path, num_trials: int) -> None:
     failed = TrialRecord(number=0, state=TrialState.FAIL, params={}, error={"kind": "diverged", "message": "nan"})
     state = SearchState(records={0: failed} if num_trials else {})
-    paths = write_report(state, SPEC, OBJECTIVES, tmp_path)
+    paths = write_report(results_of(state, SPEC, tmp_path))
     assert "Nothing to recommend" in paths["html"].read_text(encoding="utf-8")
     assert all(path.stat().st_size > 0 for path in paths.values())
 
@@ -245,7 +247,7 @@ def test_three_objectives_and_prices_of_zero_can_be_drawn(tmp_path: Path) -> Non
         for n in range(3)
     }
     memory = Objective(metric="peak_memory_bytes", direction="minimize", reference=None)
-    paths = write_report(SearchState(records=records), SPEC, (*OBJECTIVES, memory), tmp_path)
+    paths = write_report(results_of(SearchState(records=records), SPEC, tmp_path, (*OBJECTIVES, memory)))
     assert len(paths) == 8
 
 

@@ -9,8 +9,10 @@ import pytest
 from synthetic import confirmed_event, synthetic_events, without_mfu
 
 from search.calibration import calibrate
-from search.results import Results, front_as_json, load_results, pick_one, render_front
-from search.store import Store, StoreError
+from search.errors import UserError
+from search.rendering import render_front
+from search.results import Results, front_as_json, load_results, pick_one
+from search.store import Store
 from spaces.loading import load_spec
 from spaces.metrics import CUSTOM, EXACT_MATCH
 
@@ -59,8 +61,8 @@ def test_where_nothing_is_within_the_limits_it_is_told_what_they_were_held_again
     results = searched(tmp_path / "searched", events)
     members = results.members
     low, high = (f(r.values["accuracy"] for r in members) for f in (min, max))
-    with pytest.raises(StoreError, match=f"the front has accuracy from {low:.4g} to {high:.4g}"):
+    with pytest.raises(UserError, match=f"the front has accuracy from {low:.4g} to {high:.4g}"):
         pick_one(results, {"accuracy": (">=", 0.99)}, at_knee=False)
     events += [confirmed_event(r.number, seed, accuracy=0.5, seconds=9.0) for r in members for seed in (1, 2)]
-    with pytest.raises(StoreError, match=r"the front has accuracy from 0\.5 to 0\.5"):
+    with pytest.raises(UserError, match=r"the front has accuracy from 0\.5 to 0\.5"):
         pick_one(searched(tmp_path / "confirmed", events), {"accuracy": (">=", 0.99)}, at_knee=False)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.pareto import dominates, front_indices
+from search.pareto import front_indices
 from search.record import TrialRecord, TrialState
 from search.rungs import Entry, Rungs, bracket_of, decide, net_order, shares_of
 from spaces.spec import SearchSpec
@@ -28,6 +28,11 @@ def rows_of(num_objectives: int, most: int = 5, size: int = 14) -> st.SearchStra
 
 
 ROWS = st.one_of(rows_of(1), rows_of(2), rows_of(3), rows_of(2, most=100, size=30), rows_of(3, most=100, size=30))
+
+
+def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Return whether `a` is nowhere worse than `b` and somewhere better; both are minimised."""
+    return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
 
 
 def peeled(rows: Sequence[Row]) -> list[int]:

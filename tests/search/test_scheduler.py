@@ -80,7 +80,7 @@ def test_a_dominated_trial_is_stopped_at_its_rung_and_all_of_it_is_recorded_once
     assert (record.stopped["share"], record.stopped["place"]) == (pytest.approx(1 / 9), 3)
     assert record.reports[-1]["metrics"]["accuracy"] == 0.4, "the report that it was stopped at is not lost"
     assert tune.stopped_jobs == [tune.configs["c"]["job"].job_id]
-    assert tune.engine.num_live == 2
+    assert len(tune.engine.state.in_flight) == 2
 
 
 def test_the_last_report_stops_nothing_and_the_end_is_the_searchers(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from engines import make, report
 
 from search import session
+from search.errors import UserError
 from search.ledger import Ledger
 from spaces.constraints import Limits
 from spaces.loading import load_spec
@@ -54,7 +55,7 @@ def test_a_resume_with_other_data_is_refused_before_anything_starts(tmp_path: Pa
     data = SimpleNamespace(fingerprint="fedcba9876543210")
     monkeypatch.setattr(session, "prepare", lambda loaded: SimpleNamespace(loaded=loaded, data=data))
     monkeypatch.setattr(session, "_drive", lambda *_: pytest.fail("it started"))
-    with pytest.raises(session.NothingFits, match=r"spec\.yaml: data\.train: the data changed .* fedcba987654, then 0123456789ab"):
+    with pytest.raises(UserError, match=r"spec\.yaml: data\.train: the data changed .* fedcba987654, then 0123456789ab"):
         session.resume(store, lambda _: None)
 
 
@@ -83,7 +84,7 @@ def prepared_with(directory: Path, resources: dict[str, int]) -> Any:
     ],
 )
 def test_a_cluster_that_holds_no_worker_is_said_to(tmp_path: Path, resources: dict[str, int], why: str) -> None:
-    with pytest.raises(session.NothingFits) as found:
+    with pytest.raises(UserError) as found:
         session.check_fit(prepared_with(tmp_path, resources), 0)
     assert why in str(found.value)
 

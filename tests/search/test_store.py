@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tiny import make_spec
 
-from search.store import Store, StoreError
+from search.errors import UserError
+from search.store import Store
 from spaces.loading import load_spec
 
 HOLD = """
@@ -25,7 +26,7 @@ def test_one_driver_a_search_and_a_killed_one_holds_nothing(tmp_path: Path) -> N
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout is not None
     assert other.stdout.readline() == b"held\n"
-    with pytest.raises(StoreError, match="runs already"), store.lock():
+    with pytest.raises(UserError, match="runs already"), store.lock():
         pass
     other.kill()
     other.wait()
@@ -39,6 +40,6 @@ def test_another_search_of_a_name_that_is_about_to_begin_does_not_change_its_spe
     first = load_spec(make_spec(tmp_path, name="mine"))
     store = Store.create(first)
     before = store.spec_path.read_bytes()
-    with store.lock(), pytest.raises(StoreError, match="runs already"):
+    with store.lock(), pytest.raises(UserError, match="runs already"):
         Store.create(load_spec(make_spec(tmp_path, name="mine", space={"epochs": 7})))
     assert store.spec_path.read_bytes() == before

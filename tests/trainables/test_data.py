@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 from tiny import make_model, make_rows
+from transformers import AddedToken
 
 from spaces.inputs import DataSpec, ModelSpec
 from trainables.data import TaskData
@@ -18,7 +19,7 @@ from trainables.docstrings import load_docstrings
 from trainables.formats import DataError, _read_hub
 from trainables.hub import EMBEDDED_MODEL, ModelError, model_config, resolve_model
 from trainables.preparation import _held_out, prepare
-from trainables.tokenization import IGNORE, load_tokenizer
+from trainables.tokenization import IGNORE, end_tokens, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +231,56 @@ def test_of_a_chat_the_assistants_turns_alone_are_learned(stories: ModelSpec, tm
     assert "user" not in learned
     with pytest.raises(DataError, match="chat template"):
         data_of(stories, train=source)
+
+
+# As Qwen 3's: the last answer has thoughts, if empty ones; those before it have none.
+THOUGHTS = "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+THINKING = TEMPLATE.replace("{{ m.content }}", f"{THOUGHTS}{{{{ m.content }}}}")
+
+
+def test_of_a_chat_whose_turns_change_once_others_follow_the_last_answer_is_learned(stories: ModelSpec, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(stories.name, None)
+    tokenizer.chat_template = THINKING
+    shutil.copytree(stories.name, tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    chat = [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, ("hi", "one", "more", "two"), strict=True)
+    ]
+    long, short = [*chat, {"role": "user", "content": "bye"}], chat[:2]
+    source = write(tmp_path, "c.jsonl", "".join(json.dumps({"messages": m}) + "\n" for m in [long, short] * 20))
+    data = data_of(stories.model_copy(update={"name": str(tmp_path / "chat")}), train=source)
+    learned = set()
+    for i in range(data.train.num_rows):
+        ids, targets = data.train.row(i)
+        assert targets is not None
+        learned.add(tuple(tokenizer.decode(part).replace("> <", "><") for part in (ids, ids[targets != IGNORE])))
+    assert learned == {
+        ("<user>hi</s><assistant>one</s><user>more</s><assistant><think></think>two</s>", "<think></think>two</s>"),
+        ("<user>hi</s><assistant><think></think>one</s>", "<think></think>one</s>"),
+    }
+    counted = data.summary["chats_of_which_the_last_answer_counts"]
+    assert 0 < counted == sum("two" in tokenizer.decode(data.train.row(i)[0]) for i in range(data.train.num_rows))
+
+
+def test_a_chat_that_the_template_refuses_is_an_error_of_its_row(stories: ModelSpec, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(stories.name, None)
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    shutil.copytree(stories.name, tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    source = write(tmp_path, "c.jsonl", json.dumps({"messages": [{"role": "system", "content": "be brief"}]}) + "\n")
+    with pytest.raises(DataError, match=r"c\.jsonl: row 1: the model's chat template refuses it: no system turns"):
+        data_of(stories.model_copy(update={"name": str(tmp_path / "chat")}), train=source)
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(stories: ModelSpec) -> None:
+    tokenizer = load_tokenizer(stories.name, None)
+    assert end_tokens(tokenizer, "prompt_completion") == (tokenizer.eos_token_id,)
+    tokenizer.chat_template = TEMPLATE
+    assert end_tokens(tokenizer, "messages") == (tokenizer.eos_token_id,), "with the end of a text, as instructed models do"
+    tokenizer.add_tokens([AddedToken("<|im_end|>", special=True), AddedToken("<think>", special=False)])
+    tokenizer.chat_template = TEMPLATE.replace("<{{ m.role }}>", "<{{ m.role }}><think>").replace("</s>", "<|im_end|>\n")
+    assert end_tokens(tokenizer, "messages") == (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    assert end_tokens(tokenizer, "prompt_completion") == (tokenizer.eos_token_id,)
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning_not_its_completion(stories: ModelSpec, tmp_path: Path) -> None:

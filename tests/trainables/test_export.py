@@ -18,8 +18,16 @@ from bitsandbytes.nn import Linear4bit
 from families import make
 from memory_grid import Case
 from peft import AutoPeftModelForSequenceClassification, PeftModel
-from tiny import make_model, make_rows
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, pipeline
+from tiny import make_language_model, make_model, make_rows
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    pipeline,
+)
 
 from spaces.config import TrialConfig
 from spaces.inputs import DataSpec, ModelSpec
@@ -281,19 +289,50 @@ def test_an_adapter_on_a_tied_output_embedding_is_not_merged(tmp_path: Path) -> 
     make("gpt2", "causal-lm").save_pretrained(tmp_path / "model")
     base = BaseModel.load(str(tmp_path / "model"), None, "causal-lm", ())
     config = config_of(adapter="lora", lora_target_modules="c_attn, lm_head")
-    parameters = trainable(build(config, base, World.alone()))
-    state = {"config": config.to_dict(), "step": 0}
-    checkpoint = Checkpoint(weights={n: p.detach().contiguous() for n, p in parameters.items()}, optimizer={}, state=state)
-    weights = CheckpointStore(tmp_path / "trial").save_final(checkpoint)
     with pytest.raises(ValueError, match="output embedding"):
-        merged_module(config, base, weights)
+        merged_module(config, base, _untrained(config, base, tmp_path / "trial"))
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_a_model_that_learned_chats_ends_behind_a_turn(tmp_path: Path, adapter: str) -> None:
+    base = BaseModel.load(str(make_language_model(tmp_path / "model")), None, "causal-lm", ())
+    config, prompt = config_of(adapter=adapter), torch.tensor([[4, 9, 12]])
+    module = trained_module(config, base, _untrained(config, base, tmp_path / "trial"))
+    # Greedy, the next token is always the same one: let it be what ends a turn.
+    end = int(module(input_ids=prompt).logits[0, -1].argmax())
+    save(module, base, config, tmp_path / "out", (3, end))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" if adapter == "none" else base.name)
+    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert settings.eos_token_id == [3, end]
+    options = {"do_sample": False, "max_new_tokens": 5, "attention_mask": torch.ones_like(prompt)}
+    assert model.generate(prompt, **options, generation_config=settings).shape[1] == 4
+    assert model.generate(prompt, **options, eos_token_id=3).shape[1] == 8, "as the base ends"
+    # As some models of the hub have it, which transformers reads and does not write.
+    module.generation_config.temperature, module.generation_config.eos_token_id = 0.7, 3
+    save(module, base, config, tmp_path / "again", (3,))
+    settings = GenerationConfig.from_pretrained(tmp_path / "again")
+    assert (settings.eos_token_id, settings.temperature, settings.do_sample) == (3, 0.7, True)
+
+
+def test_beside_an_adapter_the_base_is_loaded_as_the_trial_computed(parts: Parts, tmp_path: Path) -> None:
+    _, base = parts
+    config = config_of(adapter="lora", precision="bf16")
+    save(trained_module(config, base, _untrained(config, base, tmp_path / "trial")), base, config, tmp_path / "out")
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def _untrained(config: TrialConfig, base: BaseModel, directory: Path) -> Path:
+    parameters = trainable(build(config, base, World.alone()))
+    weights = {name: parameter.detach().contiguous() for name, parameter in parameters.items()}
+    state = {"config": config.to_dict(), "step": 0}
+    return CheckpointStore(directory).save_final(Checkpoint(weights=weights, optimizer={}, state=state))
 
 
 def test_an_adapters_files_name_the_base_on_the_hub(parts: Parts, tmp_path: Path) -> None:
     _, base = parts
     config = config_of(adapter="lora")
     weights, _ = finished(parts, tmp_path / "trial", config)
-    save(trained_module(config, base, weights), base, config, tmp_path / "out", "org/name")
+    save(trained_module(config, base, weights), base, config, tmp_path / "out", origin="org/name")
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "org/name"
 
 

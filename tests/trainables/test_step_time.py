@@ -21,13 +21,17 @@ from spaces.config import TrialConfig
 from spaces.fidelity import PROFILE_STEPS as NUM_STEPS
 from spaces.space import SpaceSpec
 from trainables.batching import BatchPlan, StepSizes
+from trainables.checkpoint import CheckpointStore, read_checkpoint
 from trainables.data import TaskData, TokenTable
+from trainables.loop import Command, train
 from trainables.loss import TrainingLoss
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
 from trainables.model import BaseModel
+from trainables.packed import packing_for
+from trainables.report import TrialReport
 from trainables.step_profile import measure_step
-from trainables.step_time import StepTime, fit, fit_steady, num_warmup, steady_steps
+from trainables.step_time import MIN_TIMED_STEPS, WARMUP_STEPS, StepTime, fit, fit_steady, num_warmup, steady_steps
 from trainables.tokenization import Encoded
 
 RNG = np.random.default_rng(0)
@@ -111,6 +115,42 @@ def test_warm_up_and_disturbed_steps_count_nowhere() -> None:
     seconds = [9.0] * num_warmup(20) + [1.0] * (20 - num_warmup(20))
     seconds[10] = float("nan")
     assert fit_steady(seconds, sizes(padded)).of(padded).sum() == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 5])
+def test_of_a_trial_of_few_steps_what_the_first_ones_take_counts_nowhere(
+    num_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a profile, beside which it stands on the front; and it learns what it would without further steps."""
+    data, base = token_data(), BaseModel.load(str(make_model(tmp_path / "model")), None, "sequence-classification", ("a", "b", "c"))
+    params = {**SpaceSpec().first(), "dataset_fraction": 0.1, "global_batch_size": 9, "lora_rank": 2, "epochs": float(num_steps)}
+    clock, num_made, collated = [0.0], [0], BatchPlan.micro_batches
+
+    def slow(self: BatchPlan, step: int, rank: int) -> list[object]:
+        batches = collated(self, step, rank)
+        clock[0] += 0.01 * sum(batch.input_ids.numel() for batch in batches) * (9 if num_made[0] < WARMUP_STEPS - 1 else 1)
+        num_made[0] += 1
+        return batches
+
+    def final(directory: Path) -> tuple[TrialReport, dict[str, torch.Tensor]]:
+        store = CheckpointStore(tmp_path / directory)
+        config = TrialConfig.from_params(params)
+        *_, last = train(config, data, base, World.alone(), control=lambda _: Command.CONTINUE, checkpoints=store)
+        return last, read_checkpoint(tmp_path / directory / "final").weights
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BatchPlan, "micro_batches", slow)
+        patched.setattr("trainables.meter.time.perf_counter", lambda: clock[0])
+        timed, weights = final(Path("timed"))
+    assert num_made == [max(num_steps, MIN_TIMED_STEPS)]
+    config = TrialConfig.from_params(params)
+    padded = BatchPlan(config, data, packing_for(base.module, config, data)).sizes().padded_tokens
+    assert timed.metrics["train_seconds"] == pytest.approx(0.01 * padded.sum())
+    monkeypatch.setattr("trainables.loop.MIN_TIMED_STEPS", 0)
+    plain, expected = final(Path("plain"))
+    assert (timed.step, timed.num_steps) == (plain.step, plain.num_steps) == (num_steps, num_steps)
+    assert timed.details["train_losses"] == plain.details["train_losses"]
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
 
 
 @dataclass

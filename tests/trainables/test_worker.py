@@ -173,6 +173,17 @@ def test_a_stopped_trial_takes_its_files_along_and_a_suspended_one_leaves_them(
     assert sorted(p.name for p in (tmp_path / "suspended").iterdir()) == ["step-00000004", "step-00000005"]
 
 
+def test_a_trial_that_was_cut_off_at_a_rung_reports_there_when_it_goes_on(parts: Any, tmp_path: Path) -> None:
+    suspended, resumed = Inbox(ask=Ask.SUSPEND, after=1), Inbox()
+    assert work(parts, tmp_path / "t", suspended) == {"state": "stopped"}
+    assert not suspended.reports
+    assert work(parts, tmp_path / "t", resumed) == {"state": "complete"}
+    assert [r.step for r in resumed.reports] == [2, 6, 18]
+    whole = Inbox()
+    work(parts, tmp_path / "whole", whole)
+    assert [r.metrics["eval_loss"] for r in resumed.reports] == [r.metrics["eval_loss"] for r in whole.reports]
+
+
 @pytest.mark.parametrize("save_seconds", [0.1, 20.0, 70.0, 300.0])
 def test_checkpoints_that_take_long_to_write_take_at_most_a_tenth_of_the_time(
     monkeypatch: pytest.MonkeyPatch, save_seconds: float

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from trainables.report import OutOfMemory
+from trainables.report import NotPlaced, OutOfMemory
 from trainables.worker_group import run_worker_group
 
 KILLED = OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory on the node was 15.3GB used / 16.0GB limit")
@@ -29,6 +30,11 @@ def run(monkeypatch: pytest.MonkeyPatch, directory: Path, error: Exception) -> N
 def test_a_group_whose_worker_the_memory_monitor_killed_is_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(OutOfMemory, match=r"memory monitor killed a worker: Task was killed .* low on memory\.$"):
         run(monkeypatch, tmp_path, ControllerError(KILLED))
+
+
+def test_a_group_that_no_node_has_room_for_is_not_placed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(NotPlaced, match="no room for 1 workers"):
+        run(monkeypatch, tmp_path, ControllerError(WorkerGroupStartupTimeoutError(1)))
 
 
 def test_a_group_that_fails_otherwise_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
