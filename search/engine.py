@@ -18,6 +18,7 @@ from search.known import Known
 from search.layouts import Forecaster, layout_to_train
 from search.ledger import Ledger, SearchState, objectives_of, replay
 from search.pareto import hypervolume_of
+from search.profiles import scattered
 from search.prospects import Prospects
 from search.provenance import reproduce_command
 from search.record import TrialRecord, TrialState, classify
@@ -180,6 +181,8 @@ class Engine:
             final = self._timed(before)
             self._record("trial_reported", number=number, report=final)
         state, error, values = classify(outcome, final, self.objectives)
+        held_by = (self._state.device or {}).get("workers_per_node", ())
+        details = scattered(final, outcome.get("profile"), before.trial_config.layout.world_size, held_by)
         self._record(
             "trial_finished",
             number=number,
@@ -189,7 +192,7 @@ class Engine:
             constraints={constraints.memory_within_device.__name__: 1.0} if (error or {}).get("kind") == "out_of_memory" else {},
             attempts=outcome.get("attempts", min(1, len(reports))),
             held_seconds=self._spending.held(number, until=outcome.get("at")),
-            details={**(final["details"] if final else {}), "job_seconds": outcome.get("job_seconds")},
+            details={**(final["details"] if final else {}), "job_seconds": outcome.get("job_seconds"), **details},
         )
         record = self._state.records[number]
         self._spending.ended(record)

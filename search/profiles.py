@@ -62,6 +62,24 @@ def fewest_nodes(world_size: int, workers_per_node: Sequence[int]) -> int:
     return 1 + sum(held < world_size for held in accumulate(workers_per_node))
 
 
+def scattered(
+    report: Mapping[str, Any] | None, profile: Mapping[str, Any] | None, world_size: int, workers_per_node: Sequence[int]
+) -> dict[str, str]:
+    """Return for a trial's details in words that its ranks were on more nodes than they need, and waited longer for one another.
+
+    Args:
+        report: the last one of a trial.
+        profile: of one whose steps were timed.
+        world_size: its ranks.
+        workers_per_node: how many each node holds, the most first.
+    """
+    nodes = {place["node_id"] for place in (report or {}).get("details", {}).get("process_map", ())}
+    num_nodes, least = (profile or {}).get("num_nodes", len(nodes)), fewest_nodes(world_size, workers_per_node)
+    if not workers_per_node or num_nodes <= least:
+        return {}
+    return {"scattered": f"its ranks were on {num_nodes} nodes, and {least} hold{'s' if least == 1 else ''} as many"}
+
+
 def profile_key(
     config: TrialConfig,
     *,

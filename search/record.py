@@ -132,7 +132,7 @@ class TrialRecord:
     @property
     def noise(self) -> str:
         """Why the trial's times are not to be trusted, in words; empty where nothing speaks against them."""
-        return noise_of(self.values, self.late)
+        return " and ".join(filter(None, [self.details.get("scattered"), noise_of(self.values, self.late)]))
 
     @property
     def trial_config(self) -> TrialConfig:

@@ -571,3 +571,21 @@ def test_points_alone_are_trained_however_many_of_them_are_infeasible(tmp_path: 
     assert engine.is_handed_out
     assert engine.why_over == "all points were tried"
     assert [r.state for r in engine.state.records.values() if r.started_at is not None] == [TrialState.COMPLETE]
+
+
+@pytest.mark.parametrize(("workers_per_node", "is_scattered"), [([2, 2], True), ([1, 1], False), ([], False)])
+def test_a_trial_whose_ranks_were_on_more_nodes_than_they_need_has_times_that_are_not_to_be_trusted(
+    tmp_path: Path, workers_per_node: list[int], is_scattered: bool
+) -> None:
+    space = {"learning_rate": 1e-3, "global_batch_size": 16, "dataset_fraction": 1.0, "lora_rank": 4, "world_size": 2}
+    _, _, store = make(tmp_path, **space)
+    Ledger(store.ledger_path).append("device_examined", device={"name": "made up", "workers_per_node": workers_per_node})
+    engine, _, _ = make(tmp_path, **space)
+    assignment = engine.next()
+    assert assignment is not None
+    last = report(0.5, 3.0)
+    nodes = [{"rank": 0, "node_id": "a"}, {"rank": 1, "node_id": "b"}]
+    engine.reported(assignment.number, {**last, "details": {**last["details"], "process_map": nodes}})
+    engine.ended(assignment.number, {"state": "complete"})
+    noise = engine.state.records[assignment.number].noise
+    assert noise == ("its ranks were on 2 nodes, and 1 holds as many" if is_scattered else "")
