@@ -51,6 +51,21 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+def environment(directory: Path) -> dict[str, str]:
+    """Return the environment of nodes and jobs, with a token of their own."""
+    token = directory / "token"
+    token.write_text("a" * 64)
+    token.chmod(0o600)
+    return {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 @contextmanager
 def started(commands: list[list[str]], env: dict[str, str], directory: Path, address: str) -> Iterator[None]:
     """Run `ray start` with these options, one after the other, for the time of the block."""
@@ -84,18 +99,7 @@ def short_directory() -> Iterator[Path]:
 @pytest.fixture
 def two_nodes(tmp_path: Path, short_directory: Path) -> Iterator[TwoNodes]:
     """A head without CPUs that trials may use, a worker with one CPU each, token authentication, own ports and directories."""
-    token = tmp_path / "token"
-    token.write_text("a" * 64)
-    token.chmod(0o600)
-    port, dashboard = free_port(), free_port()
-    env = {
-        **os.environ,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
+    port, dashboard, env = free_port(), free_port(), environment(tmp_path)
     common = ["--num-cpus=1", "--object-store-memory=100000000"]
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
     commands = [
@@ -172,42 +176,43 @@ def test_without_the_token_nobody_gets_in(two_nodes: TwoNodes, tmp_path: Path) -
     assert "Traceback" not in done.stderr
 
 
+# What Ray's autoscaler looks up, as `ray up` fills it in where a file leaves it out.
+EMPTY = {
+    **{key: {} for key in ("auth", "docker", "file_mounts")},
+    **{
+        f"{what}_commands": []
+        for what in ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    },
+    **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+    "file_mounts_sync_continuously": False,
+}
+
+
 @pytest.mark.slow
 def test_an_autoscaler_starts_the_nodes_that_a_search_asks_for(tmp_path: Path, short_directory: Path) -> None:
     """Ray's own autoscaler, with a provider whose nodes are processes of this machine: none runs before a trial waits for one."""
-    port = free_port()
-    node_types = {
-        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-        "worker": {
-            "resources": {"CPU": 1, "object_store_memory": 100_000_000},
-            "node_config": {},
-            "min_workers": 0,
-            "max_workers": 2,
-        },
-    }
+    port, head, env = free_port(), "ray.head.default", environment(tmp_path)
+    provider = {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}"}
+    node = {"resources": {"CPU": 1, "object_store_memory": 100_000_000}, "node_config": {}, "min_workers": 0, "max_workers": 2}
     autoscaler = {
+        **EMPTY,
         "cluster_name": "fake",
         "max_workers": 2,
-        "provider": {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}"},
-        "available_node_types": node_types,
-        "head_node_type": "head",
+        "upscaling_speed": 1.0,
         "idle_timeout_minutes": 5,
+        "provider": {**provider, "disable_node_updaters": True, "disable_launch_config_check": True},
+        "available_node_types": {head: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}, "worker": node},
+        "head_node_type": head,
     }
     (tmp_path / "autoscaler.yaml").write_text(yaml.safe_dump(autoscaler))
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "RAY_FAKE_CLUSTER": "1",
-        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-    }
-    head = ["--head", f"--port={port}", "--num-cpus=0", "--object-store-memory=100000000", f"--temp-dir={short_directory}"]
-    head += [f"--autoscaling-config={tmp_path}/autoscaler.yaml", "--include-dashboard=false"]
+    env |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    options = ["--head", f"--port={port}", "--num-cpus=0", "--object-store-memory=100000000", f"--temp-dir={short_directory}"]
+    options += [f"--autoscaling-config={tmp_path}/autoscaler.yaml", "--include-dashboard=false"]
     make_spec(tmp_path / "project", resources={"workers": 2}, budget={"trials": 2})
-    with started([head], env, tmp_path, f"127.0.0.1:{port}"):
-        command = [sys.executable, "-m", "search.cli", "search", str(tmp_path / "project/spec.yaml"), "--set", "space.world_size=2"]
+    with started([options], env, tmp_path, f"127.0.0.1:{port}"):
+        command = [sys.executable, "-m", "search.cli", "search", "project/spec.yaml", "--set", "space.world_size=2"]
         env["RAY_ADDRESS"] = f"127.0.0.1:{port}"
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, cwd=tmp_path, check=False)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "the cluster has room for 0 workers now, resources.workers asks for 2" in done.stderr
     lines = (tmp_path / "project/runs/tiny/ledger.jsonl").read_text().splitlines()
