@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from dominance import dominates
 from hypothesis import given
 from hypothesis import strategies as st
 
 from search.hypervolume import hypervolume
-from search.pareto import cost_objective, costs, dominates, front, hypervolume_of
+from search.pareto import cost_objective, costs, front, hypervolume_of
 from search.record import TrialRecord, TrialState
 from spaces.spec import Objective
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dominance import dominates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,11 +29,6 @@ def rows_of(num_objectives: int, most: int = 5, size: int = 14) -> st.SearchStra
 
 
 ROWS = st.one_of(rows_of(1), rows_of(2), rows_of(3), rows_of(2, most=100, size=30), rows_of(3, most=100, size=30))
-
-
-def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Return whether `a` is nowhere worse than `b` and somewhere better; both are minimised."""
-    return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
 
 
 def peeled(rows: Sequence[Row]) -> list[int]:
