@@ -111,12 +111,7 @@ class SpaceSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, json_schema_extra=_with_profile_alone)
 
     adapter: NameDomain[Adapter] = Fixed[Adapter]("lora")
-    """`none` trains every weight, `lora` low-rank adapters and the head; `rslora` scales adapters by alpha / sqrt(rank), so that
-    large ranks learn as much as small ones; `dora` trains the norms of adapted rows too, not with `tp`, `int8` or `float8`.
-    `vera` and `ia3` train some vectors alone, in small files for many tasks, and not with `tp`; `oft` rotates what goes into a
-    layer, not with `tp`, and not of GPT-2; `bottleneck` has a narrow layer behind the feed-forward of each block, which no
-    weights stand for, so that it is never merged, and not with `tp`; `prefix` has keys and values before those of every row in
-    each attention, of language models, never merged, not with `tp` or `compile`, and of GPT-2 not with `recomputation`."""
+    """What trains: every weight, or an adapter and the head of a classifier, of which docs/spec.md has a table."""
     learning_rate: LearningRateDomain = ByAdapter(
         by_adapter=PerAdapter(
             none=LogUniform[LearningRate](log_uniform=(1e-5, 1e-3)),
