@@ -164,7 +164,9 @@ def share_of_worker(resources: ResourcesSpec, device: Mapping[str, Any]) -> dict
     share = int(min((has.get("memory", 0) / held for has, held in nodes), default=0))
     capacity = device.get("memory_bytes", share)
     return {
-        "workers_per_node": _padded(sorted((held for _, held in nodes), reverse=True), resources.workers or 0),
+        "workers_per_node": _padded(
+            sorted((held for _, held in nodes), reverse=True), resources.workers or 0 if is_submitted() else 0
+        ),
         "capacity_bytes": capacity,
         "usable_bytes": usable_bytes(device, capacity),
         "host_bytes": max(0, share - device["process_bytes"]),

@@ -14,11 +14,11 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from search.placement import Assign, Group, GroupState, Start, Stop, Waiting, decide
+from search.roster import GroupLife, GroupResources, JobState
 from trainables.job import Ask, Job, Task
 from trainables.report import NotPlaced, OutOfMemory
 
@@ -32,45 +32,6 @@ MAX_FAILED_STARTS = 3
 MUSTER_SECONDS = 10.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupResources:
-    """What the groups run on."""
-
-    capacity: int
-    """Workers that the cluster holds at once."""
-    cpus_per_worker: int
-    gpus_per_worker: int
-    storage: str
-    """Directory for Ray Train's own files; every node must see it."""
-
-
-@dataclass(slots=True)
-class _JobState:
-    job: Job
-    place: int
-    attempts: int = 0
-    asked: Ask | None = None
-    ended: bool = False
-    events: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _GroupState:
-    world_size: int
-    state: GroupState = GroupState.STARTING
-    generation: int = 0
-    joined: set[int] = field(default_factory=set)
-    sequence: int = 0
-    job_id: str | None = None
-    job_ends: float | None = None
-    """When its job is predicted to end, by the monotonic clock; one that goes on from a checkpoint may end sooner."""
-    leaving: bool = False
-    ever_joined: bool = False
-    placement_group: Any = None
-    reason: str = ""
-    """Why its workers could not begin, the last time."""
-
-
 class Dispatcher:
     """Runs as a Ray actor; every method is a coroutine on one event loop, so state needs no locks."""
 
@@ -78,13 +39,13 @@ class Dispatcher:
         self._task = task
         self._resources = resources
         self._capacity = resources.capacity
-        self._jobs: dict[str, _JobState] = {}
-        self._groups: dict[str, _GroupState] = {}
+        self._jobs: dict[str, JobState] = {}
+        self._groups: dict[str, GroupLife] = {}
         self._changed = asyncio.Condition()
         self._names = itertools.count(1)
         self._places = itertools.count()
         self._threads = ThreadPoolExecutor(max_workers=max(1, resources.capacity))
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[str, asyncio.Task[None]] = {}
         self._failed_starts: Counter[int] = Counter()
         """In a row, of groups of each world size."""
         self._relays: set[str] = set()
@@ -102,7 +63,7 @@ class Dispatcher:
         known = self._jobs.get(job.job_id)
         if known is None or (known.ended and not known.events):
             self._jobs.pop(job.job_id, None)  # one that comes again stands at the end of the line
-            self._jobs[job.job_id] = _JobState(job=job, place=next(self._places))
+            self._jobs[job.job_id] = JobState(job=job, place=next(self._places))
             self._give_up_too_large()
             await self._place()
 
@@ -155,14 +116,18 @@ class Dispatcher:
         await self._notify()
 
     async def shutdown(self) -> None:
-        """Have the jobs in flight saved, let every group go and wait until all are gone; what waits in the queue is left there."""
+        """Have the jobs in flight saved, let every group go and wait until all are gone that have workers.
+
+        What waits in the queue is left there, and so are groups that no node had room for yet: they end with this actor.
+        """
         self._is_closing = True
         for state in self._jobs.values():
             state.asked = state.asked or Ask.SUSPEND
         for group in self._groups.values():
             self._release(group)
         await self._notify()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        there = [name for name, group in self._groups.items() if group.ever_joined or group.placement_group is not None]
+        await asyncio.gather(*(self._running[name] for name in there), return_exceptions=True)
 
     async def groups(self) -> list[dict[str, Any]]:
         """Return `{"group_id", "world_size", "state", "job_id"}` of every group, for the live table and for tests."""
@@ -196,9 +161,13 @@ class Dispatcher:
             await self._changed.wait_for(lambda: group.generation != generation or len(group.joined) == group.world_size)
         return group.generation
 
-    async def lost(self, group_id: str, reason: str) -> None:
-        """Take note of why a worker cannot begin; its group is about to be restarted."""
-        self._groups[group_id].reason = reason
+    async def lost(self, group_id: str, generation: int, reason: str) -> bool:
+        """Take note of why a worker cannot begin; return whether its group is to end, and not to be restarted."""
+        group = self._groups[group_id]
+        group.lost[generation] = reason
+        if len(group.lost) >= MAX_ATTEMPTS:
+            self._release(group)
+        return group.leaving
 
     async def next(self, group_id: str, generation: int, sequence: int) -> tuple[int, Job] | None:
         """Wait for a job later than `sequence`; None when the group is to end, or was restarted without this rank."""
@@ -247,13 +216,13 @@ class Dispatcher:
 
     # -- inside ------------------------------------------------------------------------------------------------------------
 
-    def _current(self, group_id: str, generation: int, sequence: int) -> _JobState | None:
+    def _current(self, group_id: str, generation: int, sequence: int) -> JobState | None:
         group = self._groups.get(group_id)
         if group is None or group.job_id is None or (group.generation, group.sequence) != (generation, sequence):
             return None
         return self._jobs.get(group.job_id)
 
-    def _end(self, state: _JobState, outcome: dict[str, Any]) -> None:
+    def _end(self, state: JobState, outcome: dict[str, Any]) -> None:
         state.ended = True
         state.events.append({"event": "ended", "attempts": state.attempts, "at": time.time(), **outcome})
         if state.asked is Ask.STOP:
@@ -263,7 +232,7 @@ class Dispatcher:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _assembled(self, group_id: str, group: _GroupState) -> None:
+    async def _assembled(self, group_id: str, group: GroupLife) -> None:
         """All ranks are here: take work, or go on with the job that was in flight when a worker died."""
         self._failed_starts[group.world_size] = 0
         group.ever_joined = True
@@ -275,14 +244,15 @@ class Dispatcher:
             self._deliver(group_id, group, self._jobs[group.job_id])
         await self._place()
 
-    def _deliver(self, group_id: str, group: _GroupState, state: _JobState) -> None:
+    def _deliver(self, group_id: str, group: GroupLife, state: JobState) -> None:
         """Hand the job to the group, unless it has killed its workers too often or was stopped meanwhile."""
         state.attempts += 1
         if state.asked or state.attempts > MAX_ATTEMPTS:
             state.attempts -= 1
             group.job_id = None
             group.state = GroupState.IDLE
-            message = f"its workers died in {state.attempts} attempts" + (f": {group.reason}" if group.reason else "")
+            why = group.lost.get(group.generation - 1, "")
+            message = f"its workers died in {state.attempts} attempts" + (f": {why}" if why else "")
             lost = {"state": "failed", "kind": "worker_lost", "message": message}
             self._end(state, {"state": "stopped"} if state.asked else lost)
             return
@@ -295,6 +265,8 @@ class Dispatcher:
 
     def _give_up(self, message: str, is_hopeless: Callable[[int], bool]) -> None:
         """End the jobs that wait for workers of a world size that will not come."""
+        if self._is_closing:
+            return
         held = {group.job_id for group in self._groups.values()}
         for name, state in list(self._jobs.items()):
             if not state.ended and name not in held and is_hopeless(state.job.world_size):
@@ -303,7 +275,7 @@ class Dispatcher:
     def _give_up_too_large(self) -> None:
         self._give_up(f"the cluster has room for {self._capacity} workers, and it needs more", lambda size: size > self._capacity)
 
-    def _release(self, group: _GroupState) -> None:
+    def _release(self, group: GroupLife) -> None:
         group.leaving = True
         if group.state is not GroupState.BUSY:
             group.state = GroupState.STOPPING
@@ -337,10 +309,8 @@ class Dispatcher:
 
     def _start(self, world_size: int) -> None:
         group_id = f"group-{next(self._names):04d}-ws{world_size}"
-        self._groups[group_id] = _GroupState(world_size=world_size)
-        task = asyncio.create_task(self._run(group_id, world_size))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self._groups[group_id] = GroupLife(world_size=world_size)
+        self._running[group_id] = asyncio.create_task(self._run(group_id, world_size))
 
     async def _run(self, group_id: str, world_size: int) -> None:
         """Hold one Ray Train run from its start to its end, then give its workers and its job back."""
@@ -354,26 +324,28 @@ class Dispatcher:
             left = self._groups[group_id].placement_group
             await asyncio.get_running_loop().run_in_executor(self._threads, self._vacate, left)
         group = self._groups.pop(group_id)
+        del self._running[group_id]
+        why = group.lost.get(group.generation, "")
         if isinstance(error, NotPlaced):
-            # Nodes were lost, or are none: what is placed is what there is.
-            self._capacity = sum(other.world_size for other in self._groups.values() if other.ever_joined)
-            self._give_up_too_large()
-        elif not group.ever_joined and not group.leaving:
+            # Nodes were lost, or are none: the groups that are there and this one are more than there is room for.
+            self._capacity = min(self._capacity, sum(other.world_size for other in self._groups.values()) + world_size - 1)
+        elif len(group.lost) >= MAX_ATTEMPTS or not (group.ever_joined or group.leaving):
             self._failed_starts[world_size] += 1
         if group.job_id is not None:
             # Ray Train gave the group up: another one goes on. The memory monitor kills the youngest worker of a node, not the
             # largest: only of a job that trains alone is it clear that it is the one that takes too much.
             state = self._jobs[group.job_id]
-            if state.asked:
+            if state.asked and not state.ended:
                 self._end(state, {"state": "stopped"})
             is_alone = not any(other.job_id for other in self._groups.values())
             is_over_memory = isinstance(error, OutOfMemory) and is_alone
             if not state.ended and (state.attempts >= MAX_ATTEMPTS or is_over_memory):
                 kind = OutOfMemory.kind if is_over_memory else "worker_lost"
-                self._end(state, {"state": "failed", "kind": kind, "message": group.reason or str(error)})
+                self._end(state, {"state": "failed", "kind": kind, "message": str(error) if is_over_memory else why or str(error)})
         if self._failed_starts[world_size] >= MAX_FAILED_STARTS:
-            message = f"no group of {world_size} workers could be started: {group.reason or error}"
+            message = f"no group of {world_size} workers could be started: {why or ' '.join(str(error).split())}"
             self._give_up(message, lambda size: size == world_size)
+        self._give_up_too_large()
         await self._place()
 
     def _vacate(self, placement_group: Any) -> None:

@@ -16,6 +16,11 @@ from spaces.spec import SearchSpec
 SQLITE = "sqlite:///"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 DEFAULT_PORTS = {"http": 80, "https": 443, **DATABASE_PORTS}
+# Why a search takes none in its file.
+NO_CREDENTIALS = (
+    "credentials, which would be written with the search; allowed: a URI without them; they may be in MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD, or the whole URI in MLFLOW_TRACKING_URI"
+)
 # MLflow looks these up in the user's own configuration.
 CONFIGURED = ("databricks", "databricks-uc", "uc")
 

@@ -6,8 +6,9 @@ import shutil
 from typing import TYPE_CHECKING, Any, cast
 
 from search import cluster
-from search.dispatch import Dispatcher, GroupResources
+from search.dispatch import Dispatcher
 from search.interruption import Interruption
+from search.roster import GroupResources
 from search.store import Store
 from spaces.spec import SearchSpec
 from trainables.job import HERE, Job, Task

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from search.budget import amount_text, limits_of, used, used_up
-from search.errors import UserError
+from search.errors import NoResult, UserError
 from search.growth import Growth
 from search.ledger import Ledger, objectives_of
 from search.provenance import own_command
 from search.publication import publish_again
-from search.results import Results
+from search.results import Results, why_nothing
 from search.session import connected_tracker
 from search.store import Store
 from spaces.loading import load_spec
@@ -19,11 +19,15 @@ from spaces.spec import SearchSpec
 
 
 def why_nothing_is_left(store: Store) -> str:
-    """Return in words why a search has no more to do, or nothing: a limit was reached, and its front is scored on the test rows."""
+    """Return in words why a search has no more to do, or nothing.
+
+    A limit was reached, or the hypervolume stopped growing, and the front is scored on the test rows.
+    """
     results = Results.of(store)
     has_test = any(source.test for source in results.spec.data.sources.values())
-    is_scored = not has_test or all(record.test for record in results.members)
-    return used_up(results.spec, results.state) if results.state.finished and is_scored else ""
+    if not results.state.finished or (has_test and not all(record.test for record in results.members)):
+        return ""
+    return used_up(results.spec, results.state) or Growth(results.spec.budget, results.records, results.objectives).ended
 
 
 def deliver_rest(store: Store) -> None:
@@ -31,10 +35,14 @@ def deliver_rest(store: Store) -> None:
 
     Raises:
         spaces.loading.SpecError: the tracking server does not answer.
+        NoResult: it has no front.
     """
     with store.lock():
         tracker = connected_tracker(store.load_spec_here())
         publish_again(store, tracker, store.state(), command_for_rest=store.command("resume", store.name))
+    results = Results.of(store)
+    if not results.members:
+        raise NoResult(why_nothing(results.records))
 
 
 def lengthen(store: Store, spec: SearchSpec, why: str, *, num_further: int = 0) -> dict[str, Any]:
@@ -82,9 +90,9 @@ def give_budget(store: Store, amounts: Sequence[str]) -> None:
             taken = f"{amount_text(limit, spent[limit])} are used already"
             raise UserError(f"--budget: {amount_text(limit, most)} for the whole search, of which {taken}; allowed: more than that")
     words = " or ".join(amount_text(limit, most) for limit, most in limits.items())
-    spec, records = loaded.spec, list(state.records.values())
+    spec, records, unlimited = loaded.spec, list(state.records.values()), ""
     if Growth(spec.budget, records, objectives_of(spec, state)).ended:
         spec = spec.model_copy(update={"budget": spec.budget.model_copy(update={"patience": None})})
-        words += ", without the patience that ended it,"
+        unlimited = ", and the patience that ended it is none any more"
     with store.lock():
-        lengthen(store, spec, f"its budget is now {words} in all")
+        lengthen(store, spec, f"its budget is now {words} in all{unlimited}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,3 +154,14 @@ def pick_as_json(results: Results, record: TrialRecord) -> dict[str, Any]:
         "harness": plain["harness"],
         "command": results.command_of(record),
     }
+
+
+def why_nothing(records: Iterable[TrialRecord]) -> str:
+    """Return in words why no trial of a search succeeded."""
+    failures: dict[str, int] = {}
+    for record in records:
+        if record.state is TrialState.FAIL and record.error:
+            key = f"{record.error['kind']}: {record.error['message']}"
+            failures[key] = failures.get(key, 0) + 1
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in sorted(failures.items(), key=lambda kv: -kv[1])[:3])
+    return f"no trial succeeded: {reasons or 'none was completed'}"

@@ -21,8 +21,7 @@ from search.ledger import TOLD, Ledger, SearchState, objectives_of, replay
 from search.placement import num_handed_out
 from search.provenance import flat_params, git_commit, machine, own_command, versions
 from search.publication import LEAVING_FLUSH_SECONDS, publish
-from search.record import TrialState
-from search.results import Results
+from search.results import Results, why_nothing
 from search.rungs import Rungs
 from search.store import Store
 from search.tracking import Tracker, TrackingError
@@ -130,6 +129,11 @@ def start(loaded: LoadedSpec, emit: Emit, command: str | None = None) -> Store:
         search.interruption.Interrupted: a signal came; what was in flight is saved.
     """
     check_local_data(loaded)
+    if (uri := loaded.spec.tracking.uri or "") != redacted(uri):
+        allowed = (
+            "a URI without them; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD have them, or MLFLOW_TRACKING_URI the whole"
+        )
+        raise SpecError([loaded.locate(f"tracking.uri: credentials, which would be written with the search; allowed: {allowed}")])
     if cluster.is_submitted():
         cluster.check_reachable()
     prepared = prepare(loaded)
@@ -210,7 +214,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit, past: Mapping[str, Any]
         engine.finished(reason)
         publish(Results.of(store, engine.state), prepared.tracker, command_for_rest=command)
     if not engine.front():
-        raise NoResult(_why_nothing(engine))
+        raise NoResult(why_nothing(engine.state.records.values()))
     return store
 
 
@@ -382,13 +386,3 @@ def _score_on_test(engine: Engine, dispatcher: Any, store: Store, interruption: 
 def _ui_base(uri: str) -> str:
     """Return where the tracking server's pages are; for a database, where `paretune ui` will put them."""
     return redacted(uri) if uri.startswith("http") else "http://127.0.0.1:5000"
-
-
-def _why_nothing(engine: Engine) -> str:
-    failures: dict[str, int] = {}
-    for record in engine.state.records.values():
-        if record.state is TrialState.FAIL and record.error:
-            key = f"{record.error['kind']}: {record.error['message']}"
-            failures[key] = failures.get(key, 0) + 1
-    reasons = "; ".join(f"{count} x {reason}" for reason, count in sorted(failures.items(), key=lambda kv: -kv[1])[:3])
-    return f"no trial succeeded: {reasons or 'none was completed'}"

@@ -285,7 +285,13 @@ class _MlflowRuns:
         self._client.update_run(run_id, status="RUNNING")
 
     def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
-        self._client.log_artifact(run_id, str(path), artifact_path=folder)
+        try:
+            self._client.log_artifact(run_id, str(path), artifact_path=folder)
+        except _errors():
+            raise
+        except Exception as error:  # the clients of S3 and other stores have classes of their own
+            line = " ".join(str(error).split())[:400]
+            raise TrackingError(f"MLflow's artifact store: {type(error).__name__}: {line}") from error
 
     def tag_experiment(self, key: str, value: str) -> None:
         self._client.set_experiment_tag(self.experiment_id, key, value)
@@ -319,13 +325,10 @@ def _errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def in_words(uri: str) -> Iterator[None]:
-    """Turn what MLflow raises into one line for the user, and what the client of a store of artifacts does."""
-    known = _errors()
+    """Turn MLflow's exceptions into one line for the user."""
+    errors = _errors()
     try:
         yield
-    except TrackingError:
-        raise
-    except Exception as error:
+    except errors as error:
         line = " ".join(str(error).split())[:400]
-        kind = "" if isinstance(error, known) else f"{type(error).__name__}: "
-        raise TrackingError(f"tracking.uri: MLflow at {redacted(uri)}: {kind}{line}") from error
+        raise TrackingError(f"tracking.uri: MLflow at {redacted(uri)}: {line}") from error

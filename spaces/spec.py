@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -160,17 +159,6 @@ class TrackingSpec(Section):
     """Tracking URI; by default MLFLOW_TRACKING_URI, or a SQLite file beside the searches."""
     experiment: Text = "paretune"
     """MLflow experiment."""
-
-    @field_validator("uri")
-    @classmethod
-    def _no_credentials(cls, uri: str | None) -> str | None:
-        """They would stand in the search's own spec, and in MLflow."""
-        if re.search("://[^/@]*@", uri or ""):
-            allowed = (
-                "the URI without them; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole in MLFLOW_TRACKING_URI"
-            )
-            raise PydanticCustomError("credentials", "credentials in a URI", {"allowed": allowed})
-        return uri
 
 
 class SearchSpec(Section):

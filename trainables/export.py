@@ -36,8 +36,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Settings of generation that only sampling has, with what they are where they change nothing.
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "min_p": None, "top_k": 50, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+# Settings of generation that name tokens.
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What no change of weights is, and why not.
 UNMERGED: dict[Adapter, str] = {
     "bottleneck": "no weights stand for a bottleneck, which is not linear: leave --merge out",
@@ -161,7 +161,8 @@ def save(
         settings = module.peft_config["default"]
         settings.base_model_name_or_path, settings.revision = origin or base.name, base.revision
     if base.task == "causal-lm":
-        _end_with(module.generation_config, end_token_ids)
+        whole = module.get_base_model() if is_adapter else module
+        whole.generation_config = _ending(whole.generation_config, end_token_ids)
     module.config.dtype = DTYPES[config.recipe.precision]  # by which the base is loaded beside an adapter
     if config.recipe.adapter == "bottleneck":
         directory.mkdir(parents=True, exist_ok=True)
@@ -179,15 +180,20 @@ def save(
     load_tokenizer(base.name, base.revision).save_pretrained(directory)
 
 
-def _end_with(settings: GenerationConfig, end_token_ids: Sequence[int]) -> None:
-    """Have generation end with these tokens too."""
+def _ending(settings: GenerationConfig, end_token_ids: Sequence[int]) -> GenerationConfig:
+    """Return settings of generation that end with these tokens too."""
     known = settings.eos_token_id
     own = [] if known is None else [known] if isinstance(known, int) else known
-    if missing := [token for token in end_token_ids if token not in own]:
-        settings.eos_token_id = [*own, *missing] if own or len(missing) > 1 else missing[0]
-    # Some published settings sample and do not say so, which transformers reads and does not write.
-    if any(getattr(settings, name) not in (None, neutral) for name, neutral in SAMPLING.items()):
-        settings.do_sample = True
+    missing = [token for token in end_token_ids if token not in own]
+    if not missing:
+        return settings
+    settings.eos_token_id = [*own, *missing] if own or len(missing) > 1 else missing[0]
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        # Some published settings have what does nothing without sampling, and do not sample: that is read, and not written.
+        return GenerationConfig(**{name: getattr(settings, name) for name in TOKENS})
+    return settings
 
 
 def for_use(module: Any, base: BaseModel) -> Any:

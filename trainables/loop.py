@@ -33,7 +33,7 @@ from trainables.optim import learning_rate, make_optimizer, update
 from trainables.packed import packing_for
 from trainables.parallelize import GradientExchange, autocast, blocks_of, recompute, summing
 from trainables.report import Diverged, OutOfMemory, TrialReport
-from trainables.step_time import MIN_TIMED_STEPS
+from trainables.step_time import FURTHER_SECONDS, MIN_TIMED_STEPS
 from trainables.tensor_parallel import marked_while_gathered, sum_partial_gradients
 from trainables.trained_rows import rows_of
 from trainables.whole import load_state, load_weights, whole_state, whole_weights
@@ -271,7 +271,11 @@ class Trainer:
 
     def _time_further_steps(self) -> None:
         """Train steps once more where too few were timed to tell the pace; nothing is kept of what is learned in them."""
-        for number in range(self.num_steps, MIN_TIMED_STEPS):
+        num_further = MIN_TIMED_STEPS - self.num_steps
+        if num_further <= 0:
+            return
+        slowest = max(self.world.gather(max(sum(step) for step in self.step_parts() if not math.isnan(sum(step)))))
+        for number in range(min(num_further, int(FURTHER_SECONDS / slowest))):
             self.step = number % self.num_steps
             self.train_step()
         self.step = self.num_steps

@@ -91,7 +91,7 @@ class _Part:
     answers: list[str | None]
     """What `data.answer_pattern` finds in a row's completion; none where rows have no completions, or some were left out."""
     num_cut: int = 0
-    num_dropped: int = 0
+    num_lost: int = 0
     num_last_only: int = 0
 
     @classmethod
@@ -111,7 +111,7 @@ class _Part:
             domains=dealt([p.domains for p in parts]),
             answers=dealt([p.answers for p in parts]),
             num_cut=sum(p.num_cut for p in parts),
-            num_dropped=sum(p.num_dropped for p in parts),
+            num_lost=sum(p.num_lost for p in parts),
             num_last_only=sum(p.num_last_only for p in parts),
         )
 
@@ -251,7 +251,7 @@ def _encoded(raw: _Raw, domain: _Domain, role: str, rows: list[Row], index: int)
         domains=[index] * len(found.encoded),
         answers=answers,
         num_cut=found.num_cut,
-        num_dropped=found.num_lost,
+        num_lost=found.num_lost,
         num_last_only=found.num_last_only,
     )
 
@@ -384,7 +384,7 @@ def _summary(raw: _Raw, tables: Mapping[str, TokenTable], parts: Mapping[str, _P
     if "test" in tables:
         summary["test_rows"] = tables["test"].num_rows
     if not is_classified:
-        summary |= {"dropped_rows": parts["train"].num_dropped, "target_tokens": int(train.num_targets.sum())}
+        summary |= {"dropped_rows": parts["train"].num_lost, "target_tokens": int(train.num_targets.sum())}
     if parts["train"].num_last_only:
         summary["chats_of_which_the_last_answer_counts"] = parts["train"].num_last_only
     if raw.data.domains is not None:

@@ -11,8 +11,9 @@ from trainables.batching import StepSizes
 
 # Steps until caches, allocator and clocks have settled: a tenth of the trial, at least three where there are enough.
 WARMUP_SHARE, WARMUP_STEPS = 0.1, 3
-# Of a trial with fewer, steps are trained once more until as many were timed: half of them are the warm-up's, half say the pace.
-MIN_TIMED_STEPS = 2 * WARMUP_STEPS
+# Of a trial with fewer, steps are trained once more until there are as many, half of which are the warm-up's, or for so many seconds:
+# of long steps what the first one takes beyond the others is a small part.
+MIN_TIMED_STEPS, FURTHER_SECONDS = 2 * WARMUP_STEPS, 10.0
 # Steps of the fit below; it has settled long before.
 MAX_ROUNDS = 50
 # Two parts cannot be told apart from fewer steps: a line through two noisy points says anything of a third.

@@ -156,15 +156,15 @@ def _chat(tokenizer: Any, messages: Any, where: str) -> tuple[list[int], list[in
     if tokenizer.chat_template is None:
         raise DataError(f"{where}: chat messages need a tokenizer with a chat template, and this model's has none")
     turns = _turns(messages, where)
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     try:
-        return (*_answers(tokenizer, turns, range(len(turns))), False)
-    except _Rewritten:
-        pass
+        try:
+            return (*_rendered(tokenizer, turns, sorted({*answers, len(turns) - 1})), False)
+        except _Rewritten:
+            last = answers[-1]
+            return (*_rendered(tokenizer, turns[: last + 1], [last]), True)
     except TemplateError as error:
         raise DataError(f"{where}: the model's chat template refuses it: {error}") from error
-    last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-    try:
-        return (*_answers(tokenizer, turns[: last + 1], [last]), True)
     except _Rewritten as error:
         raise DataError(
             f"{where}: the chat template changes earlier turns when an answer is added, so it cannot be told which tokens are "
@@ -176,7 +176,7 @@ class _Rewritten(Exception):
     """What was rendered is no longer how the chat begins once more is rendered."""
 
 
-def _answers(tokenizer: Any, turns: Sequence[dict[str, str]], steps: Sequence[int]) -> tuple[list[int], list[int]]:
+def _rendered(tokenizer: Any, turns: Sequence[dict[str, str]], steps: Sequence[int]) -> tuple[list[int], list[int]]:
     """Return tokens and targets of a chat that is rendered up to these of its turns, one after the other."""
     ids: list[int] = []
     targets: list[int] = []

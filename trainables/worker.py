@@ -46,10 +46,11 @@ class Inbox:
         self._generation = ray.get(dispatcher.join.remote(group_id, rank))
         self._sequence = 0
 
-    def lost(self, error: Exception) -> None:
-        """Say why this worker cannot begin: whoever restarts it does not tell."""
+    def lost(self, error: Exception) -> bool:
+        """Say why this worker cannot begin, which whoever restarts it does not tell; return whether its group is to end."""
         message = str(error).strip().splitlines() or [""]
-        ray.get(self._dispatcher.lost.remote(self._group_id, f"{type(error).__name__}: {message[0]}"))
+        reason = f"{type(error).__name__}: {message[0]}"
+        return bool(ray.get(self._dispatcher.lost.remote(self._group_id, self._generation, reason)))
 
     def next(self) -> Job | None:
         """Wait for the next job; every rank of the group gets the same one. None: the group is no longer needed."""
@@ -99,7 +100,8 @@ def work(config: dict[str, Any]) -> None:
         name = resolve_model(task.model_name)
         base = BaseModel.load(name, task.model_revision, task.task, data.label_names, data.pad_token_id)
     except Exception as error:
-        inbox.lost(error)
+        if inbox.lost(error):
+            return
         raise
     while (job := inbox.next()) is not None:
         _run_job(job, task=task, data=data, base=base, world=world, inbox=inbox)

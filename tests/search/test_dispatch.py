@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from search import dispatch
-from search.dispatch import MAX_ATTEMPTS, Dispatcher, GroupResources
+from search.dispatch import MAX_ATTEMPTS, Dispatcher
 from search.placement import OVERTAKEN_PER_WORKER
+from search.roster import GroupResources
 from trainables.job import Ask, Job, Task
 from trainables.report import NotPlaced, OutOfMemory
 
@@ -279,10 +280,9 @@ async def test_where_nodes_are_lost_what_needs_them_fails_and_the_rest_goes_on_w
     await dispatcher.submit(job("d", 2))
     await lose(dispatcher, "c", NotPlaced("no room"))
     assert (await dispatcher.poll("whole"))[-1]["kind"] == "no_workers"
-    assert [(g["world_size"], g["job_id"]) for g in await dispatcher.groups()][:2] == [(2, "a"), (2, "b")]
-    for group in (await dispatcher.groups())[2:]:  # which had been started for `d` before
-        await lose_group(dispatcher, group["group_id"], NotPlaced("no room"))
-    assert len(await dispatcher.groups()) == 2
+    (*_, starting) = await dispatcher.groups()  # for `d`, where `c` had been placed before
+    await lose_group(dispatcher, starting["group_id"], NotPlaced("no room"))
+    assert [(g["world_size"], g["job_id"]) for g in await dispatcher.groups()] == [(2, "a"), (2, "b")]
     first = (await dispatcher.groups())[0]["group_id"]
     await dispatcher.finish(first, 1, 1, {"state": "complete"})
     assert (await dispatcher.groups())[0]["job_id"] == "c", "it goes on where there is room"
@@ -290,15 +290,65 @@ async def test_where_nodes_are_lost_what_needs_them_fails_and_the_rest_goes_on_w
     assert (await dispatcher.groups())[0]["job_id"] == "d"
 
 
+@scenario(8)
+async def test_where_no_node_has_room_for_the_largest_the_others_go_on(dispatcher: Groups) -> None:
+    """All groups had been let go to make room for it."""
+    await dispatcher.submit(job("whole", 8))
+    await dispatcher.submit(job("small"))
+    (starting,) = await dispatcher.groups()
+    await lose_group(dispatcher, starting["group_id"], NotPlaced("no room"))
+    assert (await dispatcher.poll("whole"))[-1]["kind"] == "no_workers"
+    await begin(dispatcher, "small")
+    await dispatcher.submit(job("half", 4))
+    await begin(dispatcher, "half")
+
+
 @scenario(1)
-async def test_why_workers_cannot_begin_is_told_with_the_job_that_they_were_for(dispatcher: Groups) -> None:
+async def test_why_workers_cannot_begin_is_told_with_the_job_that_they_were_for_and_their_group_ends(dispatcher: Groups) -> None:
     await dispatcher.submit(job("a"))
     (group,) = await dispatcher.groups()
-    for _ in range(MAX_ATTEMPTS + 1):
-        await ranks_join(dispatcher, group["group_id"], 1)
-        await dispatcher.lost(group["group_id"], "ModelError: no such directory: /home/me/model")
+    for attempt in range(MAX_ATTEMPTS):
+        generation = await ranks_join(dispatcher, group["group_id"], 1)
+        is_to_end = await dispatcher.lost(group["group_id"], generation, "ModelError: no such directory: /home/me/model")
+        assert is_to_end == (attempt == MAX_ATTEMPTS - 1)
+    dispatcher.end_of(group["group_id"]).set()
     (*_, ended) = await dispatcher.poll("a")
-    assert ended["message"] == f"its workers died in {MAX_ATTEMPTS} attempts: ModelError: no such directory: /home/me/model"
+    if ended["event"] != "ended":
+        (ended,) = await dispatcher.poll("a")
+    assert (ended["kind"], ended["message"]) == ("worker_lost", "ModelError: no such directory: /home/me/model")
+    assert await dispatcher.groups() == []
+
+
+@scenario(1)
+async def test_a_worker_that_cannot_begin_ends_where_its_group_is_let_go(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("a"))
+    (group,) = await dispatcher.groups()
+    generation = await ranks_join(dispatcher, group["group_id"], 1)
+    ending = asyncio.create_task(dispatcher.shutdown())
+    await asyncio.sleep(0)
+    assert await dispatcher.lost(group["group_id"], generation, "OSError: no model")
+    dispatcher.end_of(group["group_id"]).set()
+    await ending
+
+
+@scenario(1)
+async def test_what_kept_workers_from_beginning_once_is_not_why_they_die_later(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("a"))
+    (group,) = await dispatcher.groups()
+    generation = await ranks_join(dispatcher, group["group_id"], 1)
+    assert not await dispatcher.lost(group["group_id"], generation, "HTTPError: try again")
+    for _ in range(MAX_ATTEMPTS):
+        await ranks_join(dispatcher, group["group_id"], 1)
+    (*_, ended) = await dispatcher.poll("a")
+    assert ended["message"] == f"its workers died in {MAX_ATTEMPTS} attempts"
+
+
+@scenario(4)
+async def test_shutdown_waits_for_no_group_that_no_node_has_room_for(dispatcher: Groups) -> None:
+    await dispatcher.submit(job("a", 4))
+    await dispatcher.shutdown()
+    (waiting,) = await dispatcher.groups()
+    assert waiting["job_id"] is None
 
 
 @scenario(1)
@@ -308,7 +358,7 @@ async def test_a_job_that_was_asked_to_leave_is_not_begun_again_where_its_group_
     await dispatcher.submit(job("b"))
     await dispatcher.stop("a")
     await lose(dispatcher, "a", RuntimeError("controller died"))
-    assert set(dispatcher._jobs) == {"b"}
+    assert "a" not in dispatcher._jobs
     await begin(dispatcher, "b")
 
 

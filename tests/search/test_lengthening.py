@@ -11,7 +11,7 @@ from fake_runs import FakeTracker
 from synthetic import numbers_on_front, synthetic_events
 from tiny import make_spec
 
-from search.errors import UserError
+from search.errors import NoResult, UserError
 from search.ledger import Ledger, replay
 from search.lengthening import deliver_rest, give_budget, why_nothing_is_left
 from search.store import Store
@@ -43,7 +43,7 @@ def test_patience_that_ended_a_search_does_not_end_it_again(tmp_path: Path) -> N
     give_budget(store, ["2h"])
     assert (store.load_spec().spec.budget.patience, store.load_spec().spec.budget.minutes) == (None, 120)
     why = list(Ledger(store.ledger_path).events())[-1]["why"]
-    assert why == "its budget is now 120 minutes, without the patience that ended it, in all"
+    assert why == "its budget is now 120 minutes in all, and the patience that ended it is none any more"
 
 
 def test_what_is_used_already_is_no_budget(tmp_path: Path) -> None:
@@ -83,6 +83,9 @@ def test_of_a_search_whose_budget_is_used_up_and_whose_front_is_scored_nothing_i
     store.write_spec(store.load_spec().spec.model_copy(update={"budget": BudgetSpec(trials=500)}))
     assert left([*untested, *tested]) == "", "something else had ended it, and may not now"
 
+    store.write_spec(store.load_spec().spec.model_copy(update={"budget": BudgetSpec(patience=2, min_growth=1.0)}))
+    assert left([*untested, *tested]) == "the hypervolume grew by less than 1 of itself in 2 trials"
+
     store.write_spec(store.load_spec().spec.model_copy(update={"budget": BudgetSpec(trials=5)}))
     tracker = FakeTracker()
     monkeypatch.setattr("search.lengthening.connected_tracker", lambda _: tracker)
@@ -90,3 +93,12 @@ def test_of_a_search_whose_budget_is_used_up_and_whose_front_is_scored_nothing_i
     assert tracker.events == [*untested, *tested], "MLflow has all of it"
     assert tracker.calls[-1] == "finish"
     assert (store.report_path / "report.html").exists()
+
+
+def test_a_search_that_found_nothing_says_so_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.create(load_spec(make_spec(tmp_path, budget={"trials": 1})))
+    events = [event for event in synthetic_events(24) if event.get("number") is None]
+    store.ledger_path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    monkeypatch.setattr("search.lengthening.connected_tracker", lambda _: FakeTracker())
+    with pytest.raises(NoResult, match="no trial succeeded: none was completed"):
+        deliver_rest(store)

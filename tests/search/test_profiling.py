@@ -124,6 +124,7 @@ def test_what_a_node_holds_is_counted_by_what_its_workers_take(monkeypatch: pyte
     known = {"workers_per_node": [4, 2], "host_bytes": 150}
     on_host = cluster.share_of_worker(resources, {"type": "cpu", "process_bytes": 50})
     assert on_host == {**known, "capacity_bytes": 200, "usable_bytes": 150}
+    monkeypatch.setattr(cluster, "is_submitted", lambda: True)
     grown = cluster.share_of_worker(resources.model_copy(update={"workers": 15}), {"type": "cpu", "process_bytes": 50})
     assert grown["workers_per_node"] == [4, 2, 4, 4, 4], "an autoscaler's nodes are as the largest"
     on_gpu = cluster.share_of_worker(resources, {"type": "cuda", "memory_bytes": 1000, "process_bytes": 50})

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import make, report
+from tiny import make_spec
 
 from search import session
 from search.errors import UserError
 from search.ledger import Ledger
 from spaces.constraints import Limits
-from spaces.loading import load_spec
+from spaces.loading import SpecError, load_spec
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,14 @@ def test_a_cluster_that_holds_no_worker_is_said_to(tmp_path: Path, resources: di
     with pytest.raises(UserError) as found:
         session.check_fit(prepared_with(tmp_path, resources), 0)
     assert why in str(found.value)
+
+
+@pytest.mark.parametrize("uri", ["https://me:secret@mlflow.example.com", "postgresql://me:secret@db/mlflow"])
+def test_a_new_search_takes_no_credentials_in_its_file_and_does_not_repeat_them(tmp_path: Path, uri: str) -> None:
+    loaded = load_spec(make_spec(tmp_path, tracking={"uri": uri}))
+    with pytest.raises(SpecError, match=r"tracking\.uri: credentials, which would be written") as refused:
+        session.start(loaded, lambda _: None)
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1])

@@ -120,8 +120,6 @@ def test_what_is_no_name_of_data(train):
         {"scheduler": {"reduction_factor": 1.5}},
         {"scheduler": {"brackets": 0}},
         {"tracking": {"experiment": ""}},
-        {"tracking": {"uri": "https://me:secret@mlflow.example.com"}},
-        {"tracking": {"uri": "postgresql://me:secret@db/mlflow"}},
         {"traking": {}},
     ],
 )

@@ -262,6 +262,21 @@ def test_of_a_chat_whose_turns_change_once_others_follow_the_last_answer_is_lear
     assert 0 < counted == sum("two" in tokenizer.decode(data.train.row(i)[0]) for i in range(data.train.num_rows))
 
 
+def test_a_template_is_not_given_a_beginning_that_no_answer_follows(stories: ModelSpec, tmp_path: Path) -> None:
+    """Qwen 3.5's refuses a chat without a question."""
+    tokenizer = load_tokenizer(stories.name, None)
+    tokenizer.chat_template = "{% if messages[-1].role == 'system' %}{{ raise_exception('no question') }}{% endif %}" + TEMPLATE
+    shutil.copytree(stories.name, tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    chat = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
+    source = write(tmp_path, "c.jsonl", (json.dumps({"messages": chat}) + "\n") * 20)
+    data = data_of(stories.model_copy(update={"name": str(tmp_path / "chat")}), train=source)
+    ids, targets = data.train.row(0)
+    assert targets is not None
+    assert tokenizer.decode(ids).replace(" ", "") == "<system>a</s><user>a</s><assistant>a</s><user>a</s>"
+    assert tokenizer.decode(ids[targets != IGNORE]).replace(" ", "") == "a</s>"
+
+
 def test_a_chat_that_the_template_refuses_is_an_error_of_its_row(stories: ModelSpec, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(stories.name, None)
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"

@@ -307,11 +307,19 @@ def test_a_model_that_learned_chats_ends_behind_a_turn(tmp_path: Path, adapter: 
     options = {"do_sample": False, "max_new_tokens": 5, "attention_mask": torch.ones_like(prompt)}
     assert model.generate(prompt, **options, generation_config=settings).shape[1] == 4
     assert model.generate(prompt, **options, eos_token_id=3).shape[1] == 8, "as the base ends"
-    # As some models of the hub have it, which transformers reads and does not write.
-    module.generation_config.temperature, module.generation_config.eos_token_id = 0.7, 3
-    save(module, base, config, tmp_path / "again", (3,))
-    settings = GenerationConfig.from_pretrained(tmp_path / "again")
-    assert (settings.eos_token_id, settings.temperature, settings.do_sample) == (3, 0.7, True)
+
+
+def test_settings_of_generation_that_are_not_written_once_they_change_are_left_out_and_greedy_stays_greedy(tmp_path: Path) -> None:
+    """Some models of the hub have a temperature and do not sample, which transformers reads and does not write."""
+    (make_language_model(tmp_path / "model") / "generation_config.json").write_text('{"temperature": 0.7, "eos_token_id": 3}')
+    base = BaseModel.load(str(tmp_path / "model"), None, "causal-lm", ())
+    config = config_of(adapter="none")
+    for name, ends, expected in (("same", (3,), (3, 0.7)), ("more", (3, 7), ([3, 7], None))):
+        module = trained_module(config, base, _untrained(config, base, tmp_path / "trial"))
+        save(module, base, config, tmp_path / name, ends)
+        settings = GenerationConfig.from_pretrained(tmp_path / name)
+        assert (settings.eos_token_id, settings.temperature) == expected
+        assert not settings.do_sample
 
 
 def test_beside_an_adapter_the_base_is_loaded_as_the_trial_computed(parts: Parts, tmp_path: Path) -> None:
