@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from command import paretune
 from tiny import make_rows, make_spec
 from waiting import wait_for
 
@@ -160,3 +161,13 @@ def _actors(driver: int, name: str) -> list[psutil.Process]:
     """The actors of a class below a driver, by the title that Ray gives their processes."""
     children = psutil.Process(driver).children(recursive=True)
     return [c for c in children if any(name in part for part in c.cmdline())]
+
+
+def test_why_no_worker_can_begin_is_told_and_the_search_ends(tmp_path: Path) -> None:
+    """The driver reads the model's configuration alone; a file that was not copied whole shows where workers load it."""
+    spec = make_spec(tmp_path)
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    refused = paretune("search", str(spec), cwd=tmp_path, check=4, timeout=200)
+    assert "error: the workers' device cannot be examined: device of tiny/device failed: SafetensorError: " in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -23,13 +23,13 @@ from spaces.metrics import METRICS
 from spaces.space import SpaceSpec
 from trainables.checkpoint import Checkpoint, CheckpointStore
 from trainables.data import TaskData
-from trainables.job import Ask, Job, Task
+from trainables.job import HERE, Ask, Job, Task
 from trainables.loop import Command
 from trainables.mesh import World
 from trainables.model import BaseModel
 from trainables.preparation import prepare
 from trainables.report import OutOfMemory, TrialReport
-from trainables.worker import _Control, _execute, _failure, _run_job
+from trainables.worker import _Control, _execute, _failure, _run_job, check_shared
 
 WORLD = World(rank=0, world_size=1, device=torch.device("cpu"), control_group=None, node_id="here")
 TASK = Task(model_name="", model_revision=None, task="sequence-classification", exact_match_rows=0, precisions=("fp32",), data=[])
@@ -218,3 +218,11 @@ def test_what_takes_long_to_write_is_not_written_at_every_rung(
     monkeypatch.setattr("trainables.loop.time.perf_counter", lambda: perf_counter() + clock[0])
     assert work(parts, tmp_path / "t", Inbox(ask=Ask.SUSPEND, after=8)) == {"state": "stopped"}
     assert steps == saved
+
+
+def test_a_node_that_does_not_see_what_the_driver_writes_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path} is not on node .*: `directory` must name one that all nodes share$"):
+        check_shared(tmp_path / "groups")
+    (tmp_path / "groups").mkdir()
+    (tmp_path / "groups" / HERE).touch()
+    check_shared(tmp_path / "groups")
