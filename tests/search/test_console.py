@@ -113,3 +113,13 @@ def test_an_infeasible_trial_says_why_and_one_from_before_by_its_constraint(
         view(event)
     words = "world_size_within_cluster" if is_from_before else "needs 4 workers, and there are 2"
     assert capsys.readouterr().err.strip().endswith(words)
+
+
+def test_a_search_that_goes_on_elsewhere_says_that_its_times_do_not_compare(
+    spec: SearchSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    event = next(e for e in EVENTS if e["event"] == "device_examined")
+    SearchView(spec)({**event, "before": "NVIDIA A100"})
+    assert "; it was NVIDIA A100, with whose times and bytes these do not compare" in capsys.readouterr().err
+    SearchView(spec)(event)
+    assert "it was" not in capsys.readouterr().err
