@@ -86,4 +86,5 @@ def render_calibration(records: Sequence[TrialRecord]) -> str:
         metric = TRAIN_SECONDS if row.what == "train_seconds" else PEAK_MEMORY_BYTES
         shown = [number_text(metric, value) for value in (row.predicted, row.measured)]
         table.append([str(row.number), row.what.replace("_", " "), shown[0], row.source, shown[1], f"{row.error:+.1%}"])
-    return "\n".join(["predicted and measured", *aligned(table), *summary_lines(rows)])
+    newest = f" (the newest {MAX_ROWS} rows of {len(rows)}; all are in the report's calibration.csv)" if len(rows) > MAX_ROWS else ""
+    return "\n".join([f"predicted and measured{newest}", *aligned(table), *summary_lines(rows)])

@@ -53,10 +53,13 @@ def _version(version_: Annotated[bool, typer.Option("--version", help="Print the
 @app.command()
 def validate(spec: SpecPath, set_: Set = None) -> None:
     """Check a file, and say every error in it at once; that the local data are there, but not what is in them."""
+    from search.endpoint import check_no_credentials
     from spaces.loading import check_local_data, load_spec
 
     with clear_errors():
-        check_local_data(load_spec(spec, set_ or ()))
+        loaded = load_spec(spec, set_ or ())
+        check_no_credentials(loaded)
+        check_local_data(loaded)
         print(f"{spec}: valid")
 
 
@@ -80,10 +83,11 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Show the resolved file, and which layouts this machine or rented GPUs can run; nothing is started."""
+    from search.endpoint import check_no_credentials
     from search.plan import Rental, make_plan, render_plan
     from spaces.estimate import GpuCluster
     from spaces.hardware import UnknownDevice, device_named
-    from spaces.loading import load_spec
+    from spaces.loading import check_local_data, load_spec
 
     with clear_errors():
         rental = None
@@ -103,7 +107,11 @@ def plan(
             rental = Rental(cluster=cluster, num_rows=rows)
         # A price is part of the file: a budget in dollars needs it.
         priced = [] if price is None else [f"resources.price_per_device_hour={price}"]
-        planned = make_plan(load_spec(spec, [*(set_ or ()), *priced]), rental)
+        loaded = load_spec(spec, [*(set_ or ()), *priced])
+        check_no_credentials(loaded)
+        if rental is None:  # on other machines data may be where they are not here
+            check_local_data(loaded)
+        planned = make_plan(loaded, rental)
         if json_:
             print_json(planned)
         else:
@@ -129,12 +137,14 @@ def profile(spec: SpecPath, set_: Set = None, quiet: Quiet = False, json_: Json 
 @app.command()
 def search(spec: SpecPath, set_: Set = None, budget: Budget = None, quiet: Quiet = False, json_: Json = False) -> None:
     """Search: train the trials, and record them and their front in MLflow."""
-    from search.console import SearchView
-    from search.session import start
     from spaces.loading import load_spec
 
     with clear_errors():
+        # Before the imports that take seconds.
         loaded = load_spec(spec, set_ or (), budget or ())
+        from search.console import SearchView
+        from search.session import start
+
         with SearchView(loaded.spec, quiet=quiet) as view:
             store = start(loaded, view)
         _show_calibration(store, json_)

@@ -102,18 +102,17 @@ def chosen_trials(
     if trials is None:
         return members
     known = {record.number: record for record in eligible(records, objectives)}
-    return [known[number] for number in dict.fromkeys(_number(text, known, records) for text in trials.split(","))]
+    return [known[number] for number in dict.fromkeys(_number(text, known, records, members) for text in trials.split(","))]
 
 
-def _number(text: str, known: Mapping[int, TrialRecord], records: Sequence[TrialRecord]) -> int:
+def _number(text: str, known: Mapping[int, TrialRecord], records: Sequence[TrialRecord], members: Sequence[TrialRecord]) -> int:
     if not text.strip().isdecimal():
         raise UserError(f"--trials: '{text}' is not the number of a trial; allowed: numbers with commas, such as {min(known)}")
     number = int(text)
     if number not in known:
         states = {record.number: record.state.value for record in records}
         what = f"trial {number} is {states[number]}, and only complete trials can be taken" if number in states else "no such trial"
-        nearest = min(known, key=lambda other: (abs(other - number), other))
-        raise UserError(f"--trials {number}: {what}; did you mean {nearest}?")
+        raise UserError(f"--trials {number}: {what}; the front: {', '.join(str(member.number) for member in members)}")
     return number
 
 
@@ -148,7 +147,8 @@ def _drive(
         _check_fits(left, cluster.local_capacity(spec.resources))
     for line in (*announcement(left), *split_lines(prepared.data.summary)):
         say(line)
-    with cluster.connected(spec.resources) as capacity, Interruption(command) as interruption:
+    with Interruption(command) as interruption, cluster.connected(spec.resources) as capacity:
+        interruption.follow_ray()
         _check_fits(left, capacity)
         ledger, tracker = Ledger(store.ledger_path), prepared.tracker
         reopen(tracker, store, state)

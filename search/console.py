@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from search.budget import num_ended, used
+from search.budget import counts, num_ended, used
 from search.formatting import number_text, short_text
 from search.ledger import TOLD, SearchState, objectives_of, replay
 from search.pareto import front
 from search.record import TrialRecord, TrialState
+from search.tables import complete_text
 from search.warm_start import warm_start_text
 from spaces.hardware import why_no_peak
 from spaces.spec import SearchSpec
@@ -147,8 +148,7 @@ class SearchView:
         records = self._state.records.values()
         counts = {state: sum(r.state is state and r.feasible_before_launch for r in records) for state in TrialState}
         members = front(list(records), objectives_of(self._spec, self._state))
-        num_timed = sum(r.state is TrialState.COMPLETE and r.source is not None for r in records)
-        text = f"{counts[TrialState.COMPLETE] - num_timed} complete" + (f" and {num_timed} timed" if num_timed else "")
+        text = complete_text(list(records))
         text += "".join(f", {counts[s]} {s.value.lower()}" for s in (TrialState.PRUNED, TrialState.FAIL) if counts[s])
         most = self._spec.budget.max_trials
         text += f"{'' if most is None else f', {most} planned'}; front of {len(members)}"
@@ -156,11 +156,14 @@ class SearchView:
         return text + ("" if eta is None else f"; about {eta / 60:.0f} min left" if eta >= 60 else "; less than a minute left")
 
     def _eta_seconds(self) -> float | None:
-        """Extrapolate from the pace of the trials that ended in this session."""
+        """Extrapolate from the pace at which trials ended in this session, with those that are timed beside each that is trained."""
         left = self._trials_left()
-        if self._state.finished or len(self._ended_at) < 2 or not left:
+        if self._state.finished or len(self._ended_at) < 2 or left is None:
             return None
-        return left * (self._ended_at[-1] - self._ended_at[0]) / (len(self._ended_at) - 1)
+        ended = [r for r in self._state.records.values() if r.feasible_before_launch and r.state is not TrialState.RUNNING]
+        beside = len(ended) / max(1, sum(map(counts, ended)))
+        pace = (self._ended_at[-1] - self._ended_at[0]) / (len(self._ended_at) - 1)
+        return max(left * beside, len(self._state.in_flight)) * pace or None
 
     def _trials_left(self) -> int | None:
         most = self._spec.budget.max_trials

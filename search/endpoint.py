@@ -11,16 +11,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from spaces.loading import LoadedSpec, SpecError
 from spaces.spec import SearchSpec
 
 SQLITE = "sqlite:///"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 DEFAULT_PORTS = {"http": 80, "https": 443, **DATABASE_PORTS}
-# Why a search takes none in its file.
-NO_CREDENTIALS = (
-    "credentials, which would be written with the search; allowed: a URI without them; they may be in MLFLOW_TRACKING_USERNAME and "
-    "MLFLOW_TRACKING_PASSWORD, or the whole URI in MLFLOW_TRACKING_URI"
-)
 # MLflow looks these up in the user's own configuration.
 CONFIGURED = ("databricks", "databricks-uc", "uc")
 
@@ -41,6 +37,17 @@ def absolute_uri(uri: str) -> str:
 def is_http(uri: str) -> bool:
     """Return whether a server answers at this URI; every other store is opened by this process itself."""
     return uri.startswith(("http://", "https://"))
+
+
+def check_no_credentials(loaded: LoadedSpec) -> None:
+    """Check that the file has no password, which would be written with the search.
+
+    Raises:
+        SpecError: it has one.
+    """
+    if (uri := loaded.spec.tracking.uri or "") != redacted(uri):
+        allowed = "a URI without them; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI, have them"
+        raise SpecError([loaded.locate(f"tracking.uri: credentials, which would be written with the search; allowed: {allowed}")])
 
 
 def redacted(uri: str) -> str:

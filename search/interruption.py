@@ -21,7 +21,8 @@ class Interrupted(Exception):
     """The user or the machine asked the search to leave; it can be resumed."""
 
     def __init__(self, signum: int, command: str) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signum).name}; `{command}` goes on")
+        self.why = f"interrupted by {signal.Signals(signum).name}"
+        super().__init__(f"{self.why}; `{command}` goes on")
         self.signum, self.exit_code = signum, 128 + signum
 
 
@@ -38,8 +39,11 @@ class Interruption:
         self._ray: list[psutil.Process] = []
         self._left = threading.Event()
 
-    def __enter__(self) -> Interruption:
+    def follow_ray(self) -> None:
+        """Take note of Ray's processes, once they are there."""
         self._ray = [child for child in psutil.Process().children() if child.name() in RAY_PROCESSES]
+
+    def __enter__(self) -> Interruption:
         self._in_main_thread = threading.current_thread() is threading.main_thread()
         if self._in_main_thread:
             self._previous = {signum: signal.signal(signum, self._take) for signum in SIGNALS}

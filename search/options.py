@@ -53,7 +53,7 @@ def clear_errors() -> Iterator[None]:
     except Interrupted as interrupted:
         fail(interrupted.exit_code, str(interrupted))
     except KeyboardInterrupt:
-        fail(INTERRUPTED, "interrupted")
+        fail(INTERRUPTED, "interrupted before anything was begun; the same command begins again")
 
 
 def fail(code: int, *lines: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from search.figures import CONFIRMED_COLOR, FRONT_COLOR, KNEE_COLOR, OTHER_COLOR, FrontFigure, axis_label
 from search.results import Results
-from search.tables import front_table
+from search.tables import complete_text, front_table
 from spaces.metrics import TRAIN_SECONDS
 
 # With more members than this a table below the picture would be larger than the picture.
@@ -33,7 +33,7 @@ def draw_png(figure: FrontFigure, results: Results, path: Path) -> None:
     axes, below = drawing.subplots(2, 1, height_ratios=[4.6, table_inches])
     _draw_points(axes, figure)
     counts = ", ".join(f"{n} {what}" for what, n in figure.left_out.items())
-    title = f"{results.name}: {len(members)} of {len(figure.points)} complete trials on the front"
+    title = f"{results.name}: a front of {len(members)}, {complete_text(results.records)}"
     axes.set_title(f"{title}; {counts}" if counts else title, fontsize=10)
     below.axis("off")
     if has_table:

@@ -47,13 +47,15 @@ def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[s
     # Where the searches are, because all nodes of a cluster see it.
     searches = Path(spec.directory).absolute()
     searches.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".profile-", dir=searches) as directory, cluster.connected(spec.resources) as capacity:
+    with (
+        tempfile.TemporaryDirectory(prefix=".profile-", dir=searches) as directory,
+        Interruption(own_command()) as interruption,
+        cluster.connected(spec.resources) as capacity,
+    ):
+        interruption.follow_ray()
         limits = check_fit(prepared, capacity)
         store = Store(root=Path(directory))
-        with (
-            Interruption(own_command()) as interruption,
-            DispatcherSession(store, spec, prepared.data, capacity) as dispatcher,
-        ):
+        with DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:
             device = examine(dispatcher, store, spec, limits, interruption)
             limits = limits.on(device)
             outlook = Outlook(spec, prepared.data, model=prepared.model, plan=prepared.plan, device=device, profiles=profiles)

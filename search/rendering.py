@@ -27,6 +27,9 @@ def render_front(results: Results) -> str:
         corner = (f"{o.metric} {number_text(o.metric, o.reference)}" for o in results.objectives if o.reference is not None)
         text += f"; hypervolume {volume:.6g} against {', '.join(corner)}"
     lines += ["", text]
+    if results.state.started and not results.state.finished:
+        going = f"{len(results.state.in_flight)} trials are in flight; `{command_in(results.directory, 'resume', results.name)}`"
+        lines.append(f"not at its end: {going} goes on, where no other process does")
     untrained = results.state.reference or {}
     if shown := {o.metric: untrained[o.metric] for o in results.objectives if o.metric in untrained}:
         lines.append("untrained model: " + ", ".join(f"{m} {number_text(m, v)}" for m, v in shown.items()))

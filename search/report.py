@@ -37,7 +37,7 @@ from search.pareto import eligible, hypervolume_of
 from search.picture import draw_png
 from search.record import TrialRecord
 from search.results import Results
-from search.tables import WORTH_SEEING, front_table, stopped_line, stopped_table, write_tables
+from search.tables import WORTH_SEEING, complete_text, front_table, stopped_line, stopped_table, write_tables
 from spaces.metrics import EVAL_LOSS
 from spaces.spec import Objective
 
@@ -88,7 +88,7 @@ def draw_html(results: Results, figure: FrontFigure, scaling: Sequence[DataCurve
 
     name, spec, objectives, records, members = results.name, results.spec, results.objectives, results.records, results.members
     command, volume = results.command_of_knee, hypervolume_of(records, objectives)
-    counts = [f"{len(figure.points)} complete", *(f"{n} {what}" for what, n in figure.left_out.items())]
+    counts = [complete_text(records), *(f"{n} {what}" for what, n in figure.left_out.items())]
     started = results.state.started or {}
     facts = [f"Trials: {', '.join(counts)}.", f"Hypervolume: {'unknown' if volume is None else f'{volume:.6g}'}."]
     facts += [f"Machine: {started['machine']}."] if "machine" in started else []
@@ -149,7 +149,7 @@ def _drawings(results: Results, figure: FrontFigure, scaling: Sequence[DataCurve
     drawings = [
         (
             "What does it cost?",
-            "Each point is a complete trial, the ringed one is the knee; hover for their knobs.",
+            "Each point is a trial, trained or timed under another layout; the ringed one is the knee; hover for their knobs.",
             _front_plot(figure),
         )
     ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from search import cluster
 from search.budget import num_ended
-from search.endpoint import redacted, tracking_uri
+from search.endpoint import check_no_credentials, redacted, tracking_uri
 from search.engine import Engine, SearchExhausted
 from search.errors import NoResult, UserError
 from search.interruption import Interrupted, Interruption
@@ -129,11 +129,7 @@ def start(loaded: LoadedSpec, emit: Emit, command: str | None = None) -> Store:
         search.interruption.Interrupted: a signal came; what was in flight is saved.
     """
     check_local_data(loaded)
-    if (uri := loaded.spec.tracking.uri or "") != redacted(uri):
-        allowed = (
-            "a URI without them; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD have them, or MLFLOW_TRACKING_URI the whole"
-        )
-        raise SpecError([loaded.locate(f"tracking.uri: credentials, which would be written with the search; allowed: {allowed}")])
+    check_no_credentials(loaded)
     if cluster.is_submitted():
         cluster.check_reachable()
     prepared = prepare(loaded)
@@ -168,7 +164,8 @@ def _drive(store: Store, prepared: Prepared, emit: Emit, past: Mapping[str, Any]
     from search.profiles import ProfileCache
 
     spec, command = prepared.spec, command or store.command("resume", store.name)
-    with store.lock(), cluster.connected(spec.resources) as capacity, Interruption(command) as interruption:
+    with store.lock(), Interruption(command) as interruption, cluster.connected(spec.resources) as capacity:
+        interruption.follow_ray()
         limits = check_fit(prepared, capacity)
         ledger = Ledger(store.ledger_path)
 
@@ -293,9 +290,10 @@ def _cut_short(ledger: Ledger, on_event: Emit, tracker: Tracker, engines: Sequen
         if not tracker.is_open:
             raise
         # A disk that is full may be why it ends.
+        why = error.why if isinstance(error, Interrupted) else f"{type(error).__name__}: {error}"
         with suppress(UserError):
             held = {number: seconds for engine in engines for number, seconds in engine.held_seconds().items()}
-            on_event(ledger.append("search_cut_short", reason=f"{type(error).__name__}: {error}", held_seconds=held))
+            on_event(ledger.append("search_cut_short", reason=why, held_seconds=held))
         tracker.leave("KILLED" if isinstance(error, Interrupted) else "FAILED", LEAVING_FLUSH_SECONDS)
         raise
 

@@ -99,7 +99,8 @@ class Store:
             if (root / "ledger.jsonl").exists():
                 return cls(root=root.absolute())
         there = sorted(p.parent.name for p in directory.glob("*/ledger.jsonl")) if directory.is_dir() else []
-        raise UserError(f"no search named '{name}' in {directory.absolute()}; there are: {', '.join(there) or 'none'}")
+        known = ", ".join(there) or "none, and --directory names another place"
+        raise UserError(f"no search named '{name}' in {directory.absolute()}; there are: {known}")
 
     def command(self, *words: str) -> str:
         """Return `paretune WORDS` for the searches beside this one and itself."""

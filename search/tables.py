@@ -13,7 +13,7 @@ from search.confidence import confirmed, score_text
 from search.data_scaling import DataCurve
 from search.figures import outcome
 from search.formatting import number_text, short_text
-from search.record import TrialRecord
+from search.record import TrialRecord, TrialState
 from search.results import Results, front_as_json
 from spaces.metrics import CUSTOM, EXACT_MATCH, MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, in_order, metric_of
 from spaces.spec import Objective, SearchSpec
@@ -87,6 +87,13 @@ def _write_confirmations(path: Path, records: Sequence[TrialRecord]) -> None:
         for r, c in rows:
             values = [c.values.get(m, "") for m in metrics] + [c.test.get(m, "") for m in tested]
             writer.writerow([r.number, c.seed, c.state.value, *values, f"{c.error['kind']}: {c.error['message']}" if c.error else ""])
+
+
+def complete_text(records: Sequence[TrialRecord]) -> str:
+    """Return how many trials are complete, and of how many of a recipe that was trained the steps were timed."""
+    complete = [record for record in records if record.state is TrialState.COMPLETE]
+    num_timed = sum(record.source is not None for record in complete)
+    return f"{len(complete) - num_timed} complete" + (f" and {num_timed} timed" if num_timed else "")
 
 
 def stopped_line(records: Sequence[TrialRecord]) -> str:

@@ -42,7 +42,10 @@ def confirmations(directory: Path) -> list[tuple[int, int]]:
 
 def test_what_cannot_be_confirmed_starts_nothing(finished: Path) -> None:
     before = (finished / "runs/tiny/ledger.jsonl").read_bytes()
-    for options, line in ((["--seeds", "0"], "--seeds 0: at least one further seed"), (["--trials", "17"], "did you mean 2?")):
+    for options, line in (
+        (["--seeds", "0"], "--seeds 0: at least one further seed"),
+        (["--trials", "17"], "; the front: "),
+    ):
         refused = paretune("confirm", "tiny", "--directory", "runs", *options, cwd=finished, check=2)
         assert line in refused.stderr
         assert len(refused.stderr.splitlines()) == 1

@@ -100,7 +100,7 @@ def test_the_front_and_the_untrained_model_are_scored_once(searched: Path) -> No
     ("options", "line"),
     [
         (["--tasks", "subject", "--include-path", "tasks"], "did you mean 'subjects'?"),
-        (["--tasks", "subjects", "--include-path", "tasks", "--trials", "7"], "--trials 7: no such trial; did you mean 1?"),
+        (["--tasks", "subjects", "--include-path", "tasks", "--trials", "7"], "--trials 7: no such trial; the front: "),
         (["--tasks", " , "], "--tasks: there is no task"),
     ],
 )

@@ -39,8 +39,8 @@ def test_the_front_is_confirmed_unless_trials_are_named() -> None:
 @pytest.mark.parametrize(
     ("trials", "line"),
     [
-        ("99", r"--trials 99: no such trial; did you mean 11\?"),
-        ("3", r"--trials 3: trial 3 is PRUNED, and only complete trials can be taken; did you mean 2\?"),
+        ("99", r"--trials 99: no such trial; the front: 0, 9, 1, 4"),
+        ("3", r"--trials 3: trial 3 is PRUNED, and only complete trials can be taken; the front: 0, 9, 1, 4"),
         ("1,best", r"--trials: 'best' is not the number of a trial; allowed: numbers with commas"),
         ("", r"--trials: '' is not the number of a trial"),
     ],

@@ -11,6 +11,7 @@ from tiny import make_spec
 
 from search.console import SearchView, device_text
 from search.ledger import TOLD, replay
+from spaces.budget import BudgetSpec
 from spaces.loading import load_spec
 from spaces.spec import SearchSpec
 
@@ -123,3 +124,16 @@ def test_a_search_that_goes_on_elsewhere_says_that_its_times_do_not_compare(
     assert "; it was NVIDIA A100, with whose times and bytes these do not compare" in capsys.readouterr().err
     SearchView(spec)(event)
     assert "it was" not in capsys.readouterr().err
+
+
+def test_what_is_left_counts_the_layouts_that_are_timed_beside_each_trial(spec: SearchSpec) -> None:
+    """Ten trials of a minute, each with two that are timed in a minute: with two trained, 8 x 3 minutes are left."""
+    view = SearchView(spec.model_copy(update={"budget": BudgetSpec(trials=10)}))
+    started = next(e for e in EVENTS if e["event"] == "trial_started")
+    ended = next(e for e in EVENTS if e["event"] == "trial_finished" and e["state"] == "COMPLETE")
+    view({"event": "search_started", "time": 0.0, "name": "s", "data": {"format": "f"}, "machine": "m", "num_workers": 1})
+    for number in range(6):
+        source = None if number % 3 == 0 else number - number % 3
+        view({**started, "time": 60.0 * number, "number": number, "source": source})
+        view({**ended, "time": 60.0 * (number + 1), "number": number})
+    assert view._eta_seconds() == pytest.approx(8 * 3 * 60)

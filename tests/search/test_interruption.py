@@ -54,6 +54,7 @@ def test_where_the_signal_ended_ray_too_the_process_does_not_wait_for_it(tmp_pat
         "from search.interruption import Interruption\n"
         f"ray = subprocess.Popen(['{ray}', '60'])\n"
         "with Interruption('paretune resume mine') as interruption:\n"
+        "    interruption.follow_ray()\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         f"    {'ray.kill()' if is_ended else 'pass'}\n"
         f"    time.sleep({60 if is_ended else 2})\n"

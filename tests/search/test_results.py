@@ -66,3 +66,11 @@ def test_where_nothing_is_within_the_limits_it_is_told_what_they_were_held_again
     events += [confirmed_event(r.number, seed, accuracy=0.5, seconds=9.0) for r in members for seed in (1, 2)]
     with pytest.raises(UserError, match=r"the front has accuracy from 0\.5 to 0\.5"):
         pick_one(searched(tmp_path / "confirmed", events), {"accuracy": (">=", 0.99)}, at_knee=False)
+
+
+def test_a_front_of_a_search_that_is_not_at_its_end_says_so(tmp_path: Path) -> None:
+    events = synthetic_events(9)
+    cut = [event for event in events if event["event"] != "search_finished"]
+    line = f"not at its end: 0 trials are in flight; `paretune resume mine --directory {tmp_path}/cut` goes on"
+    assert line in render_front(searched(tmp_path / "cut", cut))
+    assert "not at its end" not in render_front(searched(tmp_path / "ended", events))
