@@ -147,8 +147,7 @@ def _drive(
         _check_fits(left, cluster.local_capacity(spec.resources))
     for line in (*announcement(left), *split_lines(prepared.data.summary)):
         say(line)
-    with Interruption(command) as interruption, cluster.connected(spec.resources) as capacity:
-        interruption.follow_ray()
+    with Interruption(command) as interruption, cluster.connected(spec.resources) as capacity, interruption.following_ray():
         _check_fits(left, capacity)
         ledger, tracker = Ledger(store.ledger_path), prepared.tracker
         reopen(tracker, store, state)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import psutil
@@ -39,9 +41,14 @@ class Interruption:
         self._ray: list[psutil.Process] = []
         self._left = threading.Event()
 
-    def follow_ray(self) -> None:
-        """Take note of Ray's processes, once they are there."""
+    @contextmanager
+    def following_ray(self) -> Iterator[None]:
+        """Enter it once Ray is there, for as long as it must be."""
         self._ray = [child for child in psutil.Process().children() if child.name() in RAY_PROCESSES]
+        try:
+            yield
+        finally:
+            self._ray = []
 
     def __enter__(self) -> Interruption:
         self._in_main_thread = threading.current_thread() is threading.main_thread()

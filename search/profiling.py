@@ -51,8 +51,8 @@ def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[s
         tempfile.TemporaryDirectory(prefix=".profile-", dir=searches) as directory,
         Interruption(own_command()) as interruption,
         cluster.connected(spec.resources) as capacity,
+        interruption.following_ray(),
     ):
-        interruption.follow_ray()
         limits = check_fit(prepared, capacity)
         store = Store(root=Path(directory))
         with DispatcherSession(store, spec, prepared.data, capacity) as dispatcher:

@@ -164,8 +164,12 @@ def _drive(store: Store, prepared: Prepared, emit: Emit, past: Mapping[str, Any]
     from search.profiles import ProfileCache
 
     spec, command = prepared.spec, command or store.command("resume", store.name)
-    with store.lock(), Interruption(command) as interruption, cluster.connected(spec.resources) as capacity:
-        interruption.follow_ray()
+    with (
+        store.lock(),
+        Interruption(command) as interruption,
+        cluster.connected(spec.resources) as capacity,
+        interruption.following_ray(),
+    ):
         limits = check_fit(prepared, capacity)
         ledger = Ledger(store.ledger_path)
 

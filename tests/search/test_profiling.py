@@ -62,7 +62,7 @@ class Workers:
         self.answer: dict[str, Any] = {}
         monkeypatch.setattr(cluster, "connected", lambda resources: nullcontext(2))
         monkeypatch.setattr(profiling, "DispatcherSession", lambda *_: nullcontext())
-        monkeypatch.setattr(profiling.Interruption, "follow_ray", lambda _: None)
+        monkeypatch.setattr(profiling.Interruption, "following_ray", lambda _: nullcontext())
         monkeypatch.setattr(profiling, "examine", lambda *_: DEVICE)
         monkeypatch.setattr(profiling, "run_job", self.run)
 
