@@ -118,7 +118,12 @@ def doubts(records: Sequence[TrialRecord]) -> list[str]:
 
 
 def _not_trained(records: Sequence[TrialRecord]) -> list[str]:
-    return [f"trial {r.number} is {r.why_not_trained}" for r in records if r.source is not None]
+    """Return in a line which trials are recipes of others, whose steps were timed."""
+    timed = [record for record in records if record.source is not None]
+    if len(timed) < 2:
+        return [f"trial {record.number} is {record.why_not_trained}" for record in timed]
+    pairs = ", ".join(f"{record.number} of {record.source}" for record in timed)
+    return [f"recipes of other trials under another layout, of which some steps were timed: {pairs}"]
 
 
 def noise_lines(records: Sequence[TrialRecord]) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from search.advice import best_in, knee, recommendation, within
+from search.advice import best_in, doubts, knee, recommendation, within
 from search.record import Confirmation, TrialRecord, TrialState
 from spaces.spec import Objective
 
@@ -110,3 +111,13 @@ def test_where_some_have_further_seeds_the_sentence_compares_what_the_choice_was
     text = recommendation(members, TWO, "banking")
     assert "Take trial 1 of banking: accuracy 0.8 at train_seconds 4.5 s" in text
     assert "the best is trial 2, accuracy 0.85 at train_seconds 5.3 s, 1.2 times as much" in text
+
+
+def test_trials_whose_steps_alone_were_timed_are_named_in_one_line() -> None:
+    trained, one, other = (trial(n, (0.5, 9.0)) for n in (3, 5, 7))
+    one, other = replace(one, source=3), replace(other, source=3)
+    assert doubts([trained]) == []
+    assert doubts([trained, one]) == ["trial 5 is the recipe of trial 3 under another layout, of which some steps were timed"]
+    assert doubts([trained, one, other]) == [
+        "recipes of other trials under another layout, of which some steps were timed: 5 of 3, 7 of 3"
+    ]
