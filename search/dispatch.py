@@ -64,7 +64,8 @@ class Dispatcher:
         if known is None or (known.ended and not known.events):
             self._jobs.pop(job.job_id, None)  # one that comes again stands at the end of the line
             self._jobs[job.job_id] = JobState(job=job, place=next(self._places))
-            self._give_up_too_large()
+            if job.world_size > self._capacity:
+                self._give_up_too_large()
             await self._place()
 
     async def expect(self, world_size: int, num_jobs: float) -> None:
@@ -172,6 +173,7 @@ class Dispatcher:
     async def next(self, group_id: str, generation: int, sequence: int) -> tuple[int, Job] | None:
         """Wait for a job later than `sequence`; None when the group is to end, or was restarted without this rank."""
         group = self._groups[group_id]
+        self._failed_starts[group.world_size] = 0
 
         def answerable() -> bool:
             stale = group.generation != generation
@@ -234,7 +236,6 @@ class Dispatcher:
 
     async def _assembled(self, group_id: str, group: GroupLife) -> None:
         """All ranks are here: take work, or go on with the job that was in flight when a worker died."""
-        self._failed_starts[group.world_size] = 0
         group.ever_joined = True
         if group.leaving:
             pass

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from search import dispatch
-from search.dispatch import MAX_ATTEMPTS, Dispatcher
+from search.dispatch import MAX_ATTEMPTS, MAX_FAILED_STARTS, Dispatcher
 from search.placement import OVERTAKEN_PER_WORKER
 from search.roster import GroupResources
 from trainables.job import Ask, Job, Task
@@ -316,6 +316,24 @@ async def test_why_workers_cannot_begin_is_told_with_the_job_that_they_were_for_
     if ended["event"] != "ended":
         (ended,) = await dispatcher.poll("a")
     assert (ended["kind"], ended["message"]) == ("worker_lost", "ModelError: no such directory: /home/me/model")
+    assert await dispatcher.groups() == []
+
+
+@scenario(1)
+async def test_where_no_group_of_a_size_can_begin_what_waits_for_that_size_fails_too(dispatcher: Groups) -> None:
+    for name in ("a", "b", "c", "d", "e"):
+        await dispatcher.submit(job(name))
+    poll = asyncio.create_task(dispatcher.poll("e"))
+    for _ in range(MAX_FAILED_STARTS):
+        (group,) = await dispatcher.groups()
+        for _ in range(MAX_ATTEMPTS):
+            generation = await ranks_join(dispatcher, group["group_id"], 1)
+            await dispatcher.lost(group["group_id"], generation, "OSError: no model")
+        dispatcher.end_of(group["group_id"]).set()
+        while group["group_id"] in {g["group_id"] for g in await dispatcher.groups()}:
+            await asyncio.sleep(0.01)
+    (ended,) = await poll
+    assert (ended["kind"], ended["message"]) == ("no_workers", "no group of 1 workers could be started: OSError: no model")
     assert await dispatcher.groups() == []
 
 
