@@ -163,10 +163,9 @@ def share_of_worker(resources: ResourcesSpec, device: Mapping[str, Any]) -> dict
     nodes = _nodes(resources)
     share = int(min((has.get("memory", 0) / held for has, held in nodes), default=0))
     capacity = device.get("memory_bytes", share)
+    workers_per_node = sorted((held for _, held in nodes), reverse=True)
     return {
-        "workers_per_node": _padded(
-            sorted((held for _, held in nodes), reverse=True), resources.workers or 0 if is_submitted() else 0
-        ),
+        "workers_per_node": _padded(workers_per_node, resources.workers or 0) if is_submitted() else workers_per_node,
         "capacity_bytes": capacity,
         "usable_bytes": usable_bytes(device, capacity),
         "host_bytes": max(0, share - device["process_bytes"]),

@@ -146,10 +146,11 @@ class SearchView:
 
     def _summary(self) -> str:
         records = self._state.records.values()
-        counts = {state: sum(r.state is state and r.feasible_before_launch for r in records) for state in TrialState}
         members = front(list(records), objectives_of(self._spec, self._state))
         text = complete_text(list(records))
-        text += "".join(f", {counts[s]} {s.value.lower()}" for s in (TrialState.PRUNED, TrialState.FAIL) if counts[s])
+        for state in (TrialState.PRUNED, TrialState.FAIL):
+            if number := sum(r.state is state and r.feasible_before_launch for r in records):
+                text += f", {number} {state.value.lower()}"
         most = self._spec.budget.max_trials
         text += f"{'' if most is None else f', {most} planned'}; front of {len(members)}"
         eta = self._eta_seconds()

@@ -42,7 +42,7 @@ class Exported:
         return {"directory": str(self.directory), "is_merged": self.is_merged, "scores": self.scores}
 
 
-def export(store: Store, number: int, *, merge: bool, output: Path | None, say: Callable[[str], None] = print) -> Exported:
+def export(store: Store, number: int, *, merge: bool, output: Path | None, say: Callable[[str], None]) -> Exported:
     """Write a trial's model.
 
     Args:

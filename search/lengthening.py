@@ -38,9 +38,8 @@ def deliver_rest(store: Store) -> None:
         NoResult: it has no front.
     """
     with store.lock():
-        tracker = connected_tracker(store.load_spec_here())
-        publish_again(store, tracker, store.state(), command_for_rest=store.command("resume", store.name))
-    results = Results.of(store)
+        tracker, results = connected_tracker(store.load_spec_here()), Results.of(store)
+        publish_again(store, tracker, results.state, command_for_rest=store.command("resume", store.name))
     if not results.members:
         raise NoResult(why_nothing(results.records))
 

@@ -21,7 +21,7 @@ def render_front(results: Results) -> str:
     members = results.members
     heading, rows = front_table(members, results.spec, results.objectives, WORTH_SEEING)
     lines = aligned([heading, *rows])
-    volume = hypervolume_of(list(results.state.records.values()), results.objectives)
+    volume = hypervolume_of(results.records, results.objectives)
     text = f"front of {len(members)}"
     if volume is not None:
         corner = (f"{o.metric} {number_text(o.metric, o.reference)}" for o in results.objectives if o.reference is not None)
@@ -34,15 +34,15 @@ def render_front(results: Results) -> str:
     if shown := {o.metric: untrained[o.metric] for o in results.objectives if o.metric in untrained}:
         lines.append("untrained model: " + ", ".join(f"{m} {number_text(m, v)}" for m, v in shown.items()))
     lines.append(f"used: {used(results.spec, results.state).text()}")
-    stopped = stopped_line(list(results.state.records.values()))
+    stopped = stopped_line(results.records)
     lines += [stopped] if stopped else []
     lines += recommendation_lines(members, results.objectives, results.name)
     if members and not any(r.confirmations for r in members):
         command = command_in(results.directory, "confirm", results.name)
         lines.append(f"one seed each: `{command}` trains the members with further seeds, and says how sure this is")
-    if (bases := bases_table(list(results.state.records.values()), results.objectives)) is not None:
+    if (bases := bases_table(results.records, results.objectives)) is not None:
         lines += ["", *aligned([bases[0], *bases[1]]), NOTE, ""]
-    lines += scaling_lines(data_curves(results.state.records.values()))
+    lines += scaling_lines(data_curves(results.records))
     written = results.report_path / "report.html"
     if written.exists():
         lines.append(f"report: {written}")

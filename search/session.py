@@ -191,7 +191,7 @@ def _drive(store: Store, prepared: Prepared, emit: Emit, past: Mapping[str, Any]
                 emit({**event, TOLD: True})
             on_event(last)
             device = examine(dispatcher, store, spec, limits, interruption)
-            was = (replay(ledger.events()).device or device)["name"]
+            was = next((event["device"]["name"] for event in reversed(told) if event["event"] == "device_examined"), device["name"])
             on_event(ledger.append("device_examined", device=device, **({} if was == device["name"] else {"before": was})))
             limits = limits.on(device)
             if past is not None:

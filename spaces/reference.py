@@ -57,7 +57,7 @@ def _section(name: str, field: FieldInfo) -> str:
     model = model_at((name, 0)) or model_at((name,))
     if model is None:
         return f"\n## `{name}`\n\n{_sentence(field)} Default: {_default(field)}.\n"
-    more = {"data": _domain, "space": _adapters}.get(name, str)()
+    more = _domain() if name == "data" else _adapters() if name == "space" else ""
     return f"\n## `{name}`\n\n{_sentence(field)}\n\n{_table(('key', 'default', 'meaning'), _rows(model))}{more}"
 
 
