@@ -95,9 +95,11 @@ class SearchView:
         minutes = (time.monotonic() - self._entered_at) / 60
         if self._state.started is None:
             return f"after {minutes:.1f} min: preparing the model, the data and the workers"
-        running = [self._state.records[number] for number in sorted(self._state.in_flight)]
+        running = [self._state.records[number] for number in sorted(self._state.placed)]
         shares = ", ".join(f"trial {r.number:04d} " + (f"past {_share(r)}" if r.reports else "under way") for r in running)
-        if not shares:
+        if not shares and (num_waiting := len(self._state.in_flight)):
+            shares = f"{num_waiting} trial{'' if num_waiting == 1 else 's'} waiting for workers"
+        elif not shares:
             shares = "writing down the front" if self._trials_left() == 0 else "no trial is running"
         return f"after {minutes:.1f} min: {shares} | {self._summary()}"
 
@@ -115,9 +117,11 @@ class SearchView:
                 return warm_start_text(event)
             case "reference":
                 return f"untrained model: {self._metrics(event['metrics'])}"
-            case "trial_started" if record:
+            case "trial_placed" if record:
                 known = "" if record.source is None else f" | trained in trial {record.source:04d}"
-                return f"trial {number:04d} RUNNING   {self._knob_text(record)}{known}"
+                begins = f"RUNNING   {self._knob_text(record)}{known}"
+                again = f"goes on after its workers were lost, attempt {event['attempt']}"
+                return f"trial {number:04d} {begins if event['attempt'] == 1 else again}"
             case "trial_reported" if record and not event["report"]["final"]:
                 report = event["report"]
                 verdict = event.get("verdict")
@@ -178,7 +182,8 @@ class SearchView:
         shown = [r for r in self._state.records.values() if r.feasible_before_launch][-MAX_ROWS:]
         for record in shown:
             values = record.values or (record.reports[-1]["metrics"] if record.reports else {})
-            state = "running" if record.state is TrialState.RUNNING else record.state.value.lower()
+            is_waiting = record.state is TrialState.RUNNING and record.number not in self._state.placed
+            state = "waiting" if is_waiting else record.state.value.lower()
             table.add_row(
                 f"{record.number}",
                 f"[bold green]{state} *[/]" if record.number in members else state,

@@ -157,10 +157,11 @@ class Engine:
             predicted_seconds=self._state.records[assignment.number].predicted.get(TRAIN_SECONDS),
         )
 
-    def began(self, number: int, at: float) -> None:
-        """Take note that a worker group has taken the trial, in Unix seconds."""
+    def began(self, number: int, at: float, attempt: int = 1) -> None:
+        """Take note that a worker group has taken the trial, in Unix seconds; a later attempt follows workers that were lost."""
         if number in self._live:
             self._spending.began(number, at)
+            self._record("trial_placed", number=number, attempt=attempt)
 
     def reported(self, number: int, report: Mapping[str, Any], verdict: Mapping[str, Any] | None = None) -> None:
         """Record a report at an evaluation point or the last one, with what its rung says."""
@@ -235,14 +236,15 @@ class Engine:
 
     def _next_pending(self) -> Assignment | None:
         """Return the oldest trial that waits, but for those whose steps are being timed, or now were."""
-        timed_now = {self._step_of(number) for number in self._live if self._state.records[number].source is not None}
+        live = (self._state.records[number] for number in self._live)
+        timed_now = {record.trial_config.of_step() for record in live if record.source is not None}
         for number in list(self._pending):
             record = self._state.records[number]
             config = record.trial_config
             error = self._known.why_untimed(config)
             if record.source is not None and (error or self._outlook.has_profile(config)):
                 self._end_at_once(number, {"state": "failed", **error} if error else {"state": "complete"})
-            elif record.source is None or self._step_of(number) not in timed_now:
+            elif record.source is None or config.of_step() not in timed_now:
                 self._pending.remove(number)
                 return Assignment(number=number, config=config, is_trained=record.source is None)
         return None
@@ -354,10 +356,6 @@ class Engine:
         # The device is the same, and with it what its MFU stands on.
         peak = {name: value for name, value in source.details.items() if name in ("peak_source", "mfu_convention")}
         return {**source.reports[-1], "metrics": dict(values), "details": {**peak, "time_source": "profile"}}
-
-    def _step_of(self, number: int) -> TrialConfig:
-        """Return what trials share that are timed by the same steps."""
-        return self._state.records[number].trial_config.of_step()
 
     def _record(self, event: str, **fields: Any) -> None:
         line = self._ledger.append(event, **fields)

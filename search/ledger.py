@@ -2,8 +2,9 @@
 
 Every line has `event` and `time` (Unix seconds). The events are `search_started`, `resumed`, `lengthened`, `compared`,
 `device_examined`, `warm_started`, `reference`, `search_cut_short`, `search_finished`, and with the `number` of a trial
-`trial_started`, `trial_infeasible`, `trial_reported`, `trial_finished`, `test_scored`, `confirmed`, `harness_scored` (of the
-untrained model without a number). A report at a rung carries the rung's `verdict`: a trial that it stops ends as PRUNED, even if a
+`trial_started` (it is to run, and waits for workers), `trial_placed` (a group of workers has it), `trial_infeasible`,
+`trial_reported`, `trial_finished`, `test_scored`, `confirmed`, `harness_scored` (of the untrained model without a number). A report
+at a rung carries the rung's `verdict`: a trial that it stops ends as PRUNED, even if a
 crash comes between. `held_seconds` of a report and of an end are those for which the trial held its worker group since its event
 before; of `search_cut_short`, those of every trial in flight, by its number.
 """
@@ -141,6 +142,8 @@ class SearchState:
     """Wall seconds from the first event to the last, without those from an interruption to the resume, and without confirmations."""
     last_at: float | None = None
     """Unix seconds of the last event."""
+    placed: set[int] = field(default_factory=set)
+    """Numbers of the trials that hold workers; the others in flight wait for theirs."""
     away: list[tuple[float, float]] = field(default_factory=list)
     """Unix seconds from when to when nothing of the search ran."""
 
@@ -169,6 +172,7 @@ class SearchState:
                 self.started = dict(event)
             case "resumed" | "lengthened" | "search_finished":
                 self.finished = event["event"] == "search_finished"
+                self.placed.clear()
             case "compared":
                 self.is_comparison = True
             case "search_cut_short":
@@ -185,6 +189,8 @@ class SearchState:
                 self.harness = with_run(self.harness, _harness_run(event))
             case "trial_started" | "trial_infeasible":
                 self.records.setdefault(event["number"], _proposed(event))
+            case "trial_placed":
+                self.placed.add(self._record(event["number"], event).number)
             case "trial_reported" | "trial_finished" | "test_scored" | "confirmed" | "harness_scored":
                 self._update(event)
 
@@ -214,6 +220,7 @@ class SearchState:
             held = record.held_seconds + event.get("held_seconds", 0.0)
             self.records[number] = replace(record, reports=(*earlier, dict(event["report"])), stopped=stopped, held_seconds=held)
         else:
+            self.placed.discard(number)
             self.records[number] = _finished(record, event)
 
     def _record(self, number: int, event: Mapping[str, Any]) -> TrialRecord:

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
 from typing import Any, Protocol
 
 from search.confidence import confirmed
@@ -102,6 +101,7 @@ class Mirror:
         self._parent = parent_run_id
         self._state = SearchState()
         self._applied: Event | None = None
+        self._origins: dict[int, dict[str, str]] = {}
         self._run_ids: dict[int, str] = {}
         self._ended: set[int] = set()
         self._last_step: dict[int, int] = {}
@@ -122,7 +122,9 @@ class Mirror:
             case "device_examined":
                 self._runs.log(self._parent, tags={DEVICE_TAG: json.dumps(event["device"])})
             case "trial_started" if record:
-                run_id = self._run_id(record, self._origin(event))
+                self._origins[record.number] = self._origin(event)
+            case "trial_placed" if record:
+                run_id = self._run_id(record)
                 if record.predicted and record.number not in self._ended:
                     source = {"paretune.time_source": record.predicted["time_source"]} if "time_source" in record.predicted else {}
                     self._runs.log(run_id, metrics=_predicted_metrics(record), tags=source, time_ms=time_ms)
@@ -188,12 +190,12 @@ class Mirror:
         )
         self._runs.tag_experiment(key, value)
 
-    def _run_id(self, record: TrialRecord, tags: Mapping[str, str] = MappingProxyType({})) -> str:
-        """Return the trial's run: known, or there from before a resume or a lost answer, or new, with these tags."""
+    def _run_id(self, record: TrialRecord) -> str:
+        """Return the trial's run: known, or there from before a resume or a lost answer, or new, with the last event's time."""
         number = record.number
         if number not in self._run_ids:
             found = self._runs.find(self._parent, TRIAL_TAG, number)
-            run_id = self._create(record, tags) if found is None else found.run_id
+            run_id = self._create(record) if found is None else found.run_id
             if found is not None and found.is_ended:
                 self._ended.add(number)
             else:
@@ -202,16 +204,16 @@ class Mirror:
             self._run_ids[number] = run_id
         return self._run_ids[number]
 
-    def _create(self, record: TrialRecord, tags: Mapping[str, str]) -> str:
+    def _create(self, record: TrialRecord) -> str:
         tags = {
-            **tags,
+            **self._origins.get(record.number, {}),
             "mlflow.parentRunId": self._parent,
             "kind": "trial",
             SEARCH_TAG: self.search,
             TRIAL_TAG: str(record.number),
         }
-        begun = record.started_at or record.finished_at or time.time()
-        return self._runs.create(f"trial-{record.number:04d}", tags, time_ms=int(begun * 1000))
+        begun = self._state.last_at
+        return self._runs.create(f"trial-{record.number:04d}", tags, time_ms=int((begun or time.time()) * 1000))
 
     def _origin(self, event: Event) -> dict[str, str]:
         """Return what is needed to train the trial again, beside its params; its device is in the record."""

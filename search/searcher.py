@@ -54,7 +54,7 @@ class EngineSearcher(Searcher):
         """Record the beginning and the end that the worker group told."""
         message, number = json.loads(result[MESSAGE]), self._assignments[trial_id].number
         if message["event"] == "started":
-            self._engine.began(number, message["at"])
+            self._engine.began(number, message["at"], message["attempt"])
         elif message["event"] == "ended":
             self._engine.ended(number, message)
 

@@ -90,6 +90,7 @@ def synthetic_events(num_trials: int = 12, *, name: str = "synthetic", seed: int
             continue
         predicted = {"memory": PREDICTED_MEMORY, "train_seconds": 50.0, "time_source": "estimate" if number % 2 else "profile"}
         events.append(_event("trial_started", clock[worker], **known, command=f"train {number} again", predicted=predicted))
+        events.append(_event("trial_placed", clock[worker] + 0.5, number=number, attempt=1))
         ended = _train(number, params, clock[worker] + 1, random_)
         events += ended
         clock[worker] = ended[-1]["time"] + 0.5

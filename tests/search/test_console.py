@@ -30,12 +30,13 @@ def test_a_silent_search_says_that_it_goes_on(spec: SearchSpec, capsys: pytest.C
         while "preparing" not in lines and time.monotonic() < end:
             lines += capsys.readouterr().err
         view(EVENTS[0])
-        view(next(e for e in EVENTS if e["event"] == "trial_started"))
-        capsys.readouterr()
-        lines = ""
-        while "min: trial" not in lines and time.monotonic() < end:
-            lines += capsys.readouterr().err
-    assert "trial 0000 under way" in lines
+        for event, words in (("trial_started", "1 trial waiting for workers"), ("trial_placed", "trial 0000 under way")):
+            view(next(e for e in EVENTS if e["event"] == event))
+            capsys.readouterr()
+            lines = ""
+            while words not in lines and time.monotonic() < end:
+                lines += capsys.readouterr().err
+            assert words in lines
     capsys.readouterr()
     assert capsys.readouterr().err == "", "the heartbeat goes on after the search"
 
@@ -68,6 +69,26 @@ def test_a_search_that_goes_on_with_more_trials_does_not_tell_what_was_told(
     assert first == "95 further trials: there is more to find"
     assert second.startswith("resumed with ")
     assert "99 planned" in third
+
+
+def test_a_trial_runs_when_it_has_workers_and_goes_on_when_it_has_others(
+    spec: SearchSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    view = SearchView(spec)
+    started, placed = (next(e for e in EVENTS if e["event"] == f"trial_{what}") for what in ("started", "placed"))
+    view(started)
+    assert capsys.readouterr().err == ""
+    assert [cell for column in view._table().columns[1:2] for cell in column.cells] == ["waiting"]
+    view(placed)
+    assert capsys.readouterr().err.startswith("trial 0000 RUNNING   ")
+    assert [cell for column in view._table().columns[1:2] for cell in column.cells] == ["running"]
+    view({**placed, "time": placed["time"] + 1, "attempt": 2})
+    assert capsys.readouterr().err == "trial 0000 goes on after its workers were lost, attempt 2\n"
+    view({"event": "resumed", "time": placed["time"] + 2, "in_flight": [0]})
+    assert view._state.placed == set()
+    view({**placed, "time": placed["time"] + 3})
+    view({**next(e for e in EVENTS if e["event"] == "trial_finished"), "time": placed["time"] + 4})
+    assert view._state.placed == set()
 
 
 def test_what_was_before_a_search_went_on_is_summed_up(spec: SearchSpec, capsys: pytest.CaptureFixture[str]) -> None:

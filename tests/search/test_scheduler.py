@@ -138,6 +138,7 @@ def test_the_searcher_tells_when_a_group_takes_a_trial_and_stops_what_tune_leave
     assert records[0].held_seconds >= 60, "from when the group took it, not from when the relay told it"
     assert records[1].held_seconds > 0
     assert records[2].held_seconds == 0
+    assert [number for event, number in events(tune.store) if event == "trial_placed"] == [0, 1], "the third has waited"
     assert tune.stopped_jobs == [tune.configs[trial_id]["job"].job_id for trial_id in "bc"]
 
 
