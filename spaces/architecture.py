@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 # By `model_type`; whatever the head, a decoder's attention is causal and an encoder's is not.
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2")
-ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
+DECODERS = (
+    *("llama", "smollm3", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"),
+    *("mixtral", "qwen3_moe", "gpt2"),
+)
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 
 
 class ShapeError(ValueError):

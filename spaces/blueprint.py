@@ -189,7 +189,7 @@ def _decoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -
             Matrix(name="model.layers.*.self_attn.v_proj", num_inputs=width, num_outputs=kv, has_bias=bias),
         )
     feed_in, feed_out = _feed_forward(c, s)
-    tied = task == "causal-lm" and bool(c.get("tie_word_embeddings", family.startswith("gemma")))
+    tied = task == "causal-lm" and bool(c.get("tie_word_embeddings", family.startswith(("gemma", "smollm3"))))
     outputs = s.vocab_size if task == "causal-lm" else num_labels
     return Blueprint(
         family=family,
@@ -274,7 +274,7 @@ def _encoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -
         raise ShapeError(f"model.task: {c['model_type']} sees the tokens after a token too; allowed: sequence-classification")
     family = c["model_type"]
     width, inner = s.hidden_size, s.intermediate_size
-    distil, is_roberta = family == "distilbert", "roberta" in family
+    distil, is_roberta = family == "distilbert", family in ("roberta", "xlm-roberta", "camembert")
     if distil:
         layer, pooler, classifier = "distilbert.transformer.layer.*", "pre_classifier", "classifier"
         names = ["attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2"]

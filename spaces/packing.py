@@ -10,10 +10,10 @@ from spaces.adapters import num_prefix_tokens
 from spaces.architecture import DECODERS, ENCODERS
 from spaces.config import TrialConfig
 
-# Gemma 2 caps its scores, so that its attention is written out; most layers of Gemma 3 see a short window alone.
-NOT_PACKED = ("gemma2", "gemma3_text")
+# It caps its scores, so that its attention is written out.
+NOT_PACKED = ("gemma2",)
 # Their table of positions begins behind the padding token's number.
-LATER_POSITIONS = ("roberta", "xlm-roberta")
+LATER_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ SOME_TARGETS = {
     "bert": ("query", "value"),
     "roberta": ("query", "value"),
     "xlm-roberta": ("query", "value"),
+    "camembert": ("query", "value"),
     "distilbert": ("q_lin", "v_lin"),
     "phi3": ("o_proj",),
 }
@@ -44,7 +45,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
     },
     "distilbert": {"vocab_size": 97, "dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 160},
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), _ENCODER),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), _ENCODER),
     "mixtral": {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**_DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
 }

@@ -24,7 +24,7 @@ from trainables.mesh import World
 from trainables.meter import FlopWatch
 from trainables.parallelize import parallelize, recompute
 
-ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
+ENCODERS = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert"}
 # Around stacked experts PEFT's all-linear adds the whole product of its two matrices to the weight: an overhead, no model FLOPs.
 STACKED = {"mixtral", "qwen3_moe"}
 CLASSIFIERS = ("llama", "qwen2", "qwen3", "gemma2", "mixtral", "gpt2")

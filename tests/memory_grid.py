@@ -32,7 +32,7 @@ from trainables.parallelize import GradientExchange, autocast, summing
 from trainables.tensor_parallel import sum_partial_gradients
 from trainables.tokenization import Encoded
 
-ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
+ENCODERS = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert"}
 # One of every modelling file that keeps something of its own; the others repeat one of these.
 DISTINCT = ("llama", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2", "bert", "distilbert")
 VECTORS, WITHOUT_ALPHA = ("vera", "ia3"), ("vera", "ia3", "oft", "bottleneck", "prefix")

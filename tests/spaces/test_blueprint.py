@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from spaces.architecture import ModelShape, ShapeError
 from spaces.blueprint import FAMILIES, blueprint
 
-ENCODERS = {"bert", "roberta", "xlm-roberta", "distilbert"}
+ENCODERS = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert"}
 CASES = [(f, t) for f in FAMILIES for t in ("causal-lm", "sequence-classification") if not (f in ENCODERS and t == "causal-lm")]
 
 
@@ -68,6 +68,6 @@ def test_public_shapes_have_their_public_sizes():
 
 
 def test_an_unknown_family_is_one_line():
-    with pytest.raises(ShapeError, match=r"no formulas for 'mamba'; there are some for: bert, distilbert, gemma") as caught:
+    with pytest.raises(ShapeError, match=r"no formulas for 'mamba'; there are some for: bert, camembert, distil") as caught:
         blueprint({"model_type": "mamba"}, "causal-lm")
     assert "\n" not in str(caught.value)

@@ -157,9 +157,9 @@ def test_no_row_sees_another(family: str) -> None:
     assert not torch.allclose(scores[0], scores[0].roll(1, 0)), "nothing to tell apart"
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "roberta"])
+@pytest.mark.parametrize("family", ["llama", "bert", "roberta", "gemma3_text"])
 def test_padded_batches_and_those_of_one_length_are_computed_as_ever(family: str) -> None:
-    case = Case(family=family)
+    case = Case(family=family, changes=(("sliding_window", 4),) if family == "gemma3_text" else ())
     plain, ours, data = case.base(), base_of(case), data_of(case.task)
     assert ours.module.config._attn_implementation == ATTENTION
     assert packing_for(plain.module, case.config(1), data) is None
@@ -210,6 +210,8 @@ def test_which_rows_are_packed() -> None:
     assert packing_of(windowed, "causal-lm", trial, 64) is not None
     assert packing_of(windowed, "causal-lm", trial, 65) is None
     assert packing_of(windowed | {"use_sliding_window": False}, "causal-lm", trial, 65) is not None
+    assert packing_of(windowed | {"model_type": "gemma3_text"}, "causal-lm", trial, 64) is not None
+    assert packing_of(windowed | {"model_type": "gemma3_text"}, "causal-lm", trial, 65) is None
     prefixed = Case(family="llama", adapter="all-linear", method="prefix").config(1)
     assert packing_of(windowed, "causal-lm", prefixed, 57) is None, "the first of the eight keys of the prefix would not be seen"
     assert packing_of(windowed, "causal-lm", prefixed, 56) is not None
