@@ -26,6 +26,8 @@ from spaces.spec import SearchSpec
 MAX_ROWS = 20
 # A log that is silent for longer looks like one of a search that hangs.
 HEARTBEAT_SECONDS = 30.0
+# Of evaluation or test rows: with fewer that are trained too, scores hardly change.
+LEAKED_SHARE = 0.05
 
 
 class SearchView:
@@ -109,7 +111,8 @@ class SearchView:
         match event["event"]:
             case "search_started":
                 workers = "1 worker" if event["num_workers"] == 1 else f"{event['num_workers']} workers"
-                return f"search {event['name']}: {event['machine']}; {workers}; data: {_brief(event['data'])}"
+                data = event["data"]
+                return "\n".join([f"search {event['name']}: {event['machine']}; {workers}; data: {_brief(data)}", *_leaks(data)])
             case "device_examined":
                 other = f"; it was {event['before']}, with whose times and bytes these do not compare" if "before" in event else ""
                 return device_text(event["device"], self._spec.space.precision.ends()) + other
@@ -209,6 +212,16 @@ def _goes_on(event: Mapping[str, Any], summary: str) -> str:
     if event["event"] == "resumed":
         return f"resumed with {summary}; trials in flight go on first: {event['in_flight'] or 'none'}"
     return f"{event['num_further']} further trials: {event['why']}" if event["num_further"] else f"it goes on: {event['why']}"
+
+
+def _leaks(data: Mapping[str, Any]) -> list[str]:
+    """Return a warning for each role of which many rows are training rows too."""
+    found = {role: (data.get(f"{role}_rows_also_in_train", 0), data.get(f"{role}_rows", 0)) for role in ("evaluation", "test")}
+    return [
+        f"warning: {number:,} of {total:,} {role} rows are training rows too: scores on them tell what was learned by heart"
+        for role, (number, total) in found.items()
+        if number > LEAKED_SHARE * total
+    ]
 
 
 def _brief(data: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from spaces import constraints
 from spaces.config import TrialConfig
 from spaces.constraints import Limits
 from spaces.loading import LoadedSpec, SpecError, parse_spec
-from spaces.metrics import CUSTOM, metric_of
+from spaces.metrics import CUSTOM, EXACT_MATCH, metric_of
 from spaces.presets import starting_points
 from spaces.spec import Objective, SearchSpec
 
@@ -167,9 +167,11 @@ def _difference(spec: SearchSpec, earlier: _Earlier, data_fingerprint: str) -> s
         return "model"
     if earlier.data_fingerprint != data_fingerprint:
         return "data"
-    scores = [s.data.metric for s in (spec, earlier.spec) if CUSTOM in {o.metric for o in s.resolved_objectives()}]
-    if len(set(scores)) > 1:
-        return "data.metric"
+    judged = {o.metric for o in spec.resolved_objectives()}
+    of_completions = {CUSTOM, EXACT_MATCH} if spec.model.task == "causal-lm" else set()
+    for key, of in {"metric": {CUSTOM}, "answer_pattern": {EXACT_MATCH}, "exact_match_rows": of_completions}.items():
+        if judged & of and getattr(spec.data, key) != getattr(earlier.spec.data, key):
+            return f"data.{key}"
     wanted, there = ({(o.metric, o.direction) for o in s.resolved_objectives()} for s in (spec, earlier.spec))
     return "" if wanted == there else "objective"
 

@@ -116,18 +116,23 @@ class DataSpec(Section):
     """In the place of `train`, `evaluation` and `test`: several domains by their names, each with these keys and a `weight`. The
     accuracy on the rows of each is reported as `accuracy.NAME`, and may be an objective."""
     holdout: Annotated[float, Within(gt=0, le=0.5)] = 0.1
-    """Share of the training rows that is held out when there is no evaluation file."""
+    """Share of the training rows that is held out when there is no evaluation file; rows that are alike, all or none of them."""
     text: Text | None = None
-    """Column of the text. For a language model each row is a document with windows of its own, and a txt file is one document."""
+    """Column of the text; by default `text`, `content`, `document`, `sentence`, `review` or `utterance`, and where it is classified
+    `question`, `query` or `title` too. For a language model each row is a document with windows of its own, and a txt file is one
+    document."""
     label: Text | None = None
-    """Column of the label (classification)."""
+    """Column of the label (classification); by default `label`, `category`, `intent`, `class`, `target`, `topic` or `sentiment`."""
     prompt: Text | None = None
-    """Column of the prompt (causal-lm); a line break is put between it and the completion."""
+    """Column of the prompt (causal-lm); by default `prompt`, `instruction`, `question`, `query` or `input`. A line break is put
+    between it and the completion, and where an instruction has an `input` or a `context`, or a question a `context`, that between
+    both."""
     completion: Text | None = None
-    """Column of the completion, the only part that the loss counts (causal-lm)."""
+    """Column of the completion, the only part that the loss counts (causal-lm); by default `completion`, `output`, `answer` or
+    `response`."""
     messages: Text | None = None
-    """Column of the chat messages (causal-lm), of which the assistant's are learned; where the model's template renders a turn
-    otherwise once others follow, as Qwen 3's does, the last of them."""
+    """Column of the chat messages (causal-lm); by default `messages` or `conversations`. The assistant's answers are learned; where
+    the model's template renders a turn otherwise once others follow, as Qwen 3's does, the last of them."""
     answer_pattern: Text | None = None
     """Regular expression whose first group is the answer in a completion; exact_match compares it."""
     exact_match_rows: AtLeastZero = 64

@@ -46,6 +46,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     },
     "distilbert": {"vocab_size": 97, "dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 160},
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), _ENCODER),
+    "falcon": {k: v for k, v in _DECODER.items() if k not in ("head_dim", "num_key_value_heads", "intermediate_size")},
     "mixtral": {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**_DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
 }

@@ -332,11 +332,11 @@ def _global_batches(config: TrialConfig, data: TaskData) -> list[np.ndarray]:
         order = _epochs(rows, total, rng)
     else:
         order = _mixed(rows, total, data.train.domains, data.domain_weights, rng)
-    bucket = BUCKET_BATCHES * recipe.global_batch_size
+    bucket, lengths = BUCKET_BATCHES * recipe.global_batch_size, data.train.lengths
     batches: list[np.ndarray] = []
     for start in range(0, total, bucket):
         part = order[start : start + bucket]
-        part = part[np.argsort(data.train.lengths[part], kind="stable")]
+        part = part[np.argsort(lengths[part], kind="stable")]
         cut = [part[i : i + recipe.global_batch_size] for i in range(0, len(part), recipe.global_batch_size)]
         # Without this, long rows would always be trained last in their bucket.
         batches += [cut[i] for i in rng.permutation(len(cut))]

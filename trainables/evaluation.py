@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -178,25 +178,21 @@ def completions(
     if isinstance(module, FSDPModule):
         module.unshard()  # generation calls the model inside PEFT's, whose hooks gather nothing of what no block holds
     num_rows = min(num_rows, table.num_rows)
-    limit = int(np.percentile(table.num_targets[:num_rows], 95))
     rows_world = world.data_parallel(config.layout)
-    mine = np.arange(num_rows)[rows_world.rank :: rows_world.world_size]
     num_places = num_positions(model.config.get_text_config().to_dict()) or sys.maxsize
-    per_rank = -(-num_rows // rows_world.world_size)
     texts: dict[int, str] = {}
-    for start in range(0, per_rank, GENERATION_ROWS):
-        rows = mine[start : start + GENERATION_ROWS]
-        prompts = [_prompt(table, int(i)) for i in rows] or [_prompt(table, 0)]
+    for together, num_new in _generated_together(table, num_rows, num_places - num_prefix_tokens(config.recipe), rows_world):
+        rows = together[rows_world.rank :: rows_world.world_size]
+        prompts = [_prompt(table, int(i)) for i in rows] or [_prompt(table, int(together[0]))]
         width = max(map(len, prompts))
         # Padding at the left: the completion must follow its prompt.
         ids = torch.tensor([[data.pad_token_id] * (width - len(p)) + p for p in prompts], device=world.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=world.device)
-        num_left = num_places - width - num_prefix_tokens(config.recipe)
         with autocast(config, world), as_written(config.layout.compile == "blocks"):
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=max(1, min(limit, num_left)),
+                max_new_tokens=num_new,
                 **GREEDY,
                 use_cache=True,
                 pad_token_id=data.pad_token_id,
@@ -208,6 +204,20 @@ def completions(
     model.train()
     gathered = {i: text for part in world.gather(texts) for i, text in part.items()}
     return [gathered[i] for i in range(num_rows)]
+
+
+def _generated_together(table: TokenTable, num_rows: int, num_places: int, world: World) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield rows that all ranks complete at once, and the most tokens that each of them may be given.
+
+    That is as many as most expected completions have, or as a row has places for, whoever shares its batch: the longest prompt of
+    a batch leaves the fewest.
+    """
+    limit = int(np.percentile(table.num_targets[:num_rows], 95))
+    allowed = np.array([max(1, min(limit, num_places - len(_prompt(table, i)))) for i in range(num_rows)])
+    for num_new in np.unique(allowed):
+        rows = np.flatnonzero(allowed == num_new)
+        size = GENERATION_ROWS * world.world_size
+        yield from ((rows[start : start + size], int(num_new)) for start in range(0, len(rows), size))
 
 
 def _prompt(table: TokenTable, index: int) -> list[int]:

@@ -70,11 +70,14 @@ def check_use(config: Mapping[str, Any], model: ModelSpec) -> None:
     """Check that a model can be used as the spec says.
 
     Raises:
-        ModelError: rows would be longer than its positions, or it sees the tokens that it is to predict.
+        ModelError: rows would be longer than its positions, it sees the tokens that it is to predict, or pads with one that it lacks.
     """
     text = config.get("text_config")
     sizes: Mapping[str, Any] = text if isinstance(text, Mapping) else config
     family = str(sizes.get("model_type", ""))
+    pad, num_tokens = sizes.get("pad_token_id"), sizes.get("vocab_size")
+    if isinstance(pad, int) and isinstance(num_tokens, int) and pad >= num_tokens:
+        raise ModelError(f"model.name: {model.name}: config.json: pad_token_id is {pad}, and vocab_size {num_tokens}: there is none")
     positions = num_positions(sizes)
     if positions is not None and model.max_length > positions:
         given = f"{model.name} has {positions} positions, got {model.max_length}"

@@ -6,7 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
@@ -32,7 +32,7 @@ from trainables.model import BaseModel, build, trainable, unwrapped
 from trainables.optim import learning_rate, make_optimizer, update
 from trainables.packed import packing_for
 from trainables.parallelize import GradientExchange, autocast, blocks_of, recompute, summing
-from trainables.report import Diverged, OutOfMemory, TrialReport
+from trainables.report import Diverged, OutOfMemory, TrialError, TrialReport
 from trainables.step_time import FURTHER_SECONDS, MIN_TIMED_STEPS
 from trainables.tensor_parallel import marked_while_gathered, sum_partial_gradients
 from trainables.trained_rows import rows_of
@@ -366,16 +366,20 @@ class Trainer:
         self._saved_state = saved.optimizer
 
 
-def evaluate_untrained(config: TrialConfig, data: TaskData, base: BaseModel, world: World) -> dict[str, float]:
+def evaluate_untrained(config: TrialConfig, data: TaskData, base: BaseModel, world: World, exact_match_rows: int) -> dict[str, float]:
     """Return the scores of the model before any training, with the config's seed for the new weights.
 
-    Other adapters change nothing before they are trained, but a prefix begins at random: the model is scored with another one, which
-    has it frozen and quantised as a prefix has.
+    The user's own score may not be defined of completions that are none yet. Other adapters change nothing before they are
+    trained, but a prefix begins at random: the model is scored with another one, which has it frozen and quantised as a prefix has.
     """
     if config.recipe.adapter == "prefix":
         lora: dict[str, Any] = {"adapter": "lora", "adapter_rank": 1, "adapter_alpha": 1.0, "adapter_target_modules": ("all-linear",)}
         config = replace(config, recipe=replace(config.recipe, **lora))
-    return evaluate(build(config, base, world), config, data, data.evaluation, world, is_final=False)
+    module = build(config, base, world)
+    scores = evaluate(module, config, data, data.evaluation, world, is_final=False)
+    with suppress(TrialError):
+        scores |= score_completions(module, config, data, data.evaluation, world, base, exact_match_rows)
+    return scores
 
 
 def evaluate_saved(

@@ -252,6 +252,8 @@ class CountingPass(TorchFunctionMode):
             self._note(args[1], args[2])
         elif func in (functional.scaled_dot_product_attention, attention_by_rows):
             self.attention.append(attention_products(*(x.requires_grad for x in args[:3])))
+        elif getattr(func, "__name__", "") == "matmul" and isinstance(args[1]._base, torch.nn.Parameter):  # Falcon's, by hand
+            self._note(args[0], args[1])
         elif getattr(func, "__name__", "") == "_grouped_mm":  # `functional.grouped_mm` calls it and is not seen itself
             self._note(args[0], args[1], num_experts=args[1].shape[0])
         return result

@@ -230,7 +230,8 @@ def _order_classes(module: nn.Module, given: Sequence[str], label_names: Sequenc
         new: parameters that the pretrained weights lack.
     """
     own, wanted = ([name.casefold() for name in names] for names in (given, label_names))
-    if own == wanted or all(name.startswith("label_") for name in own):
+    is_unnamed = sorted(own) != sorted(wanted) and all(name.startswith("label_") for name in own)
+    if own == wanted or is_unnamed:
         return set()
     # Of a head with several layers the last one's alone have a row for each class.
     last = {n: p for n, p in module.named_parameters() if n not in new and is_head(n.rpartition(".")[0]) and len(p) == len(wanted)}

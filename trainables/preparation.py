@@ -11,24 +11,26 @@ from typing import Any, cast
 
 import numpy as np
 
+from spaces.architecture import ModelShape
 from spaces.inputs import DATA_ROLES, DataSpec, DomainSpec, ModelSpec
 from spaces.metrics import EXACT_MATCH
+from trainables.columns import Columns, detect, detect_like, field
 from trainables.data import TaskData, TokenTable, expected_text
 from trainables.docstrings import load_docstrings
-from trainables.formats import Columns, DataError, Row, detect, field, read_rows
+from trainables.formats import DataError, Row, read_rows
+from trainables.hub import model_config
 from trainables.report import TrialError
+from trainables.splits import held_out, stratified_key
 from trainables.tokenization import Encoded, EncodedRows, encode_classification, encode_rows, encode_text, end_tokens, load_tokenizer
 from trainables.user_metric import UserMetric
 
 EMBEDDED_DATA = "embedded:stdlib-docstrings"
-# Holding out must not depend on the search's seed: two searches on the same data then compare.
-SPLIT_SEED = 20_240_901
 # An answer after this mark is GSM8K's convention; other data name theirs with data.answer_pattern.
 DEFAULT_ANSWER_PATTERN = r"####\s*(.+)"
 SHARE_WITH_ANSWER = 0.9
 NO_ANSWERS = (
     "data.answer_pattern finds an answer in too few completions of the evaluation rows; allowed: prompts with completions of which "
-    "nine in ten have one, none left out for model.max_length"
+    "nine in ten have one that model.max_length does not cut off, and none is left out for its length"
 )
 # What the hub calls the rows of a role.
 HUB_SPLITS = {"train": "train", "evaluation": "validation", "test": "test"}
@@ -36,17 +38,17 @@ HUB_SPLITS = {"train": "train", "evaluation": "validation", "test": "test"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Split:
-    """Raw rows of one role and the source that error messages name."""
+    """Raw rows of one role, which of their columns mean what, and the source that error messages name."""
 
     rows: list[Row]
     source: str
+    columns: Columns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Domain:
     """What was read of one domain."""
 
-    columns: Columns
     splits: Mapping[str, _Split]
     """By role; that of evaluation may be missing, and that of test."""
 
@@ -57,11 +59,11 @@ class _Domain:
     @property
     def is_whole(self) -> bool:
         """Whether the training rows are one long text."""
-        return self.columns.kind == "text" and len(self.train.rows) == 1
+        return self.train.columns.kind == "text" and len(self.train.rows) == 1
 
-    def source(self, role: str) -> str:
+    def split(self, role: str) -> _Split:
         """Return where the rows of a role are from; those that are held out are training rows."""
-        return self.splits.get(role, self.train).source
+        return self.splits.get(role, self.train)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +78,7 @@ class _Raw:
     @property
     def columns(self) -> Columns:
         """Of the first domain; all are of one kind."""
-        return next(iter(self.domains.values())).columns
+        return next(iter(self.domains.values())).train.columns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +91,7 @@ class _Part:
     """What a row is, to count those that are twice."""
     domains: list[int]
     answers: list[str | None]
-    """What `data.answer_pattern` finds in a row's completion; none where rows have no completions, or some were left out."""
+    """What `data.answer_pattern` finds in what is left of a completion; none where rows have none, or some were left out."""
     num_cut: int = 0
     num_lost: int = 0
     num_last_only: int = 0
@@ -129,7 +131,7 @@ def prepare(model: ModelSpec, data: DataSpec, objectives: Collection[str] = ()) 
         trainables.hub.ModelError: the model has no tokenizer that can be loaded.
     """
     domains = {name: _read(source, data, model.task) for name, source in data.sources.items()}
-    kinds = {name: domain.columns.kind for name, domain in domains.items()}
+    kinds = {name: domain.train.columns.kind for name, domain in domains.items()}
     first = next(iter(kinds))
     for name, kind in kinds.items():
         if kind != kinds[first]:
@@ -146,13 +148,17 @@ def prepare(model: ModelSpec, data: DataSpec, objectives: Collection[str] = ()) 
 def _read(source: DomainSpec, data: DataSpec, task: str) -> _Domain:
     if source.train == EMBEDDED_DATA:
         train_rows, evaluation_rows = load_docstrings()
-        rows = {"train": train_rows, "evaluation": evaluation_rows}
-        splits = {role: _Split(rows=part, source=source.train) for role, part in rows.items()}
+        read = {"train": (train_rows, source.train), "evaluation": (evaluation_rows, source.train)}
     else:
         files = {role: file for role in DATA_ROLES if (file := getattr(source, role)) is not None}
-        splits = {role: _Split(rows=read_rows(file, split=HUB_SPLITS[role]), source=file) for role, file in files.items()}
-    train = splits["train"]
-    return _Domain(columns=detect(train.rows, data, train.source, task), splits=splits)
+        read = {role: (read_rows(file, split=HUB_SPLITS[role]), file) for role, file in files.items()}
+    train_rows, train_file = read["train"]
+    columns = detect(train_rows, data, train_file, task)
+    splits = {
+        role: _Split(rows=rows, source=file, columns=detect_like(columns, rows, data, file, task))
+        for role, (rows, file) in read.items()
+    }
+    return _Domain(splits=splits)
 
 
 def _classified(raw: _Raw) -> dict[str, dict[str, _Part]]:
@@ -162,16 +168,13 @@ def _classified(raw: _Raw) -> dict[str, dict[str, _Part]]:
     known = {label for pairs in read.values() for label in pairs["train"][1]}
     if len(known) < 2:
         (label,), domain = known, next(iter(raw.domains.values()))
-        column = domain.columns.label
+        column = domain.train.columns.label
         raise DataError(f"{domain.train.source}: a single class, '{label}', in column '{column}'; at least two are needed")
     for index, (name, domain) in enumerate(raw.domains.items()):
         pairs = read[name]
         texts, labels = pairs["train"]
         if "evaluation" not in pairs:
-            held = _held_out(labels, raw.data.holdout)
-            if not held.any():
-                share = f"{raw.data.holdout:g} of {len(texts)} rows"
-                raise DataError(f"{domain.train.source}: data.holdout: {share} leaves no row to evaluate on")
+            held = _held_out(texts, labels, domain, raw.data)
             for role, mask in (("train", ~held), ("evaluation", held)):
                 rows = np.flatnonzero(mask)
                 pairs[role] = [texts[i] for i in rows], [labels[i] for i in rows]
@@ -189,36 +192,50 @@ def _classified(raw: _Raw) -> dict[str, dict[str, _Part]]:
         for name, part in found[role].items():
             unknown = sorted(set(part.labels or ()) - known)
             if unknown:
-                source = raw.domains[name].source(role)
+                source = raw.domains[name].split(role).source
                 raise DataError(f"{source}: label '{unknown[0]}' is in the {role} rows, but in no training row")
     return {role: parts for role, parts in found.items() if parts}
 
 
 def _texts_and_labels(split: _Split, raw: _Raw) -> tuple[list[str], list[str]]:
-    columns = detect(split.rows, raw.data, split.source, raw.model.task)
-
     def column(name: str | None) -> list[str]:
         return [field(row, name or "", split.source, i) for i, row in enumerate(split.rows, start=1)]
 
-    return column(columns.text), column(columns.label)
+    return column(split.columns.text), [label.strip() for label in column(split.columns.label)]
 
 
 def _completed(raw: _Raw) -> dict[str, dict[str, _Part]]:
     """Return the rows of every role and domain: plain text, prompts with completions, or chats."""
     found: dict[str, dict[str, _Part]] = {role: {} for role in DATA_ROLES}
     for index, (name, domain) in enumerate(raw.domains.items()):
-        for role, rows in _rows_by_role(domain, raw.data.holdout).items():
+        for role, rows in _rows_by_role(domain, raw.data).items():
             found[role][name] = part = _encoded(raw, domain, role, rows, index)
             if not part.encoded:
                 raise DataError(
-                    f"{domain.source(role)}: no {role} row has a token to learn from within model.max_length "
+                    f"{domain.split(role).source}: no {role} row has a token to learn from within model.max_length "
                     f"{raw.model.max_length}; raise model.max_length or give more text"
                 )
     return {role: parts for role, parts in found.items() if parts}
 
 
-def _rows_by_role(domain: _Domain, holdout: float) -> dict[str, list[Row]]:
-    columns, train = domain.columns, domain.train
+def _held_out(rows: Sequence[Hashable], labels: Sequence[str], domain: _Domain, data: DataSpec) -> np.ndarray:
+    """Return a mask of the rows that are held out.
+
+    Raises:
+        DataError: none is.
+    """
+    held = held_out(rows, labels, data.holdout)
+    if not held.any():
+        num_different = len(set(rows))
+        twice = "" if num_different == len(rows) else f", of which {num_different} differ,"
+        raise DataError(
+            f"{domain.train.source}: data.holdout: {data.holdout:g} of {len(rows)} rows{twice} leaves none to evaluate on"
+        )
+    return held
+
+
+def _rows_by_role(domain: _Domain, data: DataSpec) -> dict[str, list[Row]]:
+    train, columns = domain.train, domain.train.columns
     splits = {role: split.rows for role, split in domain.splits.items()}
     if "evaluation" in splits:
         return splits
@@ -226,15 +243,15 @@ def _rows_by_role(domain: _Domain, holdout: float) -> dict[str, list[Row]]:
         # Plain text is held out in one piece, its last: random windows would leak their neighbours.
         column = columns.text or ""
         whole = field(train.rows[0], column, train.source, 1)
-        cut = round(len(whole) * (1 - holdout))
+        cut = round(len(whole) * (1 - data.holdout))
         return splits | {"train": [{column: whole[:cut]}], "evaluation": [{column: whole[cut:]}]}
-    held = _held_out([""] * len(train.rows), holdout)
+    held = _held_out([columns.texts(row) for row in train.rows], [""] * len(train.rows), domain, data)
     masks = {"train": ~held, "evaluation": held}
     return splits | {role: [row for row, chosen in zip(train.rows, mask, strict=True) if chosen] for role, mask in masks.items()}
 
 
 def _encoded(raw: _Raw, domain: _Domain, role: str, rows: list[Row], index: int) -> _Part:
-    columns, source = domain.columns, domain.source(role)
+    columns, source = domain.split(role).columns, domain.split(role).source
     answers: list[str | None] = []
     if columns.kind == "text":
         texts = [field(row, columns.text or "", source, i) for i, row in enumerate(rows, start=1)]
@@ -243,7 +260,8 @@ def _encoded(raw: _Raw, domain: _Domain, role: str, rows: list[Row], index: int)
         found = encode_rows(raw.tokenizer, rows, columns, source, raw.model.max_length)
         if columns.kind == "prompt_completion" and not found.num_lost:
             matches = [re.search(_pattern(raw.data), str(row[columns.completion or ""])) for row in rows]
-            answers = [((match.group(1) or "").strip() or None) if match else None for match in matches]
+            found_answers = [((match.group(1) or "").strip() or None) if match else None for match in matches]
+            answers = [None if i in found.without_end else answer for i, answer in enumerate(found_answers)]
     return _Part(
         encoded=found.encoded,
         labels=None,
@@ -268,12 +286,17 @@ def _has_answers(data: DataSpec, part: _Part) -> bool:
 
 def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
     model, data, tokenizer, train = raw.model, raw.data, raw.tokenizer, parts["train"]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    num_tokens = ModelShape.from_config(model_config(model.name, model.revision)).vocab_size
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < num_tokens), None)
     if pad is None:
         raise DataError(f"model.name: the tokenizer of {model.name} has neither a padding nor an end-of-text token")
-    names = tuple(sorted(set(train.labels or ())))
+    names = tuple(sorted(set(train.labels or ()), key=_in_words_and_numbers))
     has_answers = _has_answers(data, parts["evaluation"])
     tables = {role: _table(part, names, data) for role, part in parts.items()}
+    highest = max(int(table.input_ids.max()) for table in tables.values())
+    if highest >= num_tokens:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise DataError(f"model.name: the tokenizer of {model.name} has '{token}' as token {highest}; its model knows {num_tokens}")
     for role in tables.keys() - {"train"} if has_answers else ():
         if _has_answers(data, parts[role]):
             tables[role] = replace(tables[role], answers=tuple(answer or "" for answer in parts[role].answers))
@@ -292,7 +315,7 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
         train=tables["train"],
         evaluation=tables["evaluation"],
         test=tables.get("test"),
-        fraction_key=_stratified_key(list(zip(train.labels or [""] * len(train.domains), train.domains, strict=True))),
+        fraction_key=stratified_key(list(zip(train.labels or [""] * len(train.domains), train.domains, strict=True))),
         label_names=names,
         answer_pattern=_pattern(data) if has_answers else None,
         pad_token_id=int(pad),
@@ -303,6 +326,11 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
         domains=tuple(data.domains or ()),
         domain_weights=tuple(weights) or None,
     )
+
+
+def _in_words_and_numbers(name: str) -> list[str | int]:
+    """Return what puts class 2 before class 10, as whoever numbers classes does."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
 
 
 def _table(part: _Part, label_names: Sequence[str], data: DataSpec) -> TokenTable:
@@ -331,37 +359,6 @@ def _checked_metric(raw: _Raw, evaluation: TokenTable, label_names: tuple[str, .
     return metric
 
 
-def _held_out(labels: Sequence[str], share: float) -> np.ndarray:
-    """Return a mask of the held-out rows, bool (num_rows,): the share of every class, and never its last row.
-
-    Of classes too small for a row of their own, the largest give one, until all of them together have given their share.
-    """
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
-    members: dict[str, list[int]] = {}
-    for i in order:
-        members.setdefault(labels[i], []).append(int(i))
-    held = np.zeros(len(labels), dtype=bool)
-    for rows in members.values():
-        held[rows[: min(len(rows) - 1, round(len(rows) * share))]] = True
-    small = sorted((rows for rows in members.values() if len(rows) > 1 and round(len(rows) * share) == 0), key=len, reverse=True)
-    held[[rows[0] for rows in small[: round(share * sum(map(len, small)))]]] = True
-    return held
-
-
-def _stratified_key(classes: Sequence[Hashable]) -> np.ndarray:
-    """Return each row's place in a random order of its class, as a share of the class: float64 (num_rows,).
-
-    Rows with a key below f are then f of every class, rounded up, and every class keeps a row.
-    """
-    members: dict[Hashable, list[int]] = {}
-    for row in np.random.default_rng(SPLIT_SEED).permutation(len(classes)):
-        members.setdefault(classes[row], []).append(int(row))
-    key = np.empty(len(classes))
-    for rows in members.values():
-        key[rows] = np.arange(len(rows)) / len(rows)
-    return key
-
-
 def _summary(raw: _Raw, tables: Mapping[str, TokenTable], parts: Mapping[str, _Part]) -> dict[str, Any]:
     """Count what a user should know before the search: sizes, cuts, duplicates, leaks into evaluation and test."""
     train, is_classified = tables["train"], parts["train"].labels is not None
@@ -377,6 +374,9 @@ def _summary(raw: _Raw, tables: Mapping[str, TokenTable], parts: Mapping[str, _P
         "duplicate_train_rows": len(parts["train"].rows) - len(set(parts["train"].rows)),
         "example": _example(raw, parts["train"])[:300],
     }
+    for role in ("evaluation", "test"):
+        if role in parts and parts[role].num_cut:
+            summary[f"truncated_{role}_rows"] = parts[role].num_cut
     for role, earlier in (("evaluation", "train"), ("test", "train"), ("test", "evaluation")):
         if role in parts:
             known = set(texts[earlier])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 
-from trainables.formats import Columns, DataError, Row, field
+from trainables.columns import Columns, field
+from trainables.formats import DataError, Row
 from trainables.hub import ModelError, resolve_model
 
 IGNORE = -100
@@ -36,7 +37,7 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(resolve_model(name), revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.name: no tokenizer for {name}: {str(error).splitlines()[0]}") from error
 
 
@@ -76,6 +77,8 @@ class EncodedRows:
     num_cut: int = 0
     num_lost: int = 0
     """Left out, because no target was left."""
+    without_end: frozenset[int] = frozenset()
+    """Which of `encoded` lack the end of what is to be learned, for their length."""
     num_last_only: int = 0
     """Chats of which the last answer alone counts."""
 
@@ -86,21 +89,34 @@ def encode_rows(tokenizer: Any, rows: Sequence[Row], columns: Columns, source: s
     Raises:
         DataError: a row has not the form that its format demands.
     """
-    encoded, num_cut, num_lost, num_last_only, begin = [], 0, 0, 0, _begin(tokenizer)
+    encoded: list[Encoded] = []
+    without_end: set[int] = set()
+    num_cut, num_lost, num_last_only, begin = 0, 0, 0, _begin(tokenizer)
     for number, row in enumerate(rows, start=1):
         if columns.kind == "messages":
-            ids, targets, is_last_only = _chat(tokenizer, row[columns.messages or ""], f"{source}: row {number}")
+            ids, targets, is_last_only = _chat(tokenizer, row.get(columns.messages or ""), f"{source}: row {number}")
             num_last_only += is_last_only
         else:
             ids, targets = _prompt_completion(tokenizer, row, columns, begin, source, number)
+        is_short = False
         if len(ids) > max_length:
             num_cut += 1
+            num_whole = _num_learned(targets)
             ids, targets = _shorten(ids, targets, max_length, tokenizer.bos_token_id)
+            is_short = _num_learned(targets) < num_whole
         if all(target == IGNORE for target in targets[1:]):
             num_lost += 1
             continue
+        if is_short:
+            without_end.add(len(encoded))
         encoded.append(Encoded(input_ids=ids, targets=targets))
-    return EncodedRows(encoded=encoded, num_cut=num_cut, num_lost=num_lost, num_last_only=num_last_only)
+    return EncodedRows(
+        encoded=encoded, num_cut=num_cut, num_lost=num_lost, num_last_only=num_last_only, without_end=frozenset(without_end)
+    )
+
+
+def _num_learned(targets: Sequence[int]) -> int:
+    return sum(target != IGNORE for target in targets)
 
 
 def _prompt_completion(
@@ -131,8 +147,8 @@ def end_tokens(tokenizer: Any, kind: str) -> tuple[int, ...]:
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if kind == "messages":
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        before = _render(tokenizer, turns[:1], add_generation_prompt=True)
-        answer = _render(tokenizer, turns, add_generation_prompt=False)[len(before) :]
+        before = _tokens(tokenizer, _render(tokenizer, turns[:1], add_generation_prompt=True))
+        answer = _tokens(tokenizer, _render(tokenizer, turns, add_generation_prompt=False))[len(before) :]
         special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
         ends += [i for i in answer if i in special][-1:]
     return tuple(dict.fromkeys(ends))
@@ -156,14 +172,15 @@ def _chat(tokenizer: Any, messages: Any, where: str) -> tuple[list[int], list[in
     if tokenizer.chat_template is None:
         raise DataError(f"{where}: chat messages need a tokenizer with a chat template, and this model's has none")
     turns = _turns(messages, where)
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    # What a chat begins with answers nothing.
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > 0]
     try:
         try:
-            return (*_rendered(tokenizer, turns, sorted({*answers, len(turns) - 1})), False)
+            return (*_rendered(tokenizer, turns, answers), False)
         except _Rewritten:
             last = answers[-1]
             return (*_rendered(tokenizer, turns[: last + 1], [last]), True)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"{where}: the model's chat template refuses it: {error}") from error
     except _Rewritten as error:
         raise DataError(
@@ -176,33 +193,44 @@ class _Rewritten(Exception):
     """What was rendered is no longer how the chat begins once more is rendered."""
 
 
-def _rendered(tokenizer: Any, turns: Sequence[dict[str, str]], steps: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return tokens and targets of a chat that is rendered up to these of its turns, one after the other."""
+def _rendered(tokenizer: Any, turns: Sequence[dict[str, Any]], answers: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return tokens and targets of a chat that is rendered up to each of these turns, and to its end."""
     ids: list[int] = []
     targets: list[int] = []
+    before = ""
 
-    def extend(longer: list[int], is_target: bool) -> None:
-        if longer[: len(ids)] != ids:
+    def extend(longer: str, is_target: bool) -> None:
+        nonlocal before
+        added = _tokens(tokenizer, longer)
+        if added[: len(ids)] == ids:
+            added = added[len(ids) :]
+        elif longer.startswith(before):
+            # A token would span the seam, such as of two line breaks; what the model answers comes after a seam too.
+            added = _tokens(tokenizer, longer[len(before) :])
+        else:
             raise _Rewritten
-        added = longer[len(ids) :]
-        ids[:] = longer
+        before = longer
+        ids.extend(added)
         targets.extend(added if is_target else [IGNORE] * len(added))
 
-    for step in steps:
-        is_target = turns[step]["role"] == "assistant"
-        if is_target:
-            # What the template puts before an answer (the assistant's header) is given to the model, not learned.
-            extend(_render(tokenizer, turns[:step], add_generation_prompt=True), False)
-        extend(_render(tokenizer, turns[: step + 1], add_generation_prompt=False), is_target)
+    for answer in answers:
+        # What the template puts before an answer (the assistant's header) is given to the model, not learned.
+        extend(_render(tokenizer, turns[:answer], add_generation_prompt=True), False)
+        extend(_render(tokenizer, turns[: answer + 1], add_generation_prompt=False), True)
+    if not answers or answers[-1] < len(turns) - 1:
+        extend(_render(tokenizer, turns, add_generation_prompt=False), False)
     return ids, targets
 
 
-def _render(tokenizer: Any, turns: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=add_generation_prompt)
+def _render(tokenizer: Any, turns: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=add_generation_prompt))
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _turns(messages: Any, where: str) -> list[dict[str, str]]:
+def _turns(messages: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)
@@ -212,11 +240,22 @@ def _turns(messages: Any, where: str) -> list[dict[str, str]]:
         raise DataError(f"{where}: expected a list of messages, got {type(messages).__name__}")
     turns = []
     for message in messages:
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if role is None or content is None:
-            raise DataError(f"{where}: a message needs role and content, got {', '.join(message) or 'nothing'}")
-        turns.append({"role": ROLES.get(role, role), "content": content})
+        if not isinstance(message, Mapping):
+            raise DataError(f"{where}: expected messages with role and content, got {type(message).__name__}")
+        role, content = message.get("role", message.get("from")), _content(message.get("content", message.get("value")))
+        # What a template knows beside the text, such as calls of tools, is its own business.
+        known = {key: value for key, value in message.items() if value is not None}
+        if role is None or (content is None and not known.get("tool_calls")):
+            raise DataError(f"{where}: a message needs role and content, a text, got {', '.join(message) or 'nothing'}")
+        turns.append({**known, "role": ROLES.get(role, role), "content": content})
     return turns
+
+
+def _content(given: Any) -> str | None:
+    """Return a message's text; None where it has none, or pictures and the like beside it."""
+    if isinstance(given, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in given):
+        return "".join(str(part.get("text") or "") for part in given)
+    return given if isinstance(given, str) else None
 
 
 def _shorten(ids: list[int], targets: list[int], max_length: int, begin: int | None) -> tuple[list[int], list[int]]:

@@ -156,7 +156,7 @@ def _execute(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
     if job.kind == "profile":
         return {"state": "complete", "profile": measure_step(config, data, base, world)}
     if job.kind == "reference":
-        return {"state": "complete", "metrics": evaluate_untrained(config, data, base, world)}
+        return {"state": "complete", "metrics": evaluate_untrained(config, data, base, world, task.exact_match_rows)}
     if job.kind == "test":
         return {"state": "complete", "metrics": evaluate_saved(config, data, base, world, directory / "final", task.exact_match_rows)}
     checkpoints = CheckpointStore(directory)

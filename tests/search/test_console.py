@@ -137,6 +137,17 @@ def test_an_infeasible_trial_says_why_and_one_from_before_by_its_constraint(
     assert capsys.readouterr().err.strip().endswith(words)
 
 
+@pytest.mark.parametrize(("number", "is_told"), [(5, False), (6, True)])
+def test_scores_on_rows_that_are_trained_are_warned_of(
+    spec: SearchSpec, capsys: pytest.CaptureFixture[str], number: int, is_told: bool
+) -> None:
+    started = next(e for e in EVENTS if e["event"] == "search_started")
+    data = {"format": "f", "evaluation_rows": 100, "test_rows": 100, "test_rows_also_in_train": number}
+    SearchView(spec)({**started, "data": data})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == ["warning: 6 of 100 test rows are training rows too: scores on them tell what was learned by heart"] * is_told
+
+
 def test_a_search_that_goes_on_elsewhere_says_that_its_times_do_not_compare(
     spec: SearchSpec, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -148,6 +148,20 @@ def test_another_score_of_ones_own_does_not_compare(tmp_path: Path) -> None:
     assert _difference(other, there, "abc") == "data.metric"
 
 
+def test_what_exact_match_is_made_of_is_a_part_of_what_compares(tmp_path: Path) -> None:
+    texts = {"model": {"name": "m", "task": "causal-lm"}, "data": {"train": "t.jsonl"}}
+    objectives = [{"metric": "exact_match"}, {"metric": "train_seconds"}]
+    spec = write(tmp_path, "now", **texts, objectives=objectives).spec
+    there = _Earlier(name="earlier", spec=spec, records=[], data_fingerprint="abc", device=None)
+    for key, value in (("answer_pattern", "(.+)"), ("exact_match_rows", 9)):
+        other = spec.model_copy(update={"data": spec.data.model_copy(update={key: value})})
+        assert _difference(other, there, "abc") == f"data.{key}"
+    by_loss = write(tmp_path, "loss", **texts).spec
+    there = _Earlier(name="earlier", spec=by_loss, records=[], data_fingerprint="abc", device=None)
+    other = by_loss.model_copy(update={"data": by_loss.data.model_copy(update={"answer_pattern": "(.+)", "exact_match_rows": 9})})
+    assert _difference(other, there, "abc") == ""
+
+
 def test_a_search_that_is_not_there_is_refused_in_one_line(tmp_path: Path) -> None:
     loaded = write(tmp_path, "now", sampler={"warm_start": "erlier"})
     with pytest.raises(SpecError, match=r"now.yaml:\d+: sampler.warm_start: no search named 'erlier' in "):

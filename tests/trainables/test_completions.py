@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +16,17 @@ from spaces.space import SpaceSpec
 from trainables import export
 from trainables.checkpoint import CheckpointStore
 from trainables.data import TokenTable
+from trainables.evaluation import completions
 from trainables.formats import DataError
-from trainables.loop import Trainer, evaluate_saved
+from trainables.loop import Trainer, evaluate_saved, evaluate_untrained
 from trainables.mesh import World
 from trainables.model import BaseModel
 from trainables.preparation import prepare
-from trainables.tokenization import IGNORE, load_tokenizer
+from trainables.tokenization import IGNORE, Encoded, load_tokenizer
 
 NUM_ROWS = 4
+# Of which the longest leaves few places behind it.
+PROMPTS = ["Once upon a time", "The dog ran " * 20, "Lily saw", "A cat " * 30, "The dog ran " * 20, "He"]
 TEXTS = ["Once upon a time\tthere was a little girl", "The dog\tran to the park", "Lily saw a cat\tand she was happy"]
 
 
@@ -84,3 +88,36 @@ def test_rows_of_the_test_file_and_merged_weights_are_judged_by_completions(shar
     assert "exact_match" not in evaluate_saved(config, data, base, World.alone(), weights, 0)
     merged = export.merged_module(config, base, weights)
     assert export.scores(merged, config, replace(data, evaluation=asked), base, NUM_ROWS)["exact_match"] == 0.5
+
+
+def test_a_completion_is_as_long_as_its_own_prompt_allows_whoever_is_beside_it(shared: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": prompt, "completion": "and so on " * 20}) for prompt in PROMPTS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    model = ModelSpec(name=str(shared / "models/stories260k/hf"), task="causal-lm", max_length=256)
+    source = str(tmp_path / "rows.jsonl")
+    data = prepare(model, DataSpec(train=source, evaluation=source))
+    config, base = TrialConfig.from_params(SpaceSpec().first()), BaseModel.load(model.name, None, model.task, ())
+    base.module.config.max_position_embeddings = 160
+    tokenizer = load_tokenizer(model.name, None)
+    try:
+        together = completions(base.module, config, data, data.evaluation, World.alone(), tokenizer, len(PROMPTS))
+        for i, text in enumerate(together):
+            ids, targets = (None if part is None else part.tolist() for part in data.evaluation.row(i))
+            own = TokenTable.build([Encoded(input_ids=ids, targets=targets)], None)
+            assert completions(base.module, config, data, own, World.alone(), tokenizer, 1) == [text]
+    finally:
+        BaseModel.load.cache_clear()
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in together]
+    assert lengths[1] < lengths[0], "a long prompt leaves fewer places"
+
+
+def test_the_untrained_model_is_judged_by_completions_too(shared: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text("prompt\tcompletion\n" + "\n".join(TEXTS * 4) + "\n")
+    model = ModelSpec(name=str(shared / "models/stories260k/hf"), task="causal-lm", max_length=64)
+    source = str(tmp_path / "train.tsv")
+    data = prepare(model, DataSpec(train=source, evaluation=source, answer_pattern=r"(\w+)"))
+    config, base = TrialConfig.from_params(SpaceSpec().first()), BaseModel.load(model.name, None, model.task, ())
+    said = first_words(base.module, data.evaluation, model.name)
+    answers = tuple(word if i % 2 else "never" for i, word in enumerate(said)) + ("never",) * (data.evaluation.num_rows - NUM_ROWS)
+    asked = replace(data, evaluation=replace(data.evaluation, answers=answers))
+    assert evaluate_untrained(config, asked, base, World.alone(), NUM_ROWS)["exact_match"] == 0.5

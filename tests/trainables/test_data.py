@@ -18,7 +18,8 @@ from trainables.data import TaskData
 from trainables.docstrings import load_docstrings
 from trainables.formats import DataError, _read_hub
 from trainables.hub import EMBEDDED_MODEL, ModelError, model_config, resolve_model
-from trainables.preparation import _held_out, prepare
+from trainables.preparation import prepare
+from trainables.splits import held_out
 from trainables.tokenization import IGNORE, end_tokens, load_tokenizer
 
 
@@ -175,7 +176,10 @@ def test_the_loss_counts_the_completion_alone(stories: ModelSpec, shared: Path) 
         checked += 1
     assert checked > 10
     assert data.evaluation.answers is not None
-    assert set(data.evaluation.answers) <= {row["answer"].split("#### ")[1] for row in rows}
+    found = [answer for answer in data.evaluation.answers if answer]
+    assert set(found) <= {row["answer"].split("#### ")[1] for row in rows}
+    of_rows = [data.evaluation.row(i)[0][-1] == tokenizer.eos_token_id for i in range(data.evaluation.num_rows)]
+    assert sum(of_rows) == len(found) < data.evaluation.num_rows, "a completion that is cut off has no answer to be judged by"
 
 
 def test_the_last_tenth_of_plain_text_is_held_out_in_one_piece(stories: ModelSpec, shared: Path) -> None:
@@ -221,7 +225,7 @@ def test_of_a_chat_the_assistants_turns_alone_are_learned(stories: ModelSpec, tm
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "one"}]
     chat += [{"role": "user", "content": "more"}, {"role": "assistant", "content": "two"}]
     source = write(tmp_path, "c.jsonl", "".join(json.dumps({"messages": chat}) + "\n" for _ in range(20)))
-    data = data_of(stories.model_copy(update={"name": str(tmp_path / "chat")}), train=source)
+    data = data_of(stories.model_copy(update={"name": str(tmp_path / "chat")}), train=source, evaluation=source)
     ids, targets = data.train.row(0)
     assert targets is not None
     learned = tokenizer.decode(ids[targets != IGNORE])
@@ -230,7 +234,7 @@ def test_of_a_chat_the_assistants_turns_alone_are_learned(stories: ModelSpec, tm
     assert "hi" not in learned
     assert "user" not in learned
     with pytest.raises(DataError, match="chat template"):
-        data_of(stories, train=source)
+        data_of(stories, train=source, evaluation=source)
 
 
 # As Qwen 3's: the last answer has thoughts, if empty ones; those before it have none.
@@ -248,7 +252,7 @@ def test_of_a_chat_whose_turns_change_once_others_follow_the_last_answer_is_lear
     ]
     long, short = [*chat, {"role": "user", "content": "bye"}], chat[:2]
     source = write(tmp_path, "c.jsonl", "".join(json.dumps({"messages": m}) + "\n" for m in [long, short] * 20))
-    data = data_of(stories.model_copy(update={"name": str(tmp_path / "chat")}), train=source)
+    data = data_of(stories.model_copy(update={"name": str(tmp_path / "chat")}), train=source, evaluation=source)
     learned = set()
     for i in range(data.train.num_rows):
         ids, targets = data.train.row(i)
@@ -270,7 +274,7 @@ def test_a_template_is_not_given_a_beginning_that_no_answer_follows(stories: Mod
     tokenizer.save_pretrained(tmp_path / "chat")
     chat = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
     source = write(tmp_path, "c.jsonl", (json.dumps({"messages": chat}) + "\n") * 20)
-    data = data_of(stories.model_copy(update={"name": str(tmp_path / "chat")}), train=source)
+    data = data_of(stories.model_copy(update={"name": str(tmp_path / "chat")}), train=source, evaluation=source)
     ids, targets = data.train.row(0)
     assert targets is not None
     assert tokenizer.decode(ids).replace(" ", "") == "<system>a</s><user>a</s><assistant>a</s><user>a</s>"
@@ -284,7 +288,135 @@ def test_a_chat_that_the_template_refuses_is_an_error_of_its_row(stories: ModelS
     tokenizer.save_pretrained(tmp_path / "chat")
     source = write(tmp_path, "c.jsonl", json.dumps({"messages": [{"role": "system", "content": "be brief"}]}) + "\n")
     with pytest.raises(DataError, match=r"c\.jsonl: row 1: the model's chat template refuses it: no system turns"):
-        data_of(stories.model_copy(update={"name": str(tmp_path / "chat")}), train=source)
+        data_of(stories.model_copy(update={"name": str(tmp_path / "chat")}), train=source, evaluation=source)
+
+
+def chat_model(stories: ModelSpec, directory: Path, template: str = TEMPLATE) -> ModelSpec:
+    """Return the model with a chat template."""
+    tokenizer = load_tokenizer(stories.name, None)
+    tokenizer.chat_template = template
+    shutil.copytree(stories.name, directory / "chat")
+    tokenizer.save_pretrained(directory / "chat")
+    return stories.model_copy(update={"name": str(directory / "chat")})
+
+
+def chats(directory: Path, *chats: Any) -> str:
+    return write(directory, "c.jsonl", "".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+
+
+def test_what_a_chat_begins_with_is_read_and_not_learned(stories: ModelSpec, tmp_path: Path) -> None:
+    """As in many a ShareGPT file."""
+    model = chat_model(stories, tmp_path)
+    chat = [{"from": who, "value": text} for who, text in (("gpt", "hello"), ("human", "hi"), ("gpt", "one"))]
+    source = chats(tmp_path, chat, chat[:1], chat)
+    data = data_of(model, train=source, evaluation=source)
+    assert (data.train.num_rows, data.summary["dropped_rows"]) == (2, 1)
+    tokenizer = load_tokenizer(model.name, None)
+    ids, targets = data.train.row(0)
+    assert targets is not None
+    whole, learned = (tokenizer.decode(part).replace(" ", "") for part in (ids, ids[targets != IGNORE]))
+    assert whole == "<assistant>hello</s><user>hi</s><assistant>one</s>"
+    assert learned == "one</s>"
+
+
+def test_an_answer_whose_first_characters_merge_with_the_template_s_last_is_learned_whole(stories: ModelSpec, tmp_path: Path) -> None:
+    """A line break behind the header and two in front of the answer are one token of Qwen's; here it is two spaces and a word."""
+    model = chat_model(stories, tmp_path, TEMPLATE.replace(">{{ m.content }}", ">o{{ m.content }}"))
+    tokenizer = load_tokenizer(model.name, None)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "nce upon"}]
+    header = tokenizer.apply_chat_template(turns[:1], tokenize=False) + "<assistant>o"
+    apart = tokenizer(header, add_special_tokens=False)["input_ids"]
+    together = tokenizer(f"{header}nce upon</s>", add_special_tokens=False)["input_ids"]
+    assert together[: len(apart)] != apart, "nothing to tell apart"
+    template = "{% for m in messages %}<{{ m.role }}>{{ 'o' if m.role == 'assistant' else '' }}{{ m.content }}</s>{% endfor %}"
+    tokenizer.chat_template = template + "{% if add_generation_prompt %}<assistant>o{% endif %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    source = chats(tmp_path, [*turns, *turns], turns)
+    data = data_of(model, train=source, evaluation=source)
+    assert "chats_of_which_the_last_answer_counts" not in data.summary
+    for i, num_answers in enumerate((2, 1)):
+        ids, targets = data.train.row(i)
+        assert targets is not None
+        assert tokenizer.decode(ids[targets != IGNORE]).replace(" ", "") == "nceupon</s>" * num_answers
+        assert tokenizer.decode(ids).replace(" ", "") == "<user>hi</s><assistant>onceupon</s>" * num_answers
+
+
+@pytest.mark.parametrize(
+    ("chat", "words"),
+    [
+        (None, "expected a list of messages, got NoneType"),
+        (["hi", "there"], "expected messages with role and content, got str"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "needs role and content, a text, got role, content"),
+        ([{"role": "user", "content": None}], "a message needs role and content"),
+    ],
+)
+def test_a_chat_of_another_form_is_an_error_of_its_row(stories: ModelSpec, tmp_path: Path, chat: Any, words: str) -> None:
+    model, right = chat_model(stories, tmp_path), [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    source = chats(tmp_path, right, chat)
+    with pytest.raises(DataError, match=rf"c\.jsonl: row 2: .*{words}"):
+        data_of(model, train=source, evaluation=source)
+
+
+def test_a_message_may_have_its_text_in_parts_and_calls_of_tools(stories: ModelSpec, tmp_path: Path) -> None:
+    model = chat_model(stories, tmp_path, TEMPLATE.replace("{{ m.content }}", "{{ m.content or m.tool_calls[0].name }}"))
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}
+    source = chats(tmp_path, [{"role": "user", "content": parts, "name": None}, call])
+    data = data_of(model, train=source, evaluation=source)
+    text = load_tokenizer(model.name, None).decode(data.train.row(0)[0])
+    assert text.replace(" ", "") == "<user>onetwo</s><assistant>clock</s>"
+
+
+def test_classes_that_are_numbered_are_in_the_order_of_their_numbers(model: ModelSpec, tmp_path: Path) -> None:
+    rows = [f"text number {i},{i % 12 if i < 60 else f'LABEL_{i % 12}'} " for i in range(120)]
+    names = data_of(model, train=write(tmp_path, "t.csv", "\n".join(["text,label", *rows]) + "\n")).label_names
+    assert names == (*(str(i) for i in range(12)), *(f"LABEL_{i}" for i in range(12))), "and blanks around a class are none of it"
+
+
+def test_rows_that_are_cut_are_counted_for_every_role(model: ModelSpec, tmp_path: Path) -> None:
+    rows = [f"{'word ' * (40 if i % 5 == 0 else 2)}{i},{'ab'[i % 2]}" for i in range(100)]
+    source = write(tmp_path, "t.csv", "\n".join(["text,label", *rows]) + "\n")
+    data = data_of(model, train=source, test=source)
+    assert data.summary["truncated_test_rows"] == 20
+    assert data.summary["truncated_rows"] + data.summary["truncated_evaluation_rows"] == 20
+
+
+def test_answers_that_are_cut_off_make_no_objective(stories: ModelSpec, tmp_path: Path) -> None:
+    rows = [{"prompt": f"what is {i}", "completion": f"{'so we count on ' * 20}#### {i}"} for i in range(40)]
+    source = write(tmp_path, "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    for max_length, is_possible in ((64, False), (512, True)):
+        short = stories.model_copy(update={"max_length": max_length})
+        assert (data_of(short, train=source).answer_pattern is not None) == is_possible
+    with pytest.raises(DataError, match=r"objectives: exact_match .* that model\.max_length does not cut off"):
+        prepare(stories.model_copy(update={"max_length": 64}), DataSpec(train=source), {"exact_match"})
+
+
+@pytest.mark.parametrize("kind", ["text", "prompt_completion"])
+def test_too_few_rows_to_hold_one_out_are_told_as_that(stories: ModelSpec, tmp_path: Path, kind: str) -> None:
+    rows = [{"text": f"Once {i}"} if kind == "text" else {"prompt": f"Once {i}", "completion": "there"} for i in range(4)]
+    source = write(tmp_path, "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"t\.jsonl: data\.holdout: 0\.1 of 4 rows leaves none to evaluate on"):
+        data_of(stories, train=source)
+    source = write(tmp_path, "t.jsonl", (json.dumps(rows[0]) + "\n") * 30)
+    with pytest.raises(DataError, match=r"0\.1 of 30 rows, of which 1 differ, leaves none"):
+        data_of(stories, train=source)
+
+
+def test_a_token_that_the_model_does_not_know_is_told_and_a_padding_token_replaced(model: ModelSpec, tmp_path: Path) -> None:
+    shutil.copytree(model.name, tmp_path / "more")
+    own = model.model_copy(update={"name": str(tmp_path / "more")})
+    rows = write(tmp_path, "t.csv", "\n".join(["text,label", *(f"word {i},{'ab'[i % 2]}" for i in range(40))]) + "\n")
+    tokenizer = load_tokenizer(own.name, None)
+    tokenizer.add_special_tokens({"pad_token": "[MORE]", "eos_token": "[SEP]"})
+    tokenizer.save_pretrained(own.name)
+    num_tokens = model_config(own.name, None)["vocab_size"]
+    assert tokenizer.pad_token_id >= num_tokens
+    assert data_of(own, train=rows).pad_token_id == tokenizer.eos_token_id < num_tokens
+    tokenizer.add_tokens(["newword"])
+    tokenizer.save_pretrained(own.name)
+    with_it = write(tmp_path, "n.csv", Path(rows).read_text() + "a newword,a\n")
+    with pytest.raises(DataError, match=rf"has 'newword' as token {num_tokens + 1}; its model knows {num_tokens}"):
+        data_of(own, train=with_it)
 
 
 def test_an_answer_ends_where_the_template_ends_a_turn(stories: ModelSpec) -> None:
@@ -312,7 +444,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_not_its_completion(storie
 
 def test_of_classes_too_small_for_a_row_of_their_own_some_are_held_out() -> None:
     labels = [f"small {i // 3}" for i in range(60)] + ["alone"] + ["large"] * 100
-    held = _held_out(labels, 0.1)
+    held = held_out(range(len(labels)), labels, 0.1)
     of_small = [label for label, is_held in zip(labels, held, strict=True) if is_held and label.startswith("small")]
     assert len(of_small) == len(set(of_small)) == 6, "a tenth of sixty rows, of six classes"
     assert held[labels.index("large") :].sum() == 10

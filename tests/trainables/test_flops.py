@@ -194,6 +194,14 @@ def test_the_head_costs_what_its_targets_cost(family: str, targets: tuple[str, .
         assert total(ours, lengths, family, 4 * ROWS) == pytest.approx(theirs, rel=0.01)
 
 
+def test_products_that_a_model_writes_out_by_hand_are_counted() -> None:
+    """Falcon's layers multiply with `@`."""
+    module = make("falcon", "causal-lm")
+    batch, config = make_batch("causal-lm", [LENGTH] * ROWS), trial(None)
+    theirs, seen = counted(module, "causal-lm", batch, config)
+    assert total(seen.model, [LENGTH] * ROWS, "falcon", len(batch.targets)) == pytest.approx(theirs, rel=0.01)
+
+
 def test_causal_attention_costs_half_and_a_frozen_weight_four() -> None:
     products = 2 * attention_products(True, True, True)
     whole = AttentionUse(num_products=products, num_heads=4, head_dim=8, causal=False)
