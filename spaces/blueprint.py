@@ -219,6 +219,8 @@ def _decoder(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -
 def _feed_forward(c: Mapping[str, Any], s: ModelShape) -> tuple[tuple[Matrix, ...], tuple[Matrix, ...]]:
     width, inner, family = s.hidden_size, s.intermediate_size, c["model_type"]
     if family in ("mixtral", "qwen3_moe"):
+        if c.get("mlp_only_layers") or c.get("decoder_sparse_step", 1) != 1:
+            raise ShapeError(f"config.json: model_type: no formulas for '{family}' of which some layers have no experts")
         experts = int(c.get("num_local_experts") or c["num_experts"])
         active = int(c["num_experts_per_tok"])
         inner = int(c.get("moe_intermediate_size") or inner)
@@ -258,7 +260,7 @@ def _gpt2(c: Mapping[str, Any], s: ModelShape, task: Task, num_labels: int) -> B
         num_block_vector_params=4 * width,
         num_final_vector_params=2 * width,
         head=(_output(task, width, s.vocab_size if causal else num_labels),),
-        is_head_tied=causal,
+        is_head_tied=causal and bool(c.get("tie_word_embeddings", True)),
         is_attention_fused=True,
         norm="layer",
         num_norms_per_block=2,

@@ -65,6 +65,7 @@ def add_adapter(module: nn.Module, recipe: Recipe, task: str, new_parameters: tu
         TrialError: a target module does not exist in the model.
     """
     new = {name.rpartition(".")[0] for name in new_parameters}
+    routers = {name for name, part in module.named_modules() if isinstance(part, nn.Linear) and "Router" in type(part).__name__}
     heads = {name for name, _ in module.named_modules() if is_head(name)}
     if recipe.adapter == "bottleneck":
         return _add_bottlenecks(module, recipe.adapter_rank or 0, heads | new)
@@ -78,12 +79,12 @@ def add_adapter(module: nn.Module, recipe: Recipe, task: str, new_parameters: tu
     targets = recipe.adapter_target_modules or ()
     _check_targets(module, targets)
     if recipe.adapter == "vera":
-        names = _linear_names(module, targets, new | heads)
+        names = _linear_names(module, targets, new | heads | routers)
         config = VeraConfig(r=recipe.adapter_rank or 0, target_modules=names, projection_prng_key=recipe.seed, **saved)
         return get_peft_model(module, config)
     if recipe.adapter == "oft":
-        return _add_rotations(module, recipe.adapter_rank or 0, _linear_names(module, targets, new | heads), saved)
-    return _add_lora(module, recipe, new | heads, saved)
+        return _add_rotations(module, recipe.adapter_rank or 0, _linear_names(module, targets, new | heads | routers), saved)
+    return _add_lora(module, recipe, new | heads | routers, saved)
 
 
 def _add_ia3(module: Any, saved: dict[str, Any]) -> nn.Module:
@@ -120,7 +121,10 @@ def _add_lora(module: Any, recipe: Recipe, excluded: set[str], saved: dict[str, 
         use_dora=recipe.adapter == "dora",
         **saved,
     )
-    adapted = get_peft_model(module, config)
+    try:
+        adapted = get_peft_model(module, config)
+    except ValueError as error:
+        raise TrialError(f"space.adapter: {recipe.adapter}: {str(error).splitlines()[0]}") from error
     for part in adapted.modules():
         if _is_around_a_linear_layer(part):
             part.lora_variant["default"] = _LeanDora() if recipe.adapter == "dora" else _Lean()

@@ -27,6 +27,8 @@ from trainables.mesh import World
 from trainables.model import BaseModel, build, quietly, trainable
 from trainables.quantize import is_head, pack_linears, spread_out
 from trainables.report import OutOfMemory
+from trainables.settings import restore
+from trainables.text_part import put_back
 from trainables.tokenization import load_tokenizer
 from trainables.whole import load_weights
 
@@ -34,6 +36,7 @@ from trainables.whole import load_weights
 # After `trainables.quantize`, which tells the logger of bitsandbytes: PEFT imports that.
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Settings of generation that name tokens.
@@ -74,6 +77,9 @@ def merged_module(config: TrialConfig, base: BaseModel, weights: Path) -> Any:
     head = adapted.get_output_embeddings()
     if isinstance(head, BaseTunerLayer) and head.get_base_layer().weight is adapted.get_input_embeddings().weight:
         raise ValueError("its adapter is on the output embedding, whose weights are the input embedding's too: leave --merge out")
+    for name, part in list(adapted.named_modules()):
+        if isinstance(part, ModulesToSaveWrapper):  # PEFT 0.21 takes each for a layer with a weight, which some heads are not
+            adapted.set_submodule(name, part.modules_to_save["default"])
     return adapted.merge_and_unload()
 
 
@@ -197,11 +203,9 @@ def _ending(settings: GenerationConfig, end_token_ids: Sequence[int]) -> Generat
 
 
 def for_use(module: Any, base: BaseModel) -> Any:
-    """Give a model's configuration back what training had switched off, and return the model."""
-    original = AutoConfig.from_pretrained(base.name, revision=base.revision).to_dict()
-    for key, value in original.items():
-        if key == "use_cache" or ("drop" in key and isinstance(value, float)):
-            setattr(module.config, key, value)
+    """Give a model back what it was trained without, settings and parts that no text goes through, and return it."""
+    restore(module.config, AutoConfig.from_pretrained(base.name, revision=base.revision))
+    put_back(module, base.unread)
     return module
 
 

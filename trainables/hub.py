@@ -70,11 +70,22 @@ def check_use(config: Mapping[str, Any], model: ModelSpec) -> None:
     """Check that a model can be used as the spec says.
 
     Raises:
-        ModelError: rows would be longer than its positions, it sees the tokens that it is to predict, or pads with one that it lacks.
+        ModelError: it cannot do the task, its weights cannot be trained, it pads with a token that it lacks, or rows would be longer
+            than its positions.
     """
     text = config.get("text_config")
     sizes: Mapping[str, Any] = text if isinstance(text, Mapping) else config
     family = str(sizes.get("model_type", ""))
+    _check_class(str(config.get("model_type", "")), model)
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, Mapping) and not is_mxfp4(config):
+        method = quantized.get("quant_method", "another format")
+        raise ModelError(
+            f"model.name: {model.name} holds weights in {method}, which cannot be trained; allowed: the model that it was made from, "
+            "with space.quantization where it shall be small"
+        )
+    if sizes.get("summary_type") == "last":
+        raise ModelError(f"model.name: {model.name} ({family}) tells a class at the last position of a row, which is padding")
     pad, num_tokens = sizes.get("pad_token_id"), sizes.get("vocab_size")
     if isinstance(pad, int) and isinstance(num_tokens, int) and pad >= num_tokens:
         raise ModelError(f"model.name: {model.name}: config.json: pad_token_id is {pad}, and vocab_size {num_tokens}: there is none")
@@ -87,6 +98,30 @@ def check_use(config: Mapping[str, Any], model: ModelSpec) -> None:
             f"model.task: {model.name} ({family}) sees the tokens after a token too, so it cannot learn to predict them; "
             "allowed: sequence-classification"
         )
+
+
+def _check_class(family: str, model: ModelSpec) -> None:
+    """Check that transformers has a class for the task.
+
+    Raises:
+        ModelError: it has none.
+    """
+    # Imports torch, which takes seconds that no other check needs.
+    from transformers.models.auto import modeling_auto
+
+    known = {
+        "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    if family not in known[model.task]:
+        others = [task for task, families in known.items() if family in families]
+        allowed = f"allowed: {others[0]}" if others else "allowed: a model that reads and writes text"
+        raise ModelError(f"model.task: transformers has no {model.task} of {model.name} ({family}); {allowed}")
+
+
+def is_mxfp4(config: Mapping[str, Any]) -> bool:
+    """Return whether weights are held in the format of gpt-oss, which transformers can spread out."""
+    return (config.get("quantization_config") or {}).get("quant_method") == "mxfp4"
 
 
 def num_positions(sizes: Mapping[str, Any]) -> int | None:

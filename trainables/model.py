@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,18 +20,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
+from transformers.utils.quantization_config import Mxfp4Config
 
 from spaces.architecture import ModelShape
 from spaces.config import Quantization, TrialConfig
 from trainables.adapters import add_adapter
 from trainables.compilation import Compilation
 from trainables.first_tokens import end_at_first_tokens
-from trainables.hub import is_masked
+from trainables.hub import is_masked, is_mxfp4
 from trainables.mesh import World
 from trainables.meter import StepTimer
 from trainables.packed import attend_by_rows, attend_in_one_kernel
 from trainables.parallelize import own_in_fp32, parallelize
 from trainables.quantize import Packed, is_head, pack_linears, quantize
+from trainables.report import TrialError
+from trainables.settings import switch_off
+from trainables.text_part import take_out
 from trainables.trained_rows import train_used_rows
 
 # What safetensors calls the formats in which weights are kept as they are stored.
@@ -51,9 +55,12 @@ class BaseModel:
     revision: str | None
     task: str
     module: nn.Module
+    """Without what no text goes through: see `unread`."""
     new_parameters: tuple[str, ...]
     """Names of the parameters that the pretrained weights lack, such as a classification head's."""
     shape: ModelShape
+    unread: Mapping[str, nn.Module] = field(default_factory=dict)
+    """What pictures and sound go through, by the names of the modules."""
     _held: dict[tuple[torch.dtype, torch.device], dict[int, torch.Tensor]] = field(default_factory=dict)
     """Weights that trials leave frozen, where and as they compute, by the address of the base's own."""
     _packed: dict[tuple[Quantization, torch.dtype, torch.device], dict[str, Packed]] = field(default_factory=dict)
@@ -73,11 +80,7 @@ class BaseModel:
         """
         config = AutoConfig.from_pretrained(name, revision=revision)
         architectures = config.architectures or []
-        # A recipe's loss curve must not depend on the layout, and every layout draws other dropout masks.
-        for key, value in config.to_dict().items():
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)
-        config.use_cache = False
+        switch_off(config)
         given: list[str] = []
         if task == "sequence-classification":
             given = [str(config.id2label[i]) for i in sorted(config.id2label)]
@@ -96,7 +99,10 @@ class BaseModel:
                 dtype=stored,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                # Of gpt-oss there are no other files; on GPUs it would train nothing that is packed.
+                **({"quantization_config": Mxfp4Config(dequantize=True)} if is_mxfp4(config.to_dict()) else {}),
             )
+        unread = take_out(module)
         new = {*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))}
         if task == "sequence-classification":
             new |= _order_classes(module, given, label_names, new)
@@ -108,6 +114,7 @@ class BaseModel:
             revision=revision,
             task=task,
             module=module,
+            unread=unread,
             new_parameters=tuple(sorted(new & dict(module.named_parameters()).keys())),
             shape=ModelShape.from_config({**config.to_dict(), "architectures": [*architectures, type(module).__name__]}),
         )
@@ -134,11 +141,17 @@ class BaseModel:
         return module
 
     def quantize(self, module: nn.Module, method: Quantization, dtype: torch.dtype, device: torch.device) -> None:
-        """Quantise the linear layers of a frozen copy, once for all trials; one method on one device is kept at a time."""
+        """Quantise the linear layers of a frozen copy, once for all trials; one method on one device is kept at a time.
+
+        Raises:
+            TrialError: it has none.
+        """
         if (method, dtype, device) not in self._packed:
             self._held.clear()
             self._packed.clear()
             self._packed[method, dtype, device] = pack_linears(self.module, method, dtype, device, self.new_parameters)
+        if method != "none" and not self._packed[method, dtype, device]:
+            raise TrialError(f"space.quantization: {method} packs linear layers of torch's own, of which this model has none")
         quantize(module, self._packed[method, dtype, device], dtype)
 
     def hold_frozen(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

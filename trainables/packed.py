@@ -58,14 +58,16 @@ def packing_for(module: Any, config: TrialConfig, data: TaskData) -> Packing | N
         config: the trial's.
         data: its data.
     """
-    if module.config._attn_implementation not in BY_ROWS:
+    text = module.config.get_text_config()
+    if text._attn_implementation not in BY_ROWS:
         return None
-    return packing_of(module.config.to_dict(), data.task, config, data.longest)
+    return packing_of(text.to_dict(), data.task, config, data.longest)
 
 
 def attend_by_rows(module: Any) -> None:
     """Have a model of a known family, whose attention is `scaled_dot_product_attention`, know rows that are laid end to end."""
-    if module.config._attn_implementation == "sdpa" and can_pack(module.config.model_type):
+    text = module.config.get_text_config()
+    if text._attn_implementation == "sdpa" and can_pack(text.model_type):
         module.set_attn_implementation(ATTENTION)
 
 
@@ -81,7 +83,7 @@ def attend_in_one_kernel(module: Any, recipe: Recipe, device: torch.device, head
         head_dim: width of a head.
     """
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    is_known = module.config._attn_implementation == ATTENTION and not num_prefix_tokens(recipe)
+    is_known = module.config.get_text_config()._attn_implementation == ATTENTION and not num_prefix_tokens(recipe)
     if is_known and takes_all_rows(device, dtype, head_dim):
         module.set_attn_implementation(IN_ONE_KERNEL)
 
@@ -100,7 +102,7 @@ def inputs_of(module: Any, batch: Batch) -> Iterator[dict[str, Any]]:
     inputs = batch.inputs()
     # A prefix is a cache, behind which nobody looks; given a mask, PEFT would send what it masks of the prefix from the host.
     is_prefixed = batch.packed is not None and batch.packed.num_before > 0
-    if module.config._attn_implementation in BY_ROWS and batch.attention_mask is None and not is_prefixed:
+    if module.config.get_text_config()._attn_implementation in BY_ROWS and batch.attention_mask is None and not is_prefixed:
         inputs["attention_mask"] = torch.ones_like(batch.input_ids)
     token = _batch.set(batch)
     try:

@@ -19,6 +19,7 @@ from spaces.config import Layout, TrialConfig
 from trainables.compilation import Compilation
 from trainables.mesh import World
 from trainables.meter import StepTimer
+from trainables.report import TrialError
 from trainables.tensor_parallel import Exchange, mark, marks_of, split
 
 
@@ -104,6 +105,8 @@ def recompute(module: nn.Module, layout: Layout, watch: Callable[[], AbstractCon
     """
     if layout.recomputation == "none":
         return
+    if not cast("Any", module).supports_gradient_checkpointing:
+        raise TrialError("space.recomputation: transformers computes nothing of this model again; allowed: none")
     # The reentrant form needs an input that requires a gradient, which a frozen embedding does not give.
     options: dict[str, Any] = {"use_reentrant": False}
     if watch is not None:

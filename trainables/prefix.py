@@ -7,6 +7,7 @@ initial values, its files, and the positions behind it are PEFT's.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from peft import PeftModelForCausalLM, PrefixTuningConfig, TaskType, get_peft_mo
 
 # As PEFT calls the cache, and transformers did.
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+# What transformers calls layers with keys and values.
+ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
 
 class PrefixedModel(PeftModelForCausalLM):
@@ -66,8 +69,10 @@ def add_prefix(module: Any, num_tokens: int) -> PrefixedModel:
     """Freeze a language model and give each of its layers a prefix that trains.
 
     Raises:
-        TrialError: PEFT does not find in the model's configuration how many heads it has.
+        TrialError: its layers have no keys and values of one width, or are not found to have.
     """
+    if why := _why_not(module.config.get_text_config().to_dict()):
+        raise TrialError(f"space.adapter: a prefix is keys and values of every layer: {why}")
     config = PrefixTuningConfig(num_virtual_tokens=num_tokens, task_type=TaskType.CAUSAL_LM)
     try:
         model: Any = get_peft_model(module, config)
@@ -79,3 +84,15 @@ def add_prefix(module: Any, num_tokens: int) -> PrefixedModel:
         # Transformers takes a cache away from a block that it computes again, as that would be added to twice.
         block._can_checkpoint_with_cache = True
     return model
+
+
+def _why_not(sizes: Mapping[str, Any]) -> str:
+    """Return in words why not all layers of a model have keys and values of one width; nothing where they have."""
+    kinds = {*(sizes.get("layer_types") or ()), *(sizes.get("layers_block_type") or ())}
+    if (others := sorted(kinds - ATTENTIONS)) or any(key.startswith(("mamba_", "ssm_")) or key == "state_size" for key in sizes):
+        return f"this model's keep a state ({', '.join(others) or 'of Mamba'})"
+    if sizes.get("kv_lora_rank"):
+        return "this model's compress them"
+    if sizes.get("global_head_dim") not in (None, sizes.get("head_dim")):
+        return "this model's are of several widths"
+    return ""

@@ -438,7 +438,7 @@ def untrained_scores(world: World, names: dict[str, str]) -> list[dict[str, floa
         data = make_data(task)
         base = BaseModel.load(name, None, task, data.label_names)
         for strategy in ("ddp", "fsdp"):
-            scores.append(evaluate_untrained(config("none", world.world_size, strategy), data, base, world))
+            scores.append(evaluate_untrained(config("none", world.world_size, strategy), data, base, world, 0))
     return scores
 
 

@@ -28,6 +28,7 @@ from transformers import (
     GenerationConfig,
     pipeline,
 )
+from unequal_rows import data_of
 
 from spaces.config import TrialConfig
 from spaces.inputs import DataSpec, ModelSpec
@@ -130,6 +131,21 @@ def test_a_merged_language_model_computes_what_was_trained(tmp_path: Path, famil
     torch.testing.assert_close(logits_of(merged_module(config, base, weights)), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(untrained, expected, atol=1e-2), "nothing was learned, so the comparison is empty"
     assert all(torch.equal(value, before[name]) for name, value in base.module.state_dict().items()), "other trials share it"
+
+
+@pytest.mark.parametrize("method", ["ia3", "vera", "oft"])
+def test_an_adapter_beside_a_head_of_several_layers_is_merged(tmp_path: Path, method: str) -> None:
+    """RoBERTa's, which is no layer with a weight."""
+    base = replace(Case(family="roberta", adapter="all-linear", method=method).base(), new_parameters=HEAD)
+    case = Case(family="roberta", adapter="all-linear", method=method)
+    config, data = case.config(1), data_of("sequence-classification")
+    list(train(config, data, base, World.alone(), control=lambda _: Command.CONTINUE, checkpoints=CheckpointStore(tmp_path)))
+    expected, merged = logits_of(trained(base, tmp_path / "final", config)), merged_module(config, base, tmp_path / "final")
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-5)
+    assert type(merged.classifier).__name__ == "RobertaClassificationHead"
+
+
+HEAD = tuple(f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("bias", "weight"))
 
 
 def test_bottlenecks_load_with_the_file_that_goes_with_them(parts: Parts, tmp_path: Path) -> None:

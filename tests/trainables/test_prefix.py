@@ -124,10 +124,10 @@ def test_the_untrained_model_is_scored_without_one() -> None:
         case_of("llama").config(1),
         Case(family="llama").config(1),
     )
-    assert evaluate_untrained(prefixed, data, base, World.alone()) == evaluate_untrained(plain, data, base, World.alone())
+    assert evaluate_untrained(prefixed, data, base, World.alone(), 0) == evaluate_untrained(plain, data, base, World.alone(), 0)
     random = build(prefixed, base, World.alone())
     loss = evaluate(random, prefixed, data, data.evaluation, World.alone())["eval_loss"]
-    assert loss != pytest.approx(evaluate_untrained(plain, data, base, World.alone())["eval_loss"], rel=1e-4)
+    assert loss != pytest.approx(evaluate_untrained(plain, data, base, World.alone(), 0)["eval_loss"], rel=1e-4)
 
 
 def test_an_export_is_loaded_by_peft_alone_and_is_never_merged(tmp_path: Path) -> None:

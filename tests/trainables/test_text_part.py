@@ -1,0 +1,120 @@
+"""Models that see beside reading: what trains is what text goes through, and what is exported is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import make
+from memory_grid import Case
+from peft import PeftModel
+from tiny import save_tokenizer
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, set_seed
+from unequal_rows import LENGTHS, data_of, gradients
+
+from spaces.blueprint import blueprint
+from spaces.memory import num_trained
+from trainables.batching import collate
+from trainables.checkpoint import CheckpointStore
+from trainables.export import for_use, merged_module, save, trained_module
+from trainables.loop import Command, train
+from trainables.mesh import World
+from trainables.model import BaseModel, build, trainable
+from trainables.packed import packing_for
+from trainables.tokenization import IGNORE
+
+TEXT = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+TEXT |= {"intermediate_size": 160, "head_dim": 16, "sliding_window": 512, "attention_dropout": 0.3, "pad_token_id": 0}
+VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+VISION |= {"image_size": 56, "patch_size": 14}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return Gemma 3 with its tower of pictures, as of 4B and more, with random weights."""
+    set_seed(0)
+    path = tmp_path_factory.mktemp("gemma3")
+    config = Gemma3Config(text_config={"model_type": "gemma3_text", **TEXT}, vision_config=VISION, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(path)
+    save_tokenizer(path, eos_token="[SEP]")
+    return path
+
+
+@pytest.fixture
+def base(directory: Path) -> BaseModel:
+    return BaseModel.load(str(directory), None, "causal-lm", ())
+
+
+def whole(directory: Path) -> Any:
+    """Return the model as transformers loads it, without dropout."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    return model.eval()
+
+
+@pytest.mark.parametrize("adapter", ["none", "all-linear"])
+@pytest.mark.parametrize("recomputation", ["none", "full"])
+def test_all_that_trains_is_read_and_learns_of_packed_rows_what_it_learns_of_each_alone(
+    base: BaseModel, directory: Path, adapter: str, recomputation: str
+) -> None:
+    case = Case(family="gemma3_text", adapter=adapter, recomputation=recomputation)
+    config, data = case.config(1), data_of("causal-lm")
+    packing = packing_for(base.module, config, data)
+    assert packing is not None
+    module = build(config, base, World.alone()).train()
+    loss, found = gradients(module, [collate(data.train, np.arange(len(LENGTHS)), 0, packing)], "causal-lm")
+    assert found.keys() == trainable(module).keys(), "DDP waits for all"
+    plan = blueprint(AutoConfig.from_pretrained(directory).to_dict(), "causal-lm")
+    assert sum(gradient.numel() for gradient in found.values()) == num_trained(plan, config.recipe)
+    plain, expected = whole(directory), 0.0
+    for i in range(len(LENGTHS)):
+        ids, targets = (torch.from_numpy(np.array(part)).long()[None] for part in data.train.row(i))
+        logits = plain(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        expected += float(functional.cross_entropy(logits, targets[:, 1:].flatten(), reduction="sum", ignore_index=IGNORE).detach())
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora", "oft"])
+@pytest.mark.parametrize("merge", [False, True])
+def test_what_is_exported_is_whole_and_its_tower_as_it_was(
+    base: BaseModel, directory: Path, tmp_path: Path, adapter: str, merge: bool
+) -> None:
+    if merge and adapter == "none":
+        pytest.skip("nothing to merge")
+    case = Case(
+        family="gemma3_text", adapter="none" if adapter == "none" else "all-linear", method=adapter if adapter != "none" else "lora"
+    )
+    config, data = case.config(1), case.data(4)
+    list(
+        train(config, data, base, World.alone(), control=lambda _: Command.CONTINUE, checkpoints=CheckpointStore(tmp_path / "trial"))
+    )
+    weights = tmp_path / "trial/final"
+    ids = torch.randint(4, 90, (2, 9), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = for_use(trained_module(config, base, weights), base).eval()(input_ids=ids).logits
+    save((merged_module if merge else trained_module)(config, base, weights), base, config, tmp_path / "out")
+    original = whole(directory)
+    if adapter == "none" or merge:
+        loaded = whole(tmp_path / "out")
+        own = loaded
+    else:
+        loaded = PeftModel.from_pretrained(whole(directory), str(tmp_path / "out"))
+        assert not [name for name, _ in loaded.named_parameters() if "lora" in name and "vision" in name]
+        own = loaded.get_base_model()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(original(input_ids=ids).logits, expected, atol=1e-3), "nothing was learned"
+    tower = dict(original.model.vision_tower.named_parameters())
+    assert tower
+    assert all(torch.equal(value, tower[name]) for name, value in own.model.vision_tower.named_parameters())
+    assert own.config.text_config.attention_dropout == 0.3
+    assert base.module.config.text_config.attention_dropout == 0.0
+    assert [name for name in base.unread] == ["model.vision_tower", "model.multi_modal_projector"]
+
+
+def test_a_model_that_only_reads_is_whole(tmp_path: Path) -> None:
+    make("llama", "causal-lm").save_pretrained(tmp_path)
+    assert BaseModel.load(str(tmp_path), None, "causal-lm", ()).unread == {}
