@@ -79,28 +79,62 @@ def _of_seeds(members: Sequence[TrialRecord], metric: str) -> list[Confirmed] | 
     return known if len(known) == len(members) and len({c.split for c in known}) == 1 else None
 
 
-def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objective], name: str) -> str:
-    """Return in one sentence which trial of the front to take, and what the best of it would cost."""
-    chosen = knee(members, objectives)
-    if chosen is None:
-        return f"Nothing to recommend: no trial of {name} is complete and feasible."
+def quality_of(objectives: Sequence[Objective]) -> Objective:
+    """Return the first objective that is no price; of prices alone the second."""
     price = cost_objective(objectives)
-    quality = next(o for o in objectives if o is not price)
-    best = best_in(members, objectives, quality)
-    text = f"Take trial {chosen.number} of {name}: {_reached(chosen, members, (quality, price))}"
-    if best.number == chosen.number:
-        return f"{text}, the best on the front."
-    text += f", the knee of the {len(members)} on the front; "
-    text += f"the best is trial {best.number}, {_reached(best, members, (quality, price))}"
+    return next(o for o in objectives if o is not price)
+
+
+def recommended(members: Sequence[TrialRecord], objectives: Sequence[Objective]) -> TrialRecord | None:
+    """Return the member with the best quality within the references of all other objectives; None where no member is better than all.
+
+    A reference is the worst value that is still worth anything: with `train_seconds` it is the time that there is.
+    """
+    worth = _worth_anything(members, objectives)
+    return best_in(worth, objectives, quality_of(objectives)) if worth else None
+
+
+def _worth_anything(members: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
+    known = [o for o in objectives if o.reference is not None]
+    rows = _known_costs(members, known)
+    bounds = [sign_of(o) * o.reference for o in known if o.reference is not None]
+    quality = quality_of(objectives)
+    # What costs just as much as there is may be spent; what learned nothing is worth nothing.
+    return [
+        record
+        for record, row in zip(members, rows.tolist(), strict=True)
+        if all(value < bound if o is quality else value <= bound for o, value, bound in zip(known, row, bounds, strict=True))
+    ]
+
+
+def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objective], name: str) -> str:
+    """Return in one sentence which trial of the front to take, and where more time begins to pay less."""
+    if not members:
+        return f"Nothing to recommend: no trial of {name} is complete and feasible."
+    price, quality = cost_objective(objectives), quality_of(objectives)
+    best = recommended(members, objectives)
+    if best is None:
+        bounds = " and ".join(f"{o.metric} {number_text(o.metric, o.reference)}" for o in objectives if o.reference is not None)
+        nearest = best_in(members, objectives, quality)
+        found = _reached(nearest, members, (quality, price))
+        return f"Nothing to recommend: no trial of {name} is better than {bounds}; the best is trial {nearest.number}, {found}."
+    text = f"Take trial {best.number} of {name}: {_reached(best, members, (quality, price))}"
+    worth = _worth_anything(members, objectives)
+    is_limited = len(worth) < len(members) and price.reference is not None
+    within_it = f" within {number_text(price.metric, price.reference)}" if is_limited else ""
+    text += f", the best on the front{within_it}"
+    bend = knee(worth, objectives)
+    if bend is None or bend.number == best.number:
+        return f"{text}."
+    text += f"; the knee of the {len(worth)}{within_it} is trial {bend.number}, {_reached(bend, members, (quality, price))}"
     prices = dict(zip((r.number for r in members), known_values(members, price.metric), strict=True))
-    cheap, dear = (prices[r.number] or 0.0 for r in (chosen, best))
-    ratio = dear / cheap if cheap else 0.0
-    return f"{text}, {ratio:.1f} times as much." if ratio > 1 else f"{text}."
+    cheap, dear = (prices[r.number] or 0.0 for r in (bend, best))
+    return f"{text}, {cheap / dear:.0%} of that." if 0 < cheap < dear else f"{text}."
 
 
 def recommendation_lines(members: Sequence[TrialRecord], objectives: Sequence[Objective], name: str) -> list[str]:
     """Return which trial to take, what speaks against its numbers, who may be as good as it, and how sure all of that is."""
-    chosen = knee(members, objectives)
+    chosen = recommended(members, objectives)
     own = [] if chosen is None else [*noise_lines([chosen]), *rival_lines(chosen, members, objectives)]
     return [
         recommendation(members, objectives, name),

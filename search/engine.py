@@ -19,12 +19,13 @@ from search.layouts import Forecaster, layout_to_train
 from search.ledger import Ledger, SearchState, objectives_of, replay
 from search.pareto import hypervolume_of
 from search.profiles import scattered
+from search.proposals import Proposal
 from search.prospects import Prospects
 from search.provenance import reproduce_command
 from search.record import TrialRecord, TrialState, classify
 from search.rungs import shares_of
 from search.store import Store
-from search.study import Proposal, Study
+from search.study import Study
 from search.weights import Weights
 from spaces import constraints
 from spaces.config import TrialConfig

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from search.compilations import Compilations
+from search.proposals import Proposal
 from search.record import LASTING, TrialRecord, TrialState
-from search.study import Proposal
 from spaces.config import Recipe, TrialConfig
 
 # What a step fails by whenever it is tried: its model, its layout, or the memory; not workers that were lost, or did not come.

@@ -149,6 +149,7 @@ class Mirror:
         members: Sequence[TrialRecord],
         artifacts: Sequence[Path],
         *,
+        recommended: int | None,
         note: str,
         metrics: Mapping[str, float],
     ) -> None:
@@ -158,6 +159,7 @@ class Mirror:
         for record in records:
             on_front = record.number in numbers
             tags = {"pareto": str(on_front).lower(), "mlflow.runColor": FRONT_COLOR if on_front else OTHER_COLOR}
+            tags["recommended"] = str(record.number == recommended).lower()
             self._runs.log(self._run_id(record), tags=tags)
         for path in artifacts:
             self._runs.log_file(self._parent, path, "report")

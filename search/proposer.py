@@ -32,6 +32,9 @@ class Look(Protocol):
     def trial(self, number: int | None, params: Params) -> Prospect:
         """Return what is known of a trial, by its number; of one of an earlier search, which has none, by its params."""
 
+    def trains_within(self, params: Params, seconds: float) -> bool:
+        """Return whether a point can be tried and is expected to train in so many seconds; False as long as no time is known."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seen:

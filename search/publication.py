@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from search.advice import recommendation_lines
+from search.advice import recommendation_lines, recommended
 from search.budget import used
 from search.ledger import Ledger, SearchState
 from search.pareto import hypervolume_of
@@ -37,12 +37,14 @@ def publish(results: Results, tracker: Tracker, *, command_for_rest: str) -> Non
         if undelivered:
             raise TrackingError(f"{undelivered} events wait for an answer")
         note = recommendation_lines(results.members, results.objectives, results.name)
-        note += [f"```bash\n{command}\n```"] if (command := results.command_of_knee) else []
+        chosen = recommended(results.members, results.objectives)
+        note += [f"```bash\n{command}\n```"] if (command := results.command_of_recommended) else []
         tracker.write_front(
             results.members,
             [o.metric for o in results.objectives],
             [TRACKED_KNOBS.get(knob, knob) for knob in results.spec.space.names_searched()],
             list(paths.values()),
+            recommended=None if chosen is None else chosen.number,
             note="\n\n".join(note),
             metrics=search_metrics(results),
         )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from search.advice import recommendation_lines
+from search.advice import recommendation_lines, recommended
 from search.bases import NOTE, bases_table
 from search.calibration import Calibration, calibrate, kind, summary_lines
 from search.comparison import Comparison, comparison_of, lines_of, table_of, write
@@ -52,7 +52,7 @@ body { font-family: system-ui, sans-serif; max-width: 1100px; margin: 2em auto; 
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9em }
 td, th { border: 1px solid #ddd; padding: 3px 8px; text-align: right; white-space: nowrap }
-tr.knee td { font-weight: bold }
+tr.recommended td { font-weight: bold }
 pre { background: #f5f5f5; padding: .6em 1em; white-space: pre-wrap; overflow-wrap: anywhere }
 p.note { color: #555; margin-bottom: 0 }
 """
@@ -87,12 +87,13 @@ def draw_html(results: Results, figure: FrontFigure, scaling: Sequence[DataCurve
     import plotly.io
 
     name, spec, objectives, records, members = results.name, results.spec, results.objectives, results.records, results.members
-    command, volume = results.command_of_knee, hypervolume_of(records, objectives)
+    command, volume = results.command_of_recommended, hypervolume_of(records, objectives)
     counts = [complete_text(records), *(f"{n} {what}" for what, n in figure.left_out.items())]
     started = results.state.started or {}
     facts = [f"Trials: {', '.join(counts)}.", f"Hypervolume: {'unknown' if volume is None else f'{volume:.6g}'}."]
     facts += [f"Machine: {started['machine']}."] if "machine" in started else []
     advice, *doubts = recommendation_lines(members, objectives, name)
+    chosen = recommended(members, objectives)
     parts = [
         f"<h1>{html.escape(name)}</h1>",
         f"<p class='recommendation'>{html.escape(advice)}</p>",
@@ -100,7 +101,7 @@ def draw_html(results: Results, figure: FrontFigure, scaling: Sequence[DataCurve
         f"<p>{html.escape(' '.join(facts))}</p>",
         *methods,
         "<h2>The front</h2>",
-        _html_table(*front_table(members, spec, objectives, WORTH_SEEING), marked=str(figure.knee_number)),
+        _html_table(*front_table(members, spec, objectives, WORTH_SEEING), marked="" if chosen is None else str(chosen.number)),
         *(f"<p class='note'>{html.escape(line)}</p>" for line in [*doubts, *scaling_lines(scaling)]),
     ]
     for number, (title, note, drawing) in enumerate(_drawings(results, figure, scaling)):
@@ -125,8 +126,8 @@ def _html_table(heading: Sequence[str], rows: Sequence[Sequence[str]], marked: s
     """Return a table; the row whose first cell is `marked` is in bold."""
     lines = ["<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in heading) + "</tr>"]
     for row in rows:
-        knee = " class='knee'" if row[0] == marked else ""
-        lines.append(f"<tr{knee}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+        style = " class='recommended'" if row[0] == marked else ""
+        lines.append(f"<tr{style}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
     return f"<div class='wide'><table>{''.join(lines)}</table></div>"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search.advice import best_in, knee, known_values, within
+from search.advice import best_in, knee, known_values, recommended, within
 from search.budget import used
 from search.calibration import calibration_as_json
 from search.confidence import confirmed_as_json
@@ -67,9 +67,9 @@ class Results:
         return front(self.records, self.objectives)
 
     @property
-    def command_of_knee(self) -> str:
+    def command_of_recommended(self) -> str:
         """What trains the recommended trial again; empty where none is."""
-        chosen = knee(self.members, self.objectives)
+        chosen = recommended(self.members, self.objectives)
         return self.command_of(chosen) if chosen else ""
 
     def command_of(self, record: TrialRecord) -> str:

@@ -13,7 +13,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import optuna
@@ -22,8 +22,9 @@ from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
 from search.pareto import sign_of
+from search.proposals import PastTrial, Proposal
 from search.proposer import Look, Params, Proposer, Seen
-from spaces.metrics import METRICS, is_learned
+from spaces.metrics import METRICS, TRAIN_SECONDS, is_learned
 from spaces.space import SpaceSpec
 from spaces.spec import Objective
 
@@ -39,25 +40,6 @@ SMALLEST = 1e-6
 MAX_REMEMBERED = 500
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Proposal:
-    """One trial of the study: its number and a value for every knob."""
-
-    number: int
-    params: dict[str, Any]
-    again: int | None = None
-    """The trial whose params these were, where that ran out of memory."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PastTrial:
-    """A complete trial of an earlier search."""
-
-    params: Mapping[str, Any]
-    values: Mapping[str, float]
-    constraints: Mapping[str, float]
-
-
 class Study:
     """A multi-objective Optuna study in memory."""
 
@@ -70,6 +52,7 @@ class Study:
         seed: int,
         startup_trials: int,
         points_to_evaluate: Sequence[Mapping[str, Any]] = (),
+        longer_points: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = space
@@ -80,6 +63,8 @@ class Study:
         self._startup_trials = startup_trials
         self._points = list(points_to_evaluate)
         """Those that were not proposed yet."""
+        self._longer = list(longer_points)
+        """What is proposed after these as far as it trains within the reference of `train_seconds`, the shortest first."""
         self._reseed()
         # Optuna numbers all its trials, an earlier search's too; the numbers of this search are its own.
         self._study = optuna.create_study(storage=_Memory(), directions=[o.direction for o in self._objectives])
@@ -120,6 +105,9 @@ class Study:
         """
         if self._points:
             return self._take(*self._candidate("random", self._points.pop(0)))
+        limit = next((o.reference for o in self._objectives if o.metric == TRAIN_SECONDS), None)
+        if self._longer and look is not None and limit is not None and look.trains_within(self._longer[0], limit):
+            return self._take(*self._candidate("random", self._longer.pop(0)))
         method = self._chosen_method()
         if look is not None and method == "model" and not self._is_closed:
             params = self._modelled(look, budget_left)
@@ -169,9 +157,7 @@ class Study:
     ) -> None:
         """Take up the trials that an earlier driver asked for, by number, and those whose numbers it reserved (None).
 
-        Each that was asked for is RUNNING until it is told.
-
-        A trial that the space holds no more, since the user changed it, teaches the sampler nothing.
+        Each that was asked for is RUNNING until it is told. One that the space holds no more teaches the sampler nothing.
 
         Args:
             asked: the params of each.
@@ -196,10 +182,12 @@ class Study:
         self._reseed()
 
     def _strike(self, params: Mapping[str, Any]) -> None:
-        """Take what was proposed off the points that the user gave; of several that it may be, the first."""
-        place = next((n for n, point in enumerate(self._points) if _is_at(params, point, self._space.profiled_knobs())), None)
-        if place is not None:
-            del self._points[place]
+        """Take what was proposed off the points that are to come; of several that it may be, the first."""
+        for points in (self._points, self._longer):
+            place = next((n for n, point in enumerate(points) if _is_at(params, point, self._space.profiled_knobs())), None)
+            if place is not None:
+                del points[place]
+                return
 
     def tell_complete(self, number: int, values: Mapping[str, float], constraints: Mapping[str, float]) -> None:
         """End a trial with its objectives' values, and with its constraints: GP wants the same ones of every trial.

@@ -155,6 +155,7 @@ class Tracker:
         knobs: Sequence[str],
         artifacts: Sequence[Path],
         *,
+        recommended: int | None,
         note: str,
         metrics: Mapping[str, float],
     ) -> None:
@@ -165,6 +166,7 @@ class Tracker:
             objectives: the metrics that the front is about; the first one is the y axis.
             knobs: the params that the view shows, by their names in `TrialConfig.flat`.
             artifacts: files for the folder `report` of the parent run.
+            recommended: the trial to take, by its number.
             note: Markdown that MLflow shows on top of the parent run.
             metrics: numbers of the search as a whole, for the parent run.
 
@@ -173,7 +175,7 @@ class Tracker:
         """
         mirror = self._open.mirror
         with in_words(self.uri):
-            mirror.write_front(members, [*artifacts], note=note, metrics=metrics)
+            mirror.write_front(members, [*artifacts], recommended=recommended, note=note, metrics=metrics)
         try:
             mirror.save_view(objectives, knobs)
         except Exception as error:

@@ -11,9 +11,10 @@ from search.endpoint import redacted, tracking_uri
 from search.errors import UserError
 from search.ledger import SearchState
 from search.pareto import eligible
+from search.proposals import PastTrial
 from search.record import TrialRecord
 from search.store import Store
-from search.study import MAX_REMEMBERED, PastTrial, Study
+from search.study import MAX_REMEMBERED, Study
 from search.tracked import load_search
 from search.tracking import TrackingError
 from spaces import constraints
@@ -21,7 +22,7 @@ from spaces.config import TrialConfig
 from spaces.constraints import Limits
 from spaces.loading import LoadedSpec, SpecError, parse_spec
 from spaces.metrics import CUSTOM, EXACT_MATCH, metric_of
-from spaces.presets import starting_points
+from spaces.presets import longer_points, starting_points
 from spaces.spec import Objective, SearchSpec
 
 
@@ -134,9 +135,10 @@ def new_study(spec: SearchSpec, state: SearchState, limits: Limits, objectives: 
     """
     sampler, written = spec.sampler, (state.warm_start or {}).get("trials", ())
     past = [{**trial, "params": spec.space.with_defaults(trial["params"])} for trial in written]
-    points = sampler.points_to_evaluate
+    points, longer = sampler.points_to_evaluate, list[dict[str, Any]]()
     if points is None:
         points = () if past else tuple(starting_points(spec.space, width=width, limits=limits))
+        longer = longer_points(spec.space, width=width, limits=limits)
     study = Study(
         space=spec.space,
         objectives=objectives,
@@ -144,6 +146,7 @@ def new_study(spec: SearchSpec, state: SearchState, limits: Limits, objectives: 
         seed=sampler.seed,
         startup_trials=sampler.startup_trials,
         points_to_evaluate=points,
+        longer_points=longer,
     )
     # The user may have changed the space since they were written down.
     study.learn([_past(trial, limits) for trial in past if spec.space.holds(trial["params"])])

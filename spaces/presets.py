@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spaces.config import ADAPTER_KNOBS, Adapter, TrialConfig
@@ -95,23 +95,48 @@ def starting_points(space: SpaceSpec, *, width: int, limits: Limits) -> list[dic
             first such strategy.
     """
 
-    def point(adapter: Adapter, training: Training) -> dict[str, Any]:
-        recipe = _recipe(space, adapter, training, width)
-        if adapter == "oft":
-            recipe["lora_rank"] = _block_size(space, recipe, limits)
-        return recipe | _layout(space, recipe, limits)
+    main, *others = _adapters(space, width, limits)
+    points = [_point(space, main, training, width, limits) for training in TRAININGS]
+    if limits.num_workers >= 2 * points[-1]["world_size"]:
+        points = [points[-1], *points[:-1]]
+    points += [_point(space, adapter, SHORT_TRAINING, width, limits) for adapter in others]
+    return [each for i, each in enumerate(points) if each not in points[:i]]
+
+
+def longer_points(space: SpaceSpec, *, width: int, limits: Limits) -> list[dict[str, Any]]:
+    """Return further trainings of what has the lengths among the starting points, each twice as long, as far as the space goes.
+
+    Where more passes are allowed and there is time for them, they are what the best of the front is made of; none where the space
+    ends below twice the longest starting point. The arguments are those of `starting_points`.
+    """
+    main, *_ = _adapters(space, width, limits)
+    fraction, most = (float(max(domain.ends())) for domain in (space.dataset_fraction, space.epochs))
+    first = starting_points(space, width=width, limits=limits)
+    points, passes = list(first), 2 * TRAININGS[-1].passes
+    while passes <= fraction * most:
+        training = replace(TRAININGS[-1], passes=passes, epochs=math.ceil(passes / fraction))
+        points.append(_point(space, main, training, width, limits))
+        passes *= 2
+    return [each for i, each in enumerate(points) if each not in points[:i]][len(first) :]
+
+
+def _adapters(space: SpaceSpec, width: int, limits: Limits) -> list[Adapter]:
+    """Return the adapters of a space; first what has the lengths."""
 
     def can_run(adapter: Adapter) -> bool:
-        config = config_within(space.first(**point(adapter, SHORT_TRAINING)), limits)
+        config = config_within(space.first(**_point(space, adapter, SHORT_TRAINING, width, limits)), limits)
         return is_feasible(violations(config, limits))
 
     adapters = sorted(space.adapter.ends(), key=lambda adapter: (adapter != "none", adapter))
     main = next(filter(can_run, adapters), adapters[0])
-    points = [point(main, training) for training in TRAININGS]
-    if limits.num_workers >= 2 * points[-1]["world_size"]:
-        points = [points[-1], *points[:-1]]
-    points += [point(adapter, SHORT_TRAINING) for adapter in adapters if adapter != main]
-    return [each for i, each in enumerate(points) if each not in points[:i]]
+    return [main, *(adapter for adapter in adapters if adapter != main)]
+
+
+def _point(space: SpaceSpec, adapter: Adapter, training: Training, width: int, limits: Limits) -> dict[str, Any]:
+    recipe = _recipe(space, adapter, training, width)
+    if adapter == "oft":
+        recipe["lora_rank"] = _block_size(space, recipe, limits)
+    return recipe | _layout(space, recipe, limits)
 
 
 def usual_rate(adapter: Adapter, width: int) -> float:

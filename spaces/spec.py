@@ -86,7 +86,8 @@ class ObjectiveSpec(Section):
     direction: Direction | None = None
     """`minimize` or `maximize`; by default what is better for the metric."""
     reference: Finite | None = None
-    """The worst value that is still worth anything; the hypervolume is measured from there."""
+    """The worst value that is still worth anything: with `train_seconds` the time that a training may take. The hypervolume is
+    measured from there, what is recommended lies within it, and where `epochs` allow it trainings that last as long are tried."""
 
 
 class ResourcesSpec(Section):

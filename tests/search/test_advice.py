@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from search.advice import best_in, doubts, knee, recommendation, within
+from search.advice import best_in, doubts, knee, recommendation, recommended, within
 from search.record import Confirmation, TrialRecord, TrialState
 from spaces.spec import Objective
 
@@ -73,9 +73,9 @@ def test_the_knee_is_that_of_what_further_seeds_say_where_they_say_it_of_all() -
     found = knee(members, TWO)
     assert found is not None
     assert found.number == 2
-    text = recommendation(members, TWO, "banking")
-    assert text.startswith("Take trial 2 of banking")
-    assert "; the best is trial 3, accuracy 0.87" in text, "trial 4, the best of the search, is not by its further seeds"
+    text = recommendation(members, (ACCURACY, replace(SECONDS, reference=120.0)), "banking")
+    assert text.startswith("Take trial 3 of banking: accuracy 0.87"), "trial 4, the best of the search, is not by its further seeds"
+    assert "; the knee of the 4 within 120 s is trial 2, accuracy 0.85" in text
     of_some = [*members[:4], trial(4, (0.95, 150.0))]
     found = knee(of_some, TWO)
     assert found is not None
@@ -109,8 +109,29 @@ def test_limits_are_held_against_what_further_seeds_say_where_they_say_it_of_all
 def test_where_some_have_further_seeds_the_sentence_compares_what_the_choice_was_made_by() -> None:
     members = [trial(0, (0.5, 1.0)), trial(1, (0.8, 4.5)), trial(2, (0.85, 5.3), (0.84, 4.0), (0.86, 4.0))]
     text = recommendation(members, TWO, "banking")
-    assert "Take trial 1 of banking: accuracy 0.8 at train_seconds 4.5 s" in text
-    assert "the best is trial 2, accuracy 0.85 at train_seconds 5.3 s, 1.2 times as much" in text
+    assert "Take trial 2 of banking: accuracy 0.85 at train_seconds 5.3 s, the best on the front;" in text
+    assert "the knee of the 3 is trial 1, accuracy 0.8 at train_seconds 4.5 s, 85% of that" in text
+
+
+def test_the_best_within_the_references_is_recommended_and_what_is_worth_nothing_is_not() -> None:
+    members = [trial(n, v) for n, v in enumerate([(0.2, 5.0), (0.5, 30.0), (0.6, 100.0), (0.7, 140.0)])]
+    found = recommended(members, TWO)
+    assert found is not None
+    assert found.number == 2, "which takes just as long as there is time"
+    text = recommendation(members, TWO, "banking")
+    assert text.startswith(
+        "Take trial 2 of banking: accuracy 0.6 at train_seconds 100 s, the best on the front within 100 s; the knee"
+    )
+    for worthless in ([trial(0, (0.0, 5.0))], [trial(0, (0.9, 101.0))]):
+        assert recommended(worthless, TWO) is None
+        assert recommendation(worthless, TWO, "banking").startswith(
+            "Nothing to recommend: no trial of banking is better than accuracy 0 and train_seconds 100 s; the best is trial 0, "
+        )
+    loss = Objective(metric="accuracy", direction="minimize", reference=None)
+    assert recommended(members, (loss, SECONDS)) is members[0], "where no reference is known all counts"
+    both = replace(MEMORY, reference=3.0)
+    rich = [trial(n, v) for n, v in enumerate([(0.5, 30.0, 2.0), (0.6, 40.0, 4.0)])]
+    assert recommended(rich, (ACCURACY, SECONDS, both)) is rich[0]
 
 
 def test_trials_whose_steps_alone_were_timed_are_named_in_one_line() -> None:

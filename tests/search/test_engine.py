@@ -13,8 +13,8 @@ from search.engine import Assignment, Engine, SearchExhausted
 from search.known import Known
 from search.ledger import Ledger, replay
 from search.pareto import front
+from search.proposals import Proposal
 from search.record import TrialState
-from search.study import Proposal
 from spaces.blueprint import blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import CONSTRAINTS, Limits

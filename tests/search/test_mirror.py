@@ -195,7 +195,7 @@ def test_the_front_in_mlflow_is_that_of_the_trials_alone() -> None:
     mirror = Mirror(runs, "synthetic", "parent")
     for event in [*EVENTS, *CONFIRMED]:
         mirror.deliver(event)
-    mirror.write_front(front(RECORDS, OBJECTIVES), [], note="", metrics={})
+    mirror.write_front(front(RECORDS, OBJECTIVES), [], recommended=None, note="", metrics={})
     assert all("pareto" not in run["tags"] for name, run in runs.runs.items() if name.startswith("confirm"))
     table = json.loads(runs.runs["parent"]["files"]["trials.json"])
     column = table["columns"].index("confirmed/test_accuracy")
@@ -218,10 +218,11 @@ def test_the_front_is_tagged_painted_and_in_a_view_of_this_search(tmp_path: Path
     report.write_text("<html>")
     for _ in range(2):
         members = front(RECORDS, OBJECTIVES)
-        mirror.write_front(members, [report], note="take trial 1", metrics={"front/size": 3.0})
+        mirror.write_front(members, [report], recommended=1, note="take trial 1", metrics={"front/size": 3.0})
         mirror.save_view(["accuracy", "train_seconds"], ["learning_rate", "strategy", "adapter_rank"])
     painted = {r.number for r in RECORDS if runs.runs[f"trial-{r.number:04d}"]["tags"]["pareto"] == "true"}
     assert painted == numbers_on_front(RECORDS)
+    assert [r.number for r in RECORDS if runs.runs[f"trial-{r.number:04d}"]["tags"]["recommended"] == "true"] == [1]
     assert len({run["tags"]["mlflow.runColor"] for name, run in runs.runs.items() if name != "parent"}) == 2
     parent = runs.runs["parent"]
     assert parent["tags"]["mlflow.note.content"] == "take trial 1"

@@ -68,6 +68,19 @@ def record(given: dict[str, Any], *, took: float, held: float, number: int = 0, 
     )
 
 
+def test_a_point_trains_within_a_time_once_times_are_known_and_there_is_time_for_it() -> None:
+    search = Search()
+    assert not search.prospects.trains_within(params(), 1000.0), "nobody knows yet"
+    search.prospects.ended(record(params(), took=20.0, held=23.0))
+    assert [search.prospects.trains_within(params(), seconds) for seconds in (19.0, 21.0)] == [False, True]
+    assert search.prospects.trains_within(params(world_size=2), 11.0)
+    search.left = 15.0
+    assert not search.prospects.trains_within(params(), 1000.0)
+    search.left = math.inf
+    search.known.add(TrialConfig.from_params(params()).key())
+    assert not search.prospects.trains_within(params(), 1000.0)
+
+
 def test_costs_are_device_seconds_corrected_by_what_trials_took() -> None:
     search = Search()
     assert search.seconds(world_size=2) == 10.0

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure as Drawing
 from synthetic import OBJECTIVES, confirmed_event, numbers_on_front, results_of, synthetic_events, without_mfu
 
-from search.advice import knee, noise_lines, recommendation, recommendation_lines
+from search.advice import noise_lines, recommendation, recommendation_lines, recommended
 from search.figures import Point, front_figure
 from search.ledger import SearchState, replay
 from search.pareto import front
@@ -254,7 +254,7 @@ def test_three_objectives_and_prices_of_zero_can_be_drawn(tmp_path: Path) -> Non
 def test_a_noisy_member_is_named() -> None:
     members = front(RECORDS, OBJECTIVES)
     assert noise_lines(members) == []
-    chosen = knee(members, OBJECTIVES)
+    chosen = recommended(members, OBJECTIVES)
     assert chosen is not None
     other = next(r for r in members if r is not chosen)
     for record, place in ((chosen, 1), (other, -1)):
@@ -270,8 +270,8 @@ def test_the_recommendation_is_one_sentence() -> None:
         for n, a, s, t in ((3, 0.5, 10.0, {}), (7, 0.86, 20.0, {"accuracy": 0.84}), (9, 0.9, 90.0, {}))
     ]
     assert recommendation(members, OBJECTIVES, "banking") == (
-        "Take trial 7 of banking: accuracy 0.86 (0.84 on the test file) at train_seconds 20 s, the knee of the 3 on "
-        "the front; the best is trial 9, accuracy 0.9 at train_seconds 90 s, 4.5 times as much."
+        "Take trial 9 of banking: accuracy 0.9 at train_seconds 90 s, the best on the front; "
+        "the knee of the 3 is trial 7, accuracy 0.86 (0.84 on the test file) at train_seconds 20 s, 22% of that."
     )
     assert recommendation(members[:1], OBJECTIVES, "banking").endswith("the best on the front.")
     assert recommendation([], OBJECTIVES, "banking").startswith("Nothing to recommend")

@@ -13,7 +13,8 @@ from optuna.trial import TrialState as OptunaState
 
 from search.acquisition import Prospect
 from search.hypervolume import hypervolume
-from search.study import MAX_MODEL_TRIALS, PastTrial, Proposal, SamplerName, Study
+from search.proposals import PastTrial, Proposal
+from search.study import MAX_MODEL_TRIALS, SamplerName, Study
 from spaces.space import SpaceSpec
 from spaces.spec import Objective
 
@@ -212,6 +213,9 @@ class Looks:
     def trial(self, number: int | None, params: Any) -> Prospect:
         return looked_at(params)
 
+    def trains_within(self, params: Any, seconds: float) -> bool:
+        return curve(params)[1] <= seconds
+
 
 def looked_at(params: Any) -> Prospect:
     learned = {"learning_rate": math.log(params["learning_rate"]), "rows": math.log(params["dataset_fraction"] * params["epochs"])}
@@ -241,6 +245,23 @@ def test_the_model_finds_a_better_front_in_the_same_time_than_chance_and_than_tp
         for sampler in ("auto", "tpe", "random")
     }
     assert volumes["auto"] > 1.1 * max(volumes["tpe"], volumes["random"]), volumes
+
+
+@pytest.mark.parametrize("sampler", ["auto", "tpe"])
+def test_longer_points_come_after_the_first_ones_as_far_as_they_train_within_the_reference(sampler: SamplerName) -> None:
+    whole = make(epochs={"uniform": [0.5, 4.0]})._space.first()
+    first, *longer = ({**whole, "epochs": epochs, "dataset_fraction": 1.0} for epochs in (0.5, 1.5, 1.6, 3.0))
+    how: dict[str, Any] = {"space": SpaceSpec.model_validate({"epochs": {"uniform": [0.5, 4.0]}}), "objectives": OBJECTIVES}
+    how |= {"sampler": sampler, "seed": 0, "startup_trials": 9, "points_to_evaluate": [first], "longer_points": longer}
+    study = Study(**how)
+    asked = [study.ask(Looks()) for _ in range(4)]
+    assert [proposal.params["epochs"] for proposal in asked[:3]] == [0.5, 1.5, 1.6]
+    assert asked[3].params["epochs"] not in (0.5, 1.5, 1.6, 3.0), "180 seconds, and the reference is 100"
+    again = Study(**how)
+    again.restore({proposal.number: proposal.params for proposal in asked[:2]})
+    assert again.ask(Looks()).params["epochs"] == 1.6
+    without = Study(**how | {"objectives": OBJECTIVES[:1]})
+    assert [without.ask(Looks()).params["epochs"] for _ in range(2)][1] != 1.5, "nobody said how long is too long"
 
 
 def test_the_model_proposes_only_what_is_open_and_the_same_for_the_same_seed() -> None:

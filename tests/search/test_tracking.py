@@ -72,6 +72,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
         [o.metric for o in OBJECTIVES],
         ["learning_rate", "world_size"],
         [report],
+        recommended=1,
         note="take trial 1",
         metrics={"front/size": float(len(members))},
     )

@@ -14,7 +14,8 @@ import yaml
 
 from search.endpoint import tracking_uri
 from search.ledger import Ledger, replay
-from search.study import PastTrial, Study
+from search.proposals import PastTrial
+from search.study import Study
 from search.tracking import Tracker
 from search.warm_start import _difference, _Earlier, earlier_trials, new_study, on_device, warm_start_text
 from spaces.config import TrialConfig

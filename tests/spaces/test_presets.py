@@ -12,7 +12,7 @@ import pytest
 from spaces.blueprint import blueprint
 from spaces.config import TrialConfig
 from spaces.constraints import Limits, is_feasible, violations
-from spaces.presets import nearest, starting_points, usual_rate
+from spaces.presets import longer_points, nearest, starting_points, usual_rate
 from spaces.space import SpaceSpec
 
 
@@ -70,6 +70,28 @@ def test_without_limits_the_usual_rate_of_lora_is_ten_times_that_of_full_fine_tu
     # What the authors' own function gives: 5e-5 at a width of 2000, and about 2.8e-4 for LoRA on Llama-3.1-8B, which is 4096 wide.
     assert usual_rate("none", 2000) == pytest.approx(5e-5)
     assert usual_rate("lora", 4096) == pytest.approx(2.8e-4, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "fraction", "passes"),
+    [
+        ({"int": [1, 4]}, {"uniform": [0.1, 1.0]}, []),
+        ({"int": [1, 5]}, {"uniform": [0.1, 1.0]}, [4.8]),
+        ({"int": [1, 5]}, 1.0, [5.0]),
+        ({"int": [1, 20]}, {"uniform": [0.1, 1.0]}, [4.8, 9.6, 19.2]),
+        ({"int": [1, 20]}, {"uniform": [0.1, 0.5]}, [4.8, 9.6]),
+        ({"choice": [1, 10]}, 1.0, []),  # the longest of the first is one already
+    ],
+)
+def test_where_more_passes_are_allowed_there_are_longer_trainings_each_twice_as_long(
+    epochs: Any, fraction: Any, passes: list[float]
+) -> None:
+    space = SpaceSpec.model_validate({"epochs": epochs, "dataset_fraction": fraction, "adapter": {"choice": ["none", "lora"]}})
+    points = longer_points(space, width=768, limits=Limits(num_workers=2, hidden_size=768))
+    found = [point["epochs"] * point["dataset_fraction"] for point in points]
+    assert found == [pytest.approx(p, rel=0.01) for p in passes]
+    assert {point["adapter"] for point in points} <= {"none"}
+    assert all(space.problem_with_point(point) is None for point in points)
 
 
 @pytest.mark.parametrize(
