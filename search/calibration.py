@@ -7,12 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from search.formatting import aligned, number_text
 from search.record import TrialRecord, TrialState
-from spaces.metrics import PEAK_MEMORY_BYTES, TRAIN_SECONDS
-
-# A terminal shows as many, the newest ones; the table in the report's folder has all.
-MAX_ROWS = 20
+from spaces.metrics import TRAIN_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,17 +70,3 @@ def summary_lines(rows: Sequence[Calibration]) -> list[str]:
         assumed = " (an assumption: `paretune profile` measures it)" if source == "estimate" else ""
         lines.append(f"{kind(what, source)}{assumed}: {len(errors)} trials, {spread}")
     return lines
-
-
-def render_calibration(records: Sequence[TrialRecord]) -> str:
-    """Return the newest trials' predictions as a table, and the errors of all; empty where nothing was predicted."""
-    rows = calibrate(records)
-    if not rows:
-        return ""
-    table = [["trial", "predicted", "", "from", "measured", "error"]]
-    for row in rows[-MAX_ROWS:]:
-        metric = TRAIN_SECONDS if row.what == "train_seconds" else PEAK_MEMORY_BYTES
-        shown = [number_text(metric, value) for value in (row.predicted, row.measured)]
-        table.append([str(row.number), row.what.replace("_", " "), shown[0], row.source, shown[1], f"{row.error:+.1%}"])
-    newest = f" (the newest {MAX_ROWS} rows of {len(rows)}; all are in the report's calibration.csv)" if len(rows) > MAX_ROWS else ""
-    return "\n".join([f"predicted and measured{newest}", *aligned(table), *summary_lines(rows)])

@@ -147,8 +147,8 @@ def search(spec: SpecPath, set_: Set = None, budget: Budget = None, quiet: Quiet
 
         with SearchView(loaded.spec, quiet=quiet) as view:
             store = start(loaded, view)
-        _show_calibration(store, json_)
         _show_front(store.name, Path(loaded.spec.directory), json_)
+        _show_calibration(store, json_)
 
 
 @app.command()
@@ -169,18 +169,19 @@ def resume(name: Name, directory: Directory = RUNS, budget: Budget = None, quiet
         else:
             with SearchView(store.load_spec().spec, quiet=quiet) as view:
                 resume_search(store, view)
-            _show_calibration(store, json_)
         _show_front(str(store.root), directory, json_)
+        if not why:
+            _show_calibration(store, json_)
         if own := command_of_comparison(store):
             print(f"a comparison of methods: `{own}` goes on with its further rates and seeds", file=sys.stderr)
 
 
 def _show_calibration(store: Store, json_: bool) -> None:
-    from search.calibration import render_calibration
+    from search.calibration import calibrate, summary_lines
 
-    text = render_calibration(list(store.state().records.values()))
-    if text and not json_:
-        print(f"{text}\n")
+    lines = summary_lines(calibrate(list(store.state().records.values())))
+    if lines and not json_:
+        print("\n".join(["predicted and measured (of each trial in the report):", *lines]))
 
 
 @app.command()

@@ -115,15 +115,21 @@ def connected(resources: ResourcesSpec) -> Iterator[int]:
         os.environ.setdefault("RAY_worker_niceness", "0")
         # Of Ray's warnings the first would be that a private cluster has a token, which is as it should be.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        ray.init(
-            address="local",
-            num_cpus=max(1, local_capacity(resources) * resources.cpus_per_worker),
-            resources={RELAY_RESOURCE: 1.0},
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(1, local_capacity(resources) * resources.cpus_per_worker),
+                resources={RELAY_RESOURCE: 1.0},
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        except Exception as error:  # Ray raises that class itself
+            if "timed out during startup" not in str(error):
+                raise
+            load = f" (load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores)"
+            raise UserError(f"Ray did not start on this machine in time{load}: try again when it is less busy") from error
     try:
         num_gpus = ray.cluster_resources().get("GPU")
         if num_gpus and not resources.gpus_per_worker:

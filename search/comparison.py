@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from search.advice import noise_lines
 from search.confidence import LEVEL, Confirmed, confirmed, told_apart
 from search.errors import UserError
 from search.formatting import aligned, number_text, short_text
@@ -21,6 +22,8 @@ from spaces.presets import LORA_RANK
 from spaces.spec import Objective, SearchSpec
 
 COSTS = (TRAIN_SECONDS, PEAK_MEMORY_BYTES)
+# With one there is no spread.
+MIN_SEEDS = 2
 # Of a report.
 FILES = ("methods.csv", "methods.png")
 
@@ -120,6 +123,11 @@ class Cell:
         """Return a metric's mean over the further seeds, or else what the search measured."""
         found = self.confirmed(metric)
         return found.estimate.mean if found is not None else self.record.values.get(metric) if self.record else None
+
+    def half_width(self, metric: str) -> float | None:
+        """Return that of the mean's interval; None with fewer than two seeds."""
+        found = self.confirmed(metric)
+        return None if found is None else found.estimate.half_width
 
     def text(self, metric: str) -> str:
         """Return the same for people, with its interval where there is one."""
@@ -244,6 +252,7 @@ def rows_of(comparison: Comparison) -> list[dict[str, Any]]:
             "num_seeds": len(cell.quality.values) if cell.quality else 0,
             "split": cell.quality.split if cell.quality else None,
             **{name: cell.value(name) for name in (*_domains(comparison), *COSTS)},
+            f"{TRAIN_SECONDS}_half_width": cell.half_width(TRAIN_SECONDS),
         }
         for cell in comparison.cells
     ]
@@ -256,7 +265,7 @@ def table_of(comparison: Comparison) -> list[list[str]]:
     for cell, row in zip(comparison.cells, rows_of(comparison), strict=True):
         rows = f"{cell.num_rows:,} ({cell.fraction:.3g})" if cell.num_rows else f"{cell.fraction:.3g}"
         quality = cell.quality.short_text if cell.quality else "-"
-        values = [cell.text(metric) if metric in _domains(comparison) else number_text(metric, row[metric]) for metric in columns]
+        values = [cell.text(metric) for metric in columns]
         trial = "-" if row["trial"] is None else str(row["trial"])
         rate = short_text(row["learning_rate"]) + ("*" if cell.is_at_edge else "")
         table.append([rows, row["method"], quality, row["verdict"], *values, rate, trial])
@@ -272,6 +281,9 @@ def lines_of(comparison: Comparison) -> list[str]:
     lines = [f"{intervals} over {seeds} further {'seed' if seeds == '1' else 'seeds'}, on the {on} rows"] if known else []
     if any(cell.is_at_edge for cell in comparison.cells):
         lines.append("*: the lowest or the highest rate that was tried; a better one may lie beyond")
+    lines += noise_lines([cell.record for cell in comparison.cells if cell.record])
+    if known and min(len(quality.values) for quality in known) < MIN_SEEDS:
+        return [*lines, f"with fewer than {MIN_SEEDS} further seeds nothing is told apart: --seeds {MIN_SEEDS} or more"]
     domains = [name for metric in _domains(comparison) if (name := domain_of(metric)) is not None]
     for fraction in comparison.fractions:
         num_known = sum(cell.fraction == fraction and cell.quality is not None for cell in comparison.cells)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from search.budget import counts, num_ended, used
+from search.figures import outcome
 from search.formatting import number_text, short_text
 from search.ledger import TOLD, SearchState, objectives_of, replay
 from search.pareto import front
@@ -135,7 +137,8 @@ class SearchView:
                 why = f" {record.error['kind']}: {record.error['message']}" if record.error else ""
                 why += record.why_stopped
                 why += f" NOISY: {record.noise}" if record.noise else ""
-                return f"trial {number:04d} {record.state.value:9} {self._metrics(record.values)}{why} | {self._summary()}"
+                state = "CUT OFF" if record.was_cut_off else record.state.value
+                return f"trial {number:04d} {state:9} {self._metrics(record.values)}{why} | {self._summary()}"
             case "trial_infeasible" if record:
                 # Searches begun before have no words for it.
                 broken = event.get("why") or [name for name, value in record.constraints.items() if value > 0]
@@ -155,9 +158,8 @@ class SearchView:
         records = self._state.records.values()
         members = front(list(records), objectives_of(self._spec, self._state))
         text = complete_text(list(records))
-        for state in (TrialState.PRUNED, TrialState.FAIL):
-            if number := sum(r.state is state and r.feasible_before_launch for r in records):
-                text += f", {number} {state.value.lower()}"
+        others = Counter(outcome(r) for r in records if r.feasible_before_launch and r.state in (TrialState.PRUNED, TrialState.FAIL))
+        text += "".join(f", {number} {what}" for what, number in others.items())
         most = self._spec.budget.max_trials
         text += f"{'' if most is None else f', {most} planned'}; front of {len(members)}"
         eta = self._eta_seconds()
@@ -211,7 +213,8 @@ class SearchView:
 def _goes_on(event: Mapping[str, Any], summary: str) -> str:
     if event["event"] == "resumed":
         return f"resumed with {summary}; trials in flight go on first: {event['in_flight'] or 'none'}"
-    return f"{event['num_further']} further trials: {event['why']}" if event["num_further"] else f"it goes on: {event['why']}"
+    further = "1 further trial" if event["num_further"] == 1 else f"{event['num_further']} further trials"
+    return f"{further}: {event['why']}" if event["num_further"] else f"it goes on: {event['why']}"
 
 
 def _leaks(data: Mapping[str, Any]) -> list[str]:

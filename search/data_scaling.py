@@ -125,8 +125,11 @@ def _said(curve: DataCurve, fit: ScalingFit) -> str:
     stop = fit.stops_paying(WORTHWHILE_NATS)
     most = fit.largest * MAX_TIMES
     said = f"{law} says {EVAL_LOSS} {full} with all {total:,} and {twice} with twice as many ({fit.level:.0%} intervals)"
+    if fit.loss(2 * total).high >= fit.loss(fit.largest).value:
+        return f"{law} does not tell whether more data pays: {EVAL_LOSS} {full} with all {total:,} ({fit.level:.0%} interval)"
     if stop.value > most:
-        return f"{said}; a doubling gains {WORTHWHILE_NATS} nats or more even at {MAX_TIMES:,.0f} times as many"
+        early = "" if stop.low > most else f", or less from {stop.low:,.0f} rows on"
+        return f"{said}; a doubling gains {WORTHWHILE_NATS} nats or more even at {MAX_TIMES:,.0f} times as many{early}"
     until = "" if stop.high <= most else " or never"
     return f"{said}; a doubling gains less than {WORTHWHILE_NATS} nats beyond {stop.value:,.0f} rows ({_span(stop, most)}{until})"
 

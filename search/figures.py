@@ -139,6 +139,8 @@ def outcome(record: TrialRecord) -> str:
         return "infeasible"
     if record.state is TrialState.FAIL and record.error is not None:
         return record.error["kind"].replace("_", " ")
+    if record.was_cut_off:
+        return "cut off"
     return record.state.value.lower()
 
 

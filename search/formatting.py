@@ -21,9 +21,9 @@ def number_text(metric: str, value: float | None) -> str:
         case "B":
             return f"{value / 2**30:.2f} GiB"
         case "1/s":
-            return f"{value:,.0f}/s"
+            return f"{plain(value)}/s"
         case "s":
-            return f"{value:.4g} s"
+            return f"{plain(value)} s"
     return f"{value:.4g}"
 
 

@@ -186,7 +186,7 @@ class Mirror:
             other_metrics=[tracked_name(m) for m in others],
             knobs=knobs,
             # MLflow leaves a run out of the parallel coordinates that lacks one, such as the rank where there is no adapter.
-            numeric_knobs=[k for k in knobs if all(isinstance(row.get(k), int | float) for row in rows)],
+            common_knobs=[k for k in knobs if all(row.get(k) is not None for row in rows)],
             is_ascending=metric_of(objectives[0]).direction == "minimize",
             time_ms=int(time.time() * 1000),
         )

@@ -11,6 +11,7 @@ from search.formatting import number_text, short_text
 from search.record import TrialRecord
 from search.results import Results
 from spaces.config import Recipe
+from spaces.inputs import DataSpec
 from spaces.metrics import in_order, metric_of
 from trainables.hub import EMBEDDED_MODEL, EMBEDDED_ORIGIN
 
@@ -73,7 +74,6 @@ def _head(results: Results, record: TrialRecord, *, is_adapter: bool) -> str:
     hub = [
         s.train.removeprefix("hf:").partition("@")[0].partition(":")[0] for s in data.sources.values() if s.train.startswith("hf:")
     ]
-    source = data.name.removeprefix("hf:")
     metadata = ModelCardData(
         base_model=base_name(results.spec.model.name),
         datasets=hub or None,
@@ -85,8 +85,8 @@ def _head(results: Results, record: TrialRecord, *, is_adapter: bool) -> str:
         eval_results=[
             EvalResult(
                 task_type=task,
-                dataset_type=source,
-                dataset_name=Path(source).name,
+                dataset_type=_data_name(data, split),
+                dataset_name=_data_name(data, split).rpartition("/")[2],
                 dataset_split=split,
                 metric_type=name,
                 metric_value=round(value, 6),
@@ -95,6 +95,12 @@ def _head(results: Results, record: TrialRecord, *, is_adapter: bool) -> str:
         ],
     )
     return f"---\n{metadata.to_yaml()}\n---"
+
+
+def _data_name(data: DataSpec, split: str) -> str:
+    """Return where rows are from: a name on the hub, or a file's, whose place here is nobody's business."""
+    files = [getattr(source, split, None) or source.train for source in data.sources.values()]
+    return ", ".join(dict.fromkeys(file.removeprefix("hf:") if file.startswith("hf:") else Path(file).name for file in files))
 
 
 def base_name(name: str) -> str | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from search.confidence import LEVEL
 from search.figures import CONFIRMED_COLOR, FRONT_COLOR, KNEE_COLOR, OTHER_COLOR, FrontFigure, axis_label
 from search.results import Results
 from search.tables import complete_text, front_table
@@ -15,6 +17,8 @@ from spaces.metrics import TRAIN_SECONDS
 MAX_TABLE_ROWS = 12
 # Of its columns, with their padding, at the size of its letters.
 INCHES_PER_LETTER = 0.07
+# Of methods, which colours alone would not tell everybody apart.
+MARKERS = "os^Dv<>P*X"
 
 
 def draw_png(figure: FrontFigure, results: Results, path: Path) -> None:
@@ -62,11 +66,12 @@ def draw_methods(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> No
     FigureCanvasAgg(drawing)
     axes = drawing.subplots(1, 2, sharey=True)
     known = [row for row in rows if row["mean"] is not None and row["rows"] is not None]
-    for method in dict.fromkeys(row["method"] for row in known):
+    for method, marker in zip(dict.fromkeys(row["method"] for row in known), cycle(MARKERS), strict=False):
         own = [row for row in known if row["method"] == method]
-        bars = {"yerr": [row["half_width"] or 0.0 for row in own], "capsize": 2, "marker": "o", "markersize": 4, "linewidth": 1}
+        bars = {"yerr": [row["half_width"] or 0.0 for row in own], "capsize": 2, "markersize": 5, "linewidth": 1}
         for part, x in zip(axes, ("rows", TRAIN_SECONDS), strict=True):
-            part.errorbar([row[x] for row in own], [row["mean"] for row in own], label=method, **bars)
+            wide = {"xerr": [row[f"{x}_half_width"] or 0.0 for row in own]} if x == TRAIN_SECONDS else {}
+            part.errorbar([row[x] for row in own], [row["mean"] for row in own], label=method, marker=marker, **bars, **wide)
     for part, label in zip(axes, ("training rows", axis_label(TRAIN_SECONDS)), strict=True):
         _log_axis(part.xaxis, part)
         part.set(xlabel=label)
@@ -74,14 +79,15 @@ def draw_methods(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> No
     if known:
         axes[0].set(ylabel=axis_label(known[0]["metric"]))
         axes[0].legend(loc="best", fontsize=8)
-    drawing.suptitle(f"{name}: the best rate of each method, with further seeds", fontsize=10)
+    drawing.suptitle(f"{name}: the best rate of each method, mean and {LEVEL:.0%} interval over further seeds", fontsize=10)
     drawing.savefig(path, dpi=150)
 
 
 def _draw_points(axes: Any, figure: FrontFigure) -> None:
     others = [p for p in figure.points if not p.on_front]
     members = [p for p in figure.points if p.on_front]
-    axes.scatter([p.x for p in others], [p.y for p in others], color=OTHER_COLOR, label="dominated", zorder=2)
+    if others:
+        axes.scatter([p.x for p in others], [p.y for p in others], color=OTHER_COLOR, label="dominated", zorder=2)
     if figure.steps:
         axes.plot(*zip(*figure.steps, strict=True), color=FRONT_COLOR, linewidth=1, zorder=1)
     axes.scatter([p.x for p in members], [p.y for p in members], color=FRONT_COLOR, label="front", zorder=3)
@@ -120,8 +126,6 @@ def _draw_confirmed(axes: Any, figure: FrontFigure) -> None:
     for point in figure.confirmed:
         tie = {"color": CONFIRMED_COLOR, "linewidth": 0.7, "linestyle": ":"}
         axes.plot([point.searched[0], point.x[0]], [point.searched[1], point.y[0]], zorder=4, **tie)
-        offset = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": 8, "color": CONFIRMED_COLOR}
-        axes.annotate(str(point.number), (point.x[0], point.y[0]), **offset)
     bars = {
         f"{axis}err": [[v[0] - v[1] for v in values], [v[2] - v[0] for v in values]]
         for axis, values in (("x", [p.x for p in figure.confirmed]), ("y", [p.y for p in figure.confirmed]))

@@ -101,8 +101,11 @@ class Prospects:
         return self._prospect(config, is_open=False)
 
     def trains_within(self, params: Mapping[str, Any], seconds: float) -> bool:
-        """Return whether a point can be tried and is expected to train in so many seconds; False as long as no time is known."""
-        chosen = layout_to_train(self.candidates(params), self._outlook)
+        """Return whether a point can be tried and is expected to train in so many seconds; False as long as no time is known.
+
+        A knob that it leaves open has its first value.
+        """
+        chosen = layout_to_train(self.candidates(self._spec.space.first(**params)), self._outlook)
         _, source = self._outlook.rough_seconds(chosen.config)
         prospect = self._prospect(chosen.config, is_open=chosen.is_feasible and not self._is_known(chosen.config))
         return prospect.is_open and bool(self._factors.get(source)) and math.exp(prospect.timed["seconds"]) <= seconds

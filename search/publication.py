@@ -9,7 +9,7 @@ from search.budget import used
 from search.ledger import Ledger, SearchState
 from search.pareto import hypervolume_of
 from search.report import write_report
-from search.results import Results
+from search.results import Results, number_of
 from search.store import Store
 from search.tracking import Tracker, TrackingError
 
@@ -44,7 +44,7 @@ def publish(results: Results, tracker: Tracker, *, command_for_rest: str) -> Non
             [o.metric for o in results.objectives],
             [TRACKED_KNOBS.get(knob, knob) for knob in results.spec.space.names_searched()],
             list(paths.values()),
-            recommended=None if chosen is None else chosen.number,
+            recommended=number_of(chosen),
             note="\n\n".join(note),
             metrics=search_metrics(results),
         )

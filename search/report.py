@@ -46,6 +46,10 @@ if TYPE_CHECKING:
 
 STATE_COLORS = {"complete": "#4d9221", "pruned": "#b8b8b8"}
 FAILED_COLOR = "#762a83"
+# Times the tallest bar of memory.
+FAR_ABOVE = 3
+# What was predicted: its name for people, and what they count it in.
+PREDICTED = {"train_seconds": ("train seconds [s]", 1.0), "tensor_bytes": ("tensors of a rank [GiB]", 2.0**30)}
 _STYLE = """
 body { font-family: system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
 .recommendation { font-size: 1.15em; border-left: 4px solid #d7191c; padding: .4em 1em; background: #faf5f5 }
@@ -214,7 +218,8 @@ def _front_plot(figure: FrontFigure) -> Figure:
     if figure.is_log:
         prices = [*(p.x for p in figure.points), *(x for p in figure.confirmed for x in p.x)]
         ticks = log_ticks(min(prices), max(prices))
-        drawing.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+        if len(ticks) > 2:  # over a short range plotly's own say more
+            drawing.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return _styled(drawing.update_yaxes(title=axis_label(figure.y_metric)))
 
 
@@ -311,7 +316,8 @@ def _memory_plot(bars: Sequence[MemoryBar], capacity: float | None) -> Figure:
     for term in dict.fromkeys(term for bar in bars for term in bar.num_bytes):
         gib = [bar.num_bytes.get(term, 0) / 2**30 for bar in bars]
         drawing.add_bar(x=places, y=gib, name=term.removesuffix("_bytes").replace("_", " "))
-    if capacity:
+    tallest = max(sum(bar.num_bytes.values()) for bar in bars)
+    if capacity and capacity <= FAR_ABOVE * tallest:  # farther up it would leave the bars no height
         drawing.add_hline(y=capacity / 2**30, line_dash="dot", annotation_text="device")
     drawing.update_layout(barmode="stack")
     return _styled(drawing.update_yaxes(title="memory [GiB]"))
@@ -321,17 +327,18 @@ def _calibration_plot(rows: Sequence[Calibration]) -> Figure:
     from plotly.subplots import make_subplots
 
     predicted = list(dict.fromkeys(row.what for row in rows))
-    drawing = make_subplots(cols=len(predicted), subplot_titles=[what.replace("_", " ") for what in predicted])
+    drawing = make_subplots(cols=len(predicted), subplot_titles=[PREDICTED[what][0] for what in predicted])
     for column, what in enumerate(predicted, start=1):
         chosen = [row for row in rows if row.what == what]
-        ends = [f(v for row in chosen for v in (row.predicted, row.measured)) for f in (min, max)]
+        unit = PREDICTED[what][1]
+        ends = [f(v / unit for row in chosen for v in (row.predicted, row.measured)) for f in (min, max)]
         line = {"color": OTHER_COLOR, "dash": "dot"}
         drawing.add_scatter(x=ends, y=ends, mode="lines", line=line, hoverinfo="skip", showlegend=False, row=1, col=column)
         for source in dict.fromkeys(row.source for row in chosen):
             points = [row for row in chosen if row.source == source]
             drawing.add_scatter(
-                x=[row.measured for row in points],
-                y=[row.predicted for row in points],
+                x=[row.measured / unit for row in points],
+                y=[row.predicted / unit for row in points],
                 mode="markers",
                 hovertext=[f"trial {row.number}: {row.error:+.1%}" for row in points],
                 name=kind(what, source),

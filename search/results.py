@@ -134,10 +134,17 @@ def front_as_json(results: Results) -> dict[str, Any]:
         "reference": results.state.reference,
         "used": used(results.spec, results.state).as_dict(),
         "trials": {s.value: sum(r.state is s for r in records) for s in TrialState},
+        "recommended": number_of(recommended(results.members, results.objectives)),
+        "knee": number_of(knee(results.members, results.objectives)),
         "front": [pick_as_json(results, record) for record in results.members],
         "scaling": scaling_as_json(data_curves(records)),
         "calibration": calibration_as_json(records),
     }
+
+
+def number_of(record: TrialRecord | None) -> int | None:
+    """Return a trial's number; None of none."""
+    return None if record is None else record.number
 
 
 def pick_as_json(results: Results, record: TrialRecord) -> dict[str, Any]:
@@ -145,6 +152,8 @@ def pick_as_json(results: Results, record: TrialRecord) -> dict[str, Any]:
     plain = record.to_dict()
     return {
         "number": record.number,
+        "source": record.source,
+        "noise": record.noise,
         "params": record.params,
         "config": record.config,
         "metrics": record.values,

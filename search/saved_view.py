@@ -38,7 +38,7 @@ def saved_view(
     metrics: Sequence[str],
     other_metrics: Sequence[str],
     knobs: Sequence[str],
-    numeric_knobs: Sequence[str],
+    common_knobs: Sequence[str],
     is_ascending: bool,
     time_ms: int,
 ) -> tuple[str, str]:
@@ -49,7 +49,7 @@ def saved_view(
         metrics: tracked names of the two or three objectives; the first sorts the table and is the y axis.
         other_metrics: tracked names of the further columns.
         knobs: params that differ between trials, as columns.
-        numeric_knobs: those of them that a parallel-coordinates chart can place.
+        common_knobs: those of them that every trial has, for the parallel coordinates.
         is_ascending: whether the first objective is minimised.
         time_ms: now, in Unix milliseconds.
     """
@@ -64,7 +64,7 @@ def saved_view(
             *(f"params.`{knob}`" for knob in knobs),
         ],
         "compareRunSections": [_section(search)],
-        "compareRunCharts": _charts(metrics, numeric_knobs),
+        "compareRunCharts": _charts(metrics, common_knobs),
         "isAccordionReordered": True,
         "runsHiddenMode": "SHOW_ALL",
         "autoRefreshEnabled": True,
@@ -94,7 +94,7 @@ def _section(search: str) -> dict[str, Any]:
     }
 
 
-def _charts(metrics: Sequence[str], numeric_knobs: Sequence[str]) -> list[dict[str, Any]]:
+def _charts(metrics: Sequence[str], common_knobs: Sequence[str]) -> list[dict[str, Any]]:
     chart = {"metricSectionId": "front", "deleted": False, "isGenerated": False}
     scatters = [
         {
@@ -113,7 +113,7 @@ def _charts(metrics: Sequence[str], numeric_knobs: Sequence[str]) -> list[dict[s
         "uuid": "parallel",
         "showAllRuns": True,
         "runsCountToCompare": MAX_RUNS,
-        "selectedParams": list(numeric_knobs),
+        "selectedParams": list(common_knobs),
         "selectedMetrics": list(metrics),
     }
     return [*scatters, parallel]

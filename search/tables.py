@@ -48,10 +48,12 @@ def _write_csv(path: Path, records: Sequence[TrialRecord]) -> None:
     tested = in_order(m for r in records for m in r.test)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["trial", "outcome", "stopped", *metrics, *(f"test_{m}" for m in tested), *knobs])
+        heading = ["trial", "outcome", "stopped", "source", "noise"]
+        writer.writerow([*heading, *metrics, *(f"test_{m}" for m in tested), *knobs])
         for r in records:
             values = [r.values.get(m, "") for m in metrics] + [r.test.get(m, "") for m in tested]
-            writer.writerow([r.number, outcome(r), r.why_stopped, *values, *(r.params.get(k, "") for k in knobs)])
+            source = "" if r.source is None else r.source
+            writer.writerow([r.number, outcome(r), r.why_stopped, source, r.noise, *values, *(r.params.get(k, "") for k in knobs)])
 
 
 def _write_calibration(path: Path, records: Sequence[TrialRecord]) -> None:

@@ -23,7 +23,7 @@ from search.store import Store
 from spaces.config import TrialConfig
 from spaces.loading import load_spec
 from trainables.checkpoint import CheckpointStore
-from trainables.formats import Columns
+from trainables.columns import Columns
 from trainables.loop import Command, train
 from trainables.mesh import World
 from trainables.model import BaseModel

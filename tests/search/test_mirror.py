@@ -238,7 +238,7 @@ def test_the_front_is_tagged_painted_and_in_a_view_of_this_search(tmp_path: Path
     assert state["searchFilter"] == "tags.kind = 'trial' and tags.`paretune.search` = 'synthetic'"
     scatter, parallel = state["compareRunCharts"]
     assert (scatter["xaxis"]["key"], scatter["yaxis"]["key"]) == ("perf/train_seconds", "eval/accuracy")
-    assert parallel["selectedParams"] == ["learning_rate", "adapter_rank"]
+    assert parallel["selectedParams"] == ["learning_rate", "strategy", "adapter_rank"]
     assert "params.`strategy`" in state["selectedColumns"]
 
 
