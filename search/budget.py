@@ -81,6 +81,14 @@ def used(spec: SearchSpec, state: SearchState) -> Used:
     return _used(spec, num_ended(records), seconds, sum(r.held_seconds * _world_size(r) for r in records))
 
 
+def used_by_seeds(spec: SearchSpec, state: SearchState) -> dict[str, float]:
+    """Return the device hours of further seeds, which are none of the search's, and the dollars where there is a price."""
+    trained = ((r, c) for r in state.records.values() for c in r.confirmations)
+    seconds = sum((c.finished_at - c.started_at) * _world_size(r) for r, c in trained)
+    spent = _used(spec, 0, None, seconds).as_dict()
+    return {limit: value for limit, value in spent.items() if value and limit != "trials"}
+
+
 def used_up(spec: SearchSpec, state: SearchState) -> str:
     """Return in words which limit the events of a search have reached, or nothing."""
     return _reached(spec, used(spec, state).as_dict())

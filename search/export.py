@@ -63,8 +63,7 @@ def export(store: Store, number: int, *, merge: bool, output: Path | None, say: 
     results = Results.of(store)
     record = _chosen(number, store, results)
     config = record.trial_config
-    if merge and config.recipe.adapter == "none":
-        raise UserError(f"--merge: trial {number} trained every weight and has no adapter to merge; leave --merge out")
+    merge = merge and config.recipe.adapter != "none"  # there is nothing to merge: it is whole
     target = (output or store.export_path(number, is_merged=merge)).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: something is there already; remove it, or name another directory with --output")

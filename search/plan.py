@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from search.budget import budget_text, limits_of
@@ -21,10 +22,13 @@ from spaces.loading import LoadedSpec, SpecError, dump_spec
 from spaces.memory import RankMemory, host_bytes, rank_memory
 from spaces.space import SpaceSpec
 from spaces.spec import SearchSpec
+from trainables.columns import detect
 from trainables.formats import DataError, read_rows
 
 # Of English text, for an estimate only: https://help.openai.com/en/articles/4936856
 CHARACTERS_PER_TOKEN = 4
+# Bytes of a file of rows that a plan takes the time to read.
+LARGEST_LOOKED_AT = 64 * 2**20
 # Device hours below which costs are told in seconds.
 LEAST_HOURS = 0.01
 _AT = STEP_KNOBS.index("recomputation")
@@ -47,7 +51,8 @@ def make_plan(loaded: LoadedSpec, rental: Rental | None = None) -> dict[str, Any
     contacted. On rented GPUs every layout has its estimated time too, and the search its hours and dollars.
 
     Raises:
-        SpecError: the model's shape is not known, from which all of an estimate follows.
+        SpecError: a model that is to be here is not, the data have no known columns, or, on rented GPUs, the model's shape is not
+            known, from which all of an estimate follows.
     """
     spec = loaded.spec
     if rental is not None:
@@ -56,7 +61,8 @@ def make_plan(loaded: LoadedSpec, rental: Rental | None = None) -> dict[str, Any
     else:
         capacity = spec.resources.workers if is_submitted() and spec.resources.workers else local_capacity(spec.resources)
         where = os.environ.get("RAY_ADDRESS", "this machine")
-    plan, unknown = _blueprint(spec)
+    check_columns(loaded)
+    plan, unknown = _blueprint(loaded)
     limits = Limits(
         num_workers=capacity,
         hidden_size=None if plan is None else plan.shape.hidden_size,
@@ -93,13 +99,33 @@ def _origins(loaded: LoadedSpec) -> dict[str, str]:
     return {path: place for path, place in loaded.origins.items() if ".".join(path.split(".")[:2]) in changed}
 
 
-def _blueprint(spec: SearchSpec) -> tuple[Blueprint | None, str]:
-    """Return what the model is made of, or why that is not known here; nothing is fetched for it but a `config.json`."""
-    from trainables.hub import ModelError, model_config
+def check_columns(loaded: LoadedSpec) -> None:
+    """Check that the columns of the local training rows are known, of files that are not too large to look.
 
+    Raises:
+        SpecError: they are not.
+    """
+    for source in loaded.spec.data.sources.values():
+        path = Path(source.train)
+        if path.is_file() and path.stat().st_size <= LARGEST_LOOKED_AT:
+            try:
+                detect(read_rows(source.train, split="train"), loaded.spec.data, source.train, loaded.spec.model.task)
+            except DataError as error:
+                raise SpecError([loaded.locate(str(error))]) from error
+
+
+def _blueprint(loaded: LoadedSpec) -> tuple[Blueprint | None, str]:
+    """Return what the model is made of, or why that is not known here; nothing is fetched for it but a `config.json`."""
+    from trainables.hub import ModelError, is_local, model_config
+
+    model = loaded.spec.model
     try:
-        return blueprint(model_config(spec.model.name, spec.model.revision), spec.model.task), ""
-    except (ModelError, ShapeError) as error:
+        return blueprint(model_config(model.name, model.revision), model.task), ""
+    except ShapeError as error:
+        return None, str(error)
+    except ModelError as error:
+        if is_local(model.name):
+            raise SpecError([loaded.locate(str(error))]) from error
         return None, str(error)
 
 

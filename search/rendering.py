@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from search.advice import doubts, recommendation_lines
 from search.bases import NOTE, bases_table
-from search.budget import used
+from search.budget import amount_text, used, used_by_seeds
 from search.confidence import confirmed, failure_lines, rival_lines, score_text
 from search.data_scaling import data_curves, scaling_lines
 from search.formatting import aligned, number_text, short_text
@@ -33,7 +33,8 @@ def render_front(results: Results) -> str:
     untrained = results.state.reference or {}
     if shown := {o.metric: untrained[o.metric] for o in results.objectives if o.metric in untrained}:
         lines.append("untrained model: " + ", ".join(f"{m} {number_text(m, v)}" for m, v in shown.items()))
-    lines.append(f"used: {used(results.spec, results.state).text()}")
+    spent = ", ".join(amount_text(limit, value) for limit, value in used_by_seeds(results.spec, results.state).items())
+    lines.append(f"used: {used(results.spec, results.state).text()}" + (f"; by further seeds: {spent}" if spent else ""))
     stopped = stopped_line(results.records)
     lines += [stopped] if stopped else []
     lines += recommendation_lines(members, results.objectives, results.name)

@@ -19,6 +19,7 @@ from search.interruption import Interrupted, Interruption
 from search.jobs import DispatcherSession, JobFailed, run_job
 from search.ledger import TOLD, Ledger, SearchState, objectives_of, replay
 from search.placement import num_handed_out
+from search.preflight import check_room, check_targets
 from search.provenance import flat_params, git_commit, machine, own_command, versions
 from search.publication import LEAVING_FLUSH_SECONDS, publish
 from search.results import Results, why_nothing
@@ -132,7 +133,11 @@ def start(loaded: LoadedSpec, emit: Emit, command: str | None = None) -> Store:
     check_no_credentials(loaded)
     if cluster.is_submitted():
         cluster.check_reachable()
+    if loaded.spec.name is not None:
+        Store(root=Path(loaded.spec.directory).absolute() / loaded.spec.name).check_free()
     prepared = prepare(loaded)
+    check_targets(loaded, prepared.plan)
+    check_room(loaded.spec, prepared.plan)
     past = _past(prepared)
     # A local cluster's size is known before it is started, so a space that cannot run starts nothing.
     if not cluster.is_submitted():

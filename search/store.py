@@ -74,19 +74,31 @@ class Store:
         parent = Path(loaded.spec.directory).absolute()
         if loaded.spec.name is not None:
             root = parent / loaded.spec.name
-            root.mkdir(parents=True, exist_ok=True)
+            _make(parent)
+            root.mkdir(exist_ok=True)
         else:
             root = _new_directory(parent, loaded.path.stem)
         store = cls(root=root)
         # Another one of this name may be about to begin, and has written its spec and no fact yet.
         with store.lock():
-            if store.ledger_path.exists():
-                raise UserError(
-                    f"a search named '{root.name}' is in {parent} already: go on with `{command_in(parent, 'resume', root.name)}`, "
-                    "or give this one another name with --set name=..."
-                )
+            store.check_free()
+            # Of one that never came to a trial.
+            store.ledger_path.unlink(missing_ok=True)
             store.write_spec(loaded.spec.model_copy(update={"name": store.name}))
         return store
+
+    def check_free(self) -> None:
+        """Check that no search with a trial is here.
+
+        Raises:
+            UserError: one is.
+        """
+        if self.state().records:
+            parent = self.root.parent
+            raise UserError(
+                f"a search named '{self.name}' is in {parent} already: go on with `{command_in(parent, 'resume', self.name)}`, "
+                "or give this one another name with --set name=..."
+            )
 
     @classmethod
     def open(cls, name: str, directory: Path) -> Store:
@@ -135,11 +147,18 @@ class Store:
             raise UserError(f"the search '{self.name}' runs already, in another process; wait for it or stop it first") from None
 
 
+def _make(parent: Path) -> None:
+    """Make the directory of all searches; a new one is left out of git, and of what `ray job submit --working-dir` uploads."""
+    if not parent.exists():
+        parent.mkdir(parents=True, exist_ok=True)
+        (parent / ".gitignore").write_text("*\n")
+
+
 def _new_directory(parent: Path, stem: str) -> Path:
     """Make `<stem>-<date>-<number>`, the first that is free."""
     stem = re.sub(r"[^A-Za-z0-9._-]", "-", stem)[:40]
     stamp = datetime.now().strftime("%Y%m%d")
-    parent.mkdir(parents=True, exist_ok=True)
+    _make(parent)
     for number in range(1, 10_000):
         root = parent / f"{stem}-{stamp}-{number}"
         try:

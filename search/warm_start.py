@@ -12,7 +12,7 @@ from search.errors import UserError
 from search.ledger import SearchState
 from search.pareto import eligible
 from search.proposals import PastTrial
-from search.record import TrialRecord
+from search.record import TrialRecord, TrialState
 from search.store import Store
 from search.study import MAX_REMEMBERED, Study
 from search.tracked import load_search
@@ -62,7 +62,7 @@ def earlier_trials(loaded: LoadedSpec, data_fingerprint: str) -> dict[str, Any]:
     problem = _difference(spec, earlier, data_fingerprint)
     if problem:
         raise SpecError(
-            [loaded.locate(f"sampler.warm_start: the search '{earlier.name}' has another {problem}: its results would not compare")]
+            [loaded.locate(f"sampler.warm_start: the search '{earlier.name}' has {problem}: its results would not compare")]
         )
     objectives = spec.resolved_objectives()
     proposed = [record for record in eligible(earlier.records, objectives) if record.was_proposed]
@@ -165,18 +165,25 @@ def _brief(params: dict[str, Any], record: TrialRecord, objectives: Sequence[Obj
 
 
 def _difference(spec: SearchSpec, earlier: _Earlier, data_fingerprint: str) -> str:
-    """Return what of an earlier search is another than here, so that no result compares."""
-    if spec.model != earlier.spec.model:
-        return "model"
+    """Return in words what of an earlier search is another than here, so that no result compares; nothing where none is."""
+    for name, value in earlier.spec.model:
+        if getattr(spec.model, name) != value:
+            return f"another model.{name} ({value})"
     if earlier.data_fingerprint != data_fingerprint:
-        return "data"
+        return "other data"
     judged = {o.metric for o in spec.resolved_objectives()}
     of_completions = {CUSTOM, EXACT_MATCH} if spec.model.task == "causal-lm" else set()
     for key, of in {"metric": {CUSTOM}, "answer_pattern": {EXACT_MATCH}, "exact_match_rows": of_completions}.items():
         if judged & of and getattr(spec.data, key) != getattr(earlier.spec.data, key):
-            return f"data.{key}"
-    wanted, there = ({(o.metric, o.direction) for o in s.resolved_objectives()} for s in (spec, earlier.spec))
-    return "" if wanted == there else "objective"
+            return f"another data.{key}"
+    wanted, there = ({o.metric: o.direction for o in s.resolved_objectives()} for s in (spec, earlier.spec))
+    turned = [metric for metric, direction in wanted.items() if there.get(metric, direction) != direction]
+    if turned:
+        return f"{turned[0]} with another direction"
+    # Whatever its own objectives were: a trial measures more.
+    known = [set(record.values) for record in earlier.records if record.state is TrialState.COMPLETE]
+    missing = [metric for metric in wanted if known and not any(metric in values for values in known)]
+    return f"no {missing[0]}" if missing else ""
 
 
 def _has_times(spec: SearchSpec) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from trainables.report import DiskFull
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +77,20 @@ class CheckpointStore:
         temporary = target.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        try:
+            self._fill(temporary, checkpoint)
+        except (OSError, SafetensorError) as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise DiskFull(f"{self._directory}: no space is left for its weights, which are written below `directory`") from error
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _sync(target.parent)
+
+    @staticmethod
+    def _fill(temporary: Path, checkpoint: Checkpoint) -> None:
         save_file(checkpoint.weights, temporary / "weights.safetensors")
         if checkpoint.optimizer:
             save_file(checkpoint.optimizer, temporary / "optimizer.safetensors")
@@ -81,10 +99,6 @@ class CheckpointStore:
         (temporary / MANIFEST).write_text(json.dumps(digests, indent=2))
         for path in temporary.iterdir():
             _sync(path)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        _sync(target.parent)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

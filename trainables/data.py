@@ -8,8 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from trainables.formats import DataError
 from trainables.tokenization import IGNORE, Encoded
 from trainables.user_metric import UserMetric
+
+# Of the training tokens: of a language that is written otherwise nearly all are.
+MOST_UNKNOWN = 0.9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,3 +123,30 @@ def expected_text(table: TokenTable, index: int, tokenizer: Any) -> str:
     _, targets = table.row(index)
     assert targets is not None  # only causal-lm has completions
     return str(tokenizer.decode(targets[targets != IGNORE], skip_special_tokens=True))
+
+
+def check_tokens(tokenizer: Any, name: str, tables: Sequence[TokenTable], num_known: int) -> None:
+    """Check that a tokenizer is that of its model, and of the language of the data.
+
+    Args:
+        tokenizer: of a model.
+        name: of the model.
+        tables: of rows, the training rows first.
+        num_known: tokens that the model has embeddings of.
+
+    Raises:
+        DataError: it has others, or does not know what the data say.
+    """
+    highest = max(int(table.input_ids.max()) for table in tables)
+    if highest >= num_known:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise DataError(f"model.name: the tokenizer of {name} has '{token}' as token {highest}; its model knows {num_known}")
+    unknown, ids = tokenizer.unk_token_id, tables[0].input_ids
+    words = ids[~np.isin(ids, [i for i in tokenizer.all_special_ids if i != unknown])]
+    share = 0.0 if unknown is None or not len(words) else float((words == unknown).mean())
+    if share > MOST_UNKNOWN:
+        # Of a directory without a tokenizer transformers makes one that knows nothing.
+        raise DataError(
+            f"model.name: to the tokenizer of {name} {share:.0%} of the training tokens are unknown: "
+            "its files are not beside the model, or it knows another language"
+        )

@@ -44,9 +44,14 @@ def resolve_model(name: str) -> str:
         if not (Path(name) / "config.json").exists():
             raise ModelError(f"model.name: the directory {name} holds no config.json")
         return str(Path(name).resolve())
-    if name.startswith(("./", "../", "/", "~")):
+    if is_local(name):
         raise ModelError(f"model.name: no such directory: {name}")
     return name
+
+
+def is_local(name: str) -> bool:
+    """Return whether a model is to be on this machine, and is no name on the hub."""
+    return name == EMBEDDED_MODEL or name.startswith(("./", "../", "/", "~")) or Path(name).is_dir()
 
 
 def model_config(name: str, revision: str | None) -> dict[str, Any]:

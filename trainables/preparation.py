@@ -15,7 +15,7 @@ from spaces.architecture import ModelShape
 from spaces.inputs import DATA_ROLES, DataSpec, DomainSpec, ModelSpec
 from spaces.metrics import EXACT_MATCH
 from trainables.columns import Columns, detect, detect_like, field
-from trainables.data import TaskData, TokenTable, expected_text
+from trainables.data import TaskData, TokenTable, check_tokens, expected_text
 from trainables.docstrings import load_docstrings
 from trainables.formats import DataError, Row, read_rows
 from trainables.hub import model_config
@@ -293,10 +293,7 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
     names = tuple(sorted(set(train.labels or ()), key=_in_words_and_numbers))
     has_answers = _has_answers(data, parts["evaluation"])
     tables = {role: _table(part, names, data) for role, part in parts.items()}
-    highest = max(int(table.input_ids.max()) for table in tables.values())
-    if highest >= num_tokens:
-        token = tokenizer.convert_ids_to_tokens(highest)
-        raise DataError(f"model.name: the tokenizer of {model.name} has '{token}' as token {highest}; its model knows {num_tokens}")
+    check_tokens(tokenizer, model.name, [tables["train"], *tables.values()], num_tokens)
     for role in tables.keys() - {"train"} if has_answers else ():
         if _has_answers(data, parts[role]):
             tables[role] = replace(tables[role], answers=tuple(answer or "" for answer in parts[role].answers))

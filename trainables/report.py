@@ -44,6 +44,12 @@ class Diverged(TrialError):
     kind = "diverged"
 
 
+class DiskFull(TrialError):
+    """Weights could not be written."""
+
+    kind = "disk_full"
+
+
 class OutOfMemory(TrialError):
     """The device has not enough memory for this layout; told to the sampler as a violated constraint."""
 

@@ -26,7 +26,7 @@ from trainables.job import HERE, Ask, Job, Task
 from trainables.loop import Command, affordable_rungs, evaluate_saved, evaluate_untrained, train
 from trainables.mesh import World
 from trainables.model import BaseModel
-from trainables.report import OutOfMemory, TrialError, TrialReport
+from trainables.report import DiskFull, OutOfMemory, TrialError, TrialReport
 from trainables.step_profile import measure_step
 
 logger = logging.getLogger(__name__)
@@ -129,9 +129,9 @@ def _run_job(job: Job, *, task: Task, data: TaskData, base: BaseModel, world: Wo
         # and if it was killed nobody does, so that the job is handed out again after the restart.
         if world.world_size > 1 and _lost_partner(error):
             raise
-        # A trial's own error is raised on all ranks at the same step, unless memory ran out on this rank alone. Whatever
+        # A trial's own error is raised on all ranks at the same step, unless memory or disk ran out on this rank alone. Whatever
         # else fails may have left the other ranks in a collective: only a restart of the group brings them back.
-        together = isinstance(error, TrialError) and not isinstance(error, OutOfMemory)
+        together = isinstance(error, TrialError) and not isinstance(error, OutOfMemory | DiskFull)
         restarts = world.world_size > 1 and not together
         inbox.finish(_failure(error, restarts))
         if restarts:

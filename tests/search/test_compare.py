@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 from synthetic import ACCURACY, SECONDS, confirmed_event, results_of, synthetic_events
@@ -25,7 +26,7 @@ from search.compare import (
     search,
 )
 from search.comparison import METHODS, Cell, Comparison, Method, cells_of, configs_of, pair_of, pairs_of, render, rows_of, write
-from search.confidence import confirmed
+from search.confidence import confirmed, told_apart
 from search.errors import NoResult, UserError
 from search.ledger import Ledger, replay
 from search.record import TrialRecord, TrialState
@@ -174,6 +175,40 @@ def test_the_best_is_named_with_what_the_seeds_do_not_tell_apart_from_it() -> No
     assert "lora 4, told apart from the rest" in render(alone)
     worst = Comparison(name="c", objective=replace(ACCURACY, direction="minimize"), cells=cells[:2])
     assert worst.rivals(0.1) == [cells[0]]
+
+
+def test_of_several_comparisons_each_has_to_be_surer() -> None:
+    """Alone the second is told apart from the first, beside a third it is not: Bonferroni's level is 97.5 % then."""
+    seeds = ([0.70, 0.71, 0.72], [0.741, 0.731, 0.721], [0.5, 0.51, 0.52])
+    cells = tuple(cell(METHODS[i], i, list(scores)) for i, scores in enumerate(seeds))
+    first, second = (quality for c in cells[:2] if (quality := c.quality) is not None)
+    assert told_apart(first, second, 0.90)
+    assert not told_apart(first, second, 0.95)
+    level = next(x / 1000 for x in range(900, 1000) if not told_apart(first, second, x / 1000))
+    with patch("search.comparison.LEVEL", level - 0.005):
+        assert Comparison(name="c", objective=ACCURACY, cells=cells[:2]).rivals(0.1) == [cells[1]]
+        assert Comparison(name="c", objective=ACCURACY, cells=cells).rivals(0.1) == [cells[1], cells[0]]
+
+
+def test_with_one_further_seed_nothing_is_told_apart_and_that_is_said() -> None:
+    cells = (cell(METHODS[0], 0, [0.70]), cell(METHODS[1], 1, [0.90]))
+    text = render(Comparison(name="c", objective=ACCURACY, cells=cells))
+    assert "with fewer than 2 further seeds nothing is told apart: --seeds 2 or more" in text
+    assert "not told apart:" not in text
+
+
+def test_times_have_intervals_and_noise_is_told() -> None:
+    cells = (cell(METHODS[0], 0, [0.70, 0.71, 0.72]), cell(METHODS[1], 1, [0.80, 0.81, 0.82]))
+    record = cells[0].record
+    assert record is not None
+    noisy = replace(cells[0], record=replace(record, values={**record.values, "time_drift": 0.5}))
+    comparison = Comparison(name="c", objective=ACCURACY, cells=(noisy, cells[1]))
+    (row, _) = rows_of(comparison)
+    known = confirmed(record, "train_seconds")
+    assert known is not None
+    assert (row["train_seconds"], row["train_seconds_half_width"]) == (known.estimate.mean, known.estimate.half_width)
+    assert known.short_text in render(comparison)
+    assert f"trial {record.number} is noisy: its pace changed by 50%" in render(comparison)
 
 
 def test_a_method_without_a_result_is_told_with_the_reason() -> None:

@@ -11,15 +11,17 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny import make_spec
 from typer.testing import CliRunner
 
 from search.cli import app
-from search.plan import layout_rows
+from search.plan import layout_rows, make_plan
 from spaces.blueprint import Blueprint, blueprint
 from spaces.config import Layout, Offload, Recipe, TrialConfig
 from spaces.constraints import Limits
 from spaces.estimate import ASSUMED_UTILISATION, GpuCluster, estimate_step, exchanges
 from spaces.hardware import device_named
+from spaces.loading import SpecError, load_spec
 from spaces.memory import host_bytes, rank_memory
 from spaces.space import SpaceSpec
 
@@ -514,3 +516,20 @@ def test_world_sizes_that_profile_names_are_shown_where_the_machine_has_none_of_
     assert shown == {1: {2, 4, 8}, 4: {2, 4}}
     none = layout_rows(space, 128, Limits(num_workers=1, hidden_size=64))
     assert not any(row["feasible"] for row in none)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["model.name=./nowhere"], r"model\.name: no such directory: \./nowhere"),
+        (["data.train=rows.csv"], r"rows\.csv: no column for the label among text, what; name it with data\.label"),
+    ],
+)
+def test_what_is_to_be_here_and_is_not_is_told_by_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("text,what\na,b\n")
+    with pytest.raises(SpecError, match=words):
+        make_plan(load_spec(make_spec(tmp_path), changes))
+    assert make_plan(load_spec(make_spec(tmp_path)))["num_feasible_layouts"] >= 1

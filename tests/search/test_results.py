@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from synthetic import confirmed_event, synthetic_events, without_mfu
 
+from search.advice import knee, recommended
+from search.budget import used
 from search.calibration import calibrate
 from search.errors import UserError
 from search.rendering import render_front
-from search.results import Results, front_as_json, load_results, pick_one
+from search.results import Results, front_as_json, load_results, pick_as_json, pick_one
 from search.store import Store
+from search.tables import write_tables
 from spaces.loading import load_spec
 from spaces.metrics import CUSTOM, EXACT_MATCH
 
@@ -36,6 +41,37 @@ def test_the_front_as_json_has_what_was_predicted_beside_what_was_measured(tmp_p
     for row, known in zip(rows, expected, strict=True):
         assert (row["number"], row["what"], row["source"]) == (known.number, known.what, known.source)
         assert row["error"] == pytest.approx(row["predicted"] / row["measured"] - 1)
+
+
+def test_the_front_says_what_it_was_held_against_and_what_it_took(tmp_path: Path) -> None:
+    events = synthetic_events(9)
+    seeds = [confirmed_event(0, seed, accuracy=0.8, seconds=9.0) for seed in (1, 2)]
+    results = searched(tmp_path / "a", [*events, *seeds])
+    lines = render_front(results).splitlines()
+    assert "untrained model: accuracy 0.04" in lines
+    (spent,) = [line for line in lines if line.startswith("used: ")]
+    assert spent == f"used: {used(results.spec, results.state).text()}; by further seeds: 0.01111 device hours", "20 s on two ranks"
+    (alone,) = [line for line in render_front(searched(tmp_path / "b", events)).splitlines() if line.startswith("used: ")]
+    assert "further seeds" not in alone
+    found = front_as_json(results)
+    assert found["used"] == used(results.spec, results.state).as_dict()
+    assert found["used"]["trials"] > 0
+    members, objectives = results.members, results.objectives
+    assert [found["knee"], found["recommended"]] == [f(members, objectives).number for f in (knee, recommended)]  # type: ignore[union-attr]
+
+
+def test_rows_say_whether_a_trial_was_timed_alone_and_is_noisy(tmp_path: Path) -> None:
+    results = searched(tmp_path, synthetic_events(9))
+    first, *rest = results.members
+    noisy = replace(first, source=7, values={**first.values, "time_drift": 0.5})
+    row = pick_as_json(results, noisy)
+    assert (row["source"], row["noise"]) == (7, noisy.noise)
+    assert row["noise"]
+    write_tables(replace(results, report_path=tmp_path, state=replace(results.state, records={first.number: noisy})), [])
+    with (tmp_path / "trials.csv").open() as file:
+        (told,) = csv.DictReader(file)
+    assert (told["source"], told["noise"]) == ("7", noisy.noise)
+    assert [pick_as_json(results, record)["source"] for record in rest] == [None] * len(rest)
 
 
 def test_the_front_says_once_why_there_is_no_mfu(tmp_path: Path) -> None:

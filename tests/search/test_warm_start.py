@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from search.endpoint import tracking_uri
 from search.ledger import Ledger, replay
 from search.proposals import PastTrial
+from search.record import TrialRecord, TrialState
 from search.study import Study
 from search.tracking import Tracker
 from search.warm_start import _difference, _Earlier, earlier_trials, new_study, on_device, warm_start_text
@@ -126,17 +128,31 @@ def test_the_path_of_a_directory_is_a_name_and_without_a_warm_start_there_are_us
 @pytest.mark.parametrize(
     ("what", "now"),
     [
-        ("model", {"model": {"name": "other", "task": "sequence-classification"}}),
-        ("model", {"model": {"name": "m", "task": "sequence-classification", "max_length": 64}}),
-        ("objective", {"objectives": [{"metric": "eval_loss"}, {"metric": "train_seconds"}]}),
-        ("data", {}),
+        (r"another model\.name \(m\)", {"model": {"name": "other", "task": "sequence-classification"}}),
+        (r"another model\.max_length \(128\)", {"model": {"name": "m", "task": "sequence-classification", "max_length": 64}}),
+        ("no eval_loss", {"objectives": [{"metric": "eval_loss"}, {"metric": "train_seconds"}]}),
+        (
+            "accuracy with another direction",
+            {"objectives": [{"metric": "accuracy", "direction": "minimize", "reference": 1}, {"metric": "train_seconds"}]},
+        ),
+        ("other data", {}),
     ],
 )
 def test_results_that_do_not_compare_are_refused_in_one_line(tmp_path: Path, what: str, now: dict[str, Any]) -> None:
     earlier(tmp_path)
     loaded = write(tmp_path, "now", sampler={"warm_start": "earlier"}, **now)
-    with pytest.raises(SpecError, match=rf"now.yaml:\d+: sampler.warm_start: the search 'earlier' has another {what}:"):
+    with pytest.raises(SpecError, match=rf"now.yaml:\d+: sampler.warm_start: the search 'earlier' has {what}: its results would"):
         earlier_trials(loaded, "abc" if now else "abd")
+
+
+def test_other_objectives_are_learned_from_where_the_earlier_trials_measured_them(tmp_path: Path) -> None:
+    now = write(tmp_path, "now", objectives=[{"metric": m} for m in ("accuracy", "train_seconds", "peak_memory_bytes")]).spec
+    values = {"accuracy": 0.5, "train_seconds": 9.0, "peak_memory_bytes": 1e9}
+    done = TrialRecord(number=0, state=TrialState.COMPLETE, params={}, values=values)
+    there = _Earlier(name="earlier", spec=write(tmp_path, "then").spec, records=[done], data_fingerprint="abc", device=None)
+    assert _difference(now, there, "abc") == ""
+    without = replace(there, records=[replace(done, values={"accuracy": 0.5, "train_seconds": 9.0})])
+    assert _difference(now, without, "abc") == "no peak_memory_bytes"
 
 
 def test_another_score_of_ones_own_does_not_compare(tmp_path: Path) -> None:
@@ -146,7 +162,7 @@ def test_another_score_of_ones_own_does_not_compare(tmp_path: Path) -> None:
     there = _Earlier(name="earlier", spec=spec, records=[], data_fingerprint="abc", device=None)
     assert _difference(spec, there, "abc") == ""
     other = spec.model_copy(update={"data": spec.data.model_copy(update={"metric": "a:g"})})
-    assert _difference(other, there, "abc") == "data.metric"
+    assert _difference(other, there, "abc") == "another data.metric"
 
 
 def test_what_exact_match_is_made_of_is_a_part_of_what_compares(tmp_path: Path) -> None:
@@ -156,7 +172,7 @@ def test_what_exact_match_is_made_of_is_a_part_of_what_compares(tmp_path: Path) 
     there = _Earlier(name="earlier", spec=spec, records=[], data_fingerprint="abc", device=None)
     for key, value in (("answer_pattern", "(.+)"), ("exact_match_rows", 9)):
         other = spec.model_copy(update={"data": spec.data.model_copy(update={key: value})})
-        assert _difference(other, there, "abc") == f"data.{key}"
+        assert _difference(other, there, "abc") == f"another data.{key}"
     by_loss = write(tmp_path, "loss", **texts).spec
     there = _Earlier(name="earlier", spec=by_loss, records=[], data_fingerprint="abc", device=None)
     other = by_loss.model_copy(update={"data": by_loss.data.model_copy(update={"answer_pattern": "(.+)", "exact_match_rows": 9})})
@@ -185,7 +201,7 @@ def test_a_search_whose_directory_is_gone_is_found_in_mlflow(tmp_path: Path) -> 
     assert len(expected["trials"]) == 19
     by_run = earlier_trials(write(tmp_path, "now", sampler={"warm_start": run_id}), "abc")
     assert by_run == {**expected, "name": run_id}
-    with pytest.raises(SpecError, match="has another data"):
+    with pytest.raises(SpecError, match="has other data"):
         earlier_trials(loaded, "abd")
     assert on_device(earlier_trials(loaded, "abc"), "another device", loaded.spec)["trials"] == []
     misspelt = write(tmp_path, "now", sampler={"warm_start": "erlier"})

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from trainables.checkpoint import KEEP, Checkpoint, CheckpointStore, read_checkpoint
+from trainables.report import DiskFull
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -67,3 +71,22 @@ def test_nothing_written_is_a_pickle(store: CheckpointStore, tmp_path: Path) -> 
     store.save_final(checkpoint(3))
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert {p.suffix for p in files} == {".safetensors", ".json"}
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("I/O error: No space left on device")]
+)
+def test_a_full_disk_is_told_with_the_place_and_leaves_nothing_half_written(
+    store: CheckpointStore, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("trainables.checkpoint.save_file", full)
+    with pytest.raises(DiskFull, match=rf"{tmp_path}: no space is left for its weights") as caught:
+        store.save(4, checkpoint(4))
+    assert caught.value.kind == "disk_full"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    monkeypatch.setattr("trainables.checkpoint.save_file", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+    with pytest.raises(OSError, match="I/O error"):
+        store.save(4, checkpoint(4))

@@ -368,13 +368,13 @@ def test_a_message_may_have_its_text_in_parts_and_calls_of_tools(stories: ModelS
 
 
 def test_classes_that_are_numbered_are_in_the_order_of_their_numbers(model: ModelSpec, tmp_path: Path) -> None:
-    rows = [f"text number {i},{i % 12 if i < 60 else f'LABEL_{i % 12}'} " for i in range(120)]
+    rows = [f"the rain {i},{i % 12 if i < 60 else f'LABEL_{i % 12}'} " for i in range(120)]
     names = data_of(model, train=write(tmp_path, "t.csv", "\n".join(["text,label", *rows]) + "\n")).label_names
     assert names == (*(str(i) for i in range(12)), *(f"LABEL_{i}" for i in range(12))), "and blanks around a class are none of it"
 
 
 def test_rows_that_are_cut_are_counted_for_every_role(model: ModelSpec, tmp_path: Path) -> None:
-    rows = [f"{'word ' * (40 if i % 5 == 0 else 2)}{i},{'ab'[i % 2]}" for i in range(100)]
+    rows = [f"{'rain ' * (40 if i % 5 == 0 else 2)}{i},{'ab'[i % 2]}" for i in range(100)]
     source = write(tmp_path, "t.csv", "\n".join(["text,label", *rows]) + "\n")
     data = data_of(model, train=source, test=source)
     assert data.summary["truncated_test_rows"] == 20
@@ -405,7 +405,7 @@ def test_too_few_rows_to_hold_one_out_are_told_as_that(stories: ModelSpec, tmp_p
 def test_a_token_that_the_model_does_not_know_is_told_and_a_padding_token_replaced(model: ModelSpec, tmp_path: Path) -> None:
     shutil.copytree(model.name, tmp_path / "more")
     own = model.model_copy(update={"name": str(tmp_path / "more")})
-    rows = write(tmp_path, "t.csv", "\n".join(["text,label", *(f"word {i},{'ab'[i % 2]}" for i in range(40))]) + "\n")
+    rows = write(tmp_path, "t.csv", "\n".join(["text,label", *(f"the rain {i},{'ab'[i % 2]}" for i in range(40))]) + "\n")
     tokenizer = load_tokenizer(own.name, None)
     tokenizer.add_special_tokens({"pad_token": "[MORE]", "eos_token": "[SEP]"})
     tokenizer.save_pretrained(own.name)
@@ -417,6 +417,18 @@ def test_a_token_that_the_model_does_not_know_is_told_and_a_padding_token_replac
     with_it = write(tmp_path, "n.csv", Path(rows).read_text() + "a newword,a\n")
     with pytest.raises(DataError, match=rf"has 'newword' as token {num_tokens + 1}; its model knows {num_tokens}"):
         data_of(own, train=with_it)
+
+
+def test_a_model_without_its_tokenizer_is_told(model: ModelSpec, tmp_path: Path) -> None:
+    """Transformers 5 makes one of five tokens, for which every word is the same."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(model.name) / name, tmp_path / name)
+    rows = write(tmp_path, "t.csv", "\n".join(["text,label", *(f"the rain {i},{'ab'[i % 2]}" for i in range(40))]) + "\n")
+    alone = model.model_copy(update={"name": str(tmp_path)})
+    with pytest.raises(
+        (DataError, ModelError), match=r"model\.name: (to the tokenizer of .* 100% .* unknown: its files|no tokenizer)"
+    ):
+        data_of(alone, train=rows)
 
 
 def test_an_answer_ends_where_the_template_ends_a_turn(stories: ModelSpec) -> None:
