@@ -116,8 +116,8 @@ class SamplerSpec(Section):
     """Trials before a model of them is trusted, the usual points among them and the others random; NSGA-II's generations are as
     large."""
     warm_start: Text | None = None
-    """Name of an earlier search with the same model, data and objectives, its directory, or its run in MLflow: the sampler learns
-    from its trials."""
+    """Name of an earlier search with the same model and data, whose trials measured what the objectives are, its directory, or its
+    run in MLflow: the sampler learns from its trials."""
     points_to_evaluate: tuple[dict[str, Any], ...] | None = None
     """Points that are known to be good, tried first: each gives values to some knobs; the sampler fills in the others. By default,
     without a warm start, usual trainings of several lengths; `[]` for none."""
