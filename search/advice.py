@@ -11,7 +11,7 @@ import numpy as np
 from search.confidence import Confirmed, confidence_lines, confirmed, rival_lines
 from search.formatting import number_text
 from search.hypervolume import Points
-from search.pareto import cost_objective, front_indices, sign_of
+from search.pareto import cost_objective, front_indices, quality_of, sign_of
 from search.record import TrialRecord
 from spaces.metrics import MFU, TRAIN_SECONDS
 from spaces.spec import Objective
@@ -77,12 +77,6 @@ def _of_seeds(members: Sequence[TrialRecord], metric: str) -> list[Confirmed] | 
     """Return what further seeds say of each member; None where they do not of all, or not on the same rows."""
     known = [c for r in members if (c := confirmed(r, metric)) is not None and math.isfinite(c.estimate.mean)]
     return known if len(known) == len(members) and len({c.split for c in known}) == 1 else None
-
-
-def quality_of(objectives: Sequence[Objective]) -> Objective:
-    """Return the first objective that is no price; of prices alone the second."""
-    price = cost_objective(objectives)
-    return next(o for o in objectives if o is not price)
 
 
 def recommended(members: Sequence[TrialRecord], objectives: Sequence[Objective]) -> TrialRecord | None:

@@ -1,4 +1,4 @@
-"""What a quantised base saves in memory, and costs in quality and time, as far as the trials of a search say it."""
+"""What an adapter reaches, and what a quantised base saves and costs, as far as the trials of a search say it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,33 @@ from statistics import median
 from typing import Any
 
 from search.formatting import number_text
-from search.pareto import cost_objective, cost_vector, eligible
+from search.pareto import cost_objective, cost_vector, eligible, quality_of, sign_of
 from search.record import TrialRecord
 from spaces.metrics import TOKENS_PER_SECOND
 from spaces.spec import Objective
 
+ALIKE = "they differ in other knobs too, and `paretune compare-methods` compares what is alike in all else"
 NOTE = "Trials of one base differ in other knobs too; `paretune compare-methods` compares bases alike in all else."
+
+
+def adapter_lines(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[str]:
+    """Return a line with the best trial of each adapter within the reference of the price; nothing where only one was trained."""
+    price, quality = cost_objective(objectives), quality_of(objectives)
+    limit = None if price.reference is None else price.reference * sign_of(price)
+    by_adapter: dict[str, list[TrialRecord]] = {}
+    for record in eligible(records, objectives):
+        own = by_adapter.setdefault(_part(record, "recipe").get("adapter", "none"), [])
+        if limit is None or sign_of(price) * record.values[price.metric] <= limit:
+            own.append(record)
+    if len(by_adapter) < 2:
+        return []
+    texts = []
+    for adapter, own in sorted(by_adapter.items(), key=lambda item: (item[0] != "none", item[0])):
+        best = min(own, key=lambda r: cost_vector(r.values, (quality, price)), default=None)
+        reached = "nothing" if best is None else " at ".join(number_text(o.metric, best.values[o.metric]) for o in (quality, price))
+        texts.append(f"{adapter} {reached}" + ("" if best is None else f" (trial {best.number})"))
+    within = "" if price.reference is None else f" within {number_text(price.metric, price.reference)}"
+    return [f"best {quality.metric} of each adapter{within}: {', '.join(texts)}; {ALIKE}"]
 
 
 def bases_table(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> tuple[list[str], list[list[str]]] | None:
@@ -27,8 +48,7 @@ def bases_table(records: Sequence[TrialRecord], objectives: Sequence[Objective])
             by_base.setdefault(recipe.get("quantization", "none"), []).append(record)
     if len(by_base) < 2:
         return None
-    price = cost_objective(objectives)
-    quality = next(o for o in objectives if o is not price)
+    price, quality = cost_objective(objectives), quality_of(objectives)
     heading = ["base", "trials", "weights of a rank", "tokens/s of a device", f"best {quality.metric}", f"at {price.metric}"]
     rows = []
     for base in sorted(by_base, key=lambda name: (name != "none", name)):

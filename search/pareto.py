@@ -90,6 +90,12 @@ def cost_objective(objectives: Sequence[Objective]) -> Objective:
     return objectives[0]
 
 
+def quality_of(objectives: Sequence[Objective]) -> Objective:
+    """Return the first objective that is no price; of prices alone the second."""
+    price = cost_objective(objectives)
+    return next(o for o in objectives if o is not price)
+
+
 def hypervolume_of(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> float | None:
     """Return the hypervolume of the trials' front; None while a reference is not known."""
     references = [o.reference for o in objectives]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from search.advice import doubts, recommendation_lines
-from search.bases import NOTE, bases_table
+from search.bases import NOTE, adapter_lines, bases_table
 from search.budget import amount_text, used, used_by_seeds
 from search.confidence import confirmed, failure_lines, rival_lines, score_text
 from search.data_scaling import data_curves, scaling_lines
@@ -38,6 +38,7 @@ def render_front(results: Results) -> str:
     stopped = stopped_line(results.records)
     lines += [stopped] if stopped else []
     lines += recommendation_lines(members, results.objectives, results.name)
+    lines += adapter_lines(results.records, results.objectives)
     if members and not any(r.confirmations for r in members):
         command = command_in(results.directory, "confirm", results.name)
         lines.append(f"one seed each: `{command}` trains the members with further seeds, and says how sure this is")

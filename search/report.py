@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search.advice import recommendation_lines, recommended
-from search.bases import NOTE, bases_table
+from search.bases import NOTE, adapter_lines, bases_table
 from search.calibration import Calibration, calibrate, kind, summary_lines
 from search.comparison import Comparison, comparison_of, lines_of, table_of, write
 from search.data_scaling import DataCurve, data_curves, missing_lines, scaling_lines
@@ -106,7 +106,10 @@ def draw_html(results: Results, figure: FrontFigure, scaling: Sequence[DataCurve
         *methods,
         "<h2>The front</h2>",
         _html_table(*front_table(members, spec, objectives, WORTH_SEEING), marked="" if chosen is None else str(chosen.number)),
-        *(f"<p class='note'>{html.escape(line)}</p>" for line in [*doubts, *scaling_lines(scaling)]),
+        *(
+            f"<p class='note'>{html.escape(line)}</p>"
+            for line in [*doubts, *adapter_lines(records, objectives), *scaling_lines(scaling)]
+        ),
     ]
     for number, (title, note, drawing) in enumerate(_drawings(results, figure, scaling)):
         # The library is embedded once, in the first figure; it is most of the file's 5 MB.

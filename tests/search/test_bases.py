@@ -6,7 +6,7 @@ from typing import Any
 from memory_grid import Case
 from synthetic import OBJECTIVES
 
-from search.bases import bases_table
+from search.bases import adapter_lines, bases_table
 from search.record import TrialRecord, TrialState
 
 MIB = 2**20
@@ -47,3 +47,20 @@ def test_one_base_is_compared_with_nothing() -> None:
     )
     assert bases_table([trial(0, "nf4", 0.7, 12.0, 20, 700), full], OBJECTIVES) is None, "full fine-tuning has no base"
     assert bases_table([], OBJECTIVES) is None
+
+
+def test_the_best_of_each_adapter_within_the_time_that_there_is_stands_in_a_line() -> None:
+    in_full = Case(family="bert").config(1).to_dict()
+
+    def full(number: int, accuracy: float, seconds: float) -> TrialRecord:
+        values = {"accuracy": accuracy, "train_seconds": seconds}
+        return TrialRecord(number=number, state=TrialState.COMPLETE, params={}, config=in_full, values=values)
+
+    lora = [trial(0, "none", 0.7, 12.0, 20, 700), trial(1, "none", 0.9, 121.0, 20, 700)]
+    (line,) = adapter_lines([*lora, full(2, 0.6, 9.0), full(3, 0.8, 120.0)], OBJECTIVES)
+    assert line.startswith(
+        "best accuracy of each adapter within 120 s: none 0.8 at 120 s (trial 3), lora 0.7 at 12 s (trial 0); they differ"
+    )
+    (line,) = adapter_lines([lora[0], full(2, 0.6, 121.0)], OBJECTIVES)
+    assert "none nothing, lora 0.7" in line
+    assert adapter_lines(lora, OBJECTIVES) == adapter_lines([], OBJECTIVES) == []
