@@ -85,6 +85,9 @@ class Runs(Protocol):
     def end(self, run_id: str, status: str, *, time_ms: int | None = None) -> None:
         """Close a run; without a time, now."""
 
+    def set_status(self, run_id: str, status: str) -> None:
+        """Say of a run that has not ended, or goes on, whether it waits (`SCHEDULED`) or runs."""
+
     def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Upload a file, over one of the same name."""
 
@@ -104,6 +107,8 @@ class Mirror:
         self._origins: dict[int, dict[str, str]] = {}
         self._run_ids: dict[int, str] = {}
         self._ended: set[int] = set()
+        # Of a search that was cut short, until workers have them again.
+        self._waiting: set[int] = set()
         self._last_step: dict[int, int] = {}
 
     def deliver(self, event: Event) -> None:
@@ -124,14 +129,13 @@ class Mirror:
             case "trial_started" if record:
                 self._origins[record.number] = self._origin(event)
             case "trial_placed" if record:
-                run_id = self._run_id(record)
-                if record.predicted and record.number not in self._ended:
-                    source = {"paretune.time_source": record.predicted["time_source"]} if "time_source" in record.predicted else {}
-                    self._runs.log(run_id, metrics=_predicted_metrics(record), tags=source, time_ms=time_ms)
+                self._place(record, time_ms)
             case "trial_reported" if record:
                 self._report(record, event["report"], time_ms)
             case "trial_infeasible" | "trial_finished" if record:
                 self._end(record, time_ms)
+            case "search_cut_short":
+                self._set_waiting()
             case "confirmed" if record:
                 self._confirm(record, event)
             case "harness_scored":
@@ -203,6 +207,7 @@ class Mirror:
             else:
                 # Of a run from before, these are the same values: they come from the ledger.
                 self._runs.log_params(run_id, _knobs(record))
+                self._waiting |= set() if found is None else {number}
             self._run_ids[number] = run_id
         return self._run_ids[number]
 
@@ -227,6 +232,22 @@ class Mirror:
             **({"mlflow.source.git.commit": commit} if commit else {}),
             **({"paretune.versions": json.dumps(versions)} if versions else {}),
         }
+
+    def _place(self, record: TrialRecord, time_ms: int) -> None:
+        """Open the run of a trial that has workers, or open it again, with what was said of it before."""
+        run_id = self._run_id(record)
+        if record.number in self._waiting:
+            self._runs.set_status(run_id, "RUNNING")
+            self._waiting.discard(record.number)
+        if record.predicted and record.number not in self._ended:
+            source = {"paretune.time_source": record.predicted["time_source"]} if "time_source" in record.predicted else {}
+            self._runs.log(run_id, metrics=_predicted_metrics(record), tags=source, time_ms=time_ms)
+
+    def _set_waiting(self) -> None:
+        """Say of what is in flight that it waits: nothing of a search that is cut short runs."""
+        for number in sorted((self._state.in_flight & self._run_ids.keys()) - self._ended):
+            self._runs.set_status(self._run_ids[number], "SCHEDULED")
+            self._waiting.add(number)
 
     def _report(self, record: TrialRecord, report: Mapping[str, Any], time_ms: int) -> None:
         run_id = self._run_id(record)

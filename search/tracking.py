@@ -125,7 +125,7 @@ class Tracker:
         with in_words(self.uri):
             client = client_of(self.uri)
             runs = _MlflowRuns(client, client.get_run(run_id).info.experiment_id)
-            runs.reopen(run_id)
+            runs.set_status(run_id, "RUNNING")
             runs.log(run_id, tags=spec_tags(spec_path.read_text()))
             runs.log_file(run_id, spec_path)
         self._begin(runs, name, run_id)
@@ -282,9 +282,8 @@ class _MlflowRuns:
     def end(self, run_id: str, status: str, *, time_ms: int | None = None) -> None:
         self._client.set_terminated(run_id, status=status, end_time=time_ms)
 
-    def reopen(self, run_id: str) -> None:
-        """Let a run go on that had ended or was cut off."""
-        self._client.update_run(run_id, status="RUNNING")
+    def set_status(self, run_id: str, status: str) -> None:
+        self._client.update_run(run_id, status=status)
 
     def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
         try:

@@ -31,7 +31,7 @@ class FakeRuns:
     def find(self, parent_run_id: str, tag: str, number: int) -> FoundRun | None:
         for run_id, run in self.runs.items():
             if run["tags"].get(tag) == str(number) and run["tags"]["mlflow.parentRunId"] == parent_run_id:
-                return FoundRun(run_id=run_id, is_ended=run["status"] != "RUNNING")
+                return FoundRun(run_id=run_id, is_ended=run["status"] not in ("RUNNING", "SCHEDULED"))
         return None
 
     def create(self, name: str, tags: Mapping[str, str], *, time_ms: int) -> str:
@@ -62,6 +62,10 @@ class FakeRuns:
 
     def end(self, run_id: str, status: str, *, time_ms: int | None = None) -> None:
         self.runs[run_id].update(status=status, end=time_ms)
+        self._called()
+
+    def set_status(self, run_id: str, status: str) -> None:
+        self.runs[run_id]["status"] = status
         self._called()
 
     def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:

@@ -202,6 +202,22 @@ def test_the_front_in_mlflow_is_that_of_the_trials_alone() -> None:
     assert [row[column] for row in table["data"]] == [pytest.approx(0.72), *[None] * (len(RECORDS) - 1)]
 
 
+def test_a_trial_in_flight_waits_while_its_search_is_cut_short_and_runs_when_it_has_workers_again() -> None:
+    own = [e for e in EVENTS if e.get("number") == 0]
+    started, placed, *rest = own
+    report, end = rest[0], next(e for e in rest if e["event"] == "trial_finished")
+    cut = {"event": "search_cut_short", "time": report["time"] + 1, "reason": "interrupted", "held_seconds": {"0": 9.0}}
+    again = {**placed, "time": cut["time"] + 100}
+    runs = FakeRuns()
+    seen = []
+    for events in ([started, placed, report, cut], [started, placed, report, cut, again], [started, placed, report, cut, again, end]):
+        mirrored(events, runs)  # a driver that goes on tells all from the beginning
+        seen.append(runs.runs["trial-0000"]["status"])
+    assert seen == ["SCHEDULED", "RUNNING", "FINISHED"]
+    mirrored([started, placed, report, cut, again, end, {**cut, "time": end["time"] + 1, "held_seconds": {}}], runs)
+    assert runs.runs["trial-0000"]["status"] == "FINISHED"
+
+
 def test_steps_that_are_trained_again_give_no_second_point() -> None:
     events = [e for e in EVENTS if e.get("number") == 0]
     again = {**events[1], "time": events[2]["time"] + 1}
