@@ -32,8 +32,9 @@ _WITH_HEAD_NORMS = {
 # By `model_type`, of every layer: `base_model_tp_plan` of the families' configuration files in
 # https://github.com/huggingface/transformers/tree/main/src/transformers/models, where nothing else is in it. A test compares them.
 PLANS: Mapping[str, Mapping[str, str]] = {
-    **dict.fromkeys(("llama", "smollm3", "mistral", "ministral3", "qwen2", "gemma", "gemma2"), _DENSE),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "gemma", "gemma2"), _DENSE),
     **dict.fromkeys(("qwen3", "gemma3_text"), _WITH_HEAD_NORMS),
+    **dict.fromkeys(("smollm3", "ministral3"), _DENSE),
 }
 
 
