@@ -190,10 +190,12 @@ def _classified(raw: _Raw) -> dict[str, dict[str, _Part]]:
             )
     for role in ("evaluation", "test"):
         for name, part in found[role].items():
-            unknown = sorted(set(part.labels or ()) - known)
+            unknown = [label for label in part.labels or () if label not in known]
             if unknown:
-                source = raw.domains[name].split(role).source
-                raise DataError(f"{source}: label '{unknown[0]}' is in the {role} rows, but in no training row")
+                source, names = raw.domains[name].split(role).source, sorted(set(unknown))
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                rows = f"{len(unknown)} of {len(part.encoded)} {role} rows"
+                raise DataError(f"{source}: label '{names[0]}'{more} is in {rows}, but in no training row")
     return {role: parts for role, parts in found.items() if parts}
 
 

@@ -116,7 +116,16 @@ BAD = {
     "empty text": (("t.csv", "text,label\na,x\n,y\n"), {}, r"row 2: 'text' is empty"),
     "bad JSON": (("t.jsonl", '{"text": "a", "label": "x"}\n{"text": \n'), {}, r"t\.jsonl: line 2: not valid JSON"),
     "unknown suffix": (("t.xlsx", "x"), {}, r"unknown kind of file; allowed: \.csv"),
-    "unseen label": (("t.csv", "text,label\na,x\nb,y\nc,x\nd,y\n"), {"evaluation": "a,z"}, r"label 'z' is in the evaluation rows"),
+    "unseen label": (
+        ("t.csv", "text,label\na,x\nb,y\nc,x\nd,y\n"),
+        {"evaluation": "a,z"},
+        r"label 'z' is in 1 of 1 evaluation rows, but in no",
+    ),
+    "unseen labels": (
+        ("t.csv", "text,label\na,x\nb,y\nc,x\nd,y\n"),
+        {"evaluation": "a,z\nb,x\nc,w\nd,z"},
+        r"label 'w' and 1 more is in 3 of 4 evaluation rows, but in no training row",
+    ),
 }
 
 
