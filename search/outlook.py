@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.profiles import ProfileCache, fewest_nodes, profile_key
 from spaces import metrics
+from spaces.architecture import ModelShape
 from spaces.config import TrialConfig
 from spaces.estimate import MeasuredMachine, NoPeak, estimate_step
 from spaces.memory import RankMemory, rank_memory
@@ -52,6 +53,7 @@ class Outlook:
         """
         self._spec, self._data, self._model, self._plan = spec, data, model, plan
         self._device, self._profiles = device, profiles
+        self._shape = ModelShape.from_config(model)
         self._known: dict[TrialConfig, dict[str, Any] | None] = {}
         self._estimate = lru_cache(MAX_STEPS)(self._estimated_step)
         self._row_tokens = float(data.train.lengths.mean())
@@ -111,7 +113,7 @@ class Outlook:
 
     def _sizes(self, config: TrialConfig) -> StepSizes:
         packing = packing_of(self._model, self._spec.model.task, config, self._data.longest)
-        return BatchPlan(config, self._data, packing).sizes()
+        return BatchPlan(config, self._data, packing, self._shape).sizes()
 
     def _profile(self, config: TrialConfig) -> dict[str, Any] | None:
         """Return the step profile of such a trial: measured alone before this search, or else in it."""

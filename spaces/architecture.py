@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,10 @@ class ModelShape:
     """Width of the feed-forward layers."""
     causal: bool
     """Whether a token sees only the tokens before it: attention then costs half."""
+    window: int | None = None
+    """Of a decoder, how many tokens a token sees at most, itself among them, in layers that see no more."""
+    windowed_share: float = 0.0
+    """Share of the layers that see no more."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -56,15 +60,42 @@ class ModelShape:
             vocab_size=_size(sizes, "vocab_size"),
             # GPT-2 leaves its `n_inner` null for four times the width.
             intermediate_size=_size(sizes, "intermediate_size", "n_inner", "hidden_dim", "d_ff", "ffn_dim", default=4 * hidden_size),
-            causal=_is_causal(str(sizes.get("model_type")), config.get("architectures") or []),
+            causal=_is_causal(str(sizes.get("model_type")), config),
+            window=window_of(sizes),
+            windowed_share=_windowed_share(sizes),
         )
 
+    def squared(self, lengths: Any) -> Any:
+        """Return what attention's cost grows with, of rows of these lengths (a number or an array): in all, their squares.
 
-def _is_causal(family: str, architectures: Sequence[str]) -> bool:
+        Beyond a window of w tokens a row of length L has (L - w)² less: causal attention's triangle L² / 2 lacks that of the tokens
+        which are out of sight.
+        """
+        if self.window is None or not self.causal:
+            return lengths**2
+        beyond = (lengths - self.window) * (lengths > self.window)
+        return lengths**2 - self.windowed_share * beyond**2
+
+
+def window_of(sizes: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a token sees at most, in some layers at least; None: all before it."""
+    window = sizes.get("sliding_window") if sizes.get("use_sliding_window", True) else None
+    return window if isinstance(window, int) and window > 0 else None
+
+
+def _windowed_share(sizes: Mapping[str, Any]) -> float:
+    """Return the share of layers that see a window alone: all, unless the layers' kinds are listed."""
+    kinds = sizes.get("layer_types") or ["sliding_attention"]
+    return kinds.count("sliding_attention") / len(kinds) if window_of(sizes) is not None else 0.0
+
+
+def _is_causal(family: str, config: Mapping[str, Any]) -> bool:
     """Return whether a family is a decoder; of one that is not known the heads tell that it was saved or is loaded with."""
     if family in DECODERS or family in ENCODERS:
         return family in DECODERS
-    return any("CausalLM" in a or "LMHead" in a for a in architectures)
+    # Of a model that sees beside reading; one with an encoder of text too has the same name.
+    heads = ("CausalLM", "LMHead") if config.get("is_encoder_decoder") else ("CausalLM", "LMHead", "ConditionalGeneration")
+    return any(head in a for head in heads for a in config.get("architectures") or [])
 
 
 def _size(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:

@@ -186,7 +186,9 @@ def estimate_step(
     rows, num_ranks = recipe.global_batch_size, layout.world_size
 
     def total(flops: TrainingFlops) -> float:
-        return flops.total(num_tokens=rows * length, num_targets=rows * targets, sum_of_squared_lengths=rows * length**2)
+        return flops.total(
+            num_tokens=rows * length, num_targets=rows * targets, sum_of_squared_lengths=rows * plan.shape.squared(length)
+        )
 
     # What one rank has of the model, or the ranks among whom the rows are dealt.
     local = local_blueprint(plan, layout.tensor_parallel_size)

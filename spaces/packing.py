@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spaces.adapters import num_prefix_tokens
-from spaces.architecture import DECODERS, ENCODERS
+from spaces.architecture import DECODERS, ENCODERS, window_of
 from spaces.config import TrialConfig
 
 # It caps its scores, so that its attention is written out.
@@ -45,9 +45,8 @@ def packing_of(model: Mapping[str, Any], task: str, config: TrialConfig, longest
     """
     family = str(model.get("model_type"))
     is_of_task = family in (DECODERS if task == "causal-lm" else ENCODERS)
-    window = model.get("sliding_window") if model.get("use_sliding_window", True) else None
-    num_before = num_prefix_tokens(config.recipe)
-    is_windowed = window is not None and num_before + longest > int(window)
+    window, num_before = window_of(model), num_prefix_tokens(config.recipe)
+    is_windowed = window is not None and num_before + longest > window
     if not is_of_task or not can_pack(family) or is_windowed:
         return None
     first_position = int(model.get("pad_token_id") or 0) + 1 if family in LATER_POSITIONS else 0

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from spaces.architecture import ModelShape
 from spaces.config import TrialConfig
 from spaces.packing import Packing
 from trainables.data import TaskData, TokenTable
@@ -146,15 +147,17 @@ def collate(table: TokenTable, rows: np.ndarray, pad_token_id: int, packing: Pac
 class BatchPlan:
     """All global batches of a trial, and how each is dealt to ranks and accumulation steps."""
 
-    def __init__(self, config: TrialConfig, data: TaskData, packing: Packing | None = None) -> None:
+    def __init__(self, config: TrialConfig, data: TaskData, packing: Packing | None = None, shape: ModelShape | None = None) -> None:
         """Plan them.
 
         Args:
             config: the trial's.
             data: its data.
             packing: see `collate`.
+            shape: of the model, whose windows its attention's cost depends on; None: there are none.
         """
         self._table, self._packing = data.train, packing
+        self._squared = np.square if shape is None else shape.squared
         self._lengths, self._num_targets = data.train.lengths, data.train.num_targets
         self._pad = data.pad_token_id
         self._layout = config.layout
@@ -193,7 +196,7 @@ class BatchPlan:
         dealt = [[part for parts in step for part in parts if len(part)] for step in rounds]
         rows = np.array([len(batch) for batch in self._batches])
         tokens = np.array([lengths[batch].sum() for batch in self._batches])
-        squares = np.array([(lengths[batch].astype(np.float64) ** 2).sum() for batch in self._batches])
+        squares = np.array([self._squared(lengths[batch].astype(np.float64)).sum() for batch in self._batches])
         computed = [[self._computed(lengths[part]) for part in parts] for parts in dealt]
         fullest = [int(np.argmax(step)) for step in computed]
         targets = np.array([num_targets[batch].sum() for batch in self._batches])
@@ -281,6 +284,7 @@ class StepSizes:
     micro_rows: np.ndarray
     """Of the same micro batch."""
     squared_lengths: np.ndarray
+    """Sums of the rows' squared lengths, less what is beyond a window: `ModelShape.squared`."""
     micro_targets: np.ndarray
     """Positions that the loss counts, in the micro batch that has the most of them."""
 

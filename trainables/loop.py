@@ -160,7 +160,7 @@ class Trainer:
         saved = checkpoints.latest_valid() if checkpoints else None
         self._timer = StepTimer(world.device, saved.state["step_parts"] if saved else [])
         self._sum_pieces = summing(world.tensor_parallel(config.layout), self._timer)
-        self._plan = BatchPlan(config, data, packing_for(base.module, config, data))
+        self._plan = BatchPlan(config, data, packing_for(base.module, config, data), base.shape)
         self._compilation = Compilation.of(self._plan.forms()) if config.layout.compile == "blocks" else None
         self.module = build(config, base, world, self._timer, self._compilation, data.tokens())
         self.module.train()

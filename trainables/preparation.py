@@ -194,8 +194,8 @@ def _classified(raw: _Raw) -> dict[str, dict[str, _Part]]:
             if unknown:
                 source, names = raw.domains[name].split(role).source, sorted(set(unknown))
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                rows = f"{len(unknown)} of {len(part.encoded)} {role} rows"
-                raise DataError(f"{source}: label '{names[0]}'{more} is in {rows}, but in no training row")
+                many = f"{len(unknown)} of {len(part.encoded)} {role} rows"
+                raise DataError(f"{source}: label '{names[0]}'{more} is in {many}, but in no training row")
     return {role: parts for role, parts in found.items() if parts}
 
 

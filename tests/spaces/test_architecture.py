@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from spaces.architecture import ModelShape, ShapeError
@@ -95,3 +96,51 @@ def test_a_config_without_sizes_is_refused_in_one_line(change, message):
     with pytest.raises(ShapeError, match=message) as caught:
         ModelShape.from_config(MINILM | change)
     assert "\n" not in str(caught.value)
+
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 97}
+FULL, WINDOWED = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("config", "num_windowed"),
+    [
+        ({"model_type": "llama"}, 0),
+        ({"model_type": "mistral", "sliding_window": 16}, 4),
+        ({"model_type": "mistral", "sliding_window": None}, 0),
+        ({"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": False}, 0),
+        ({"model_type": "gemma3_text", "sliding_window": 16, "layer_types": [WINDOWED, WINDOWED, WINDOWED, FULL]}, 3),
+        ({"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": True, "layer_types": [FULL, FULL, FULL, WINDOWED]}, 1),
+    ],
+)
+@pytest.mark.parametrize("length", [9, 16, 17, 100])
+def test_attention_costs_what_the_tokens_in_sight_cost(config: dict, num_windowed: int, length: int) -> None:
+    """Pair by pair, where a token counts itself half: so a triangle is half of its square."""
+    shape = ModelShape.from_config({**SIZES, **config})
+    pairs = 0.0
+    for layer in range(4):
+        window = 16 if layer < num_windowed else length
+        pairs += sum(0.5 if key == query else 1.0 for query in range(length) for key in range(length) if 0 <= query - key < window)
+        # At the far end of the window a token is counted half too: half of it is out of sight, on average.
+        pairs -= 0.0 if window >= length else -0.5 * (length - window)
+    assert shape.squared(length) * 4 / 2 == pytest.approx(pairs, abs=1e-6)
+    assert shape.squared(np.array([length, length])).tolist() == [shape.squared(length)] * 2
+
+
+def test_an_encoder_is_taken_without_windows() -> None:
+    shape = ModelShape.from_config({**SIZES, "model_type": "modernbert", "sliding_window": 16, "layer_types": [WINDOWED] * 4})
+    assert shape.squared(100) == 100**2
+
+
+@pytest.mark.parametrize(
+    ("config", "is_causal"),
+    [
+        ({"architectures": ["Gemma4ForConditionalGeneration"], "text_config": {**SIZES, "model_type": "gemma4_text"}}, True),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True, **SIZES, "model_type": "t5"}, False),
+        ({"architectures": ["StableLmForCausalLM"], **SIZES, "model_type": "stablelm"}, True),
+        ({"architectures": ["AlbertForMaskedLM"], **SIZES, "model_type": "albert"}, False),
+        ({**SIZES, "model_type": "albert"}, False),
+    ],
+)
+def test_of_a_family_that_is_not_known_the_head_tells_whether_it_is_a_decoder(config: dict, is_causal: bool) -> None:
+    assert ModelShape.from_config(config).causal == is_causal
