@@ -80,19 +80,19 @@ def _of_seeds(members: Sequence[TrialRecord], metric: str) -> list[Confirmed] | 
 
 
 def recommended(members: Sequence[TrialRecord], objectives: Sequence[Objective]) -> TrialRecord | None:
-    """Return the member with the best quality within the references of all other objectives; None where no member is better than all.
+    """Return the member with the best quality within the user's limits; None where no member learned anything within them.
 
-    A reference is the worst value that is still worth anything: with `train_seconds` it is the time that there is.
+    A reference that the user gave is the worst value that is still worth anything: with `train_seconds` the time that there is.
     """
     worth = _worth_anything(members, objectives)
     return best_in(worth, objectives, quality_of(objectives)) if worth else None
 
 
 def _worth_anything(members: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
-    known = [o for o in objectives if o.reference is not None]
+    quality = quality_of(objectives)
+    known = [o for o in objectives if o.reference is not None and (o.is_limit or o is quality)]
     rows = _known_costs(members, known)
     bounds = [sign_of(o) * o.reference for o in known if o.reference is not None]
-    quality = quality_of(objectives)
     # What costs just as much as there is may be spent; what learned nothing is worth nothing.
     return [
         record
@@ -106,17 +106,17 @@ def recommendation(members: Sequence[TrialRecord], objectives: Sequence[Objectiv
     if not members:
         return f"Nothing to recommend: no trial of {name} is complete and feasible."
     price, quality = cost_objective(objectives), quality_of(objectives)
-    best = recommended(members, objectives)
+    best, limits = recommended(members, objectives), [o for o in objectives if o.is_limit and o is not quality]
     if best is None:
-        bounds = " and ".join(f"{o.metric} {number_text(o.metric, o.reference)}" for o in objectives if o.reference is not None)
+        wanted = [quality, *limits] if quality.reference is not None else limits
+        bounds = " and ".join(f"{o.metric} {number_text(o.metric, o.reference)}" for o in wanted)
         nearest = best_in(members, objectives, quality)
         found = _reached(nearest, members, (quality, price))
         return f"Nothing to recommend: no trial of {name} is better than {bounds}; the best is trial {nearest.number}, {found}."
-    text = f"Take trial {best.number} of {name}: {_reached(best, members, (quality, price))}"
     worth = _worth_anything(members, objectives)
-    is_limited = len(worth) < len(members) and price.reference is not None
-    within_it = f" within {number_text(price.metric, price.reference)}" if is_limited else ""
-    text += f", the best on the front{within_it}"
+    hit = [o for o in limits if len(_worth_anything(members, [o, quality])) < len(members)]
+    within_it = " within " + " and ".join(number_text(o.metric, o.reference) for o in hit) if hit else ""
+    text = f"Take trial {best.number} of {name}: {_reached(best, members, (quality, price))}, the best on the front{within_it}"
     bend = knee(worth, objectives)
     if bend is None or bend.number == best.number:
         return f"{text}."

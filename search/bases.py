@@ -19,7 +19,7 @@ NOTE = "Trials of one base differ in other knobs too; `paretune compare-methods`
 def adapter_lines(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[str]:
     """Return a line with the best trial of each adapter within the reference of the price; nothing where only one was trained."""
     price, quality = cost_objective(objectives), quality_of(objectives)
-    limit = None if price.reference is None else price.reference * sign_of(price)
+    limit = price.reference * sign_of(price) if price.is_limit and price.reference is not None else None
     by_adapter: dict[str, list[TrialRecord]] = {}
     for record in eligible(records, objectives):
         own = by_adapter.setdefault(_part(record, "recipe").get("adapter", "none"), [])
@@ -32,7 +32,7 @@ def adapter_lines(records: Sequence[TrialRecord], objectives: Sequence[Objective
         best = min(own, key=lambda r: cost_vector(r.values, (quality, price)), default=None)
         reached = "nothing" if best is None else " at ".join(number_text(o.metric, best.values[o.metric]) for o in (quality, price))
         texts.append(f"{adapter} {reached}" + ("" if best is None else f" (trial {best.number})"))
-    within = "" if price.reference is None else f" within {number_text(price.metric, price.reference)}"
+    within = "" if limit is None else f" within {number_text(price.metric, price.reference)}"
     return [f"best {quality.metric} of each adapter{within}: {', '.join(texts)}; {ALIKE}"]
 
 

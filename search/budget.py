@@ -142,6 +142,12 @@ class Spending:
         spent = {**self.now().as_dict(), "trials": self._num_ended + sum(map(counts, live))}
         return min(1.0, max((spent[k] / most for k, most in limits_of(self._spec.budget).items()), default=0.0))
 
+    def device_seconds_left(self) -> float:
+        """Return the seconds for which trials may still hold devices; infinite where they are not limited."""
+        hours, dollars, price = self._spec.budget.device_hours, self._spec.budget.dollars, self._spec.resources.price_per_device_hour
+        most = min(math.inf if hours is None else hours, dollars / price if dollars is not None and price else math.inf)
+        return max(0.0, 3600 * (most - self.now().device_hours))
+
     def seconds_left(self) -> float:
         """Return the wall seconds until what still trains is stopped; infinite where they are not limited."""
         most = self._spec.budget.minutes

@@ -282,7 +282,7 @@ def lines_of(comparison: Comparison) -> list[str]:
     if any(cell.is_at_edge for cell in comparison.cells):
         lines.append("*: the lowest or the highest rate that was tried; a better one may lie beyond")
     lines += noise_lines([cell.record for cell in comparison.cells if cell.record])
-    if known and min(len(quality.values) for quality in known) < MIN_SEEDS:
+    if known and max(len(quality.values) for quality in known) < MIN_SEEDS:
         return [*lines, f"with fewer than {MIN_SEEDS} further seeds nothing is told apart: --seeds {MIN_SEEDS} or more"]
     domains = [name for metric in _domains(comparison) if (name := domain_of(metric)) is not None]
     for fraction in comparison.fractions:

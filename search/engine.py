@@ -91,6 +91,7 @@ class Engine:
             is_known=lambda config: spec.reuse and self._standing(config) != (None, None),
             is_trained=lambda config: self._source_of(config) is not None,
             seconds_left=self._spending.seconds_left,
+            device_seconds_left=self._spending.device_seconds_left,
         )
         self._prospects.restore(records)
         self._live: set[int] = set()

@@ -18,7 +18,7 @@ from search.profiles import ProfileCache
 from search.provenance import own_command
 from search.record import noise_of
 from search.session import check_fit, examine, prepare
-from search.store import Store
+from search.store import Store, make_searches
 from spaces.config import ADAPTER_KNOBS, TrialConfig
 from spaces.constraints import Limits, config_within, is_feasible, violations
 from spaces.loading import LoadedSpec, check_local_data
@@ -46,7 +46,7 @@ def profile_space(loaded: LoadedSpec, say: Callable[[str], None]) -> list[dict[s
     prepared, spec, profiles = prepare(loaded), loaded.spec, ProfileCache()
     # Where the searches are, because all nodes of a cluster see it.
     searches = Path(spec.directory).absolute()
-    searches.mkdir(parents=True, exist_ok=True)
+    make_searches(searches)
     with (
         tempfile.TemporaryDirectory(prefix=".profile-", dir=searches) as directory,
         Interruption(own_command()) as interruption,

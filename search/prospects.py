@@ -39,6 +39,7 @@ class Prospects:
         is_known: Callable[[TrialConfig], bool],
         is_trained: Callable[[TrialConfig], bool],
         seconds_left: Callable[[], float],
+        device_seconds_left: Callable[[], float],
     ) -> None:
         """Take what a search knows.
 
@@ -50,10 +51,12 @@ class Prospects:
             is_known: whether nothing would be trained for a config, or not now.
             is_trained: whether the recipe of a config was trained, so that it is only timed.
             seconds_left: until the search ends, and with it what still trains.
+            device_seconds_left: for which trials may still hold devices.
         """
         self.limits = limits
         self._spec, self._outlook, self._records = spec, outlook, records
-        self._is_known, self._is_trained, self._seconds_left = is_known, is_trained, seconds_left
+        self._is_known, self._is_trained = is_known, is_trained
+        self._seconds_left, self._device_seconds_left = seconds_left, device_seconds_left
         # By where the prediction is from: an estimate, a profile and a number of rows are off by factors of their own.
         self._factors: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=MAX_COMPARED))
         self._others: deque[float] = deque(maxlen=MAX_COMPARED)
@@ -130,6 +133,7 @@ class Prospects:
         factors = self._factors.get(source)
         seconds = rough * statistics.median(factors) if factors else rough
         held = (0.0 if self._is_trained(config) else seconds) + (statistics.median(self._others) if self._others else 0.0)
+        used = max(held, LEAST_SECONDS) * config.layout.world_size
         # What is no time yet cannot be late.
         is_time = bool(factors) or source != "rows"
         learned, timed = features(config, self.limits.hidden_size)
@@ -137,8 +141,8 @@ class Prospects:
             learned=learned,
             timed={**timed, "seconds": math.log(seconds)},
             belief=belief(config, self.limits.hidden_size),
-            device_seconds=max(held, LEAST_SECONDS) * config.layout.world_size,
-            is_open=is_open and (not is_time or held <= self._seconds_left()),
+            device_seconds=used,
+            is_open=is_open and (not is_time or (held <= self._seconds_left() and used <= self._device_seconds_left())),
         )
 
 

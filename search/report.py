@@ -44,7 +44,7 @@ from spaces.spec import Objective
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-STATE_COLORS = {"complete": "#4d9221", "pruned": "#b8b8b8"}
+STATE_COLORS = {"complete": "#4d9221", "pruned": "#b8b8b8", "cut off": "#b8b8b8"}
 FAILED_COLOR = "#762a83"
 # Times the tallest bar of memory.
 FAR_ABOVE = 3
@@ -183,7 +183,7 @@ def _drawings(results: Results, figure: FrontFigure, scaling: Sequence[DataCurve
     if bars:
         note = "What every rank of the trials on the front held, beside what its tensors were predicted to take."
         capacity = (state.device or {}).get("capacity_bytes")
-        note += " The line is what there is for one rank." if capacity else ""
+        note += f" There are {capacity / 2**30:.1f} GiB for one rank." if capacity else ""
         drawings.append(("How much memory does it take, and why?", note, _memory_plot(bars, capacity)))
     predictions = calibrate(records)
     if predictions:

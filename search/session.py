@@ -281,8 +281,8 @@ def check_same_data(fingerprint: str, store: Store, state: SearchState) -> None:
     began = (state.started or {})["data_fingerprint"]
     if began != fingerprint:
         raise UserError(
-            f"{store.spec_path}: data.train: the data changed since the search began (fingerprint "
-            f"{fingerprint[:12]}, then {began[:12]}): its trials would not compare"
+            f"{store.spec_path}: data.train: the data changed since the search began, or how this version of paretune splits and "
+            f"numbers them (fingerprint {fingerprint[:12]}, then {began[:12]}): its trials would not compare"
         )
 
 

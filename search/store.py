@@ -74,7 +74,7 @@ class Store:
         parent = Path(loaded.spec.directory).absolute()
         if loaded.spec.name is not None:
             root = parent / loaded.spec.name
-            _make(parent)
+            make_searches(parent)
             root.mkdir(exist_ok=True)
         else:
             root = _new_directory(parent, loaded.path.stem)
@@ -147,7 +147,7 @@ class Store:
             raise UserError(f"the search '{self.name}' runs already, in another process; wait for it or stop it first") from None
 
 
-def _make(parent: Path) -> None:
+def make_searches(parent: Path) -> None:
     """Make the directory of all searches; a new one is left out of git, and of what `ray job submit --working-dir` uploads."""
     if not parent.exists():
         parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def _new_directory(parent: Path, stem: str) -> Path:
     """Make `<stem>-<date>-<number>`, the first that is free."""
     stem = re.sub(r"[^A-Za-z0-9._-]", "-", stem)[:40]
     stamp = datetime.now().strftime("%Y%m%d")
-    _make(parent)
+    make_searches(parent)
     for number in range(1, 10_000):
         root = parent / f"{stem}-{stamp}-{number}"
         try:

@@ -64,7 +64,7 @@ class Study:
         self._points = list(points_to_evaluate)
         """Those that were not proposed yet."""
         self._longer = list(longer_points)
-        """What is proposed after these as far as it trains within the reference of `train_seconds`, the shortest first."""
+        """What is proposed after these as far as it trains within the user's limit of `train_seconds`, the shortest first."""
         self._reseed()
         # Optuna numbers all its trials, an earlier search's too; the numbers of this search are its own.
         self._study = optuna.create_study(storage=_Memory(), directions=[o.direction for o in self._objectives])
@@ -105,9 +105,12 @@ class Study:
         """
         if self._points:
             return self._take(*self._candidate("random", self._points.pop(0)))
-        limit = next((o.reference for o in self._objectives if o.metric == TRAIN_SECONDS), None)
-        if self._longer and look is not None and limit is not None and look.trains_within(self._longer[0], limit):
-            return self._take(*self._candidate("random", self._longer.pop(0)))
+        limit = next((o.reference for o in self._objectives if o.metric == TRAIN_SECONDS and o.is_limit), None)
+        if look is not None and limit is not None:
+            longer = next((point for point in self._longer if look.trains_within(point, limit)), None)
+            if longer is not None:
+                self._longer.remove(longer)
+                return self._take(*self._candidate("random", longer))
         method = self._chosen_method()
         if look is not None and method == "model" and not self._is_closed:
             params = self._modelled(look, budget_left)

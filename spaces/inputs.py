@@ -125,8 +125,8 @@ class DataSpec(Section):
     """Column of the label (classification); by default `label`, `category`, `intent`, `class`, `target`, `topic` or `sentiment`."""
     prompt: Text | None = None
     """Column of the prompt (causal-lm); by default `prompt`, `instruction`, `question`, `query` or `input`. A line break is put
-    between it and the completion, and where an instruction has an `input` or a `context`, or a question a `context`, that between
-    both."""
+    between it and the completion, and an instruction's `input` between both; so is, where no column is named, the `context` of an
+    instruction or a question."""
     completion: Text | None = None
     """Column of the completion, the only part that the loss counts (causal-lm); by default `completion`, `output`, `answer` or
     `response`."""

@@ -64,6 +64,8 @@ class Objective:
     direction: Direction
     reference: float | None
     """Coordinate of the hypervolume's reference point; None: the untrained model's score, known once it is measured."""
+    is_limit: bool = False
+    """Whether the user gave the reference: what is worse is worth nothing to him. Others are there to measure from."""
 
 
 def _is_interim_quality(metric: str) -> bool:
@@ -87,7 +89,9 @@ class ObjectiveSpec(Section):
     """`minimize` or `maximize`; by default what is better for the metric."""
     reference: Finite | None = None
     """The worst value that is still worth anything: with `train_seconds` the time that a training may take. The hypervolume is
-    measured from there, what is recommended lies within it, and where `epochs` allow it trainings that last as long are tried."""
+    measured from there, what is recommended lies within it, and where `epochs` allow it trainings that last as long are tried.
+    By default 0 for what is maximised, the budget's minutes (or an hour) for a time, and else the untrained model's score: the
+    hypervolume is measured from there, and nothing else follows from it."""
 
 
 class ResourcesSpec(Section):
@@ -316,4 +320,5 @@ class SearchSpec(Section):
             reference = 0.0
         elif reference is None and metric.unit == "s":
             reference = DEFAULT_REFERENCE_SECONDS if self.budget.minutes is None else self.budget.minutes * 60
-        return Objective(metric=metric.name, direction=direction, reference=reference)
+        is_limit = objective.reference is not None
+        return Objective(metric=metric.name, direction=direction, reference=reference, is_limit=is_limit)

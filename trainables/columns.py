@@ -22,6 +22,8 @@ PROMPT_COLUMNS = ("prompt", "instruction", "question", "query", "input")
 COMPLETION_COLUMNS = ("completion", "output", "answer", "response")
 # What a prompt is about, in a column of its own: Alpaca's, Dolly's, and that of question answering.
 INPUT_COLUMNS = {"instruction": ("input", "context"), "question": ("context",), "query": ("context",)}
+# Where the user names the prompt, what it is about would be named too, had the file a key for it; Alpaca's three belong together.
+NAMED_INPUT_COLUMNS = {"instruction": ("input",)}
 
 
 class ColumnNames(Protocol):
@@ -116,7 +118,8 @@ def _detect_causal(there: list[str], given: ColumnNames, source: str) -> Columns
     if given.prompt or not given.text:
         prompt, completion = given.prompt or _first(PROMPT_COLUMNS, there), given.completion or _first(COMPLETION_COLUMNS, there)
         if prompt and completion:
-            about = _first(INPUT_COLUMNS.get(prompt.lower(), ()), there)
+            usual = (INPUT_COLUMNS if given.prompt is None else NAMED_INPUT_COLUMNS).get(prompt.lower(), ())
+            about = _first([name for name in usual if name != completion.lower()], there)
             return Columns(kind="prompt_completion", prompt=prompt, prompt_input=about, completion=completion)
     text = given.text or _first(DOCUMENT_COLUMNS, there)
     if text is None:

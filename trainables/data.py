@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,25 +125,27 @@ def expected_text(table: TokenTable, index: int, tokenizer: Any) -> str:
     return str(tokenizer.decode(targets[targets != IGNORE], skip_special_tokens=True))
 
 
-def check_tokens(tokenizer: Any, name: str, tables: Sequence[TokenTable], num_known: int) -> None:
+def check_tokens(tokenizer: Any, name: str, tables: Mapping[str, TokenTable], num_known: int) -> None:
     """Check that a tokenizer is that of its model, and of the language of the data.
 
     Args:
         tokenizer: of a model.
         name: of the model.
-        tables: of rows, the training rows first.
+        tables: of rows, by role.
         num_known: tokens that the model has embeddings of.
 
     Raises:
         DataError: it has others, or does not know what the data say.
     """
-    highest = max(int(table.input_ids.max()) for table in tables)
+    highest = max(int(table.input_ids.max()) for table in tables.values())
     if highest >= num_known:
         token = tokenizer.convert_ids_to_tokens(highest)
         raise DataError(f"model.name: the tokenizer of {name} has '{token}' as token {highest}; its model knows {num_known}")
-    unknown, ids = tokenizer.unk_token_id, tables[0].input_ids
+    unknown, ids = tokenizer.unk_token_id, tables["train"].input_ids
+    if unknown is None:
+        return
     words = ids[~np.isin(ids, [i for i in tokenizer.all_special_ids if i != unknown])]
-    share = 0.0 if unknown is None or not len(words) else float((words == unknown).mean())
+    share = float((words == unknown).mean()) if len(words) else 0.0
     if share > MOST_UNKNOWN:
         # Of a directory without a tokenizer transformers makes one that knows nothing.
         raise DataError(

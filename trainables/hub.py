@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from spaces.architecture import DECODERS
+from spaces.architecture import DECODERS, ENCODERS
 from spaces.inputs import ModelSpec
 
 EMBEDDED_MODEL, EMBEDDED_ORIGIN = "embedded:all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"
@@ -83,16 +83,17 @@ def check_use(config: Mapping[str, Any], model: ModelSpec) -> None:
     family = str(sizes.get("model_type", ""))
     _check_class(str(config.get("model_type", "")), model)
     quantized = config.get("quantization_config")
-    if isinstance(quantized, Mapping) and not is_mxfp4(config):
-        method = quantized.get("quant_method", "another format")
+    if quantized and not is_mxfp4(config):
+        method = quantized.get("quant_method") or "another format"
         raise ModelError(
             f"model.name: {model.name} holds weights in {method}, which cannot be trained; allowed: the model that it was made from, "
             "with space.quantization where it shall be small"
         )
-    if sizes.get("summary_type") == "last":
+    if sizes.get("summary_type") == "last" and model.task == "sequence-classification":
         raise ModelError(f"model.name: {model.name} ({family}) tells a class at the last position of a row, which is padding")
     pad, num_tokens = sizes.get("pad_token_id"), sizes.get("vocab_size")
-    if isinstance(pad, int) and isinstance(num_tokens, int) and pad >= num_tokens:
+    has_padding_row = family in (*DECODERS, *ENCODERS) and family != "gpt2"
+    if has_padding_row and isinstance(pad, int) and isinstance(num_tokens, int) and pad >= num_tokens:
         raise ModelError(f"model.name: {model.name}: config.json: pad_token_id is {pad}, and vocab_size {num_tokens}: there is none")
     positions = num_positions(sizes)
     if positions is not None and model.max_length > positions:

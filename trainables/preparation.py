@@ -292,10 +292,10 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < num_tokens), None)
     if pad is None:
         raise DataError(f"model.name: the tokenizer of {model.name} has neither a padding nor an end-of-text token")
-    names = tuple(sorted(set(train.labels or ()), key=_in_words_and_numbers))
+    names = tuple(sorted(set(train.labels or ()), key=lambda name: (_in_words_and_numbers(name), name)))
     has_answers = _has_answers(data, parts["evaluation"])
     tables = {role: _table(part, names, data) for role, part in parts.items()}
-    check_tokens(tokenizer, model.name, [tables["train"], *tables.values()], num_tokens)
+    check_tokens(tokenizer, model.name, tables, num_tokens)
     for role in tables.keys() - {"train"} if has_answers else ():
         if _has_answers(data, parts[role]):
             tables[role] = replace(tables[role], answers=tuple(answer or "" for answer in parts[role].answers))

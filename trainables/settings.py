@@ -19,7 +19,9 @@ def switch_off(config: Any) -> None:
 
 
 def restore(config: Any, original: Any) -> None:
-    """Give a configuration back what `switch_off` has taken."""
+    """Give a configuration back what `switch_off` has taken; the original may be that of a model of which this is the text's part."""
+    if type(original) is not type(config):
+        original = original.get_text_config()
     for part, own in zip(_parts(config), _parts(original), strict=True):
         for key in (*_noisy(own), *(["use_cache"] if hasattr(own, "use_cache") else [])):
             setattr(part, key, getattr(own, key))

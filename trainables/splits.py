@@ -30,9 +30,14 @@ def held_out(rows: Sequence[Hashable], labels: Sequence[str], share: float) -> n
         members.setdefault(classes[place], []).append(int(place))
     held = np.zeros(len(places), dtype=bool)
     for of_class in members.values():
-        held[of_class[: min(len(of_class) - 1, round(len(of_class) * share))]] = True
+        held[of_class[: round(len(of_class) * share)]] = True
     small = sorted((own for own in members.values() if len(own) > 1 and round(len(own) * share) == 0), key=len, reverse=True)
     held[[own[0] for own in small[: round(share * sum(map(len, small)))]]] = True
+    mask = held[of_row]
+    # A class of which every row has a text that stood under another one before keeps them.
+    lost = set(labels) - {label for label, is_held in zip(labels, mask, strict=True) if not is_held}
+    if lost:
+        held[of_row[[label in lost for label in labels]]] = False
     return held[of_row]
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+
+from trainables.quantize import is_head
 
 
 def take_out(module: Any) -> dict[str, nn.Module]:
@@ -16,10 +19,24 @@ def take_out(module: Any) -> dict[str, nn.Module]:
     if module.config.get_text_config() is module.config:
         return {}
     read = [part for part in (module.get_decoder(), module.get_output_embeddings()) if part is not None and part is not module]
-    parts = dict(_beside(module, "", read)) if read else {}
+    parts = {name: part for name, part in _beside(module, "", read) if not is_head(name)} if read else {}
     for name in parts:
         module.set_submodule(name, nn.Module())
+    if parts and not _reads(module):  # Gemma 3n looks up its text's tokens in the towers' embeddings too
+        put_back(module, parts)
+        return {}
     return parts
+
+
+def _reads(module: Any) -> bool:
+    """Return whether a model computes two tokens."""
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    try:
+        with torch.no_grad():
+            module(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except (AttributeError, NotImplementedError, TypeError, KeyError):
+        return False
+    return True
 
 
 def put_back(module: Any, parts: Mapping[str, nn.Module]) -> None:

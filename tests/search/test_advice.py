@@ -73,7 +73,7 @@ def test_the_knee_is_that_of_what_further_seeds_say_where_they_say_it_of_all() -
     found = knee(members, TWO)
     assert found is not None
     assert found.number == 2
-    text = recommendation(members, (ACCURACY, replace(SECONDS, reference=120.0)), "banking")
+    text = recommendation(members, (ACCURACY, replace(SECONDS, reference=120.0, is_limit=True)), "banking")
     assert text.startswith("Take trial 3 of banking: accuracy 0.87"), "trial 4, the best of the search, is not by its further seeds"
     assert "; the knee of the 4 within 120 s is trial 2, accuracy 0.85" in text
     of_some = [*members[:4], trial(4, (0.95, 150.0))]
@@ -115,23 +115,28 @@ def test_where_some_have_further_seeds_the_sentence_compares_what_the_choice_was
 
 def test_the_best_within_the_references_is_recommended_and_what_is_worth_nothing_is_not() -> None:
     members = [trial(n, v) for n, v in enumerate([(0.2, 5.0), (0.5, 30.0), (0.6, 100.0), (0.7, 140.0)])]
-    found = recommended(members, TWO)
+    limited = (ACCURACY, replace(SECONDS, is_limit=True))
+    found = recommended(members, limited)
     assert found is not None
     assert found.number == 2, "which takes just as long as there is time"
-    text = recommendation(members, TWO, "banking")
+    assert recommended(members, TWO) is members[3], "where the user gave no limit there is none"
+    text = recommendation(members, limited, "banking")
     assert text.startswith(
         "Take trial 2 of banking: accuracy 0.6 at train_seconds 100 s, the best on the front within 100 s; the knee"
     )
     for worthless in ([trial(0, (0.0, 5.0))], [trial(0, (0.9, 101.0))]):
-        assert recommended(worthless, TWO) is None
-        assert recommendation(worthless, TWO, "banking").startswith(
+        assert recommended(worthless, limited) is None
+        assert recommendation(worthless, limited, "banking").startswith(
             "Nothing to recommend: no trial of banking is better than accuracy 0 and train_seconds 100 s; the best is trial 0, "
         )
     loss = Objective(metric="accuracy", direction="minimize", reference=None)
     assert recommended(members, (loss, SECONDS)) is members[0], "where no reference is known all counts"
-    both = replace(MEMORY, reference=3.0)
-    rich = [trial(n, v) for n, v in enumerate([(0.5, 30.0, 2.0), (0.6, 40.0, 4.0)])]
-    assert recommended(rich, (ACCURACY, SECONDS, both)) is rich[0]
+    three = (ACCURACY, SECONDS, replace(MEMORY, reference=3.0 * 2**30, is_limit=True))
+    rich = [trial(n, v) for n, v in enumerate([(0.5, 30.0, 2.0 * 2**30), (0.6, 40.0, 4.0 * 2**30)])]
+    assert recommended(rich, three) is rich[0]
+    assert recommendation(rich, three, "banking").endswith("30 s, the best on the front within 3.00 GiB.")
+    bent = [trial(n, v) for n, v in enumerate([(0.1, 1.0), (0.5, 10.0), (0.6, 60.0), (0.9, 101.0), (0.95, 900.0)])]
+    assert "the knee of the 3 within 100 s is trial 1," in recommendation(bent, limited, "banking"), "of all it would be trial 3"
 
 
 def test_trials_whose_steps_alone_were_timed_are_named_in_one_line() -> None:

@@ -57,10 +57,14 @@ def test_the_best_of_each_adapter_within_the_time_that_there_is_stands_in_a_line
         return TrialRecord(number=number, state=TrialState.COMPLETE, params={}, config=in_full, values=values)
 
     lora = [trial(0, "none", 0.7, 12.0, 20, 700), trial(1, "none", 0.9, 121.0, 20, 700)]
-    (line,) = adapter_lines([*lora, full(2, 0.6, 9.0), full(3, 0.8, 120.0)], OBJECTIVES)
+    accuracy, seconds = OBJECTIVES
+    limited = (accuracy, replace(seconds, is_limit=True))
+    (line,) = adapter_lines([*lora, full(2, 0.6, 9.0), full(3, 0.8, 120.0)], limited)
     assert line.startswith(
         "best accuracy of each adapter within 120 s: none 0.8 at 120 s (trial 3), lora 0.7 at 12 s (trial 0); they differ"
     )
-    (line,) = adapter_lines([lora[0], full(2, 0.6, 121.0)], OBJECTIVES)
+    (line,) = adapter_lines([lora[0], full(2, 0.6, 121.0)], limited)
     assert "none nothing, lora 0.7" in line
+    (line,) = adapter_lines([lora[0], full(2, 0.6, 121.0)], OBJECTIVES)
+    assert line.startswith("best accuracy of each adapter: none 0.6 at 121 s")
     assert adapter_lines(lora, OBJECTIVES) == adapter_lines([], OBJECTIVES) == []

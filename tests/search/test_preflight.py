@@ -22,6 +22,11 @@ def plan() -> Blueprint:
     return blueprint(config_of(make("bert", "sequence-classification")), "sequence-classification", 5)
 
 
+def test_tables_are_no_matrices_of_the_formulas_and_other_adapters_take_no_names(tmp_path: Path, plan: Blueprint) -> None:
+    check_targets(load_spec(make_spec(tmp_path, space={"lora_target_modules": "word_embeddings,query"})), plan)
+    check_targets(load_spec(make_spec(tmp_path, space={"adapter": "bottleneck", "lora_target_modules": "q_proj"})), plan)
+
+
 @pytest.mark.parametrize(
     ("targets", "words"),
     [
@@ -46,7 +51,7 @@ def test_modules_that_a_known_family_lacks_are_told_before_a_start(tmp_path: Pat
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize(("adapter", "is_small"), [("none", True), ({"choice": ["none", "lora"]}, True), ("lora", False)])
+@pytest.mark.parametrize(("adapter", "is_small"), [("none", True), ({"choice": ["none", "lora"]}, False), ("lora", False)])
 def test_a_disk_without_room_for_one_trial_is_told(
     tmp_path: Path, plan: Blueprint, monkeypatch: pytest.MonkeyPatch, adapter: Any, is_small: bool
 ) -> None:

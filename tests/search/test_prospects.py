@@ -34,7 +34,7 @@ class Search:
     def __init__(self) -> None:
         model = {"name": "m", "task": "sequence-classification"}
         spec = SearchSpec.model_validate({"model": model, "data": {"train": "t"}})
-        self.outlook, self.left = TenARank(), math.inf
+        self.outlook, self.left, self.device_left = TenARank(), math.inf, math.inf
         self.records: dict[int, TrialRecord] = {}
         self.known: set[str] = set()
         self.trained: set[Recipe] = set()
@@ -46,6 +46,7 @@ class Search:
             is_known=lambda config: config.key() in self.known,
             is_trained=lambda config: config.recipe in self.trained,
             seconds_left=lambda: self.left,
+            device_seconds_left=lambda: self.device_left,
         )
 
     def seconds(self, **given: Any) -> float:
@@ -77,7 +78,12 @@ def test_a_point_trains_within_a_time_once_times_are_known_and_there_is_time_for
     assert search.prospects.trains_within({"adapter": "lora", "epochs": 1.0}, 21.0), "a usual point leaves some knobs open"
     search.left = 15.0
     assert not search.prospects.trains_within(params(), 1000.0)
-    search.left = math.inf
+    search.left, search.device_left = math.inf, 22.0
+    assert not search.prospects.trains_within(params(), 1000.0), "it holds its device for three seconds more"
+    search.device_left = 23.5
+    assert search.prospects.trains_within(params(), 1000.0)
+    assert not search.prospects.trains_within(params(world_size=2), 1000.0), "two of them for thirteen seconds each"
+    search.device_left = math.inf
     search.known.add(TrialConfig.from_params(params()).key())
     assert not search.prospects.trains_within(params(), 1000.0)
 

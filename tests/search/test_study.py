@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -214,7 +215,7 @@ class Looks:
         return looked_at(params)
 
     def trains_within(self, params: Any, seconds: float) -> bool:
-        return curve(params)[1] <= seconds
+        return curve(params)[1] <= seconds and getattr(self, "open", lambda _: True)(params)
 
 
 def looked_at(params: Any) -> Prospect:
@@ -251,7 +252,10 @@ def test_the_model_finds_a_better_front_in_the_same_time_than_chance_and_than_tp
 def test_longer_points_come_after_the_first_ones_as_far_as_they_train_within_the_reference(sampler: SamplerName) -> None:
     whole = make(epochs={"uniform": [0.5, 4.0]})._space.first()
     first, *longer = ({**whole, "epochs": epochs, "dataset_fraction": 1.0} for epochs in (0.5, 1.5, 1.6, 3.0))
-    how: dict[str, Any] = {"space": SpaceSpec.model_validate({"epochs": {"uniform": [0.5, 4.0]}}), "objectives": OBJECTIVES}
+    how: dict[str, Any] = {
+        "space": SpaceSpec.model_validate({"epochs": {"uniform": [0.5, 4.0]}}),
+        "objectives": (OBJECTIVES[0], replace(OBJECTIVES[1], is_limit=True)),
+    }
     how |= {"sampler": sampler, "seed": 0, "startup_trials": 9, "points_to_evaluate": [first], "longer_points": longer}
     study = Study(**how)
     asked = [study.ask(Looks()) for _ in range(4)]
@@ -260,8 +264,12 @@ def test_longer_points_come_after_the_first_ones_as_far_as_they_train_within_the
     again = Study(**how)
     again.restore({proposal.number: proposal.params for proposal in asked[:2]})
     assert again.ask(Looks()).params["epochs"] == 1.6
-    without = Study(**how | {"objectives": OBJECTIVES[:1]})
-    assert [without.ask(Looks()).params["epochs"] for _ in range(2)][1] != 1.5, "nobody said how long is too long"
+    known = Looks()
+    known.open = lambda params: params["epochs"] != 1.5  # type: ignore[attr-defined]
+    other = Study(**how)
+    assert [other.ask(known).params["epochs"] for _ in range(2)] == [0.5, 1.6], "what is known keeps no other one back"
+    without = Study(**how | {"objectives": OBJECTIVES})
+    assert [without.ask(Looks()).params["epochs"] for _ in range(2)][1] != 1.5, "the reference is no limit that the user gave"
 
 
 def test_the_model_proposes_only_what_is_open_and_the_same_for_the_same_seed() -> None:

@@ -35,8 +35,12 @@ def test_prompts_with_completions_are_found_by_their_usual_names(
 ) -> None:
     expected = Columns(kind="prompt_completion", prompt=prompt, prompt_input=about, completion=completion)
     assert found(*columns) == expected
-    named = {"prompt": prompt, "completion": completion}
-    assert found(*columns, **named) == expected, "and what a prompt is about is no less a part of it where both are named"
+
+
+def test_of_columns_that_are_named_no_other_is_a_part_but_alpaca_s_input() -> None:
+    assert found("instruction", "input", "output", prompt="instruction", completion="output").prompt_input == "input"
+    assert found("question", "context", "answer", prompt="question", completion="answer").prompt_input is None
+    assert found("instruction", "input", prompt="instruction", completion="input").prompt_input is None, "it is the completion"
 
 
 @pytest.mark.parametrize("columns", [("question", "answers"), ("title", "url"), ("query", "passages")])
