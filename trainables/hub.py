@@ -66,9 +66,21 @@ def model_config(name: str, revision: str | None) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ModelError(f"model.name: {path} cannot be read: {error}") from error
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        config["text_config"] = _with_defaults(text)
     if "auto_map" in config:
         raise ModelError(f"model.name: {name} brings Python code of its own, which paretune does not run")
     return config
+
+
+def _with_defaults(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the part that reads, with what is usual of its family: files leave that out, as Gemma 3's do."""
+    from transformers import CONFIG_MAPPING
+
+    family = str(text.get("model_type", ""))
+    known = CONFIG_MAPPING[family](**text).to_dict() if family in CONFIG_MAPPING else {}
+    return {**known, **text}
 
 
 def check_use(config: Mapping[str, Any], model: ModelSpec) -> None:

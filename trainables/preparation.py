@@ -20,7 +20,7 @@ from trainables.docstrings import load_docstrings
 from trainables.formats import DataError, Row, read_rows
 from trainables.hub import model_config
 from trainables.report import TrialError
-from trainables.splits import held_out, stratified_key
+from trainables.splits import class_order, held_out, stratified_key
 from trainables.tokenization import Encoded, EncodedRows, encode_classification, encode_rows, encode_text, end_tokens, load_tokenizer
 from trainables.user_metric import UserMetric
 
@@ -292,7 +292,7 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < num_tokens), None)
     if pad is None:
         raise DataError(f"model.name: the tokenizer of {model.name} has neither a padding nor an end-of-text token")
-    names = tuple(sorted(set(train.labels or ()), key=lambda name: (_in_words_and_numbers(name), name)))
+    names = tuple(sorted(set(train.labels or ()), key=class_order))
     has_answers = _has_answers(data, parts["evaluation"])
     tables = {role: _table(part, names, data) for role, part in parts.items()}
     check_tokens(tokenizer, model.name, tables, num_tokens)
@@ -325,11 +325,6 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
         domains=tuple(data.domains or ()),
         domain_weights=tuple(weights) or None,
     )
-
-
-def _in_words_and_numbers(name: str) -> list[str | int]:
-    """Return what puts class 2 before class 10, as whoever numbers classes does."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
 
 
 def _table(part: _Part, label_names: Sequence[str], data: DataSpec) -> TokenTable:

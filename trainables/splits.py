@@ -1,7 +1,8 @@
-"""Which rows are held out, and in which order fractions of the others grow."""
+"""Which rows are held out, in which order fractions of the others grow, and in which classes stand."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -53,3 +54,8 @@ def stratified_key(classes: Sequence[Hashable]) -> np.ndarray:
     for rows in members.values():
         key[rows] = np.arange(len(rows)) / len(rows)
     return key
+
+
+def class_order(name: str) -> tuple[list[str | int], str]:
+    """Return what puts class 2 before class 10, as whoever numbers classes does."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))], name

@@ -195,6 +195,9 @@ def test_with_one_further_seed_nothing_is_told_apart_and_that_is_said() -> None:
     text = render(Comparison(name="c", objective=ACCURACY, cells=cells))
     assert "with fewer than 2 further seeds nothing is told apart: --seeds 2 or more" in text
     assert "not told apart:" not in text
+    text = render(Comparison(name="c", objective=ACCURACY, cells=(*cells, cell(METHODS[2], 2, [0.50, 0.51, 0.52]))))
+    assert "nothing is told apart" not in text
+    assert "0.1 of the rows: lora 4; not told apart:" in text, "seeds of one method that failed say nothing of the others"
 
 
 def test_times_have_intervals_and_noise_is_told() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from trainables.docstrings import load_docstrings
 from trainables.formats import DataError, _read_hub
 from trainables.hub import EMBEDDED_MODEL, ModelError, model_config, resolve_model
 from trainables.preparation import prepare
-from trainables.splits import held_out
+from trainables.splits import class_order, held_out
 from trainables.tokenization import IGNORE, end_tokens, load_tokenizer
 
 
@@ -380,6 +381,13 @@ def test_classes_that_are_numbered_are_in_the_order_of_their_numbers(model: Mode
     rows = [f"the rain {i},{i % 12 if i < 60 else f'LABEL_{i % 12}'} " for i in range(120)]
     names = data_of(model, train=write(tmp_path, "t.csv", "\n".join(["text,label", *rows]) + "\n")).label_names
     assert names == (*(str(i) for i in range(12)), *(f"LABEL_{i}" for i in range(12))), "and blanks around a class are none of it"
+
+
+def test_classes_whose_numbers_are_the_same_are_always_in_the_same_order() -> None:
+    """Whatever order a set of them has."""
+    names = ["1", "01", "2", "001"]
+    for some in itertools.permutations(names):
+        assert sorted(some, key=class_order) == ["001", "01", "1", "2"]
 
 
 def test_rows_that_are_cut_are_counted_for_every_role(model: ModelSpec, tmp_path: Path) -> None:

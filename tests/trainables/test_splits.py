@@ -27,3 +27,13 @@ def test_where_all_rows_differ_they_are_those_of_every_version() -> None:
     """Results of before are compared with those of today."""
     held = held_out([f"text {i}" for i in range(50)], ["a", "b"] * 25, 0.1)
     assert np.flatnonzero(held).tolist() == [11, 21, 36, 46]
+
+
+def test_a_class_of_texts_that_stood_under_others_before_is_not_held_out_whole() -> None:
+    """Whichever text it shares."""
+    for k in range(60):
+        rows, labels = [*(f"text {i}" for i in range(60)), f"text {k}"], [*("ab"[i % 2] for i in range(60)), "c"]
+        held = held_out(rows, labels, 0.1)
+        assert not held[60], "its only row"
+        assert held[k] == held[60]
+        assert 5 <= held.sum() <= 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,21 @@ from memory_grid import Case
 from peft import PeftModel
 from tiny import save_tokenizer
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, set_seed
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, set_seed
 from unequal_rows import LENGTHS, data_of, gradients
 
+from spaces.architecture import ModelShape
 from spaces.blueprint import blueprint
 from spaces.memory import num_trained
 from trainables.batching import collate
 from trainables.checkpoint import CheckpointStore
 from trainables.export import for_use, merged_module, save, trained_module
+from trainables.hub import model_config
 from trainables.loop import Command, train
 from trainables.mesh import World
 from trainables.model import BaseModel, build, trainable
 from trainables.packed import packing_for
+from trainables.text_part import take_out
 from trainables.tokenization import IGNORE
 
 TEXT = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -118,3 +122,60 @@ def test_what_is_exported_is_whole_and_its_tower_as_it_was(
 def test_a_model_that_only_reads_is_whole(tmp_path: Path) -> None:
     make("llama", "causal-lm").save_pretrained(tmp_path)
     assert BaseModel.load(str(tmp_path), None, "causal-lm", ()).unread == {}
+
+
+@pytest.mark.parametrize("adapter", ["none", "all-linear"])
+def test_a_classifier_keeps_its_head(directory: Path, adapter: str) -> None:
+    base = BaseModel.load(str(directory), None, "sequence-classification", ("a", "b", "c"), 0)
+    assert "score" not in base.unread
+    assert base.new_parameters == ("score.weight",)
+    config, data = Case(family="gemma3_text", adapter=adapter).config(1), data_of("sequence-classification")
+    module = build(config, base, World.alone()).train()
+    loss, found = gradients(module, [collate(data.train, np.arange(len(LENGTHS)), 0)], "sequence-classification")
+    assert loss > 0
+    assert found.keys() == trainable(module).keys()
+
+
+def test_what_text_goes_through_by_another_way_stays(directory: Path) -> None:
+    """As in Gemma 3n, whose towers' embeddings its text's tokens are looked up in too."""
+    module = whole(directory)
+    tower = module.model.vision_tower
+    tower.offset = 0
+    module.register_forward_pre_hook(lambda model, *_: model.model.vision_tower.offset and None)
+    assert take_out(module) == {}
+    assert module.model.vision_tower is tower
+
+
+def test_settings_come_back_of_a_model_that_is_the_text_s_part_of_its_files(tmp_path: Path) -> None:
+    """Qwen 3.5's, and Llama 4's."""
+    text = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"intermediate_size": 96, "head_dim": 16, "attention_dropout": 0.3, "layer_types": ["full_attention"] * 2}
+    config = CONFIG_MAPPING["qwen3_5"](text_config=text)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    base = BaseModel.load(str(tmp_path), None, "causal-lm", ())
+    assert base.module.config.attention_dropout == 0.0
+    assert for_use(base.module, base).config.attention_dropout == 0.3
+
+
+def test_files_may_leave_out_what_is_usual_of_the_part_that_reads(tmp_path: Path) -> None:
+    """As those of Gemma 3 of 4B do, which has 8 heads and 262,208 tokens."""
+    text = {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "sliding_window": 1024,
+    }
+    whole = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": text,
+        "vision_config": VISION,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    config = model_config(str(tmp_path), None)
+    shape = ModelShape.from_config(config)
+    assert (shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.vocab_size, shape.causal) == (8, 4, 256, 262_208, True)
+    assert config["text_config"]["num_hidden_layers"] == 34
+    assert blueprint(config, "causal-lm").num_params == pytest.approx(3.88e9, rel=0.01), "without its tower of pictures"
