@@ -13,10 +13,9 @@ from search.results import Results
 from spaces.config import Recipe
 from spaces.inputs import DataSpec
 from spaces.metrics import in_order, metric_of
-from trainables.hub import EMBEDDED_MODEL, EMBEDDED_ORIGIN
+from trainables.hub import EMBEDDED_MODEL, EMBEDDED_ORIGIN, class_for, model_config
 
 PIPELINES = {"sequence-classification": "text-classification", "causal-lm": "text-generation"}
-CLASSES = {"sequence-classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM"}
 # How transformers holds the base as `trainables.quantize` does; where there are modules that it must leave as they are, with these.
 QUANTIZATIONS = {
     "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="{dtype}"{skipped})',
@@ -156,7 +155,10 @@ def _scores(results: Results, record: TrialRecord, merged: Mapping[str, float]) 
 
 def _usage(results: Results, recipe: Recipe, unquantized: Sequence[str], *, is_adapter: bool) -> str:
     model = results.spec.model
-    name, task = CLASSES[model.task], PIPELINES[model.task]
+    name, task = class_for(model_config(model.name, model.revision), model.task), PIPELINES[model.task]
+    if not is_adapter and name == "AutoModelForImageTextToText":  # no pipeline of texts takes it
+        lines = [f"from transformers import {name}, AutoTokenizer", "", f'model = {name}.from_pretrained("THIS_DIRECTORY")']
+        return "\n".join(["```python", *lines, 'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")', "```"])
     if not is_adapter:
         return f'```python\nfrom transformers import pipeline\n\nmodel = pipeline("{task}", model="THIS_DIRECTORY")\n```'
     options, imports, ending = "", f"AutoConfig, AutoTokenizer, {name}", []

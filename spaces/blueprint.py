@@ -163,6 +163,8 @@ def blueprint(config: Mapping[str, Any], task: Task, num_labels: int = 0) -> Blu
     text = config.get("text_config")
     sizes: Mapping[str, Any] = text if isinstance(text, Mapping) else config
     family = str(sizes.get("model_type"))
+    if sizes is not config and config.get("tie_word_embeddings") is not None:
+        sizes = {**sizes, "tie_word_embeddings": config["tie_word_embeddings"]}  # the whole says whether its head is its table
     if family not in FAMILIES:
         raise ShapeError(f"config.json: model_type: no formulas for '{family}'; there are some for: {', '.join(sorted(FAMILIES))}")
     plan = FAMILIES[family](sizes, ModelShape.from_config(config), task, num_labels)

@@ -11,12 +11,12 @@ import socket
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from spaces.architecture import DECODERS, ENCODERS
-from spaces.inputs import ModelSpec
+from spaces.inputs import ModelSpec, Task
 
 EMBEDDED_MODEL, EMBEDDED_ORIGIN = "embedded:all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"
 # The hash of the original weights: model.safetensors on the hub.
@@ -69,6 +69,7 @@ def model_config(name: str, revision: str | None) -> dict[str, Any]:
     text = config.get("text_config")
     if isinstance(text, dict):
         config["text_config"] = _with_defaults(text)
+        config.setdefault("tie_word_embeddings", _with_defaults({"model_type": config.get("model_type")}).get("tie_word_embeddings"))
     if "auto_map" in config:
         raise ModelError(f"model.name: {name} brings Python code of its own, which paretune does not run")
     return config
@@ -93,7 +94,7 @@ def check_use(config: Mapping[str, Any], model: ModelSpec) -> None:
     text = config.get("text_config")
     sizes: Mapping[str, Any] = text if isinstance(text, Mapping) else config
     family = str(sizes.get("model_type", ""))
-    _check_class(str(config.get("model_type", "")), model)
+    _check_class(config, model)
     quantized = config.get("quantization_config")
     if quantized and not is_mxfp4(config):
         method = quantized.get("quant_method") or "another format"
@@ -118,23 +119,35 @@ def check_use(config: Mapping[str, Any], model: ModelSpec) -> None:
         )
 
 
-def _check_class(family: str, model: ModelSpec) -> None:
+def class_for(config: Mapping[str, Any], task: str) -> str | None:
+    """Return the name of the class by which transformers loads a model for a task; None where it has none.
+
+    Of what sees beside reading some have none that writes alone; where its part that reads is known, that trains.
+    """
+    # Imports torch, which takes seconds that no other check needs.
+    from transformers.models.auto import modeling_auto
+
+    family, text = str(config.get("model_type", "")), config.get("text_config")
+    if task == "sequence-classification":
+        is_there = family in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        return "AutoModelForSequenceClassification" if is_there else None
+    if family in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "AutoModelForCausalLM"
+    is_read = isinstance(text, Mapping) and text.get("model_type") in DECODERS
+    return "AutoModelForImageTextToText" if is_read and family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else None
+
+
+def _check_class(config: Mapping[str, Any], model: ModelSpec) -> None:
     """Check that transformers has a class for the task.
 
     Raises:
         ModelError: it has none.
     """
-    # Imports torch, which takes seconds that no other check needs.
-    from transformers.models.auto import modeling_auto
-
-    known = {
-        "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    }
-    if family not in known[model.task]:
-        others = [task for task, families in known.items() if family in families]
+    if class_for(config, model.task) is None:
+        others = [task for task in get_args(Task) if class_for(config, task) is not None]
         allowed = f"allowed: {others[0]}" if others else "allowed: a model that reads and writes text"
-        raise ModelError(f"model.task: transformers has no {model.task} of {model.name} ({family}); {allowed}")
+        given = f"{model.name} ({config.get('model_type')})"
+        raise ModelError(f"model.task: transformers has no {model.task} of {given}; {allowed}")
 
 
 def is_mxfp4(config: Mapping[str, Any]) -> bool:

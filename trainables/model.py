@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -27,7 +28,7 @@ from spaces.config import Quantization, TrialConfig
 from trainables.adapters import add_adapter
 from trainables.compilation import Compilation
 from trainables.first_tokens import end_at_first_tokens
-from trainables.hub import is_masked, is_mxfp4
+from trainables.hub import ModelError, class_for, is_masked, is_mxfp4
 from trainables.mesh import World
 from trainables.meter import StepTimer
 from trainables.packed import attend_by_rows, attend_in_one_kernel
@@ -40,7 +41,6 @@ from trainables.trained_rows import train_used_rows
 
 # What safetensors calls the formats in which weights are kept as they are stored.
 HALF_FORMATS = {"BF16": torch.bfloat16, "F16": torch.float16}
-CLASSES = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,9 +90,9 @@ class BaseModel:
             config.problem_type = "single_label_classification"
             if pad_token_id is not None and not is_masked(config.model_type):
                 config.pad_token_id = pad_token_id
-        stored = _stored_format(name, revision)
+        stored, kind = _stored_format(name, revision), _class_for(config, task)
         with quietly():
-            module, info = CLASSES[task].from_pretrained(
+            module, info = kind.from_pretrained(
                 name,
                 revision=revision,
                 config=config,
@@ -107,7 +107,7 @@ class BaseModel:
         if task == "sequence-classification":
             new |= _order_classes(module, given, label_names, new)
         if stored != torch.float32:
-            _compute_in_fp32(module, CLASSES[task], new)
+            _compute_in_fp32(module, kind, new)
         attend_by_rows(module)
         return BaseModel(
             name=name,
@@ -254,6 +254,18 @@ def _order_classes(module: nn.Module, given: Sequence[str], label_names: Sequenc
     for parameter in last.values():
         parameter.data = parameter.data[order]
     return set()
+
+
+def _class_for(config: Any, task: str) -> Any:
+    """Return the class by which transformers loads a model for a task.
+
+    Raises:
+        ModelError: it has none.
+    """
+    name = class_for(config.to_dict(), task)
+    if name is None:
+        raise ModelError(f"model.task: transformers has no {task} of {config.model_type}")
+    return getattr(transformers, name)
 
 
 def _stored_format(name: str, revision: str | None) -> torch.dtype:
