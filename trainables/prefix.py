@@ -93,6 +93,6 @@ def _why_not(sizes: Mapping[str, Any]) -> str:
         return f"this model's keep a state ({', '.join(others) or 'of Mamba'})"
     if sizes.get("kv_lora_rank"):
         return "this model's compress them"
-    if sizes.get("global_head_dim") not in (None, sizes.get("head_dim")):
+    if any({"head_dim", "num_key_value_heads"} & own.keys() for own in (sizes.get("per_layer_config") or {}).values()):
         return "this model's are of several widths"
     return ""

@@ -119,6 +119,17 @@ def test_sizes_are_counted_from_all_rows_down() -> None:
     assert [p.number for p in envelope(points, 8000)] == [3, 1], "6,800 is near all, 6,600 near their share of 0.71"
 
 
+def test_sizes_that_do_not_tell_are_said_not_to() -> None:
+    """Losses that scatter by five percent about a law which falls by 16."""
+    random_ = random.Random(1)
+    losses = [2.0 * 2 ** (-0.06 * n) * (1 + random_.uniform(-0.05, 0.05)) for n in range(5)]
+    curves = data_curves([trial(n, 250 * 2**n, loss) for n, loss in enumerate(losses)])
+    assert curves[0].fit is not None
+    (line,) = scaling_lines(curves)
+    assert " rows does not tell whether more data pays: eval_loss " in line
+    assert "doubling" not in line
+
+
 def test_what_is_infinite_is_null_in_json() -> None:
     slow = Law(scale=3.0, pre_learned=0.0, exponent=0.06, floor=0.0)
     curves = data_curves([trial(n, rows, slow.loss(rows)) for n, rows in enumerate((500, 1000, 2000, 4000, 8000))])

@@ -533,3 +533,5 @@ def test_what_is_to_be_here_and_is_not_is_told_by_a_plan(
     with pytest.raises(SpecError, match=words):
         make_plan(load_spec(make_spec(tmp_path), changes))
     assert make_plan(load_spec(make_spec(tmp_path)))["num_feasible_layouts"] >= 1
+    monkeypatch.setattr("search.plan.LARGEST_LOOKED_AT", 5)
+    assert make_plan(load_spec(make_spec(tmp_path), ["data.train=rows.csv"])), "a large file is not read for a plan"

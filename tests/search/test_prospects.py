@@ -76,6 +76,7 @@ def test_a_point_trains_within_a_time_once_times_are_known_and_there_is_time_for
     assert [search.prospects.trains_within(params(), seconds) for seconds in (19.0, 21.0)] == [False, True]
     assert search.prospects.trains_within(params(world_size=2), 11.0)
     assert search.prospects.trains_within({"adapter": "lora", "epochs": 1.0}, 21.0), "a usual point leaves some knobs open"
+    assert not search.prospects.trains_within(params(world_size=4), 1000.0), "there are two workers"
     search.left = 15.0
     assert not search.prospects.trains_within(params(), 1000.0)
     search.left, search.device_left = math.inf, 22.0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import make
 
-from trainables.model import BaseModel
+from trainables.model import BaseModel, _order_classes
 
 LABELS = ("a", "b", "c", "d", "e")
 
@@ -54,6 +54,18 @@ def test_a_head_that_is_there_keeps_its_classes_whatever_their_order(family: str
         expected, found = (model.eval()(input_ids=ids).logits[0] for model in (made, base.module))
     torch.testing.assert_close(found, expected[[1, 3, 2, 4, 0]])
     assert base.new_parameters == ()
+
+
+def test_classes_that_a_head_numbers_are_put_in_the_order_of_the_data_s_where_both_have_the_same_names() -> None:
+    module: Any = make("roberta", "sequence-classification")
+    names = [f"LABEL_{i}" for i in range(5)]
+    before = module.classifier.out_proj.weight.detach().clone()
+    assert _order_classes(module, names, names, ()) == set()
+    torch.testing.assert_close(module.classifier.out_proj.weight.detach(), before)
+    assert _order_classes(module, names, names[::-1], ()) == set()
+    torch.testing.assert_close(module.classifier.out_proj.weight.detach(), before.flip(0))
+    assert _order_classes(module, names, LABELS, ()) == set(), "names that say nothing"
+    torch.testing.assert_close(module.classifier.out_proj.weight.detach(), before.flip(0))
 
 
 def test_a_head_of_other_classes_is_drawn_anew_and_one_without_names_is_kept(tmp_path: Path) -> None:

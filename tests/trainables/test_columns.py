@@ -26,6 +26,7 @@ def found(*columns: str, task: str = "causal-lm", **given: str) -> Columns:
         (("Question", "Answer"), "Question", None, "Answer"),
         (("type", "query", "original_question", "response"), "query", None, "response"),  # MetaMathQA
         (("id", "title", "context", "question", "answer"), "question", "context", "answer"),
+        (("query", "context", "response"), "query", "context", "response"),
         (("input", "output"), "input", None, "output"),
         (("question", "output"), "question", None, "output"),
     ],
@@ -66,6 +67,7 @@ def test_other_rows_have_the_columns_of_the_training_rows_where_they_are_there()
         return detect_like(train, [dict.fromkeys(there, "x")], GIVEN, "test.csv", task)
 
     assert columns("text", "question", "category") == train
+    assert columns("text", "category") == Columns(kind="classification", text="text", label="category"), "one of two is not enough"
     assert columns("text", "label") == Columns(kind="classification", text="text", label="label")
     completed = Columns(kind="prompt_completion", prompt="prompt", completion="completion")
     with pytest.raises(DataError, match=r"test\.csv: no column 'prompt', which the training rows have; there are: text"):

@@ -37,6 +37,7 @@ def build_of(base: BaseModel, **how: Any) -> Any:
             "keep a state",
         ),
         ("mamba2", {"num_heads": 4, "head_dim": 32, "state_size": 8, "n_groups": 1}, r"keep a state \(of Mamba\)"),
+        ("gemma4_text", {"head_dim": 16, "global_head_dim": 32, "num_key_value_heads": 2}, "are of several widths"),
         ("deepseek_v3", {"n_routed_experts": 8, "first_k_dense_replace": 2}, "compress them"),
     ],
 )
