@@ -80,7 +80,10 @@ def _with_defaults(text: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     family = str(text.get("model_type", ""))
-    known = CONFIG_MAPPING[family](**text).to_dict() if family in CONFIG_MAPPING else {}
+    try:
+        known = CONFIG_MAPPING[family](**text).to_dict()
+    except (KeyError, TypeError, ValueError, AttributeError):  # what it is not is told when it is loaded
+        known = {}
     return {**known, **text}
 
 
