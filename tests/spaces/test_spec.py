@@ -230,7 +230,7 @@ def test_the_accuracy_of_a_domain_may_be_an_objective():
     both = [{"metric": "accuracy.law"}, {"metric": "accuracy.art", "reference": 0.1}]
     assert spec(objectives=both, data={"domains": domains}).resolved_objectives() == (
         Objective(metric="accuracy.law", direction="maximize", reference=0.0),
-        Objective(metric="accuracy.art", direction="maximize", reference=0.1),
+        Objective(metric="accuracy.art", direction="maximize", reference=0.1, is_limit=True),
     )
     with pytest.raises(ValidationError, match="of no domain"):
         spec(objectives=[{"metric": "accuracy.war"}, {"metric": "train_seconds"}], data={"domains": domains})
