@@ -7,7 +7,8 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from trainables.loop import Command
 from trainables.mesh import World
 from trainables.model import BaseModel
 from trainables.preparation import prepare
-from trainables.report import OutOfMemory, TrialReport
+from trainables.report import DiskFull, OutOfMemory, TrialError, TrialReport
 from trainables.worker import _Control, _execute, _failure, _run_job, check_shared
 
 WORLD = World(rank=0, world_size=1, device=torch.device("cpu"), control_group=None, node_id="here")
@@ -146,6 +147,24 @@ def test_a_model_that_refers_to_itself_does_not_stay_beside_that_of_the_next_job
         gc.enable()
     assert [outcome["state"] for outcome in outcomes] == ["failed" if fails else "complete"]
     assert made[0]() is None
+
+
+@pytest.mark.parametrize(
+    ("error", "restarts"), [(TrialError("no such adapter"), False), (OutOfMemory("full"), True), (DiskFull("full"), True)]
+)
+def test_what_one_rank_alone_meets_restarts_its_group(monkeypatch: pytest.MonkeyPatch, error: TrialError, restarts: bool) -> None:
+    """The others wait for it in a collective."""
+
+    def execute(*_: Any, **__: Any) -> dict[str, Any]:
+        raise error
+
+    monkeypatch.setattr("trainables.worker._execute", execute)
+    outcomes: list[dict[str, Any]] = []
+    job = Job(job_id="j", kind="train", config={}, directory="")
+    known: dict[str, Any] = {"task": TASK, "data": None, "base": None, "world": replace(WORLD, world_size=2)}
+    with pytest.raises(type(error)) if restarts else nullcontext():
+        _run_job(job, **known, inbox=cast(Any, SimpleNamespace(finish=outcomes.append)))
+    assert [(outcome["kind"], bool(outcome.get("group_restarts"))) for outcome in outcomes] == [(error.kind, restarts)]
 
 
 def test_other_ranks_wait_until_a_checkpoint_is_written(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
