@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from search.advice import recommendation_lines, recommended
+from search.advice import recommendation_lines
 from search.budget import used
 from search.ledger import Ledger, SearchState
 from search.pareto import hypervolume_of
@@ -37,8 +37,8 @@ def publish(results: Results, tracker: Tracker, *, command_for_rest: str) -> Non
         if undelivered:
             raise TrackingError(f"{undelivered} events wait for an answer")
         note = recommendation_lines(results.members, results.objectives, results.name)
-        chosen = recommended(results.members, results.objectives)
-        note += [f"```bash\n{command}\n```"] if (command := results.command_of_recommended) else []
+        chosen = results.recommended
+        note += [] if chosen is None else [f"```bash\n{results.command_of(chosen)}\n```"]
         tracker.write_front(
             results.members,
             [o.metric for o in results.objectives],

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from search.advice import recommendation_lines, recommended
+from search.advice import recommendation_lines
 from search.bases import NOTE, adapter_lines, bases_table
 from search.calibration import Calibration, calibrate, kind, summary_lines
 from search.comparison import Comparison, comparison_of, lines_of, table_of, write
@@ -91,13 +91,13 @@ def draw_html(results: Results, figure: FrontFigure, scaling: Sequence[DataCurve
     import plotly.io
 
     name, spec, objectives, records, members = results.name, results.spec, results.objectives, results.records, results.members
-    command, volume = results.command_of_recommended, hypervolume_of(records, objectives)
+    chosen, volume = results.recommended, hypervolume_of(records, objectives)
+    command = "" if chosen is None else results.command_of(chosen)
     counts = [complete_text(records), *(f"{n} {what}" for what, n in figure.left_out.items())]
     started = results.state.started or {}
     facts = [f"Trials: {', '.join(counts)}.", f"Hypervolume: {'unknown' if volume is None else f'{volume:.6g}'}."]
     facts += [f"Machine: {started['machine']}."] if "machine" in started else []
     advice, *doubts = recommendation_lines(members, objectives, name)
-    chosen = recommended(members, objectives)
     parts = [
         f"<h1>{html.escape(name)}</h1>",
         f"<p class='recommendation'>{html.escape(advice)}</p>",

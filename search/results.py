@@ -67,10 +67,9 @@ class Results:
         return front(self.records, self.objectives)
 
     @property
-    def command_of_recommended(self) -> str:
-        """What trains the recommended trial again; empty where none is."""
-        chosen = recommended(self.members, self.objectives)
-        return self.command_of(chosen) if chosen else ""
+    def recommended(self) -> TrialRecord | None:
+        """The trial to take; None where none is worth it."""
+        return recommended(self.members, self.objectives)
 
     def command_of(self, record: TrialRecord) -> str:
         """Return the command that trains a trial again."""
@@ -134,7 +133,7 @@ def front_as_json(results: Results) -> dict[str, Any]:
         "reference": results.state.reference,
         "used": used(results.spec, results.state).as_dict(),
         "trials": {s.value: sum(r.state is s for r in records) for s in TrialState},
-        "recommended": number_of(recommended(results.members, results.objectives)),
+        "recommended": number_of(results.recommended),
         "knee": number_of(knee(results.members, results.objectives)),
         "front": [pick_as_json(results, record) for record in results.members],
         "scaling": scaling_as_json(data_curves(records)),
