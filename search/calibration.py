@@ -10,6 +10,9 @@ from typing import Any, Literal
 from search.record import TrialRecord, TrialState
 from spaces.metrics import TRAIN_SECONDS
 
+# What there is to know of a source, behind it.
+HOW = {"estimate": " (an assumption: `paretune profile` measures it)", "corrected estimate": " (by the trials before)"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
@@ -18,7 +21,7 @@ class Calibration:
     number: int
     what: Literal["train_seconds", "tensor_bytes"]
     source: str
-    """`profile` or `estimate` of a time, `formula` of memory."""
+    """`profile`, `estimate` or `corrected estimate` of a time, `formula` of memory."""
     predicted: float
     measured: float
 
@@ -67,6 +70,5 @@ def summary_lines(rows: Sequence[Calibration]) -> list[str]:
     for what, source in dict.fromkeys((row.what, row.source) for row in rows):
         errors = [abs(row.error) for row in rows if (row.what, row.source) == (what, source)]
         spread = f"median error {statistics.median(errors):.1%}, largest {max(errors):.1%}"
-        assumed = " (an assumption: `paretune profile` measures it)" if source == "estimate" else ""
-        lines.append(f"{kind(what, source)}{assumed}: {len(errors)} trials, {spread}")
+        lines.append(f"{kind(what, source)}{HOW.get(source, '')}: {len(errors)} trials, {spread}")
     return lines

@@ -345,7 +345,7 @@ class Engine:
 
     def _start(self, number: int, params: Mapping[str, Any], config: TrialConfig, **origin: Any) -> None:
         command = reproduce_command(self._spec, str(self._store.spec_path), self._store.name, number, params)
-        predicted = dict(self._outlook(config)) if origin["source"] is None else {}
+        predicted = self._prospects.corrected(self._outlook(config)) if origin["source"] is None else {}
         known = {"params": dict(params), "config": config.to_dict(), "predicted": predicted}
         self._record("trial_started", number=number, **known, command=command, **origin)
         self._known.started(self._state.records[number])

@@ -15,7 +15,6 @@ from spaces.config import TrialConfig
 from spaces.constraints import Limits, config_within
 from spaces.draws import Draw
 from spaces.estimate import (
-    ASSUMED_UTILISATION,
     HOST_LINK_BYTES_PER_SECOND,
     HOST_MEMORY_BYTES_PER_SECOND,
     MEMORY_KEPT_FREE,
@@ -172,7 +171,7 @@ class ClusterForecast:
     def _assumptions(self) -> list[str]:
         device = self.cluster.device
         lines = [
-            f"the matrix units reach {ASSUMED_UTILISATION:.0%} of the dense peak of {device.name} ({device.source})",
+            f"the matrix units reach {self.cluster.utilisation:.0%} of the dense peak of {device.name} ({device.source})",
             f"of a device's {device.memory_gigabytes:g} x 10^9 bytes, of which a driver may find a few percent more, "
             f"{MEMORY_KEPT_FREE:.0%} is kept free for the CUDA context, NCCL and fragments",
             f"all rows have model.max_length = {self.spec.model.max_length} tokens; evaluation and start-up are not in the hours",

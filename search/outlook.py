@@ -166,6 +166,7 @@ class Outlook:
             return None
         machine = MeasuredMachine(
             name=device["name"],
+            type=device["type"],
             peaks=device["peak_flops_per_second"],
             bytes_per_second=device["bytes_per_second"],
             link=device["link_bytes_per_second"],

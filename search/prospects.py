@@ -94,8 +94,7 @@ class Prospects:
 
     def point(self, params: Mapping[str, Any]) -> Prospect:
         """Return what is known of a point of the space, under the layout that would be trained."""
-        chosen = layout_to_train(self.candidates(params), self._outlook)
-        return self._prospect(chosen.config, is_open=chosen.is_feasible and not self._is_known(chosen.config))
+        return self._prospect_of(params)[0]
 
     def trial(self, number: int | None, params: Mapping[str, Any]) -> Prospect:
         """Return what is known of a trial, by its number; of one of an earlier search, which has none, by its params."""
@@ -108,10 +107,15 @@ class Prospects:
 
         A knob that it leaves open has its first value.
         """
-        chosen = layout_to_train(self.candidates(self._spec.space.first(**params)), self._outlook)
-        _, source = self._outlook.rough_seconds(chosen.config)
-        prospect = self._prospect(chosen.config, is_open=chosen.is_feasible and not self._is_known(chosen.config))
-        return prospect.is_open and bool(self._factors.get(source)) and math.exp(prospect.timed["seconds"]) <= seconds
+        prospect, is_compared = self._prospect_of(self._spec.space.first(**params))
+        return prospect.is_open and is_compared and math.exp(prospect.timed["seconds"]) <= seconds
+
+    def corrected(self, predicted: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the outlook predicts of a trial, an estimated time by how far those of the trials so far were off."""
+        factor = self._factor("estimate")
+        if predicted.get("time_source") != "estimate" or factor is None:
+            return dict(predicted)
+        return {**predicted, TRAIN_SECONDS: predicted[TRAIN_SECONDS] * factor, "time_source": "corrected estimate"}
 
     def _exclude(self, record: TrialRecord) -> None:
         """Where a trial ran out of memory, whatever is predicted to hold as much would too.
@@ -128,14 +132,25 @@ class Prospects:
         below = predicted.peak_bytes - 1
         self.limits = replace(self.limits, memory_bytes=below if known is None else min(known, below))
 
+    def _factor(self, source: str) -> float | None:
+        """Return what trials took of the seconds that were predicted from such a source; None where none has ended."""
+        factors = self._factors.get(source)
+        return statistics.median(factors) if factors else None
+
+    def _prospect_of(self, params: Mapping[str, Any]) -> tuple[Prospect, bool]:
+        """Return what is known of a point under the layout that would be trained, and whether such seconds were ever compared."""
+        chosen = layout_to_train(self.candidates(params), self._outlook)
+        prospect = self._prospect(chosen.config, is_open=chosen.is_feasible and not self._is_known(chosen.config))
+        return prospect, self._factor(self._outlook.rough_seconds(chosen.config)[1]) is not None
+
     def _prospect(self, config: TrialConfig, *, is_open: bool) -> Prospect:
         rough, source = self._outlook.rough_seconds(config)
-        factors = self._factors.get(source)
-        seconds = rough * statistics.median(factors) if factors else rough
+        factor = self._factor(source)
+        seconds = rough * (factor or 1.0)
         held = (0.0 if self._is_trained(config) else seconds) + (statistics.median(self._others) if self._others else 0.0)
         used = max(held, LEAST_SECONDS) * config.layout.world_size
         # What is no time yet cannot be late.
-        is_time = bool(factors) or source != "rows"
+        is_time = factor is not None or source != "rows"
         learned, timed = features(config, self.limits.hidden_size)
         return Prospect(
             learned=learned,

@@ -2,7 +2,7 @@
 
 What is assumed, and stands beside every number that follows from it:
 
-- the matrix units reach `ASSUMED_UTILISATION` of their dense peak, recomputation counted;
+- the matrix units reach `ASSUMED_UTILISATION` of their dense peak, of a CPU of what it was measured to reach, recomputation counted;
 - the exchange of gradients overlaps with the backward pass of the last micro batch under DDP, and with all of the computation
   under FSDP2 (https://pytorch.org/blog/introducing-pytorch-fully-sharded-data-parallel-api/);
 - where groups of tensor-parallel ranks share their pieces by FSDP2, each of the two exchanges goes as it goes alone;
@@ -38,10 +38,13 @@ from spaces.quantization import spread_bytes
 from spaces.tensor_parallel import local_blueprint, num_partial_params
 from spaces.widths import FP32_BYTES, widths
 
-# Of the dense peak, between published rows on H100, as counted here: Llama-3 8B with LoRA on one at 4,096 tokens, 12,473 tokens/s
-# (42 %; https://github.com/NVIDIA-NeMo/Automodel/blob/main/docs/performance-summary.mdx), in full on eight at 8,192, 6,667 tokens/s
-# each (35 %, compiled and with selective recomputation; https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md).
-ASSUMED_UTILISATION = 0.38
+# By device type. Of a GPU's dense peak, between published rows on H100, as counted here: Llama-3 8B with LoRA on one at 4,096 tokens,
+# 12,473 tokens/s (42 %; https://github.com/NVIDIA-NeMo/Automodel/blob/main/docs/performance-summary.mdx), in full on eight at 8,192,
+# 6,667 tokens/s each (35 %, compiled and with selective recomputation;
+# https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md).
+# Of a CPU's measured peak, what MiniLM reaches under DDP on one rank and two (0.34 to 0.69, median 0.46: `hfu` of
+# benchmarks/results/banking77_knobs/trials.csv); models whose matrices are very small stay far below.
+ASSUMED_UTILISATION = {"cuda": 0.38, "cpu": 0.5}
 NETWORK_BYTES_PER_SECOND = 47e9
 HOST_LINK_BYTES_PER_SECOND = 32e9
 HOST_MEMORY_BYTES_PER_SECOND = 2 * 8 * 38.4e9 / 8
@@ -67,12 +70,18 @@ class Machine(Protocol):
     def link_bytes_per_second(self, world_size: int) -> float:
         """Return what a rank sends to the next, each way."""
 
+    @property
+    def utilisation(self) -> float:
+        """The share of the peak that is assumed."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredMachine:
     """The device of a worker as `trainables.device.examine` found it; all ranks are taken to be alike."""
 
     name: str
+    type: str
+    """`cpu` or `cuda`"""
     peaks: Mapping[str, float]
     """FLOP/s by precision."""
     bytes_per_second: float
@@ -92,6 +101,10 @@ class MeasuredMachine:
     def link_bytes_per_second(self, world_size: int) -> float:
         """See `Machine`."""
         return self.link
+
+    @property
+    def utilisation(self) -> float:
+        return ASSUMED_UTILISATION[self.type]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +139,10 @@ class GpuCluster:
         """See `Machine`: within a node the link, across nodes the network."""
         link = self.device.link_bytes_per_second
         return link if world_size <= self.gpus_per_node else min(link, NETWORK_BYTES_PER_SECOND)
+
+    @property
+    def utilisation(self) -> float:
+        return ASSUMED_UTILISATION["cuda"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,7 +211,7 @@ def estimate_step(
     local = local_blueprint(plan, layout.tensor_parallel_size)
     computed = total(flops_of_blueprint(local, recipe)) + total(recomputed_flops_of_blueprint(local, config))
     peak = machine.peak_flops_per_second(recipe.precision)
-    compute = computed / layout.data_parallel_size / (peak * ASSUMED_UTILISATION)
+    compute = computed / layout.data_parallel_size / (peak * machine.utilisation)
     trained = num_updated(local, config)
     num_micro_batches = config.num_grad_accum_steps(length)
     num_layers = plan.shape.num_layers

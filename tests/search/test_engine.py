@@ -170,13 +170,21 @@ def test_a_job_says_how_long_it_is_predicted_to_take_also_after_a_resume(tmp_pat
         def __call__(self, config: TrialConfig) -> dict[str, Any]:
             return {"train_seconds": 50.0 / config.layout.world_size, "time_source": "estimate"}
 
+        def rough_seconds(self, config: TrialConfig) -> tuple[float, str]:
+            return 50.0 / config.layout.world_size, "estimate"
+
     engine, _, _ = make(tmp_path, outlook=Seconds(), world_size=2)
     assignment = engine.next()
     assert assignment is not None
     assert engine.job(assignment).predicted_seconds == 25.0
+    engine.reported(assignment.number, report(0.5, 10.0))
+    engine.ended(assignment.number, {"state": "complete"})
+    assignment = engine.next()
+    assert assignment is not None
+    assert engine.job(assignment).predicted_seconds == 10.0, "the first took two fifths of what was estimated"
     resumed, _, _ = make(tmp_path, world_size=2)
     assert resumed.next() == assignment
-    assert resumed.job(assignment).predicted_seconds == 25.0
+    assert resumed.job(assignment).predicted_seconds == 10.0
     unknown = resumed.next()
     assert unknown is not None
     assert resumed.job(unknown).predicted_seconds is None

@@ -84,7 +84,7 @@ def test_without_a_profile_the_time_is_an_estimate_from_flops_and_the_memory_tha
     flops = flops_of_blueprint(plan, config().recipe).total(
         num_tokens=16 * length, num_targets=16, sum_of_squared_lengths=16 * length**2
     )
-    compute = len(sizes.rows) * flops / (1e10 * ASSUMED_UTILISATION)
+    compute = len(sizes.rows) * flops / (1e10 * ASSUMED_UTILISATION["cpu"])
     assert predicted["time_source"] == "estimate"
     assert compute < predicted["train_seconds"] < 1.2 * compute, "the update comes on top"
     (fullest,) = sizes.fullest

@@ -69,6 +69,17 @@ def record(given: dict[str, Any], *, took: float, held: float, number: int = 0, 
     )
 
 
+def test_an_estimated_time_is_told_by_how_far_those_before_were_off_and_a_measured_one_as_it_is() -> None:
+    search = Search()
+    estimate, profile = ({"train_seconds": 30.0, "time_source": source, "memory": {}} for source in ("estimate", "profile"))
+    assert search.prospects.corrected(estimate) == estimate, "nothing is known yet"
+    for took in (5.0, 4.0, 20.0):  # of ten that were estimated
+        search.prospects.ended(record(params(), took=took, held=took))
+    assert search.prospects.corrected(estimate) == {"train_seconds": 15.0, "time_source": "corrected estimate", "memory": {}}
+    assert search.prospects.corrected(profile) == profile
+    assert search.prospects.corrected({"memory": {}}) == {"memory": {}}, "a family without formulas"
+
+
 def test_a_point_trains_within_a_time_once_times_are_known_and_there_is_time_for_it() -> None:
     search = Search()
     assert not search.prospects.trains_within(params(), 1000.0), "nobody knows yet"
