@@ -37,6 +37,8 @@ from trainables.report import Diverged
 
 # Infeasible proposals and duplicates cost nothing but a suggestion; this many in a row: next to nothing in the space is left.
 MAX_IDLE_IN_A_ROW = 200
+# What holds of a trained recipe under another layout too: what was learned and, the device being the same, what its MFU stands on.
+OF_EVERY_LAYOUT = ("train_losses", "steps_per_loss", "peak_source", "mfu_convention")
 
 
 class SearchExhausted(Exception):
@@ -355,9 +357,8 @@ class Engine:
         source = self._state.records[record.root]
         config, trained = (r.trial_config for r in (record, source))
         values = self._outlook.values_under(config, trained, source.values)
-        # The device is the same, and with it what its MFU stands on.
-        peak = {name: value for name, value in source.details.items() if name in ("peak_source", "mfu_convention")}
-        return {**source.reports[-1], "metrics": dict(values), "details": {**peak, "time_source": "profile"}}
+        shared = {name: value for name, value in source.details.items() if name in OF_EVERY_LAYOUT}
+        return {**source.reports[-1], "metrics": dict(values), "details": {**shared, "time_source": "profile"}}
 
     def _record(self, event: str, **fields: Any) -> None:
         line = self._ledger.append(event, **fields)

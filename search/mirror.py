@@ -10,7 +10,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,12 +22,14 @@ from search.record import TrialRecord, TrialState
 from search.saved_view import FRONT_COLOR, OTHER_COLOR, saved_view
 from search.spool import Event
 from spaces.config import TrialConfig
-from spaces.metrics import MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, TRAIN_SECONDS, in_order, is_known, metric_of
+from spaces.metrics import MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, TOTAL_SECONDS, TRAIN_SECONDS, in_order, is_known, metric_of
 
 SEARCH_TAG, TRIAL_TAG, RECORD_TAG = "paretune.search", "paretune.trial", "paretune.record"
 # Of a run that confirms a trial: its seed, and the event of the ledger.
 SEED_TAG, CONFIRMED_TAG = "paretune.seed", "paretune.confirmed"
 REFERENCE_TAG, SPEC_TAG, NOTE_TAG = "paretune.reference", "paretune.spec", "mlflow.note.content"
+# The curve of the training loss; `train/train_loss` is its mean since the last report.
+LOSS_CURVE = "train/loss"
 DATA_TAG, DEVICE_TAG = "paretune.data_fingerprint", "paretune.device"
 # MLflow cuts what is longer.
 MAX_TAG_CHARACTERS = 8000
@@ -79,8 +81,14 @@ class Runs(Protocol):
     ) -> None:
         """Write metrics and tags in one request."""
 
+    def log_curve(self, run_id: str, name: str, points: Sequence[tuple[int, float, int]]) -> None:
+        """Write steps, values and times in milliseconds of one metric."""
+
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Write params, which never change."""
+
+    def log_dataset(self, run_id: str, name: str, digest: str, summary: Mapping[str, Any]) -> None:
+        """Say what data a run trained on."""
 
     def end(self, run_id: str, status: str, *, time_ms: int | None = None) -> None:
         """Close a run; without a time, now."""
@@ -120,6 +128,8 @@ class Mirror:
         record = self._state.records.get(number) if number is not None else None
         time_ms = int(event["time"] * 1000)
         match event["event"]:
+            case "search_started":
+                self._say_data(self._parent)
             case "reference":
                 metrics = {f"reference/{name}": value for name, value in event["metrics"].items()}
                 tags = {REFERENCE_TAG: json.dumps(event["metrics"])}
@@ -207,6 +217,7 @@ class Mirror:
             else:
                 # Of a run from before, these are the same values: they come from the ledger.
                 self._runs.log_params(run_id, _knobs(record))
+                self._say_data(run_id)
                 self._waiting |= set() if found is None else {number}
             self._run_ids[number] = run_id
         return self._run_ids[number]
@@ -221,6 +232,11 @@ class Mirror:
         }
         begun = self._state.last_at
         return self._runs.create(f"trial-{record.number:04d}", tags, time_ms=int((begun or time.time()) * 1000))
+
+    def _say_data(self, run_id: str) -> None:
+        started = self._state.started or {}
+        if "data_name" in started:  # not in a ledger of before
+            self._runs.log_dataset(run_id, started["data_name"], started["data_fingerprint"], started["data"])
 
     def _origin(self, event: Event) -> dict[str, str]:
         """Return what is needed to train the trial again, beside its params; its device is in the record."""
@@ -257,6 +273,8 @@ class Mirror:
             return
         metrics = {tracked_name(name): value for name, value in report["metrics"].items()}
         self._runs.log(run_id, metrics=metrics, time_ms=time_ms, step=report["step"])
+        if curve := list(_curve(record, report, time_ms)):
+            self._runs.log_curve(run_id, LOSS_CURVE, curve)
         self._last_step[record.number] = report["step"]
 
     def _end(self, record: TrialRecord, time_ms: int) -> None:
@@ -303,6 +321,19 @@ class Mirror:
         self._runs.log(run_id, metrics=_confirmed_metrics(record), time_ms=ended)
 
 
+def _curve(record: TrialRecord, report: Mapping[str, Any], time_ms: int) -> Iterator[tuple[int, float, int]]:
+    """Yield the training losses that no earlier report has told, each with its last step and about when that was."""
+    metrics, details = report["metrics"], report["details"]
+    told = max((r["step"] for r in record.reports if r["step"] < report["step"]), default=0)
+    # `train_seconds` is of the whole training, also before its end.
+    share = report["step"] / report["num_steps"]
+    took_ms = 1000 * metrics.get(TOTAL_SECONDS, share * metrics.get(TRAIN_SECONDS, 0.0))
+    for number, loss in enumerate(details.get("train_losses", ()), start=1):
+        step = min(number * details["steps_per_loss"], report["step"])
+        if step > told:
+            yield step, loss, int(time_ms - took_ms * (1 - step / report["step"]))
+
+
 def tracked_name(metric: str) -> str:
     """Return a metric's name in MLflow."""
     return metric_of(metric).tracked_name if is_known(metric) else metric
@@ -318,7 +349,7 @@ def record_tag(record: TrialRecord) -> str:
     # Every confirmation has a run, and a tag, of its own.
     data = {**record.to_dict(), "confirmations": []}
     error = None if record.error is None else {**record.error, "message": record.error["message"][:500]}
-    brief = {name: value for name, value in record.details.items() if name != "train_losses"}
+    brief = {name: value for name, value in record.details.items() if name not in ("train_losses", "steps_per_loss")}
     scalars = {name: value for name, value in brief.items() if isinstance(value, str | int | float)}
     shorter_details: tuple[dict[str, Any], ...] = ({}, {"details": brief}, {"details": scalars})
     cuts = (*shorter_details, {"reports": []}, {"error": error}, {"harness": []})

@@ -261,6 +261,7 @@ def _open_record(ledger: Ledger, store: Store, prepared: Prepared, limits: Limit
             command=own_command(),
             overrides=sorted(path for path, origin in prepared.loaded.origins.items() if origin in OPTIONS),
             data=prepared.data.summary,
+            data_name=prepared.spec.data.name,
             data_fingerprint=prepared.data.fingerprint,
             num_workers=limits.num_workers,
             machine=machine(),

@@ -5,6 +5,7 @@ This is the only module that imports MLflow, and it does so inside functions, si
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # MLflow refuses more in one request, and cuts off what is longer.
 MAX_PARAMS_PER_REQUEST, MAX_PARAM_LENGTH = 100, 6000
+MAX_DATASET_NAME, MAX_DIGEST = 500, 36
 _ENDED = frozenset({"FINISHED", "FAILED", "KILLED"})
 _OUR_TAGS = {"mlflow.source.name": "paretune", "mlflow.source.type": "LOCAL"}
 # Answers that stay the same however often one asks; anything else may be a server that is slow, locked or away.
@@ -270,6 +272,20 @@ class _MlflowRuns:
             metrics=[Metric(k, float(v), time_ms, step) for k, v in (metrics or {}).items() if math.isfinite(v)],
             tags=[RunTag(key, value) for key, value in (tags or {}).items()],
         )
+
+    def log_curve(self, run_id: str, name: str, points: Sequence[tuple[int, float, int]]) -> None:
+        from mlflow.entities import Metric
+
+        self._client.log_batch(run_id, metrics=[Metric(name, value, time_ms, step) for step, value, time_ms in points])
+
+    def log_dataset(self, run_id: str, name: str, digest: str, summary: Mapping[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source = json.dumps({"uri": name})
+        dataset = Dataset(
+            name=name[:MAX_DATASET_NAME], digest=digest[:MAX_DIGEST], source_type="local", source=source, profile=json.dumps(summary)
+        )
+        self._client.log_inputs(run_id, [DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", "training")])])
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param

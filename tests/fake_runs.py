@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,14 @@ class FakeRuns:
         known = self.runs[run_id]["params"]
         assert all(known.get(key, value) == value for key, value in params.items()), "params never change"
         known.update(params)
+        self._called()
+
+    def log_curve(self, run_id: str, name: str, points: Sequence[tuple[int, float, int]]) -> None:
+        self.runs[run_id]["metrics"] |= {(name, step, time_ms, value) for step, value, time_ms in points}
+        self._called()
+
+    def log_dataset(self, run_id: str, name: str, digest: str, summary: Mapping[str, Any]) -> None:
+        self.runs[run_id]["dataset"] = (name, digest, dict(summary))
         self._called()
 
     def end(self, run_id: str, status: str, *, time_ms: int | None = None) -> None:

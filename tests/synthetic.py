@@ -68,6 +68,7 @@ def synthetic_events(num_trials: int = 12, *, name: str = "synthetic", seed: int
             versions={"torch": "2.11"},
             num_workers=2,
             data={"format": "made up", "rows": 9},
+            data_name="made/up.csv",
         ),
         _event("device_examined", BEGIN + 0.5, device=DEVICE),
         _event("reference", BEGIN + 1, metrics={"accuracy": 0.04, "eval_loss": 3.2}),
@@ -169,7 +170,9 @@ def _train(number: int, params: dict[str, Any], begin: float, random_: random.Ra
             "peak_memory_bytes": 1.1e9 / params["world_size"],
         }
         rows = {"distinct_rows": round(TRAIN_ROWS * params["dataset_fraction"]), "train_rows": TRAIN_ROWS}
-        details = {"memory_by_rank": [HELD_MEMORY] * params["world_size"], **rows, **PEAK} if final else {}
+        details: dict[str, Any] = {"train_losses": [3.2 - 0.1 * n for n in range(1, step // 4 + 1)], "steps_per_loss": 4}
+        if final:
+            details |= {"memory_by_rank": [HELD_MEMORY] * params["world_size"], **rows, **PEAK}
         report = {
             "step": step,
             "num_steps": 108,

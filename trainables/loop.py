@@ -32,7 +32,7 @@ from trainables.model import BaseModel, build, trainable, unwrapped
 from trainables.optim import learning_rate, make_optimizer, update
 from trainables.packed import packing_for
 from trainables.parallelize import GradientExchange, autocast, blocks_of, recompute, summing
-from trainables.report import Diverged, OutOfMemory, TrialError, TrialReport
+from trainables.report import Diverged, OutOfMemory, TrialError, TrialReport, thinned
 from trainables.step_time import FURTHER_SECONDS, MIN_TIMED_STEPS
 from trainables.tensor_parallel import marked_while_gathered, sum_partial_gradients
 from trainables.trained_rows import rows_of
@@ -350,7 +350,7 @@ class Trainer:
                 metrics.TOTAL_SECONDS: time.perf_counter() - self._started,
             },
             final=facts is not None,
-            details={} if facts is None else {**facts, "train_losses": self._global_losses},
+            details={**(facts or {}), **thinned(self._global_losses, self.num_steps)},
         )
 
     def _restore(self, saved: Checkpoint) -> None:

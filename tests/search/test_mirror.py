@@ -58,6 +58,27 @@ def test_every_trial_is_a_run_with_its_knobs_curve_and_record() -> None:
         assert TrialRecord.from_dict(json.loads(run["tags"]["paretune.record"])) == record
 
 
+def test_a_trials_training_losses_are_a_curve_over_its_time() -> None:
+    runs = mirrored(EVENTS).runs
+    for record in (r for r in RECORDS if r.state is TrialState.COMPLETE):
+        assert record.started_at is not None
+        curve = sorted(
+            (step, time_ms, value)
+            for name, step, time_ms, value in runs[f"trial-{record.number:04d}"]["metrics"]
+            if name == "train/loss"
+        )
+        assert [step for step, _, _ in curve] == list(range(4, 109, 4)), "each once, whatever number of reports tells of it"
+        assert [value for _, _, value in curve] == pytest.approx([3.2 - 0.1 * n for n in range(1, 28)])
+        times = [time_ms for _, time_ms, _ in curve]
+        assert times == sorted(times)
+        assert record.started_at * 1000 < times[0] < times[-1] <= (record.finished_at or 0) * 1000
+
+
+def test_every_run_names_its_data() -> None:
+    runs = mirrored(EVENTS).runs
+    assert all(run["dataset"] == ("made/up.csv", "f00d", {"format": "made up", "rows": 9}) for run in runs.values())
+
+
 def test_a_trial_says_what_is_needed_to_train_it_again() -> None:
     runs = mirrored(EVENTS)
     for record in RECORDS:
@@ -119,7 +140,7 @@ def test_a_resume_tells_everything_again_and_nothing_is_there_twice(cut: int) ->
     assert mirrored(EVENTS, runs).runs == once
     num_calls = runs.num_calls
     assert mirrored(EVENTS, runs).runs == once
-    assert runs.num_calls - num_calls == 3, "of ended trials only test scores are told again, beside device and reference"
+    assert runs.num_calls - num_calls == 4, "of ended trials only test scores are told again, beside data, device and reference"
 
 
 def test_a_lost_answer_is_asked_for_again_and_nothing_is_there_twice() -> None:
