@@ -15,7 +15,7 @@ from typing import Any
 from search.budget import Spending, Used, has_counted
 from search.growth import Growth
 from search.known import Known
-from search.layouts import Forecaster, layout_to_train
+from search.layouts import Forecaster, details_under, layout_to_train
 from search.ledger import Ledger, SearchState, objectives_of, replay
 from search.pareto import hypervolume_of
 from search.profiles import scattered
@@ -37,8 +37,6 @@ from trainables.report import Diverged
 
 # Infeasible proposals and duplicates cost nothing but a suggestion; this many in a row: next to nothing in the space is left.
 MAX_IDLE_IN_A_ROW = 200
-# What holds of a trained recipe under another layout too: what was learned and, the device being the same, what its MFU stands on.
-OF_EVERY_LAYOUT = ("train_losses", "steps_per_loss", "peak_source", "mfu_convention")
 
 
 class SearchExhausted(Exception):
@@ -357,8 +355,7 @@ class Engine:
         source = self._state.records[record.root]
         config, trained = (r.trial_config for r in (record, source))
         values = self._outlook.values_under(config, trained, source.values)
-        shared = {name: value for name, value in source.details.items() if name in OF_EVERY_LAYOUT}
-        return {**source.reports[-1], "metrics": dict(values), "details": {**shared, "time_source": "profile"}}
+        return {**source.reports[-1], "metrics": dict(values), "details": {**details_under(source.details), "time_source": "profile"}}
 
     def _record(self, event: str, **fields: Any) -> None:
         line = self._ledger.append(event, **fields)

@@ -89,3 +89,9 @@ def layout_to_train(candidates: Sequence[Candidate], outlook: Forecaster | None)
     if len(feasible) == 1 or outlook is None or not all(outlook.has_profile(c.config) for c in feasible):
         return feasible[0]
     return min(feasible, key=lambda c: outlook.rough_seconds(c.config)[0] * c.config.layout.world_size)
+
+
+def details_under(details: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a trained recipe's details holds under another layout: what was learned and, on the same device, MFU's peak."""
+    shared = ("train_losses", "steps_per_loss", "peak_source", "mfu_convention")
+    return {name: details[name] for name in shared if name in details}

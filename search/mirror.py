@@ -8,21 +8,20 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from search.confidence import confirmed
 from search.ledger import SearchState
 from search.record import TrialRecord, TrialState
 from search.saved_view import FRONT_COLOR, OTHER_COLOR, saved_view
 from search.spool import Event
+from search.tracked_values import confirmed_metrics, loss_curve, memory_metrics, metric_name, predicted_metrics, tracked_name
 from spaces.config import TrialConfig
-from spaces.metrics import MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, TOTAL_SECONDS, TRAIN_SECONDS, in_order, is_known, metric_of
+from spaces.metrics import MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND, metric_of
 
 SEARCH_TAG, TRIAL_TAG, RECORD_TAG = "paretune.search", "paretune.trial", "paretune.record"
 # Of a run that confirms a trial: its seed, and the event of the ledger.
@@ -150,7 +149,7 @@ class Mirror:
                 self._confirm(record, event)
             case "harness_scored":
                 where = ("" if record else "reference/") + "harness/" + ("" if event["limit"] is None else f"{event['limit']} rows/")
-                metrics = {where + _metric_name(name): score["value"] for name, score in event["scores"].items()}
+                metrics = {where + metric_name(name): score["value"] for name, score in event["scores"].items()}
                 run_id, tags = (self._run_id(record), {RECORD_TAG: record_tag(record)}) if record else (self._parent, {})
                 self._runs.log(run_id, metrics=metrics, tags=tags, time_ms=time_ms)
             case "test_scored" if record:
@@ -257,7 +256,7 @@ class Mirror:
             self._waiting.discard(record.number)
         if record.predicted and record.number not in self._ended:
             source = {"paretune.time_source": record.predicted["time_source"]} if "time_source" in record.predicted else {}
-            self._runs.log(run_id, metrics=_predicted_metrics(record), tags=source, time_ms=time_ms)
+            self._runs.log(run_id, metrics=predicted_metrics(record), tags=source, time_ms=time_ms)
 
     def _set_waiting(self) -> None:
         """Say of what is in flight that it waits: nothing of a search that is cut short runs."""
@@ -273,7 +272,7 @@ class Mirror:
             return
         metrics = {tracked_name(name): value for name, value in report["metrics"].items()}
         self._runs.log(run_id, metrics=metrics, time_ms=time_ms, step=report["step"])
-        if curve := list(_curve(record, report, time_ms)):
+        if curve := list(loss_curve(record, report, time_ms)):
             self._runs.log_curve(run_id, LOSS_CURVE, curve)
         self._last_step[record.number] = report["step"]
 
@@ -296,7 +295,7 @@ class Mirror:
         tags |= {f"paretune.{name}": record.details[name] for name in ("peak_source", "mfu_convention") if name in record.details}
         if "process_map" in record.details:
             tags["paretune.process_map"] = json.dumps(record.details["process_map"])[:MAX_TAG_CHARACTERS]
-        self._runs.log(run_id, metrics=_memory_metrics(record), tags=tags, time_ms=time_ms)
+        self._runs.log(run_id, metrics=memory_metrics(record), tags=tags, time_ms=time_ms)
         self._runs.end(run_id, STATUS[record.state], time_ms=time_ms)
         self._ended.add(record.number)
 
@@ -318,30 +317,7 @@ class Mirror:
         tags = {CONFIRMED_TAG: json.dumps(told), "paretune.state": event["state"], "paretune.error": error}
         self._runs.log(own, metrics=metrics, tags=tags, time_ms=ended)
         self._runs.end(own, STATUS[TrialState(event["state"])], time_ms=ended)
-        self._runs.log(run_id, metrics=_confirmed_metrics(record), time_ms=ended)
-
-
-def _curve(record: TrialRecord, report: Mapping[str, Any], time_ms: int) -> Iterator[tuple[int, float, int]]:
-    """Yield the training losses that no earlier report has told, each with its last step and about when that was."""
-    metrics, details = report["metrics"], report["details"]
-    told = max((r["step"] for r in record.reports if r["step"] < report["step"]), default=0)
-    # `train_seconds` is of the whole training, also before its end.
-    share = report["step"] / report["num_steps"]
-    took_ms = 1000 * metrics.get(TOTAL_SECONDS, share * metrics.get(TRAIN_SECONDS, 0.0))
-    for number, loss in enumerate(details.get("train_losses", ()), start=1):
-        step = min(number * details["steps_per_loss"], report["step"])
-        if step > told:
-            yield step, loss, int(time_ms - took_ms * (1 - step / report["step"]))
-
-
-def tracked_name(metric: str) -> str:
-    """Return a metric's name in MLflow."""
-    return metric_of(metric).tracked_name if is_known(metric) else metric
-
-
-def _metric_name(name: str) -> str:
-    """Return a name with nothing in it that MLflow refuses."""
-    return re.sub(r"[^\w./ :-]", "_", name)
+        self._runs.log(run_id, metrics=confirmed_metrics(record), time_ms=ended)
 
 
 def record_tag(record: TrialRecord) -> str:
@@ -361,32 +337,6 @@ def record_tag(record: TrialRecord) -> str:
     return text
 
 
-def _predicted_metrics(record: TrialRecord) -> dict[str, float]:
-    """Return what was said of a trial before it ran."""
-    metrics = {f"predicted/{term}": float(value) for term, value in record.predicted.get("memory", {}).items()}
-    seconds = record.predicted.get(TRAIN_SECONDS)
-    return metrics if seconds is None else {**metrics, f"predicted/{TRAIN_SECONDS}": seconds}
-
-
-def _memory_metrics(record: TrialRecord) -> dict[str, float]:
-    """Return what every rank held, and why."""
-    return {
-        f"memory/rank{rank}/{term}": float(value)
-        for rank, terms in enumerate(record.details.get("memory_by_rank", ()))
-        for term, value in (terms or {}).items()
-    }
-
-
-def _confirmed_metrics(record: TrialRecord) -> dict[str, float]:
-    """Return means over the further seeds, each with the half width of its interval, for the trial's own run."""
-    scored = in_order(m for c in record.confirmations for m in (*c.values, *c.test))
-    wanted = [m for m in scored if m == TRAIN_SECONDS or metric_of(m).section == "eval"]
-    found = [c for m in wanted if (c := confirmed(record, m)) is not None]
-    means = {f"confirmed/{c.split + '_' if c.split else ''}{c.metric}": c.estimate for c in found}
-    halves = {f"{name}_half_width": e.half_width for name, e in means.items() if e.half_width is not None}
-    return {**{name: e.mean for name, e in means.items()}, **halves}
-
-
 def _knobs(record: TrialRecord) -> dict[str, Any]:
     return dict(record.params) if record.config is None else TrialConfig.from_dict(record.config).flat()
 
@@ -394,7 +344,7 @@ def _knobs(record: TrialRecord) -> dict[str, Any]:
 def _table(records: Sequence[TrialRecord], on_front: set[int]) -> dict[str, list[Any]]:
     knobs = list(dict.fromkeys(k for r in records for k in _knobs(r)))
     metrics = list(dict.fromkeys(m for r in records for m in r.values))
-    sure = {r.number: _confirmed_metrics(r) for r in records}
+    sure = {r.number: confirmed_metrics(r) for r in records}
     means = list(dict.fromkeys(m for known in sure.values() for m in known))
 
     def row(record: TrialRecord) -> list[Any]:
