@@ -85,7 +85,8 @@ def export(store: Store, number: int, *, merge: bool, output: Path | None, say: 
             results, record, is_merged=merge, scores=scores, unquantized=[] if is_plain else weights.unquantized(module)
         )
         with _whole(target) as directory:
-            weights.save(module, base, config, directory, data.end_token_ids, base_name(model.name))
+            how = {"end_token_ids": data.end_token_ids, "chat_template": data.chat_template, "origin": base_name(model.name)}
+            weights.save(module, base, config, directory, **how)
             (directory / "README.md").write_text(card)
     except (ValueError, KeyError) as error:
         raise UserError(f"trial {number}: its weights cannot be exported: {str(error).splitlines()[0]}") from error

@@ -133,6 +133,9 @@ class DataSpec(Section):
     messages: Text | None = None
     """Column of the chat messages (causal-lm); by default `messages` or `conversations`. The assistant's answers are learned; where
     the model's template renders a turn otherwise once others follow, as Qwen 3's does, the last of them."""
+    chat_template: Text | None = None
+    """Jinja file of the template that chats are rendered in, or a model whose tokenizer has one; by default the model's own, which
+    base models seldom have. It must end answers with a token that the model knows, such as `{{ eos_token }}`."""
     answer_pattern: Text | None = None
     """Regular expression whose first group is the answer in a completion; exact_match compares it."""
     exact_match_rows: AtLeastZero = 64

@@ -92,6 +92,8 @@ class TaskData:
     """sha256 over all tokens, targets and labels"""
     summary: dict[str, Any]
     """What was found in the data, for people; plain values"""
+    chat_template: str | None = None
+    """That the user gave in the place of the tokenizer's"""
     metric: UserMetric | None = None
     domains: tuple[str, ...] = ()
     domain_weights: tuple[float, ...] | None = None

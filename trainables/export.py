@@ -149,7 +149,14 @@ def scores(module: nn.Module, config: TrialConfig, data: TaskData, base: BaseMod
 
 
 def save(
-    module: Any, base: BaseModel, config: TrialConfig, directory: Path, end_token_ids: Sequence[int] = (), origin: str | None = None
+    module: Any,
+    base: BaseModel,
+    config: TrialConfig,
+    directory: Path,
+    *,
+    end_token_ids: Sequence[int] = (),
+    chat_template: str | None = None,
+    origin: str | None = None,
 ) -> None:
     """Write safetensors, configuration and tokenizer: an adapter in fp32, a whole model in what the trial computed in.
 
@@ -159,6 +166,7 @@ def save(
         config: of the trial.
         directory: is made if there is none.
         end_token_ids: behind which an answer is over, beside those that the base's own generation ends with.
+        chat_template: that chats were rendered in; by default the tokenizer's own.
         origin: the base's name on the hub, which an adapter's files give; by default where it was loaded from.
     """
     is_adapter = isinstance(module, PeftModel)
@@ -183,7 +191,9 @@ def save(
     module.config.save_pretrained(directory)
     if base.task == "causal-lm":
         module.generation_config.save_pretrained(directory)
-    load_tokenizer(base.name, base.revision).save_pretrained(directory)
+    tokenizer = load_tokenizer(base.name, base.revision)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    tokenizer.save_pretrained(directory)
 
 
 def _ending(settings: GenerationConfig, end_token_ids: Sequence[int]) -> GenerationConfig:

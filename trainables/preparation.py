@@ -21,7 +21,7 @@ from trainables.formats import DataError, Row, read_rows
 from trainables.hub import model_config
 from trainables.report import TrialError
 from trainables.splits import class_order, held_out, stratified_key
-from trainables.tokenization import Encoded, EncodedRows, encode_classification, encode_rows, encode_text, end_tokens, load_tokenizer
+from trainables.tokenization import Encoded, EncodedRows, encode_classification, encode_rows, encode_text, end_tokens, tokenizer_for
 from trainables.user_metric import UserMetric
 
 EMBEDDED_DATA = "embedded:stdlib-docstrings"
@@ -137,7 +137,7 @@ def prepare(model: ModelSpec, data: DataSpec, objectives: Collection[str] = ()) 
         if kind != kinds[first]:
             words, other = kind.replace("_", " and "), kinds[first].replace("_", " and ")
             raise DataError(f"data.domains.{name}.train: holds {words}, and {first} holds {other}; all must be alike")
-    raw = _Raw(model=model, data=data, tokenizer=load_tokenizer(model.name, model.revision), domains=domains)
+    raw = _Raw(model=model, data=data, tokenizer=tokenizer_for(model, data, kinds[first]), domains=domains)
     parts = _classified(raw) if model.task == "sequence-classification" else _completed(raw)
     joined = {role: _Part.join(list(of_role.values())) for role, of_role in parts.items()}
     if EXACT_MATCH in objectives and not _has_answers(data, joined["evaluation"]):
@@ -319,6 +319,7 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
         answer_pattern=_pattern(data) if has_answers else None,
         pad_token_id=int(pad),
         end_token_ids=end_tokens(tokenizer, raw.columns.kind),
+        chat_template=tokenizer.chat_template if data.chat_template is not None else None,
         fingerprint=digest.hexdigest(),
         summary=_summary(raw, tables, parts),
         metric=_checked_metric(raw, tables["evaluation"], names),

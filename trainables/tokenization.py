@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
+from spaces.inputs import DataSpec, ModelSpec
+from trainables.chats import answer_ends, render_chat
 from trainables.columns import Columns, field
 from trainables.formats import DataError, Row
 from trainables.hub import ModelError, resolve_model
 
 IGNORE = -100
-
-# ShareGPT's names for the speakers, which chat templates do not know.
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+# How templates are named that are files.
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +40,49 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
         return AutoTokenizer.from_pretrained(resolve_model(name), revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.name: no tokenizer for {name}: {str(error).splitlines()[0]}") from error
+
+
+def tokenizer_for(model: ModelSpec, data: DataSpec, kind: str) -> Any:
+    """Return the model's tokenizer, with the chat template that the data name.
+
+    Args:
+        model: names it.
+        data: may name a template.
+        kind: what a row holds, as `Columns.kind`.
+
+    Raises:
+        ModelError: there is no tokenizer.
+        DataError: the template cannot be used: there is none, or no chats, or a model would not learn where its answers end.
+    """
+    tokenizer = load_tokenizer(model.name, model.revision)
+    if data.chat_template is None:
+        return tokenizer
+    if kind != "messages":
+        raise DataError(f"data.chat_template: is for chats, and the rows hold {kind.replace('_', ' and ')}")
+    tokenizer.chat_template = _read_template(data.chat_template)
+    try:
+        ends = answer_ends(tokenizer)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise DataError(f"data.chat_template: {data.chat_template} refuses a question with its answer: {error}") from error
+    if not ends:
+        raise DataError(
+            f"data.chat_template: {data.chat_template} ends answers with no special token of this model, so that it would not learn "
+            f"where to stop; allowed: one that ends them with {{{{ eos_token }}}}, here {tokenizer.eos_token}"
+        )
+    return tokenizer
+
+
+def _read_template(source: str) -> str:
+    """Return the template in a Jinja file, or that of a model's tokenizer."""
+    path = Path(source)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if path.suffix in TEMPLATE_SUFFIXES:
+        raise DataError(f"data.chat_template: no such file: {source}")
+    try:
+        return str(load_tokenizer(source, None).get_chat_template())
+    except (ModelError, ValueError) as error:
+        raise DataError(f"data.chat_template: {source} is no file, and no model whose tokenizer has a template") from error
 
 
 def encode_classification(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[list[Encoded], int]:
@@ -94,7 +138,8 @@ def encode_rows(tokenizer: Any, rows: Sequence[Row], columns: Columns, source: s
     num_cut, num_lost, num_last_only, begin = 0, 0, 0, _begin(tokenizer)
     for number, row in enumerate(rows, start=1):
         if columns.kind == "messages":
-            ids, targets, is_last_only = _chat(tokenizer, row.get(columns.messages or ""), f"{source}: row {number}")
+            ids, learned, is_last_only = render_chat(tokenizer, row.get(columns.messages or ""), f"{source}: row {number}")
+            targets = [token if counts else IGNORE for token, counts in zip(ids, learned, strict=True)]
             num_last_only += is_last_only
         else:
             ids, targets = _prompt_completion(tokenizer, row, columns, begin, source, number)
@@ -145,117 +190,13 @@ def end_tokens(tokenizer: Any, kind: str) -> tuple[int, ...]:
         kind: what a row holds, as `Columns.kind`.
     """
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if kind == "messages":
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        before = _tokens(tokenizer, _render(tokenizer, turns[:1], add_generation_prompt=True))
-        answer = _tokens(tokenizer, _render(tokenizer, turns, add_generation_prompt=False))[len(before) :]
-        special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-        ends += [i for i in answer if i in special][-1:]
-    return tuple(dict.fromkeys(ends))
+    return tuple(dict.fromkeys([*ends, *(answer_ends(tokenizer) if kind == "messages" else [])]))
 
 
 def _begin(tokenizer: Any) -> list[int]:
     """Return the begin-of-text token where the tokenizer puts one: what is exported is given text as it does."""
     begin = tokenizer("a")["input_ids"][:1]
     return list(begin) if begin == [tokenizer.bos_token_id] else []
-
-
-def _chat(tokenizer: Any, messages: Any, where: str) -> tuple[list[int], list[int], bool]:
-    """Render with the tokenizer's template; an assistant's turn is what its message adds to the rendered chat before it.
-
-    Some templates render a turn otherwise once others follow: Qwen 3's has no thoughts there. Of such a chat the last answer alone
-    counts, which is rendered as the model will see it.
-
-    Returns:
-        Tokens, targets, and whether it is such a chat.
-    """
-    if tokenizer.chat_template is None:
-        raise DataError(f"{where}: chat messages need a tokenizer with a chat template, and this model's has none")
-    turns = _turns(messages, where)
-    # What a chat begins with answers nothing.
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > 0]
-    try:
-        try:
-            return (*_rendered(tokenizer, turns, answers), False)
-        except _Rewritten:
-            last = answers[-1]
-            return (*_rendered(tokenizer, turns[: last + 1], [last]), True)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"{where}: the model's chat template refuses it: {error}") from error
-    except _Rewritten as error:
-        raise DataError(
-            f"{where}: the chat template changes earlier turns when an answer is added, so it cannot be told which tokens are "
-            "the assistant's; give prompt and completion columns instead"
-        ) from error
-
-
-class _Rewritten(Exception):
-    """What was rendered is no longer how the chat begins once more is rendered."""
-
-
-def _rendered(tokenizer: Any, turns: Sequence[dict[str, Any]], answers: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return tokens and targets of a chat that is rendered up to each of these turns, and to its end."""
-    ids: list[int] = []
-    targets: list[int] = []
-    before = ""
-
-    def extend(longer: str, is_target: bool) -> None:
-        nonlocal before
-        added = _tokens(tokenizer, longer)
-        if added[: len(ids)] == ids:
-            added = added[len(ids) :]
-        elif longer.startswith(before):
-            # A token would span the seam, such as of two line breaks; what the model answers comes after a seam too.
-            added = _tokens(tokenizer, longer[len(before) :])
-        else:
-            raise _Rewritten
-        before = longer
-        ids.extend(added)
-        targets.extend(added if is_target else [IGNORE] * len(added))
-
-    for answer in answers:
-        # What the template puts before an answer (the assistant's header) is given to the model, not learned.
-        extend(_render(tokenizer, turns[:answer], add_generation_prompt=True), False)
-        extend(_render(tokenizer, turns[: answer + 1], add_generation_prompt=False), True)
-    if not answers or answers[-1] < len(turns) - 1:
-        extend(_render(tokenizer, turns, add_generation_prompt=False), False)
-    return ids, targets
-
-
-def _render(tokenizer: Any, turns: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> str:
-    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=add_generation_prompt))
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _turns(messages: Any, where: str) -> list[dict[str, Any]]:
-    if isinstance(messages, str):
-        try:
-            messages = json.loads(messages)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: the messages are not valid JSON: {error.msg}") from error
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: expected a list of messages, got {type(messages).__name__}")
-    turns = []
-    for message in messages:
-        if not isinstance(message, Mapping):
-            raise DataError(f"{where}: expected messages with role and content, got {type(message).__name__}")
-        role, content = message.get("role", message.get("from")), _content(message.get("content", message.get("value")))
-        # What a template knows beside the text, such as calls of tools, is its own business.
-        known = {key: value for key, value in message.items() if value is not None}
-        if role is None or (content is None and not known.get("tool_calls")):
-            raise DataError(f"{where}: a message needs role and content, a text, got {', '.join(message) or 'nothing'}")
-        turns.append({**known, "role": ROLES.get(role, role), "content": content})
-    return turns
-
-
-def _content(given: Any) -> str | None:
-    """Return a message's text; None where it has none, or pictures and the like beside it."""
-    if isinstance(given, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in given):
-        return "".join(str(part.get("text") or "") for part in given)
-    return given if isinstance(given, str) else None
 
 
 def _shorten(ids: list[int], targets: list[int], max_length: int, begin: int | None) -> tuple[list[int], list[int]]:

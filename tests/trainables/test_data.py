@@ -330,6 +330,47 @@ def test_what_a_chat_begins_with_is_read_and_not_learned(stories: ModelSpec, tmp
     assert learned == "one</s>"
 
 
+def test_a_template_of_the_user_renders_chats_as_the_tokenizers_own_does(stories: ModelSpec, tmp_path: Path) -> None:
+    model = chat_model(stories, tmp_path)
+    source = chats(tmp_path, *[[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "one"}]] * 4)
+    expected = data_of(model, train=source, evaluation=source)
+    assert expected.chat_template is None
+    for template in (write(tmp_path, "t.jinja", TEMPLATE), model.name):
+        data = data_of(stories, train=source, evaluation=source, chat_template=template)
+        assert (data.fingerprint, data.end_token_ids) == (expected.fingerprint, expected.end_token_ids)
+        assert data.chat_template == TEMPLATE
+    other = chat_model(stories, tmp_path / "other", TEMPLATE.replace("<{{", "[{{"))
+    data = data_of(other, train=source, evaluation=source, chat_template=str(tmp_path / "t.jinja"))
+    assert data.fingerprint == expected.fingerprint, "it takes the place of the tokenizer's"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, r"no such file: .*t\.jinja"),
+        (TEMPLATE.replace("</s>", "<end>"), r"t\.jinja ends answers with no special token of this model.*here </s>"),
+        ("{% for %}", r"t\.jinja refuses a question with its answer: "),
+        ("{{ raise_exception('not so') }}", r"t\.jinja refuses a question with its answer: not so"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_one_line(stories: ModelSpec, tmp_path: Path, template: str | None, message: str) -> None:
+    source = chats(tmp_path, *[[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "one"}]] * 4)
+    path = tmp_path / "t.jinja"
+    if template is not None:
+        path.write_text(template)
+    with pytest.raises(DataError, match=rf"^data\.chat_template: .*{message}") as error:
+        data_of(stories, train=source, evaluation=source, chat_template=str(path))
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=r"^data\.chat_template: .* is no file, and no model whose tokenizer has a template"):
+        data_of(stories, train=source, evaluation=source, chat_template=stories.name)
+
+
+def test_a_template_is_for_chats(stories: ModelSpec, tmp_path: Path) -> None:
+    source = write(tmp_path, "c.jsonl", json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    with pytest.raises(DataError, match=r"data\.chat_template: is for chats, and the rows hold prompt and completion"):
+        data_of(stories, train=source, evaluation=source, chat_template=stories.name)
+
+
 def test_an_answer_whose_first_characters_merge_with_the_template_s_last_is_learned_whole(stories: ModelSpec, tmp_path: Path) -> None:
     """A line break behind the header and two in front of the answer are one token of Qwen's; here it is two spaces and a word."""
     model = chat_model(stories, tmp_path, TEMPLATE.replace(">{{ m.content }}", ">o{{ m.content }}"))

@@ -316,7 +316,7 @@ def test_a_model_that_learned_chats_ends_behind_a_turn(tmp_path: Path, adapter: 
     module = trained_module(config, base, _untrained(config, base, tmp_path / "trial"))
     # Greedy, the next token is always the same one: let it be what ends a turn.
     end = int(module(input_ids=prompt).logits[0, -1].argmax())
-    save(module, base, config, tmp_path / "out", (3, end))
+    save(module, base, config, tmp_path / "out", end_token_ids=(3, end))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" if adapter == "none" else base.name)
     settings = GenerationConfig.from_pretrained(tmp_path / "out")
     assert settings.eos_token_id == [3, end]
@@ -332,7 +332,7 @@ def test_settings_of_generation_that_are_not_written_once_they_change_are_left_o
     config = config_of(adapter="none")
     for name, ends, expected in (("same", (3,), (3, 0.7)), ("more", (3, 7), ([3, 7], None))):
         module = trained_module(config, base, _untrained(config, base, tmp_path / "trial"))
-        save(module, base, config, tmp_path / name, ends)
+        save(module, base, config, tmp_path / name, end_token_ids=ends)
         settings = GenerationConfig.from_pretrained(tmp_path / name)
         assert (settings.eos_token_id, settings.temperature) == expected
         assert not settings.do_sample
@@ -343,6 +343,15 @@ def test_beside_an_adapter_the_base_is_loaded_as_the_trial_computed(parts: Parts
     config = config_of(adapter="lora", precision="bf16")
     save(trained_module(config, base, _untrained(config, base, tmp_path / "trial")), base, config, tmp_path / "out")
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_a_template_of_the_user_is_the_exported_tokenizers(parts: Parts, tmp_path: Path) -> None:
+    _, base = parts
+    config, template = config_of(adapter="none"), "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    for name, given in (("own", None), ("given", template)):
+        module = trained_module(config, base, _untrained(config, base, tmp_path / "trial"))
+        save(module, base, config, tmp_path / name, chat_template=given)
+        assert AutoTokenizer.from_pretrained(tmp_path / name).chat_template == given
 
 
 def _untrained(config: TrialConfig, base: BaseModel, directory: Path) -> Path:
