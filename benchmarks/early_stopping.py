@@ -37,6 +37,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from dominance import dominates  # noqa: E402
 from heading import heading  # noqa: E402
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler  # noqa: E402
 from replay import Curve, Judge, Look, Run, mean_regret, replay, time_to, volume_at  # noqa: E402
@@ -45,7 +46,7 @@ from syne_tune.optimizer.scheduler import SchedulerDecision  # noqa: E402
 from syne_tune.optimizer.schedulers.multiobjective.moasha import MOASHA  # noqa: E402
 
 from search.hypervolume import hypervolume  # noqa: E402
-from search.pareto import cost_vector, dominates, front_indices  # noqa: E402
+from search.pareto import cost_vector, front_indices  # noqa: E402
 from search.rungs import Entry, Rungs, decide  # noqa: E402
 from spaces import metrics  # noqa: E402
 from spaces.fidelity import rung_shares  # noqa: E402

@@ -120,14 +120,14 @@ class Recorder:
         self.task = task
         self.spec: SearchSpec = load_spec(ROOT / "examples" / f"{task.name}.yaml", list(task.overrides)).spec
         data: TaskData = preparation.prepare(self.spec.model, self.spec.data)
-        self.data = replace(data, evaluation=thinned(data.evaluation, task.evaluation_rows), answers=None, test=None)
+        self.data = replace(data, evaluation=thinned(data.evaluation, task.evaluation_rows), test=None)
         model = self.spec.model
         self.base = BaseModel.load(resolve_model(model.name), model.revision, model.task, data.label_names)
 
     def untrained(self) -> dict[str, float]:
         """Return the scores before any training: the corner of a hypervolume over the loss."""
         config = TrialConfig.from_params(self.spec.space.first())
-        scores = evaluate_untrained(config, self.data, self.base, World.alone())
+        scores = evaluate_untrained(config, self.data, self.base, World.alone(), exact_match_rows=0)
         return {name: scores[name] for name in (metrics.EVAL_LOSS, metrics.ACCURACY)}
 
     def record(self, number: int) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def work_without_training(config: dict[str, Any]) -> None:
     """Be one worker of a group, whose trials train nothing."""
     import trainables.worker
 
-    trainables.worker.train = empty_train  # type: ignore[assignment]
+    trainables.worker.train = empty_train  # type: ignore[attr-defined]
     trainables.worker.work(config)
 
 
@@ -158,7 +158,7 @@ def run_search(directory: Path, world_size: int, num_trials: int, *, trains: boo
     from search.session import start
     from spaces.loading import load_spec
 
-    search.jobs.Dispatcher = Dispatcher if trains else EmptyLoops  # type: ignore[misc]
+    search.jobs.Dispatcher = Dispatcher if trains else EmptyLoops  # type: ignore[attr-defined,misc]
 
     space = {
         "adapter": "lora",

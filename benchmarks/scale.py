@@ -46,6 +46,7 @@ from search.engine import Assignment, Engine  # noqa: E402
 from search.hypervolume import hypervolume  # noqa: E402
 from search.ledger import Ledger  # noqa: E402
 from search.placement import num_handed_out  # noqa: E402
+from search.proposals import Proposal  # noqa: E402
 from search.store import Store  # noqa: E402
 from search.study import MAX_REMEMBERED, Study  # noqa: E402
 from spaces.constraints import Limits  # noqa: E402
@@ -127,7 +128,7 @@ def new_study(loaded: LoadedSpec, *, sampler: search.study.SamplerName = "tpe", 
     return Study(space=spec.space, objectives=spec.resolved_objectives(), sampler=sampler, seed=seed, startup_trials=10)
 
 
-def ask_feasible(study: Study) -> search.study.Proposal:
+def ask_feasible(study: Study) -> Proposal:
     while not is_feasible((proposal := study.ask()).params):
         study.tell_infeasible(proposal.number, {"global_batch_divisible": 1.0})
     return proposal
@@ -140,7 +141,7 @@ def in_flight_rows(loaded: LoadedSpec, *, num_trials: int = 100, num_seeds: int 
         volumes = []
         for seed in range(num_seeds):
             study, rng = new_study(loaded, seed=seed), random.Random(seed)
-            live: list[search.study.Proposal] = []
+            live: list[Proposal] = []
             points = []
             for number in range(num_trials + in_flight - 1):
                 if number < num_trials:
@@ -169,9 +170,9 @@ def remembered_rows(loaded: LoadedSpec, num_trials: int) -> list[dict[str, Any]]
             study.tell_complete(proposal.number, {"accuracy": accuracy, "train_seconds": seconds}, {})
         study._method = "tpe"
         study._reseed()
-        seconds = [timed_seconds(study.ask) for _ in range(7)]
-        rows.append({"remembered": remembered, "suggest_seconds": [round(s, 4) for s in sorted(seconds)]})
-        print(f"{remembered} remembered: {statistics.median(seconds):.3f} s a suggestion", flush=True)
+        took = [timed_seconds(study.ask) for _ in range(7)]
+        rows.append({"remembered": remembered, "suggest_seconds": [round(s, 4) for s in sorted(took)]})
+        print(f"{remembered} remembered: {statistics.median(took):.3f} s a suggestion", flush=True)
     search.study.MAX_REMEMBERED = MAX_REMEMBERED
     return rows
 
@@ -283,7 +284,7 @@ class Driver:
 
     def _checkpoint(self) -> None:
         parts = {part: seconds.copy() for part, seconds in self._parts.seconds.items()}
-        now = {"trials": self._num_ended, "resident_bytes": resident_bytes(), **parts}
+        now: dict[str, Any] = {"trials": self._num_ended, "resident_bytes": resident_bytes(), **parts}
         since = now["trials"] - self._last["trials"]
         recent = np.array(self._parts.suggestions[-500:]).T
         self.rows.append(

@@ -99,7 +99,7 @@ def run_grid(arguments: argparse.Namespace) -> None:
     """Train what is not yet among the rows."""
     spec = load_spec(arguments.spec, arguments.set).spec
     data = preparation.prepare(spec.model, spec.data)
-    data = replace(data, evaluation=thinned(data.evaluation, arguments.evaluation_rows), answers=None)
+    data = replace(data, evaluation=thinned(data.evaluation, arguments.evaluation_rows))
     base = BaseModel.load(resolve_model(spec.model.name), spec.model.revision, spec.model.task, data.label_names)
     known = {(row["fingerprint"], row["config"], row["evaluation_rows"]) for row in read_rows(arguments.rows)}
     for fraction, config in grid(spec, arguments.share, arguments.batch):

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,7 +115,8 @@ def train_once(case: Case, contender: str, data_path: str, causal_model: str, th
     data = prepare(model, DataSpec(train=data_path))
     base = BaseModel.load(resolve_model(model.name), None, model.task, data.label_names)
     as_it_comes = partial(_trainer, sampling="random")
-    train = {"paretune": _paretune, "padded": _padded, "trainer": _trainer, "trainer_default": as_it_comes, "trl": _trl}[contender]
+    known: dict[str, Callable[..., Any]] = {"paretune": _paretune, "padded": _padded, "trainer": _trainer, "trl": _trl}
+    train = as_it_comes if contender == "trainer_default" else known[contender]
     module, seconds = train(config, data, base)
     rows = data.subset(config.recipe.dataset_fraction)
     scores = evaluate(module, config, data, data.evaluation, World.alone())
@@ -179,16 +181,17 @@ def _trl(config: TrialConfig, data: Any, base: Any) -> tuple[Any, float]:
 
 def _module(config: TrialConfig, base: Any) -> Any:
     """Return what the libraries' documentation gives to a trainer: the model as it is loaded, with PEFT's LoRA."""
+    import transformers
     from peft import LoraConfig, get_peft_model
-    from transformers import set_seed
 
     from trainables.adapters import TASK_TYPES
-    from trainables.model import CLASSES
+    from trainables.hub import class_for
 
     recipe = config.recipe
-    set_seed(recipe.seed)
+    transformers.set_seed(recipe.seed)
+    kind = getattr(transformers, class_for(base.module.config.to_dict(), base.task) or "")
     # The same configuration, without dropout.
-    module = CLASSES[base.task].from_pretrained(base.name, config=base.module.config, attn_implementation="sdpa")
+    module = kind.from_pretrained(base.name, config=base.module.config, attn_implementation="sdpa")
     if recipe.adapter == "none":
         return module
     adapter = LoraConfig(
@@ -236,11 +239,11 @@ def _fit(trainer: Any) -> tuple[Any, float]:
     class Clock(TrainerCallback):
         seconds = 0.0
 
-        def on_step_begin(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 0:
                 self.started = time.perf_counter()
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.seconds = time.perf_counter() - self.started
 
     clock = Clock()
