@@ -70,5 +70,5 @@ def summary_lines(rows: Sequence[Calibration]) -> list[str]:
     for what, source in dict.fromkeys((row.what, row.source) for row in rows):
         errors = [abs(row.error) for row in rows if (row.what, row.source) == (what, source)]
         spread = f"median error {statistics.median(errors):.1%}, largest {max(errors):.1%}"
-        lines.append(f"{kind(what, source)}{HOW.get(source, '')}: {len(errors)} trials, {spread}")
+        lines.append(f"{kind(what, source)}{HOW.get(source, '')}: {len(errors)} trial{'s' * (len(errors) > 1)}, {spread}")
     return lines

@@ -127,7 +127,7 @@ class Engine:
         """In words, why nothing is proposed any more."""
         most = self._spec.budget.max_trials
         is_used_up = most is not None and self.num_left == 0
-        return self.reached or self._growth.ended or (f"{most} trials" if is_used_up else "all points were tried")
+        return self.reached or self._growth.ended or (f"{most} trial{'s' * (most != 1)}" if is_used_up else "all points were tried")
 
     @property
     def is_handed_out(self) -> bool:

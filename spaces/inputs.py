@@ -17,6 +17,7 @@ EMBEDDED = "embedded:"
 EMBEDDED_MODELS = ("embedded:all-MiniLM-L6-v2",)
 EMBEDDED_DATA = ("embedded:stdlib-docstrings",)
 DATA_ROLES = ("train", "evaluation", "test")
+COLUMN_ROLES = ("text", "label", "prompt", "completion", "messages")
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -90,7 +91,7 @@ class ModelSpec(Section):
 
 
 class DomainSpec(Section):
-    """One of several domains of data: rows of the same format as the others'."""
+    """One of several domains of data; a language model's may differ in format: plain text, prompts with completions, chats."""
 
     train: DataName
     """As `data.train`."""
@@ -101,6 +102,16 @@ class DomainSpec(Section):
     weight: Annotated[float, Within(gt=0, le=1_000_000)] | None = None
     """How many of the trained rows are of this domain, relative to the other domains' weights. Without weights every row is trained
     as often as any other."""
+    text: Text | None = None
+    """As `data.text`, for this domain."""
+    label: Text | None = None
+    """As `data.label`, for this domain."""
+    prompt: Text | None = None
+    """As `data.prompt`, for this domain."""
+    completion: Text | None = None
+    """As `data.completion`, for this domain."""
+    messages: Text | None = None
+    """As `data.messages`, for this domain."""
 
 
 class DataSpec(Section):
@@ -181,11 +192,14 @@ class DataSpec(Section):
 
     @property
     def sources(self) -> Mapping[str, DomainSpec]:
-        """Where the rows are, by the domain's name; without domains under the empty name."""
+        """Where the rows are and how their columns are named, by the domain's name; without domains under the empty name."""
+        columns = {name: given for name in COLUMN_ROLES if (given := getattr(self, name)) is not None}
         if self.domains is not None:
-            return self.domains
+            # A domain that names a column of its own has nothing of the names for all.
+            own = {name: any(getattr(domain, column) for column in COLUMN_ROLES) for name, domain in self.domains.items()}
+            return {n: domain if own[n] else domain.model_copy(update=columns) for n, domain in self.domains.items()}
         assert self.train is not None  # validated
-        return {"": DomainSpec(train=self.train, evaluation=self.evaluation, test=self.test)}
+        return {"": DomainSpec(train=self.train, evaluation=self.evaluation, test=self.test, **columns)}
 
     @property
     def files(self) -> dict[str, str]:

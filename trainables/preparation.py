@@ -76,9 +76,16 @@ class _Raw:
     domains: Mapping[str, _Domain]
 
     @property
-    def columns(self) -> Columns:
-        """Of the first domain; all are of one kind."""
-        return next(iter(self.domains.values())).train.columns
+    def kinds(self) -> set[str]:
+        """What rows hold."""
+        return {domain.train.columns.kind for domain in self.domains.values()}
+
+    def describe(self) -> str:
+        """Return the format in words, by domain where they differ."""
+        forms = {name: domain.train.columns.describe() for name, domain in self.domains.items()}
+        if len(set(forms.values())) == 1:
+            return next(iter(forms.values()))
+        return "; ".join(f"{name}: {form}" for name, form in forms.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,14 +137,9 @@ def prepare(model: ModelSpec, data: DataSpec, objectives: Collection[str] = ()) 
         DataError: with one line for the user.
         trainables.hub.ModelError: the model has no tokenizer that can be loaded.
     """
-    domains = {name: _read(source, data, model.task) for name, source in data.sources.items()}
-    kinds = {name: domain.train.columns.kind for name, domain in domains.items()}
-    first = next(iter(kinds))
-    for name, kind in kinds.items():
-        if kind != kinds[first]:
-            words, other = kind.replace("_", " and "), kinds[first].replace("_", " and ")
-            raise DataError(f"data.domains.{name}.train: holds {words}, and {first} holds {other}; all must be alike")
-    raw = _Raw(model=model, data=data, tokenizer=tokenizer_for(model, data, kinds[first]), domains=domains)
+    domains = {name: _read(source, model.task) for name, source in data.sources.items()}
+    kinds = {domain.train.columns.kind for domain in domains.values()}
+    raw = _Raw(model=model, data=data, tokenizer=tokenizer_for(model, data, kinds), domains=domains)
     parts = _classified(raw) if model.task == "sequence-classification" else _completed(raw)
     joined = {role: _Part.join(list(of_role.values())) for role, of_role in parts.items()}
     if EXACT_MATCH in objectives and not _has_answers(data, joined["evaluation"]):
@@ -145,7 +147,7 @@ def prepare(model: ModelSpec, data: DataSpec, objectives: Collection[str] = ()) 
     return _assemble(raw, joined)
 
 
-def _read(source: DomainSpec, data: DataSpec, task: str) -> _Domain:
+def _read(source: DomainSpec, task: str) -> _Domain:
     if source.train == EMBEDDED_DATA:
         train_rows, evaluation_rows = load_docstrings()
         read = {"train": (train_rows, source.train), "evaluation": (evaluation_rows, source.train)}
@@ -153,9 +155,9 @@ def _read(source: DomainSpec, data: DataSpec, task: str) -> _Domain:
         files = {role: file for role in DATA_ROLES if (file := getattr(source, role)) is not None}
         read = {role: (read_rows(file, split=HUB_SPLITS[role]), file) for role, file in files.items()}
     train_rows, train_file = read["train"]
-    columns = detect(train_rows, data, train_file, task)
+    columns = detect(train_rows, source, train_file, task)
     splits = {
-        role: _Split(rows=rows, source=file, columns=detect_like(columns, rows, data, file, task))
+        role: _Split(rows=rows, source=file, columns=detect_like(columns, rows, source, file, task))
         for role, (rows, file) in read.items()
     }
     return _Domain(splits=splits)
@@ -318,7 +320,7 @@ def _assemble(raw: _Raw, parts: Mapping[str, _Part]) -> TaskData:
         label_names=names,
         answer_pattern=_pattern(data) if has_answers else None,
         pad_token_id=int(pad),
-        end_token_ids=end_tokens(tokenizer, raw.columns.kind),
+        end_token_ids=end_tokens(tokenizer, raw.kinds),
         chat_template=tokenizer.chat_template if data.chat_template is not None else None,
         fingerprint=digest.hexdigest(),
         summary=_summary(raw, tables, parts),
@@ -342,7 +344,7 @@ def _checked_metric(raw: _Raw, evaluation: TokenTable, label_names: tuple[str, .
     metric = UserMetric.load(data.metric)
     if evaluation.labels is not None:
         references = [label_names[label] for label in evaluation.labels]
-    elif raw.columns.kind == "prompt_completion":
+    elif raw.kinds == {"prompt_completion"}:
         references = [expected_text(evaluation, i, raw.tokenizer) for i in range(min(data.exact_match_rows, evaluation.num_rows))]
     else:
         raise DataError("data.metric: scores labels, or completions of prompts; these rows have neither")
@@ -360,7 +362,7 @@ def _summary(raw: _Raw, tables: Mapping[str, TokenTable], parts: Mapping[str, _P
     seen: Callable[[Any], Hashable] = (lambda row: row[0]) if is_classified else (lambda row: row)
     texts = {role: [seen(row) for row in part.rows] for role, part in parts.items()}
     summary: dict[str, Any] = {
-        "format": raw.columns.describe(),
+        "format": raw.describe(),
         "train_rows": train.num_rows,
         "evaluation_rows": tables["evaluation"].num_rows,
         "train_tokens": int(train.lengths.sum()),

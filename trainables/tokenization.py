@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,13 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
         raise ModelError(f"model.name: no tokenizer for {name}: {str(error).splitlines()[0]}") from error
 
 
-def tokenizer_for(model: ModelSpec, data: DataSpec, kind: str) -> Any:
+def tokenizer_for(model: ModelSpec, data: DataSpec, kinds: Collection[str]) -> Any:
     """Return the model's tokenizer, with the chat template that the data name.
 
     Args:
         model: names it.
         data: may name a template.
-        kind: what a row holds, as `Columns.kind`.
+        kinds: what rows hold, as `Columns.kind`.
 
     Raises:
         ModelError: there is no tokenizer.
@@ -57,8 +57,9 @@ def tokenizer_for(model: ModelSpec, data: DataSpec, kind: str) -> Any:
     tokenizer = load_tokenizer(model.name, model.revision)
     if data.chat_template is None:
         return tokenizer
-    if kind != "messages":
-        raise DataError(f"data.chat_template: is for chats, and the rows hold {kind.replace('_', ' and ')}")
+    if "messages" not in kinds:
+        words = ", ".join(kind.replace("_", " and ") for kind in sorted(kinds))
+        raise DataError(f"data.chat_template: is for chats, and the rows hold {words}")
     tokenizer.chat_template = _read_template(data.chat_template)
     try:
         ends = answer_ends(tokenizer)
@@ -180,17 +181,17 @@ def _prompt_completion(
     return head + tail, [IGNORE] * len(head) + tail
 
 
-def end_tokens(tokenizer: Any, kind: str) -> tuple[int, ...]:
+def end_tokens(tokenizer: Any, kinds: Collection[str]) -> tuple[int, ...]:
     """Return the tokens behind which an answer is over: the end of the text, and of chats what the template puts behind a turn.
 
     The tokenizer of a base model ends texts with another one than its chat template ends turns with.
 
     Args:
         tokenizer: the model's.
-        kind: what a row holds, as `Columns.kind`.
+        kinds: what rows hold, as `Columns.kind`.
     """
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return tuple(dict.fromkeys([*ends, *(answer_ends(tokenizer) if kind == "messages" else [])]))
+    return tuple(dict.fromkeys([*ends, *(answer_ends(tokenizer) if "messages" in kinds else [])]))
 
 
 def _begin(tokenizer: Any) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from command import paretune
+from synthetic import numbers_on_front
 from tiny import make_spec
 
 from search.ledger import Ledger, replay
@@ -56,4 +57,4 @@ def test_adapter_quantisation_and_strategy_are_knobs_of_one_search(tmp_path: Pat
     page = (tmp_path / "runs/tiny/report/report.html").read_text()
     assert "What does a quantised base save, and cost?" in page
     front = json.loads(paretune("front", "tiny", "--directory", "runs", "--json", cwd=tmp_path).stdout)["front"]
-    assert {member["params"]["adapter"] for member in front} <= {"none", "lora", "dora", "bottleneck"}
+    assert {member["number"] for member in front} == numbers_on_front(records)

@@ -288,8 +288,8 @@ LINES = {
     "key of a domain": (
         "  train: t.txt",
         "  domains:\n    law: {train: law.csv, wieght: 2}",
-        r"spec.yaml:6: data.domains.law.wieght: unknown key, got 2; allowed: train, evaluation, test, weight; "
-        r"did you mean 'weight'\?",
+        r"spec.yaml:6: data.domains.law.wieght: unknown key, got 2; allowed: train, evaluation, test, weight, text, label, prompt, "
+        r"completion, messages; did you mean 'weight'\?",
     ),
     "name of a domain": (
         "  train: t.txt",

@@ -493,13 +493,13 @@ def test_a_model_without_its_tokenizer_is_told(model: ModelSpec, tmp_path: Path)
 
 def test_an_answer_ends_where_the_template_ends_a_turn(stories: ModelSpec) -> None:
     tokenizer = load_tokenizer(stories.name, None)
-    assert end_tokens(tokenizer, "prompt_completion") == (tokenizer.eos_token_id,)
+    assert end_tokens(tokenizer, {"prompt_completion"}) == (tokenizer.eos_token_id,)
     tokenizer.chat_template = TEMPLATE
-    assert end_tokens(tokenizer, "messages") == (tokenizer.eos_token_id,), "with the end of a text, as instructed models do"
+    assert end_tokens(tokenizer, {"messages"}) == (tokenizer.eos_token_id,), "with the end of a text, as instructed models do"
     tokenizer.add_tokens([AddedToken("<|im_end|>", special=True), AddedToken("<think>", special=False)])
     tokenizer.chat_template = TEMPLATE.replace("<{{ m.role }}>", "<{{ m.role }}><think>").replace("</s>", "<|im_end|>\n")
-    assert end_tokens(tokenizer, "messages") == (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"))
-    assert end_tokens(tokenizer, "prompt_completion") == (tokenizer.eos_token_id,)
+    assert end_tokens(tokenizer, {"messages"}) == (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    assert end_tokens(tokenizer, {"prompt_completion"}) == (tokenizer.eos_token_id,)
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning_not_its_completion(stories: ModelSpec, tmp_path: Path) -> None:

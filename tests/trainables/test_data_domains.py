@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from synthetic_data import task_data
-from tiny import make_model, make_rows
+from tiny import VOCABULARY, make_language_model, make_model, make_rows
 
 from spaces.config import TrialConfig
 from spaces.inputs import DataSpec, ModelSpec
@@ -19,11 +19,12 @@ from spaces.space import SpaceSpec
 from trainables.batching import BatchPlan
 from trainables.data import TaskData, TokenTable
 from trainables.evaluation import evaluate
-from trainables.formats import DataError
 from trainables.mesh import World
 from trainables.model import BaseModel, build
 from trainables.preparation import prepare
 from trainables.tokenization import Encoded
+
+WORDS = VOCABULARY[4:]
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +148,51 @@ def test_the_accuracy_of_a_domain_is_that_of_its_rows_alone(model: ModelSpec, tm
     assert values[0] != values[1], "a comparison of equals"
 
 
-def test_rows_of_another_kind_are_no_domain_beside(shared: Path, tmp_path: Path) -> None:
-    model = ModelSpec(name=str(shared / "models/stories260k/hf"), task="causal-lm", max_length=64)
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    (tmp_path / "b.jsonl").write_text('{"prompt": "one", "completion": "two"}\n')
-    domains = {name: {"train": str(tmp_path / f"{name}.jsonl")} for name in "ab"}
-    with pytest.raises(DataError, match=r"data.domains.b.train: holds prompt and completion, and a holds text; all must be alike"):
-        prepare(model, DataSpec(domains=domains))
+def test_domains_of_a_language_model_may_differ_in_format_and_columns(tmp_path: Path) -> None:
+    """What is learned of each is what is learned of it alone."""
+    model = ModelSpec(name=str(make_language_model(tmp_path / "model")), task="causal-lm", max_length=32)
+    forms: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+        "news": ([{"text": f"today we saw rain {WORDS[i]}"} for i in range(18)], {}),
+        "help": ([{"q": f"the {WORDS[i]}", "a": "very good"} for i in range(15)], {"prompt": "q", "completion": "a"}),
+        "talk": (
+            [
+                {"turns": [{"role": "user", "content": f"some {WORDS[i]}"}, {"role": "assistant", "content": "good"}]}
+                for i in range(10)
+            ],
+            {"messages": "turns"},
+        ),
+    }
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    domains, alone = {}, {}
+    for name, (rows, columns) in forms.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+        domains[name] = {"train": str(path), **columns}
+        chat = {"chat_template": str(template)} if name == "talk" else {}
+        alone[name] = prepare(model, DataSpec.model_validate({"train": str(path), **columns, **chat}))
+    data = prepare(model, DataSpec.model_validate({"domains": domains, "chat_template": str(template)}))
+    for index, (name, single) in enumerate(alone.items()):
+        for table, own in ((data.train, single.train), (data.evaluation, single.evaluation)):
+            assert table.domains is not None
+            rows = [table.row(int(i)) for i in np.flatnonzero(table.domains == index)]
+            assert len(rows) == own.num_rows
+            for (ids, targets), (own_ids, own_targets) in zip(rows, map(own.row, range(own.num_rows)), strict=True):
+                assert ids.tolist() == own_ids.tolist(), name
+                assert targets is not None
+                assert own_targets is not None
+                assert targets.tolist() == own_targets.tolist(), name
+    assert data.summary["format"] == "news: text (text); help: prompt and completion (q, a); talk: messages (turns)"
+    assert data.answer_pattern is None, "not all of them are answers"
+
+
+def test_a_column_named_for_all_domains_is_that_of_those_that_name_none(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("body,kind\n" + "".join(f"the {w},x\na {w},y\n" for w in WORDS))
+    (tmp_path / "b.csv").write_text("words,kind,body\n" + "".join(f"very {w},x,-\nmore {w},y,-\n" for w in WORDS))
+    domains = {"a": {"train": str(tmp_path / "a.csv")}, "b": {"train": str(tmp_path / "b.csv"), "text": "words", "label": "kind"}}
+    spec = DataSpec.model_validate({"domains": domains, "text": "body", "label": "kind"})
+    model = ModelSpec(name=str(make_model(tmp_path / "model")), task="sequence-classification", max_length=32)
+    assert prepare(model, spec).summary["format"] == "a: classification (body, kind); b: classification (words, kind)"
 
 
 def test_test_rows_may_be_those_of_some_domains_alone(model: ModelSpec, tmp_path: Path) -> None:

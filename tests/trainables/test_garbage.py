@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,20 +18,21 @@ def test_no_garbage_is_searched_for_in_a_step(monkeypatch: pytest.MonkeyPatch) -
     case = Case(family="llama", adapter="all-linear")
     trainer = Trainer(case.config(1), case.data(4), case.base(), World.alone(), checkpoints=None)
     in_step, searches = False, []
-    backward = trainer._backward
+    step = trainer._timer.step
 
-    def watched(*args: Any) -> Any:
+    @contextmanager
+    def watched(**how: Any) -> Iterator[Any]:
         nonlocal in_step
-        in_step = True
-        result = backward(*args)
-        in_step = False
-        return result
+        with step(**how) as mark:
+            in_step = True
+            yield mark
+            in_step = False
 
     def note(phase: str, _: dict[str, int]) -> None:
         if phase == "start":
             searches.append(in_step)
 
-    monkeypatch.setattr(trainer, "_backward", watched)
+    monkeypatch.setattr(trainer._timer, "step", watched)
     thresholds = gc.get_threshold()
     gc.callbacks.append(note)
     gc.set_threshold(20, 5, 5)  # a step makes hundreds of objects
