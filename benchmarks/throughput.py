@@ -13,8 +13,9 @@ The rules:
 - The clock runs from the first step to the end of the last, with the loading of batches and without evaluation and saving.
 - Tokens are real ones: padding earns nothing, and prompts count although the loss does not.
 - The others have the model as transformers loads it and LoRA as PEFT makes it, and the best settings that their documentation offers
-  on a CPU: rows of one length together, fused AdamW, no recomputation, no logging. Packing needs flash attention, which no CPU has:
-  without it documents would see each other. `Trainer` is measured as it comes too: batches of rows as they fall.
+  on a CPU: rows of one length together, fused AdamW, no recomputation, no logging. Packing without flash attention, which no CPU has,
+  computes the scores of all pairs of a packed row, and takes several times as long. `Trainer` is measured as it comes too: batches of
+  rows as they fall.
 - All are scored on the same evaluation rows by the same code: who is fast and learns less has not won.
 """
 

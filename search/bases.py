@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import median
+from dataclasses import replace
+from statistics import geometric_mean, median
 from typing import Any
 
 from search.formatting import number_text
 from search.pareto import cost_objective, cost_vector, eligible, quality_of, sign_of
 from search.record import TrialRecord
+from spaces.config import Layout
 from spaces.metrics import TOKENS_PER_SECOND
 from spaces.spec import Objective
 
@@ -39,7 +41,8 @@ def adapter_lines(records: Sequence[TrialRecord], objectives: Sequence[Objective
 def bases_table(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> tuple[list[str], list[list[str]]] | None:
     """Return headings and a row for each base of complete trials with an adapter; None of fewer than two bases.
 
-    Weights are those of a rank that holds all of them, and the pace that of a device: medians over the trials.
+    Weights are those of a rank that holds all of them, in the median. How long a token takes is held against the whole base under
+    trials of the same adapter and layout alone, and is not told where there are none.
     """
     by_base: dict[str, list[TrialRecord]] = {}
     for record in eligible(records, objectives):
@@ -49,19 +52,18 @@ def bases_table(records: Sequence[TrialRecord], objectives: Sequence[Objective])
     if len(by_base) < 2:
         return None
     price, quality = cost_objective(objectives), quality_of(objectives)
-    heading = ["base", "trials", "weights of a rank", "tokens/s of a device", f"best {quality.metric}", f"at {price.metric}"]
+    heading = ["base", "trials", "weights of a rank", "times the seconds of a token", f"best {quality.metric}", f"at {price.metric}"]
     rows = []
     for base in sorted(by_base, key=lambda name: (name != "none", name)):
         own = by_base[base]
         best = min(own, key=lambda r: cost_vector(r.values, (quality, price)))
         weights = [held for r in own if (held := _weights_bytes(r)) is not None]
-        paces = [r.values[TOKENS_PER_SECOND] / _part(r, "layout").get("world_size", 1) for r in own if TOKENS_PER_SECOND in r.values]
         rows.append(
             [
                 base,
                 str(len(own)),
                 f"{median(weights) / 2**20:,.0f} MiB" if weights else "-",
-                number_text(TOKENS_PER_SECOND, median(paces) if paces else None),
+                _times_as_long(own, by_base.get("none", [])),
                 number_text(quality.metric, best.values[quality.metric]),
                 number_text(price.metric, best.values[price.metric]),
             ]
@@ -69,9 +71,28 @@ def bases_table(records: Sequence[TrialRecord], objectives: Sequence[Objective])
     return [h.replace("_", " ") for h in heading], rows
 
 
+def _times_as_long(own: Sequence[TrialRecord], whole: Sequence[TrialRecord]) -> str:
+    """Return the geometric mean, over the adapters and layouts that both have, of the ratio of their median paces."""
+    ours, theirs = _paces(own), _paces(whole)
+    ratios = [median(theirs[alike]) / median(ours[alike]) for alike in ours.keys() & theirs.keys()]
+    return f"{geometric_mean(ratios):.2f}" if ratios else "-"
+
+
+def _paces(records: Sequence[TrialRecord]) -> dict[tuple[str, Layout], list[float]]:
+    """Return tokens per second by adapter and layout, whatever is in a micro batch."""
+    found: dict[tuple[str, Layout], list[float]] = {}
+    for record in records:
+        if TOKENS_PER_SECOND in record.values:
+            config = record.trial_config
+            layout = replace(config.layout, micro_batch_size=1, micro_batch_tokens=None)
+            found.setdefault((config.recipe.adapter, layout), []).append(record.values[TOKENS_PER_SECOND])
+    return found
+
+
 def _weights_bytes(record: TrialRecord) -> float | None:
     """Return what the first rank held of weights, or else was predicted to; None where ranks share them."""
-    if _part(record, "layout").get("strategy") != "ddp":
+    layout = record.trial_config.layout
+    if layout.num_shards > 1 or layout.tensor_parallel_size > 1:
         return None
     held: Any = next((terms for terms in record.details.get("memory_by_rank", ()) if terms), None)
     found: float | None = (held or record.predicted.get("memory") or {}).get("weights_bytes")

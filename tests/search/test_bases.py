@@ -32,8 +32,28 @@ def test_bases_are_compared_by_weights_pace_and_the_best_of_each() -> None:
     table = bases_table(records, OBJECTIVES)
     assert table is not None
     heading, rows = table
-    assert heading == ["base", "trials", "weights of a rank", "tokens/s of a device", "best accuracy", "at train seconds"]
-    assert rows == [["none", "3", "91 MiB", "1,000/s", "0.75", "9 s"], ["nf4", "2", "21 MiB", "750/s", "0.7", "5 s"]]
+    assert heading == ["base", "trials", "weights of a rank", "times the seconds of a token", "best accuracy", "at train seconds"]
+    # On two ranks only the whole base was tried: nothing is held against that.
+    assert rows == [["none", "3", "91 MiB", "1.00", "0.75", "9 s"], ["nf4", "2", "21 MiB", "1.33", "0.7", "5 s"]]
+
+
+def test_a_bases_pace_is_held_against_the_same_adapter_and_layout() -> None:
+    records = [
+        trial(0, "none", 0.7, 12.0, 90, 1000),
+        trial(1, "none", 0.7, 12.0, 90, 300, world_size=2),
+        trial(2, "nf4", 0.7, 12.0, 20, 500),
+        trial(3, "nf4", 0.7, 12.0, 20, 600, world_size=2),
+        trial(4, "int8", 0.7, 12.0, 30, 2000, recomputation="full"),
+        trial(5, "int8", 0.7, 12.0, 40, 2000, strategy="fsdp"),  # of one rank, which holds all
+    ]
+    table = bases_table(records, OBJECTIVES)
+    assert table is not None
+    # Twice as long on one rank, half as long on two.
+    assert [row[:4] for row in table[1]] == [
+        ["none", "2", "90 MiB", "1.00"],
+        ["int8", "2", "35 MiB", "-"],
+        ["nf4", "2", "20 MiB", "1.00"],
+    ]
 
 
 def test_one_base_is_compared_with_nothing() -> None:
