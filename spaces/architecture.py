@@ -11,6 +11,8 @@ DECODERS = (
     *("llama", "smollm3", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"),
     *("mixtral", "qwen3_moe", "gpt2"),
 )
+# What transformers calls layers with keys and values.
+ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 
 
@@ -37,6 +39,8 @@ class ModelShape:
     """Of a decoder, how many tokens a token sees at most, itself among them, in layers that see no more."""
     windowed_share: float = 0.0
     """Share of the layers that see no more."""
+    keeps_state: bool = False
+    """Whether there are layers that do not attend but keep a state, as Mamba's."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -63,6 +67,7 @@ class ModelShape:
             causal=_is_causal(str(sizes.get("model_type")), config),
             window=window_of(sizes),
             windowed_share=_windowed_share(sizes),
+            keeps_state=bool(stateful_layers(sizes)),
         )
 
     def squared(self, lengths: Any) -> Any:
@@ -81,6 +86,14 @@ def window_of(sizes: Mapping[str, Any]) -> int | None:
     """Return how many tokens a token sees at most, in some layers at least; None: all before it."""
     window = sizes.get("sliding_window") if sizes.get("use_sliding_window", True) else None
     return window if isinstance(window, int) and window > 0 else None
+
+
+def stateful_layers(sizes: Mapping[str, Any]) -> str:
+    """Return the kinds of layers that keep a state, in words; nothing where all attend."""
+    kinds = {*(sizes.get("layer_types") or ()), *(sizes.get("layers_block_type") or ())}
+    if others := sorted(kinds - ATTENTIONS):
+        return ", ".join(others)
+    return "of Mamba" if any(key.startswith(("mamba_", "ssm_")) or key == "state_size" for key in sizes) else ""
 
 
 def _windowed_share(sizes: Mapping[str, Any]) -> float:

@@ -44,11 +44,14 @@ class StepFlops:
     """Forward and backward, each product once: what MFU counts."""
     recomputed: TrainingFlops
     """What the backward pass computes a second time; HFU counts it too."""
+    is_whole: bool = True
+    """Whether all of it is known; what layers with a state compute beside their matrix products is not."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StepFlops:
         """Read back what `dataclasses.asdict` wrote."""
-        return cls(**{name: TrainingFlops(**part) for name, part in data.items()})
+        parts = {name: TrainingFlops(**data[name]) for name in ("model", "recomputed")}
+        return cls(**parts, is_whole=data.get("is_whole", True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,10 +81,9 @@ class LinearUse:
 class AttentionUse:
     """The products of attention over all layers."""
 
-    num_products: int
-    """Sum over the layers of `attention_products`."""
+    width: int
+    """Numbers of a head that are multiplied with one another for a token pair: sum over the products of all layers."""
     num_heads: int
-    head_dim: int
     causal: bool
     num_before: int = 0
     """Keys of a prefix, which every token sees beside those of its row."""
@@ -98,15 +100,16 @@ class AttentionUse:
 
     @property
     def _of_pair(self) -> float:
-        return 2.0 * self.num_products * self.num_heads * self.head_dim
+        return 2.0 * self.width * self.num_heads
 
 
-def attention_products(query_needs_grad: bool, key_needs_grad: bool, value_needs_grad: bool) -> int:
-    """Return the products of one layer: scores and weighted sum, and of the four backward those whose result is needed.
+def attention_products(query_needs_grad: bool, key_needs_grad: bool, value_needs_grad: bool) -> tuple[int, int]:
+    """Return the products of one layer that are as wide as its keys, and those that are as wide as its values.
 
-    Forward S = Q K' and O = P V; backward dV = P' dO, dP = dO V', dQ = dS K, dK = dS' Q. All of them: three times the forward.
+    Scores and weighted sum, and of the four backward those whose result is needed. Forward S = Q K' and O = P V; backward
+    dV = P' dO, dP = dO V', dQ = dS K, dK = dS' Q. All of them: three times the forward.
     """
-    return 2 + value_needs_grad + (query_needs_grad or key_needs_grad) + query_needs_grad + key_needs_grad
+    return 1 + query_needs_grad + key_needs_grad, 1 + value_needs_grad + (query_needs_grad or key_needs_grad)
 
 
 def training_flops(linears: Iterable[LinearUse], attention: AttentionUse) -> TrainingFlops:
@@ -120,7 +123,7 @@ def training_flops(linears: Iterable[LinearUse], attention: AttentionUse) -> Tra
 
 
 def recomputed_flops(linears: Iterable[LinearUse], attention: AttentionUse) -> TrainingFlops:
-    """Sum products that are computed once more; of attention, those of `attention.num_products`."""
+    """Sum products that are computed once more; of attention, those that `attention.width` sums."""
     uses = list(linears)
     return TrainingFlops(
         per_token=sum(use.forward_flops for use in uses if use.per == "token") + attention.flops_per_token,
@@ -144,7 +147,7 @@ def flops_of_blueprint(plan: Blueprint, recipe: Recipe) -> TrainingFlops:
         # Queries, keys and values, or one matrix for all three.
         query, key, value = [grad for _, grad in heads] * (3 // len(heads))
         grads = (query, key or num_before > 0, value or num_before > 0)
-        num_products += attention_products(*grads)
+        num_products += sum(attention_products(*grads))
         after = any(grads)
         for stage in plan.after_attention(is_last=layer == shape.num_layers - 1):
             uses, after = _uses(stage, recipe, after or needs_grad)
@@ -155,9 +158,8 @@ def flops_of_blueprint(plan: Blueprint, recipe: Recipe) -> TrainingFlops:
         uses, needs_grad = _uses((matrix,), recipe, needs_grad)
         linears += uses
     attention = AttentionUse(
-        num_products=num_products,
+        width=num_products * shape.head_dim,
         num_heads=shape.num_heads,
-        head_dim=shape.head_dim,
         causal=shape.causal,
         num_before=num_before,
     )
@@ -180,9 +182,8 @@ def recomputed_flops_of_blueprint(plan: Blueprint, config: TrialConfig) -> Train
         uses = [use for matrix in (*plan.attention_in, *later) for use in _with_adapter(matrix, recipe, True)]
         again += uses if plan.is_last_result_needed or is_computed else uses[:-1]
     attention = AttentionUse(
-        num_products=2 * len(recomputed) + plan.is_attention_fused * shape.num_layers,
+        width=(2 * len(recomputed) + plan.is_attention_fused * shape.num_layers) * shape.head_dim,
         num_heads=shape.num_heads,
-        head_dim=shape.head_dim,
         causal=shape.causal,
         num_before=num_prefix_tokens(recipe),
     )

@@ -234,8 +234,9 @@ class Trainer:
             if self.world.rank == 0:
                 state = {"config": self.config.to_dict(), "step": self.step}
                 self.checkpoints.save_final(Checkpoint(weights=weights, optimizer={}, state=state))
+        assert self.flops is not None  # a step was trained
         facts: dict[str, Any] = {
-            **details(self.world, self.config, self.memory),
+            **details(self.world, self.config, self.memory, self.flops),
             "distinct_rows": self._plan.num_distinct_rows,
             "train_rows": self.data.train.num_rows,
         }

@@ -35,6 +35,8 @@ STEP_PARTS = tuple(metrics.PART_SECONDS)
 # The median of fewer steady steps is that of single ones; the drift has one for every quarter.
 MEDIAN_STEPS = 5
 DRIFT_STEPS = 4 * MEDIAN_STEPS
+# Why there is no MFU whatever the device.
+UNCOUNTED = "not all FLOPs of layers that keep a state are counted"
 
 
 class StepTimer:
@@ -174,7 +176,8 @@ def speed(
 ) -> dict[str, float]:
     """Return the metrics that follow from step times and shapes; every rank must call it.
 
-    No `mfu` and `hfu` where the device's peak is unknown. What is compiled takes its time once, whatever the pace is then.
+    No `mfu` and `hfu` where the device's peak is unknown, and no FLOPs where not all of them are counted. What is compiled takes its
+    time once, whatever the pace is then.
     """
     seconds = [sum(step) for step in parts]
     total = train_seconds(seconds, sizes)
@@ -195,17 +198,44 @@ def speed(
         metrics.TOKENS_PER_SECOND: float(sizes.tokens.sum()) / total,
         metrics.SAMPLES_PER_SECOND: float(sizes.rows.sum()) / total,
         metrics.PADDING_FRACTION: 1 - float(sizes.tokens.sum() / sizes.padded_tokens.sum()),
-        metrics.FLOPS_PER_STEP: model / num_steps,
     }
+    if flops.is_whole:
+        result[metrics.FLOPS_PER_STEP] = model / num_steps
     if compiling:
         result[metrics.COMPILE_SECONDS] = compiling
     result |= {metrics.PART_SECONDS[part]: mean for part, mean in mean_parts(parts).items()}
     result |= disturbance(parts, sizes, world)
     peak, _ = device_peak(world.device, config.recipe.precision)
-    if peak is not None:
+    if peak is not None and flops.is_whole:
         result[metrics.MFU] = model / total / (peak * world.world_size)
         result[metrics.HFU] = (model + recomputed) / total / (peak * world.world_size)
     return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attended:
+    """One layer's attention."""
+
+    keys: int
+    """Width of a head's queries and keys."""
+    values: int
+    """Width of its values: another one where keys are compressed, as DeepSeek's are."""
+    of_keys: int
+    """Products forward and backward that are as wide as the keys."""
+    of_values: int
+    """Those that are as wide as the values."""
+    keeps_scores: bool = False
+    """Whether the backward pass has the scores of the forward pass: torch has no fused kernel for it."""
+
+    @classmethod
+    def of(cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Attended:
+        of_keys, of_values = attention_products(query.requires_grad, key.requires_grad, value.requires_grad)
+        keys, values = key.shape[-1], value.shape[-1]
+        return cls(keys=keys, values=values, of_keys=of_keys, of_values=of_values, keeps_scores=keys != values and not key.is_cuda)
+
+    @property
+    def width(self) -> int:
+        return self.keys * self.of_keys + self.values * self.of_values
 
 
 class CountingPass(TorchFunctionMode):
@@ -220,8 +250,8 @@ class CountingPass(TorchFunctionMode):
         # The head of a classifier is applied to every row, that of a language model to every target.
         self._num_targets = {num_rows, len(batch.targets)}
         self.linears: list[LinearUse] = []
-        self.attention: list[int] = []
-        """Of every layer's attention, the products forward and backward."""
+        self.attention: list[Attended] = []
+        """By layer."""
         self.num_entered = 0
 
     def __enter__(self) -> CountingPass:
@@ -251,7 +281,7 @@ class CountingPass(TorchFunctionMode):
         elif func is torch.addmm:
             self._note(args[1], args[2])
         elif func in (functional.scaled_dot_product_attention, attention_by_rows):
-            self.attention.append(attention_products(*(x.requires_grad for x in args[:3])))
+            self.attention.append(Attended.of(*args[:3]))
         elif getattr(func, "__name__", "") == "matmul" and isinstance(args[1]._base, torch.nn.Parameter):  # Falcon's, by hand
             self._note(args[0], args[1])
         elif getattr(func, "__name__", "") == "_grouped_mm":  # `functional.grouped_mm` calls it and is not seen itself
@@ -325,28 +355,28 @@ class FlopWatch:
         assert forward is not None
         assert again is not None
         self._forward = self._again = None
+        width = self._shape.head_dim
         if forward.attention:
-            # Fused attention keeps no scores: its backward pass computes one of the two products of the forward pass again.
-            products_again = 2 * len(again.attention) + sum(products > 2 for products in forward.attention)
+            # Fused attention keeps no scores: its backward pass computes them again.
+            fused = [layer for layer in forward.attention if not layer.keeps_scores and layer.of_keys + layer.of_values > 2]
+            width_again = sum(layer.keys + layer.values for layer in again.attention) + sum(layer.keys for layer in fused)
         else:
-            products_again = 2 * again.num_entered
-        layers = forward.attention or [attention_products(True, True, True)] * self._shape.num_layers
+            width_again = 2 * width * again.num_entered
+        of_keys, of_values = attention_products(True, True, True)
+        written_out = Attended(keys=width, values=width, of_keys=of_keys, of_values=of_values)
+        layers = forward.attention or [written_out] * self._shape.num_layers
         return StepFlops(
-            model=training_flops(forward.linears, self._attention(sum(layers))),
-            recomputed=recomputed_flops(again.linears, self._attention(products_again)),
+            model=training_flops(forward.linears, self._attention(sum(layer.width for layer in layers))),
+            recomputed=recomputed_flops(again.linears, self._attention(width_again)),
+            is_whole=not self._shape.keeps_state,
         )
 
-    def _attention(self, num_products: int) -> AttentionUse:
-        return AttentionUse(
-            num_products=num_products,
-            num_heads=self._shape.num_heads,
-            head_dim=self._shape.head_dim,
-            causal=self._shape.causal,
-            num_before=self._num_before,
-        )
+    def _attention(self, width: int) -> AttentionUse:
+        shape = self._shape
+        return AttentionUse(width=width, num_heads=shape.num_heads, causal=shape.causal, num_before=self._num_before)
 
 
-def details(world: World, config: TrialConfig, memory: MemoryMeter) -> dict[str, Any]:
+def details(world: World, config: TrialConfig, memory: MemoryMeter, flops: StepFlops) -> dict[str, Any]:
     """Return what a reader needs to trust the numbers; every rank calls it, and all get the same."""
     peak, source = device_peak(world.device, config.recipe.precision)
     measured = memory.measured()
@@ -356,7 +386,7 @@ def details(world: World, config: TrialConfig, memory: MemoryMeter) -> dict[str,
         "memory_by_rank": world.gather(None if measured is None else measured.to_dict()),
         "mfu_convention": CONVENTION,
         "peak_flops_per_second": peak,
-        "peak_source": source,
+        "peak_source": source if flops.is_whole else UNCOUNTED,
         "threads": torch.get_num_threads(),
         "versions": package_versions(),
     }

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicLayer
 
+from spaces.architecture import stateful_layers
 from trainables.parallelize import blocks_of
 from trainables.report import TrialError
 
@@ -24,8 +25,6 @@ from peft import PeftModelForCausalLM, PrefixTuningConfig, TaskType, get_peft_mo
 
 # As PEFT calls the cache, and transformers did.
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
-# What transformers calls layers with keys and values.
-ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
 
 class PrefixedModel(PeftModelForCausalLM):
@@ -88,9 +87,8 @@ def add_prefix(module: Any, num_tokens: int) -> PrefixedModel:
 
 def _why_not(sizes: Mapping[str, Any]) -> str:
     """Return in words why not all layers of a model have keys and values of one width; nothing where they have."""
-    kinds = {*(sizes.get("layer_types") or ()), *(sizes.get("layers_block_type") or ())}
-    if (others := sorted(kinds - ATTENTIONS)) or any(key.startswith(("mamba_", "ssm_")) or key == "state_size" for key in sizes):
-        return f"this model's keep a state ({', '.join(others) or 'of Mamba'})"
+    if others := stateful_layers(sizes):
+        return f"this model's keep a state ({others})"
     if sizes.get("kv_lora_rank"):
         return "this model's compress them"
     if any({"head_dim", "num_key_value_heads"} & own.keys() for own in (sizes.get("per_layer_config") or {}).values()):

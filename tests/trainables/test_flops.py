@@ -202,10 +202,29 @@ def test_products_that_a_model_writes_out_by_hand_are_counted() -> None:
     assert total(seen.model, [LENGTH] * ROWS, "falcon", len(batch.targets)) == pytest.approx(theirs, rel=0.01)
 
 
+@pytest.mark.parametrize("targets", [None, ("all-linear",), ("q_b_proj",)])
+@pytest.mark.parametrize("recomputation", ["none", "full"])
+def test_keys_and_values_of_other_widths_cost_what_each_is_wide(recomputation: str, targets: tuple[str, ...] | None) -> None:
+    """DeepSeek's: its keys are compressed, with a part for the positions."""
+    ranks = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "head_dim": 8, "qk_nope_head_dim": 32, "v_head_dim": 12}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 3}
+    module = make("deepseek_v3", "causal-lm", num_attention_heads=4, num_key_value_heads=4, **ranks, **experts)
+    lengths, batch = [LENGTH] * ROWS, make_batch("causal-lm", [LENGTH] * ROWS)
+    theirs, seen = counted(module, "causal-lm", batch, trial(targets, recomputation), is_hardware=recomputation == "full")
+    parts = [total(part, lengths, "deepseek_v3", len(batch.targets)) for part in (seen.model, seen.recomputed)]
+    assert sum(parts[: 1 + (recomputation == "full")]) == pytest.approx(theirs, rel=0.01)
+    assert seen.is_whole
+
+
+def test_of_layers_that_keep_a_state_not_all_is_counted() -> None:
+    module = make("mamba", "causal-lm")
+    assert not counted(module, "causal-lm", make_batch("causal-lm", [LENGTH]), trial(None))[1].is_whole
+
+
 def test_causal_attention_costs_half_and_a_frozen_weight_four() -> None:
-    products = 2 * attention_products(True, True, True)
-    whole = AttentionUse(num_products=products, num_heads=4, head_dim=8, causal=False)
-    half = AttentionUse(num_products=products, num_heads=4, head_dim=8, causal=True)
+    width = 2 * sum(attention_products(True, True, True)) * 8
+    whole = AttentionUse(width=width, num_heads=4, causal=False)
+    half = AttentionUse(width=width, num_heads=4, causal=True)
     assert half.flops == whole.flops / 2 == 12 * 2 * 4 * 8 / 2
     assert LinearUse(num_weights=10, per="token", input_needs_grad=True, weight_needs_grad=False).flops == 4 * 10
 
