@@ -15,7 +15,7 @@ from spaces.metrics import TOKENS_PER_SECOND
 from spaces.spec import Objective
 
 ALIKE = "they differ in other knobs too, and `paretune compare-methods` compares what is alike in all else"
-NOTE = "Trials of one base differ in other knobs too; `paretune compare-methods` compares bases alike in all else."
+NOTE = f"Of trials of one base: {ALIKE}."
 
 
 def adapter_lines(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[str]:
