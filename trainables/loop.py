@@ -44,8 +44,6 @@ CHECK_STEPS = 16
 EVALUATION_SHARE = 0.02
 # What a checkpoint takes before one was written: a weight and AdamW's two moments, at the pace of a slow disk.
 STATES, SAVED_BYTES_PER_SECOND = 3, 200e6
-
-
 # What else says that memory ran out, without a class of its own: torch's allocators of a CPU and of pinned memory, CUDA's driver,
 # cuBLAS and NCCL.
 FULL = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
@@ -176,6 +174,7 @@ class Trainer:
         self.num_steps = self._plan.num_steps
         self.rungs = {*rung_steps(rungs, self.num_steps), self.num_steps}
         self.step = 0
+        self._ahead: dict[int, list[Batch]] = {}  # of the next step, by its number
         self._losses = torch.zeros(self.num_steps, device=world.device)
         self._global_losses: list[float] = []
         self.flops: StepFlops | None = None
@@ -194,8 +193,7 @@ class Trainer:
                 group["lr"] = rate
             # DDP and FSDP2 average gradients over the ranks; the loss is a mean over the whole global batch.
             scale = self._rows_world.world_size / self._plan.num_targets(self.step)
-            # Made while a GPU computes the step before, for which nothing here waits.
-            micro_batches = [b.to(self.world.device) for b in self._plan.micro_batches(self.step, self._rows_world.rank)]
+            micro_batches = self._ahead.pop(self.step, None) or self._micro_batches(self.step)
             mark("data")
             for i, batch in enumerate(micro_batches, start=1):
                 runs_as_written = as_written(self._runs_as_written(batch, is_disturbed))
@@ -211,9 +209,15 @@ class Trainer:
             for rows in self._idle_rows:
                 rows.scale *= 1 - rate * recipe.weight_decay
             mark("optimizer")
+            # While a GPU computes this step, and before anything waits for that: the next finds its batches on the device.
+            self._ahead = {n: self._micro_batches(n) for n in (self.step + 1,) if n < self.num_steps}
+            mark("data")
         self.step += 1
         if self.step % CHECK_STEPS == 0 or self.step in self.rungs:
             self._collect_losses()
+
+    def _micro_batches(self, step: int) -> list[Batch]:
+        return [batch.to(self.world.device) for batch in self._plan.micro_batches(step, self._rows_world.rank)]
 
     def step_parts(self) -> list[list[float]]:
         """Return the seconds of every step so far, by `STEP_PARTS`."""

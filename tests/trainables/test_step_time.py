@@ -20,10 +20,10 @@ from tiny import make_model
 from spaces.config import TrialConfig
 from spaces.fidelity import PROFILE_STEPS as NUM_STEPS
 from spaces.space import SpaceSpec
-from trainables.batching import BatchPlan, StepSizes
+from trainables.batching import Batch, BatchPlan, StepSizes
 from trainables.checkpoint import CheckpointStore, read_checkpoint
 from trainables.data import TaskData, TokenTable
-from trainables.loop import Command, train
+from trainables.loop import Command, Trainer, train
 from trainables.loss import TrainingLoss
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
@@ -124,13 +124,12 @@ def test_of_a_trial_of_few_steps_what_the_first_ones_take_counts_nowhere(
     """As of a profile, beside which it stands on the front; and it learns what it would without further steps."""
     data, base = token_data(), BaseModel.load(str(make_model(tmp_path / "model")), None, "sequence-classification", ("a", "b", "c"))
     params = {**SpaceSpec().first(), "dataset_fraction": 0.1, "global_batch_size": 9, "lora_rank": 2, "epochs": float(num_steps)}
-    clock, num_made, collated = [0.0], [0], BatchPlan.micro_batches
+    clock, num_trained, backward = [0.0], [0], Trainer._backward
 
-    def slow(self: BatchPlan, step: int, rank: int) -> list[object]:
-        batches = collated(self, step, rank)
-        clock[0] += 1e-5 * sum(batch.input_ids.numel() for batch in batches) * (9 if num_made[0] < WARMUP_STEPS - 1 else 1)
-        num_made[0] += 1
-        return batches
+    def slow(self: Trainer, batch: Batch, *how: Any) -> torch.Tensor:
+        clock[0] += 1e-5 * batch.input_ids.numel() * (9 if num_trained[0] < WARMUP_STEPS - 1 else 1)
+        num_trained[0] += 1
+        return backward(self, batch, *how)
 
     def final(directory: Path) -> tuple[TrialReport, dict[str, torch.Tensor]]:
         store = CheckpointStore(tmp_path / directory)
@@ -139,10 +138,10 @@ def test_of_a_trial_of_few_steps_what_the_first_ones_take_counts_nowhere(
         return last, read_checkpoint(tmp_path / directory / "final").weights
 
     with monkeypatch.context() as patched:
-        patched.setattr(BatchPlan, "micro_batches", slow)
+        patched.setattr(Trainer, "_backward", slow)
         patched.setattr("trainables.meter.time.perf_counter", lambda: clock[0])
         timed, weights = final(Path("timed"))
-    assert num_made == [max(num_steps, MIN_TIMED_STEPS)]
+    assert num_trained == [max(num_steps, MIN_TIMED_STEPS)], "of one micro batch each"
     config = TrialConfig.from_params(params)
     padded = BatchPlan(config, data, packing_for(base.module, config, data)).sizes().padded_tokens
     assert timed.metrics["train_seconds"] == pytest.approx(1e-5 * padded.sum())
@@ -181,14 +180,13 @@ def measured(
     weights = {name: value.clone() for name, value in base.module.state_dict().items()}
     params = {**SpaceSpec().first(), "dataset_fraction": 0.1, "global_batch_size": 8, "lora_rank": 2}
     config = TrialConfig.from_params(params)
-    collated, follow = BatchPlan.micro_batches, MemoryMeter.follow
+    backward, follow = Trainer._backward, MemoryMeter.follow
 
-    def slow(self: BatchPlan, step: int, rank: int) -> list[object]:
-        batches = collated(self, step, rank)
-        seconds = 1 + 0.01 * sum(batch.input_ids.numel() for batch in batches)
-        clock[0] += seconds * (slow_down if len(steps) >= slow_from else 1)
-        steps.append(step)
-        return batches
+    def slow(self: Trainer, batch: Batch, *how: Any) -> torch.Tensor:
+        """Be a step's one micro batch."""
+        clock[0] += (1 + 0.01 * batch.input_ids.numel()) * (slow_down if len(steps) >= slow_from else 1)
+        steps.append(self.step)
+        return backward(self, batch, *how)
 
     @contextmanager
     def noted(self: MemoryMeter) -> Iterator[bool]:
@@ -197,7 +195,7 @@ def measured(
             followed.extend(steps[-1:] if is_disturbed else [])
 
     with monkeypatch.context() as patched:
-        patched.setattr(BatchPlan, "micro_batches", slow)
+        patched.setattr(Trainer, "_backward", slow)
         patched.setattr(MemoryMeter, "follow", noted)
         patched.setattr("trainables.meter.time.perf_counter", lambda: clock[0])
         profile = measure_step(config, data, base, World.alone())
@@ -212,7 +210,7 @@ def test_a_profile_is_the_line_of_the_real_step(tmp_path: Path, monkeypatch: pyt
     assert profile["num_steps"] == NUM_STEPS - 1 - num_warmup(NUM_STEPS - 1)
     assert profile["fixed_seconds"] == pytest.approx(1.0)
     assert profile["seconds_per_token"] == pytest.approx(0.01)
-    assert profile["part_seconds"]["data"] == pytest.approx(sum(profile["part_seconds"].values()))
+    assert profile["part_seconds"]["forward"] == pytest.approx(sum(profile["part_seconds"].values()))
     assert profile["num_nodes"] == 1
     assert "rank_spread" not in profile, "there is one rank"
 
@@ -231,7 +229,7 @@ def test_the_largest_step_is_trained_wherever_it_lies_and_its_time_counts_nowher
     assert found.steps == [*range(NUM_STEPS - 1), largest]
     assert found.followed == ([largest] if is_followed else [])
     assert found.profile["num_steps"] == NUM_STEPS - 1 - num_warmup(NUM_STEPS - 1)
-    assert found.profile["part_seconds"]["data"] < 3, "the one that takes nine times as long would show in a mean"
+    assert found.profile["part_seconds"]["forward"] < 3, "the one that takes nine times as long would show in a mean"
 
 
 def test_a_machine_that_is_busy_for_a_quarter_of_the_steps_shows_in_the_profile(

@@ -50,6 +50,28 @@ class ReadsBack(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_the_next_steps_batches_are_made_before_anything_waits_for_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(family="llama", adapter="all-linear")
+    trainer = Trainer(case.config(1), case.data(6), case.base(), World.alone(), checkpoints=None)
+    made, collect = [], trainer._collect_losses
+    monkeypatch.setattr("trainables.loop.CHECK_STEPS", 1)  # every step ends with a look at its loss
+    micro_batches = trainer._plan.micro_batches
+
+    def noted(step: int, rank: int) -> Any:
+        made.append(step)
+        return micro_batches(step, rank)
+
+    def after(*_: Any) -> None:
+        assert made == list(range(min(trainer.step + 1, trainer.num_steps))), "each once, and the next one's too"
+        collect()
+
+    monkeypatch.setattr(trainer._plan, "micro_batches", noted)
+    monkeypatch.setattr(trainer, "_collect_losses", after)
+    while trainer.step < trainer.num_steps:
+        trainer.train_step()
+    assert trainer.num_steps > 2
+
+
 METHODS = ("lora", "dora", "vera", "ia3", "oft", "bottleneck")
 CASES = [
     *(Case(family=f) for f in FAMILIES if f not in NOT_PACKED),
