@@ -44,43 +44,11 @@ def long_spec(directory: Path, **space: object) -> Path:
         "world_size": 1,
     }
     path = make_spec(directory, space={**base, **space}, budget={"trials": 3}, resources={"workers": 2})
-    make_rows(directory / "train.csv", num_rows=1500)
+    make_rows(directory / "train.csv", num_rows=1200)
     return path
 
 
-def test_resume_after_kill_9_of_the_driver_loses_and_repeats_no_trial(tmp_path: Path) -> None:
-    spec = long_spec(tmp_path)
-    ledger = tmp_path / "runs/tiny/ledger.jsonl"
-    driver = start("search", str(spec), cwd=tmp_path)
-    wait_for(lambda: sum(e["event"] == "trial_finished" for e in events(ledger)) >= 1, driver)
-    wait_for(lambda: events(ledger)[-1]["event"] == "trial_reported", driver)
-    children = psutil.Process(driver.pid).children(recursive=True)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    psutil.wait_procs(children, timeout=60)
-    before = events(ledger)
-
-    resumed = start("resume", "tiny", "--directory", "runs", cwd=tmp_path)
-    assert resumed.wait(400) == 0, (tmp_path / "driver.log").read_text()[-3000:]
-    after = events(ledger)
-    assert after[: len(before)] == before
-    finished = [e["number"] for e in after if e["event"] == "trial_finished"]
-    assert len(finished) == len(set(finished)) == 3
-    started = [e["number"] for e in after if e["event"] == "trial_started"]
-    assert sorted(started) == sorted(finished), "a trial was lost or proposed twice"
-
-    import mlflow
-
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
-    experiment = client.get_experiment_by_name("paretune")
-    runs = client.search_runs([experiment.experiment_id])
-    parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
-    trials = [r for r in runs if r.data.tags.get("kind") == "trial"]
-    assert [p.info.status for p in parents] == ["FINISHED"]
-    assert sorted(t.info.status for t in trials) == ["FINISHED"] * 3
-
-
-def test_an_interrupted_search_saves_what_is_in_flight_and_goes_on_from_there(tmp_path: Path) -> None:
+def test_a_search_that_is_interrupted_and_then_killed_loses_and_repeats_no_trial(tmp_path: Path) -> None:
     spec = long_spec(tmp_path)
     ledger = tmp_path / "runs/tiny/ledger.jsonl"
     driver = start("search", str(spec), cwd=tmp_path)
@@ -89,24 +57,40 @@ def test_an_interrupted_search_saves_what_is_in_flight_and_goes_on_from_there(tm
     assert driver.wait(120) == 130
     log = (tmp_path / "driver.log").read_text()
     assert "`paretune resume tiny --directory runs` goes on" in log
-    before = events(ledger)
-    assert before[-1]["event"] == "search_cut_short"
-    assert any(seconds > 0 for seconds in before[-1]["held_seconds"].values())
-    in_flight = {e["number"] for e in before if e["event"] == "trial_started"}
-    in_flight -= {e["number"] for e in before if e["event"] == "trial_finished"}
+    interrupted = events(ledger)
+    assert interrupted[-1]["event"] == "search_cut_short"
+    assert any(seconds > 0 for seconds in interrupted[-1]["held_seconds"].values())
+    in_flight = {e["number"] for e in interrupted if e["event"] == "trial_started"}
+    in_flight -= {e["number"] for e in interrupted if e["event"] == "trial_finished"}
     saved = {n: max(_saved_steps(tmp_path / f"runs/tiny/trials/{n:04d}"), default=0) for n in in_flight}
-    rungs = {e["report"]["step"] for e in before if e["event"] == "trial_reported"}
+    rungs = {e["report"]["step"] for e in interrupted if e["event"] == "trial_reported"}
     assert set(saved.values()) - rungs - {0}, f"nothing was saved at the signal: {saved}, rungs {rungs}"
     assert _parent(tmp_path).info.status == "KILLED"
+
+    driver = start("resume", "tiny", "--directory", "runs", cwd=tmp_path)
+    wait_for(lambda: sum(e["event"] == "trial_finished" for e in events(ledger)) >= 1, driver)
+    wait_for(lambda: events(ledger)[-1]["event"] == "trial_reported", driver)
+    children = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    psutil.wait_procs(children, timeout=60)
+    killed = events(ledger)
+    assert killed[: len(interrupted)] == interrupted
+    again = [e for e in killed[len(interrupted) :] if e["event"] == "trial_reported" and e["number"] in saved]
+    assert again
+    assert all(e["report"]["step"] > saved[e["number"]] for e in again), "a trial began again"
 
     resumed = start("resume", "tiny", "--directory", "runs", cwd=tmp_path)
     assert resumed.wait(400) == 0, (tmp_path / "driver.log").read_text()[-3000:]
     after = events(ledger)
-    assert after[: len(before)] == before
-    again = [e for e in after[len(before) :] if e["event"] == "trial_reported" and e["number"] in saved]
-    assert all(e["report"]["step"] > saved[e["number"]] for e in again), "a trial began again"
+    assert after[: len(killed)] == killed
+    finished = [e["number"] for e in after if e["event"] == "trial_finished"]
+    assert len(finished) == len(set(finished)) == 3
     assert [e["state"] for e in after if e["event"] == "trial_finished"] == ["COMPLETE"] * 3
+    started = [e["number"] for e in after if e["event"] == "trial_started"]
+    assert sorted(started) == sorted(finished), "a trial was lost or proposed twice"
     assert _parent(tmp_path).info.status == "FINISHED"
+    assert sorted(run.info.status for run in _runs(tmp_path, "tags.kind = 'trial'")) == ["FINISHED"] * 3
 
 
 def _saved_steps(trial: Path) -> list[int]:
@@ -114,47 +98,44 @@ def _saved_steps(trial: Path) -> list[int]:
 
 
 def _parent(directory: Path) -> Any:
+    (parent,) = (run for run in _runs(directory, "") if "mlflow.parentRunId" not in run.data.tags)
+    return parent
+
+
+def _runs(directory: Path, filter_string: str) -> list[Any]:
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{directory}/runs/mlflow.db")
     experiment = client.get_experiment_by_name("paretune")
-    (parent,) = client.search_runs([experiment.experiment_id], "tags.kind = 'search'")
-    return parent
+    return list(client.search_runs([experiment.experiment_id], filter_string))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_killed_worker_costs_only_steps_and_the_weights_are_those_of_an_undisturbed_run(tmp_path: Path, strategy: str) -> None:
-    weights = {}
-    for name in ("undisturbed", "killed"):
-        directory = tmp_path / name
-        spec = long_spec(directory, learning_rate=3.0e-3, world_size=2, strategy=strategy, epochs=2)
-        ledger = directory / "runs/tiny/ledger.jsonl"
-        driver = start("search", str(spec), "--set", "budget.trials=1", cwd=directory)
-        if name == "killed":
-            trials = directory / "runs/tiny/trials"
-            wait_for(lambda trials=trials: any(trials.glob("*/step-*")), driver)
-            victim = _actors(driver.pid, "RayTrainWorker")[-1]
-            victim.send_signal(signal.SIGKILL)
-        assert driver.wait(400) == 0, (directory / "driver.log").read_text()[-3000:]
-        (finish,) = [e for e in events(ledger) if e["event"] == "trial_finished"]
-        assert finish["state"] == "COMPLETE"
-        assert finish["attempts"] == (2 if name == "killed" else 1)
-        (file,) = (directory / "runs/tiny/trials").glob("*/final/weights.safetensors")
-        weights[name] = file.read_bytes()
-    assert weights["killed"] == weights["undisturbed"]
+@pytest.mark.parametrize(("strategy", "victims"), [("ddp", ["RayTrainWorker", "TrainController"]), ("fsdp", ["RayTrainWorker"])])
+def test_a_killed_process_costs_only_steps_and_the_weights_are_those_of_an_undisturbed_trial(
+    tmp_path: Path, strategy: str, victims: list[str]
+) -> None:
+    """Trials of one recipe one after the other, for each takes both workers; of all but the first a process is killed.
 
-
-def test_a_killed_controller_gives_its_workers_back(tmp_path: Path) -> None:
-    spec = long_spec(tmp_path, world_size=2, epochs=2)
-    ledger = tmp_path / "runs/tiny/ledger.jsonl"
-    driver = start("search", str(spec), "--set", "budget.trials=1", cwd=tmp_path)
-    wait_for(lambda: any(e["event"] == "trial_reported" for e in events(ledger)), driver)
-    (victim,) = _actors(driver.pid, "TrainController")
-    victim.send_signal(signal.SIGKILL)
+    What they learn and cost is the same, so that the front has all of them, and the weights of all are kept.
+    """
+    spec = long_spec(tmp_path, adapter="lora", learning_rate=3.0e-3, world_size=2, strategy=strategy, epochs=2)
+    same = ["reuse=false", "objectives=[{metric: eval_loss}, {metric: flops_per_step}]", f"budget.trials={1 + len(victims)}"]
+    driver = start("search", str(spec), *(part for setting in same for part in ("--set", setting)), cwd=tmp_path)
+    trials = tmp_path / "runs/tiny/trials"
+    for number, name in enumerate(victims, start=1):
+        wait_for(lambda number=number: any((trials / f"{number:04d}").glob("step-*")), driver)
+        _actors(driver.pid, name)[-1].send_signal(signal.SIGKILL)
     assert driver.wait(400) == 0, (tmp_path / "driver.log").read_text()[-3000:]
-    (finish,) = [e for e in events(ledger) if e["event"] == "trial_finished"]
-    # Both workers of the machine were taken: nothing could have gone on without them.
-    assert (finish["state"], finish["attempts"]) == ("COMPLETE", 2)
+    ends = [e for e in events(tmp_path / "runs/tiny/ledger.jsonl") if e["event"] == "trial_finished"]
+    # A killed controller gives its workers back: without them no later attempt could have trained.
+    assert [(e["number"], e["state"], e["attempts"]) for e in ends] == [
+        (0, "COMPLETE", 1),
+        *((number, "COMPLETE", 2) for number in range(1, len(ends))),
+    ]
+    assert len(ends) == 1 + len(victims)
+    assert len({e["values"]["eval_loss"] for e in ends}) == 1
+    weights = [(trials / f"{e['number']:04d}/final/weights.safetensors").read_bytes() for e in ends]
+    assert all(each == weights[0] for each in weights)
 
 
 def _actors(driver: int, name: str) -> list[psutil.Process]:
