@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,7 +123,7 @@ def _wait_for_nodes(address: str, count: int, env: dict[str, str], cwd: Path) ->
 
 
 @pytest.mark.slow
-def test_a_submitted_search_trains_one_trial_over_two_nodes(two_nodes: TwoNodes, tmp_path: Path) -> None:
+def test_a_submitted_search_trains_over_two_nodes_and_without_the_token_nobody_gets_in(two_nodes: TwoNodes, tmp_path: Path) -> None:
     working_dir = tmp_path / "project"
     make_spec(
         working_dir,
@@ -155,12 +157,6 @@ def test_a_submitted_search_trains_one_trial_over_two_nodes(two_nodes: TwoNodes,
         assert len(nodes) == 2, f"both ranks sat on one node: {trial['details']['process_map']}"
     assert re.search(r"trial \d{4} COMPLETE", done.stdout + done.stderr)
 
-
-@pytest.mark.slow
-def test_without_the_token_nobody_gets_in(two_nodes: TwoNodes, tmp_path: Path) -> None:
-    import urllib.error
-    import urllib.request
-
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{two_nodes.job_server}/api/jobs/", timeout=10)
     assert refused.value.code == 401
@@ -168,8 +164,7 @@ def test_without_the_token_nobody_gets_in(two_nodes: TwoNodes, tmp_path: Path) -
     other = tmp_path / "other"
     other.write_text("b" * 64)
     env = {**two_nodes.env, "RAY_ADDRESS": two_nodes.address, "RAY_AUTH_TOKEN_PATH": str(other)}
-    make_spec(tmp_path / "project")
-    command = [sys.executable, "-m", "search.cli", "search", str(tmp_path / "project/spec.yaml")]
+    command = [sys.executable, "-m", "search.cli", "search", str(working_dir / "spec.yaml"), "--set", "name=other"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, cwd=tmp_path, check=False)
     assert done.returncode == 2, done.stderr[-2000:]
     assert f"error: RAY_ADDRESS: the Ray cluster at {two_nodes.address} lets nobody in" in done.stderr
