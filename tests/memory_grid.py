@@ -353,26 +353,33 @@ def measured(case: Case, config: TrialConfig, world: World, num_steps: int | Non
     batch = case.batch()
     trained = trainable(module)
     optimizer, exchange = make_optimizer(trained, config.recipe), GradientExchange(module)
-    # The optimizer's state is there from the second step on.
+
+    def step() -> None:
+        for i in range(1, case.num_micro_batches + 1):
+            with exchange.passing(is_last=i == case.num_micro_batches):
+                with autocast(config, world):
+                    loss = TrainingLoss(case.task)(module, batch)
+                loss.backward()
+                del loss
+        sum_partial_gradients(trained.values(), summing(world.tensor_parallel(config.layout), None))
+        update(optimizer, trained.values())
+        exchange.end_step(optimizer)
+
+    # To follow a step takes longer than the step, and the optimizer's state is there from the second on.
+    step()
     is_here = config.layout.offload == "none"
     follower = LiveBytes(is_resized=isinstance(module, FSDPModule)) if is_here else OnDevice(module, optimizer)
     with follower as tensors:
-        for part in (*module.parameters(), *module.buffers()):
+        states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        for part in (*module.parameters(), *module.buffers(), *states, *gradients):
             tensors.hold(part)
         peaks = []
-        for _ in range(num_steps):
+        for _ in range(num_steps - 1):
             tensors.peak = 0
-            for i in range(1, case.num_micro_batches + 1):
-                with exchange.passing(is_last=i == case.num_micro_batches):
-                    with autocast(config, world):
-                        loss = TrainingLoss(case.task)(module, batch)
-                    loss.backward()
-                    del loss
-            sum_partial_gradients(trained.values(), summing(world.tensor_parallel(config.layout), None))
-            update(optimizer, trained.values())
-            exchange.end_step(optimizer)
+            step()
             peaks.append(tensors.peak)
-    return min(peaks[1:]), sum(p.numel() for p in trained.values())
+    return min(peaks), sum(p.numel() for p in trained.values())
 
 
 def peaks_of_second_steps(world: World, cases: list[Case], strategy: str) -> list[int]:
