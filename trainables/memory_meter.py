@@ -77,8 +77,9 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.hold(leaf)
         if self._is_resized:
+            sizes = self._sizes
             for key, reference in list(self._held.items()):
-                if (storage := reference()) is not None:
+                if (storage := reference()) is not None and storage.nbytes() != sizes[key]:
                     self._weigh(key, storage)
         self.peak = max(self.peak, self.now())
         return out
