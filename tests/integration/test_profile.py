@@ -11,7 +11,7 @@ from tiny import make_spec
 
 
 @pytest.mark.slow
-def test_a_space_is_profiled_once_and_a_search_predicts_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_space_is_profiled_and_a_search_predicts_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from search.ledger import Ledger, replay
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -30,11 +30,9 @@ def test_a_space_is_profiled_once_and_a_search_predicts_from_it(tmp_path: Path, 
     assert all(row["is_new"] and row["tokens_per_second"] > 0 for row in rows)
     files = list((tmp_path / "cache/paretune/step_profiles").iterdir())
     assert len(files) == 2
-    table = paretune("profile", spec, cwd=tmp_path).stdout
-    assert table.count("before") == sum(not row["noise"] for row in rows), "measured once, unless that was noisy"
     done = paretune("search", spec, cwd=tmp_path)
     records = replay(Ledger(tmp_path / "runs/tiny/ledger.jsonl").events()).records.values()
-    assert {record.predicted["time_source"] for record in records} == {"profile"}
+    assert {record.predicted["time_source"] for record in records} == {"profile"}, "another process did not find what was kept"
     assert "train seconds from a profile: 2 trials, median error" in done.stdout
     assert "tensor bytes from a formula: 2 trials, median error" in done.stdout
     errors = [sum(r.predicted["memory"].values()) / tensors(r.details["memory_by_rank"]) - 1 for r in records]

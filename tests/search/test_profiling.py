@@ -97,7 +97,9 @@ def test_a_noisy_profile_is_named_and_measured_again(tmp_path: Path, monkeypatch
     assert (quiet["is_new"], quiet["noise"], workers.num_jobs) == (True, "", 2)
     again = profile(num_nodes=2)
     assert (again["is_new"], workers.num_jobs) == (False, 0)
-    assert "NOISY" not in render_profiles([quiet, again])
+    table = render_profiles([quiet, again])
+    assert "NOISY" not in table
+    assert (table.count(" now"), table.count(" before")) == (1, 1)
 
 
 def test_a_profile_is_kept_for_the_nodes_that_its_ranks_were_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
