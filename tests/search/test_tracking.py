@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from search.ledger import replay
 from search.pareto import front
 from search.tracked import load_search
 from search.tracking import Tracker, TrackingError
+from search.ui import ENVIRONMENT
 
 EVENTS = [
     *synthetic_events(8),
@@ -224,6 +226,7 @@ class _Server:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "server", *stores, *where],
             cwd=self._root,
+            env={**os.environ, **ENVIRONMENT},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
