@@ -30,8 +30,9 @@ test: $(VENV)/.installed
 
 ## make slow: the tests that need minutes: real searches, kills, two nodes, four ranks, grids
 slow: $(VENV)/.installed
-# One at a time: most of these start two processes and more.
-	$(BIN)/python -m pytest -m slow
+# Of models alone, most of which are one process with one thread, two files at a time; what starts a Ray one at a time.
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/trainables tests/equivalence
+	$(BIN)/python -m pytest -m slow --ignore=tests/trainables --ignore=tests/equivalence
 
 ## make check: lint, format, types
 check: $(VENV)/.installed
