@@ -56,7 +56,6 @@ def trained(case: Case, compile: str, data: TaskData | None = None, *, is_packed
     ("adapter", "recomputation", "quantization"),
     [
         ("all-linear", "none", "none"),
-        pytest.param("none", "full", "none", marks=pytest.mark.slow),
         pytest.param("all-linear", "half", "none", marks=pytest.mark.slow),
         *(pytest.param("all-linear", "none", q, marks=pytest.mark.slow) for q in ("nf4", "int8", "float8")),
     ],
