@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -202,11 +203,12 @@ def _usage(results: Results, recipe: Recipe, unquantized: Sequence[str], *, is_a
 def _prompting(results: Results) -> list[str]:
     """Return how a prompt is to be given, which the model has learned one way alone."""
     form = str((results.state.started or {}).get("data", {}).get("format", ""))
-    if form.startswith("prompt and completion"):
-        return ['It was trained on prompts that end with one line break more, and completions behind it: give it `prompt + "\\n"`.']
-    if form.startswith("messages"):
-        return ["It was trained on chats in the tokenizer's template: give it `tokenizer.apply_chat_template(messages, ...)`."]
-    return []
+    lines = {
+        "prompt and completion": 'prompts that end with one line break more, and completions behind it: give it `prompt + "\\n"`.',
+        "messages": "chats in the tokenizer's template: give it `tokenizer.apply_chat_template(messages, ...)`.",
+    }
+    # Of several domains each has its own.
+    return [f"It was trained on {line}" for kind, line in lines.items() if re.search(rf"(^|: ){kind} \(", form)]
 
 
 def _provenance(results: Results, record: TrialRecord) -> str:

@@ -180,3 +180,9 @@ def test_the_card_says_how_a_prompt_is_given(tmp_path: Path, columns: Columns, t
     card = model_card(results, results.state.records[number], is_merged=False, scores={})
     assert told in card
     assert ("It was trained on" in card) == bool(told)
+    # One domain of several.
+    events[0]["data"]["format"] = f"news: text (messages); own: {columns.describe()}"
+    results = results_of(replay(events), load_spec(make_spec(tmp_path)).spec)
+    card = model_card(results, results.state.records[number], is_merged=False, scores={})
+    assert told in card
+    assert ("It was trained on" in card) == bool(told)

@@ -103,6 +103,12 @@ def test_mlflow_holds_one_parent_and_one_run_per_trial(tracked: Tracked) -> None
         assert run.info.status == {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}[record.state]
         history = client.get_metric_history(run.info.run_id, "eval/accuracy")
         assert [point.step for point in history] == [report["step"] for report in record.reports]
+        curve = client.get_metric_history(run.info.run_id, "train/loss")
+        losses = record.reports[-1]["details"]["train_losses"] if record.reports else []
+        assert sorted((point.step, point.value) for point in curve) == [(4 * n, loss) for n, loss in enumerate(losses, start=1)]
+    for run in (parent, *trials.values()):
+        (told,) = run.inputs.dataset_inputs
+        assert (told.dataset.name, told.dataset.digest) == ("made/up.csv", "f00d")
     placed = next(event["time"] for event in EVENTS if event["event"] == "trial_placed")
     info = trials["trial-0000"].info
     assert (info.end_time - info.start_time) / 1000 == pytest.approx(STATE.records[0].finished_at - placed, abs=0.01)
