@@ -27,7 +27,7 @@ SEARCH_TAG, TRIAL_TAG, RECORD_TAG = "paretune.search", "paretune.trial", "paretu
 # Of a run that confirms a trial: its seed, and the event of the ledger.
 SEED_TAG, CONFIRMED_TAG = "paretune.seed", "paretune.confirmed"
 REFERENCE_TAG, SPEC_TAG, NOTE_TAG = "paretune.reference", "paretune.spec", "mlflow.note.content"
-# The curve of the training loss; `train/train_loss` is its mean since the last report.
+# The curve of the training loss, of whose latest part `train/train_loss` is the mean.
 LOSS_CURVE = "train/loss"
 DATA_TAG, DEVICE_TAG = "paretune.data_fingerprint", "paretune.device"
 # MLflow cuts what is longer.
@@ -320,14 +320,19 @@ class Mirror:
         self._runs.log(run_id, metrics=confirmed_metrics(record), time_ms=ended)
 
 
+def _without_losses(details: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in details.items() if name not in ("train_losses", "steps_per_loss")}
+
+
 def record_tag(record: TrialRecord) -> str:
     """Return the record as JSON that a tag can hold, if it must be without its bulky parts and with its message cut."""
     # Every confirmation has a run, and a tag, of its own.
     data = {**record.to_dict(), "confirmations": []}
     error = None if record.error is None else {**record.error, "message": record.error["message"][:500]}
-    brief = {name: value for name, value in record.details.items() if name not in ("train_losses", "steps_per_loss")}
+    brief, *reports = map(_without_losses, (record.details, *(report.get("details", {}) for report in record.reports)))
+    lean = [{**report, "details": details} for report, details in zip(record.reports, reports, strict=True)]
     scalars = {name: value for name, value in brief.items() if isinstance(value, str | int | float)}
-    shorter_details: tuple[dict[str, Any], ...] = ({}, {"details": brief}, {"details": scalars})
+    shorter_details: tuple[dict[str, Any], ...] = ({}, {"details": brief, "reports": lean}, {"details": scalars})
     cuts = (*shorter_details, {"reports": []}, {"error": error}, {"harness": []})
     for shorter in cuts:
         data.update(shorter)

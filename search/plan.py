@@ -109,7 +109,7 @@ def check_columns(loaded: LoadedSpec) -> None:
         path = Path(source.train)
         if path.is_file() and path.stat().st_size <= LARGEST_LOOKED_AT:
             try:
-                detect(read_rows(source.train, split="train"), loaded.spec.data, source.train, loaded.spec.model.task)
+                detect(read_rows(source.train, split="train"), source, source.train, loaded.spec.model.task)
             except DataError as error:
                 raise SpecError([loaded.locate(str(error))]) from error
 

@@ -25,6 +25,9 @@ RATE_FACTOR = 3.0
 # What even a trial costs that trains nothing, in seconds: below it no order of two costs is to be trusted.
 LEAST_SECONDS = 0.1
 
+# Where a trial's estimate is from that was planned batch by batch; and the keys and words of one that was corrected.
+PLANNED, CORRECTED, ESTIMATED = "planned", "corrected estimate", "estimated_seconds"
+
 
 class Prospects:
     """Looks at proposals; learns from trials that ended how far the predicted seconds are off, and what memory does not hold."""
@@ -76,6 +79,8 @@ class Prospects:
         if record.is_whole and took:
             seconds, source = self._outlook.rough_seconds(record.trial_config)
             self._factors[source].append(took / seconds)
+            if (estimated := estimated_seconds(record.predicted)) is not None:
+                self._factors[PLANNED].append(took / estimated)
             self._others.append(max(0.0, record.held_seconds - took))
 
     def candidates(self, params: Mapping[str, Any]) -> list[Candidate]:
@@ -112,10 +117,11 @@ class Prospects:
 
     def corrected(self, predicted: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the outlook predicts of a trial, an estimated time by how far those of the trials so far were off."""
-        factor = self._factor("estimate")
-        if predicted.get("time_source") != "estimate" or factor is None:
+        factor, estimated = self._factor(PLANNED), estimated_seconds(predicted)
+        if factor is None or estimated is None:
             return dict(predicted)
-        return {**predicted, TRAIN_SECONDS: predicted[TRAIN_SECONDS] * factor, "time_source": "corrected estimate"}
+        corrected = {TRAIN_SECONDS: estimated * factor, "time_source": CORRECTED, ESTIMATED: estimated}
+        return {**predicted, **corrected}
 
     def _exclude(self, record: TrialRecord) -> None:
         """Where a trial ran out of memory, whatever is predicted to hold as much would too.
@@ -159,6 +165,11 @@ class Prospects:
             device_seconds=used,
             is_open=is_open and (not is_time or (held <= self._seconds_left() and used <= self._device_seconds_left())),
         )
+
+
+def estimated_seconds(predicted: Mapping[str, Any]) -> float | None:
+    """Return what was estimated of a trial before any correction; None where its time is not estimated."""
+    return {"estimate": predicted.get(TRAIN_SECONDS), CORRECTED: predicted.get(ESTIMATED)}.get(predicted.get("time_source", ""))
 
 
 def features(config: TrialConfig, width: int | None) -> tuple[Features, Features]:

@@ -32,6 +32,7 @@ from spaces.blueprint import Blueprint, blueprint, with_idle_rows
 from spaces.config import TrialConfig
 from spaces.constraints import Limits, config_within, is_feasible, violations, why_none_trains
 from spaces.loading import OPTIONS, LoadedSpec, SpecError, check_local_data
+from spaces.metrics import FLOPS_PER_STEP, HFU, MFU
 from spaces.spec import SearchSpec
 from trainables.job import Job
 
@@ -94,7 +95,10 @@ def checked_model(loaded: LoadedSpec) -> tuple[dict[str, Any], ModelShape]:
     try:
         config = model_config(model.name, model.revision)
         check_use(config, model)
-        return config, ModelShape.from_config(config)
+        shape = ModelShape.from_config(config)
+        if not shape.is_counted and {o.metric for o in loaded.spec.resolved_objectives()} & {MFU, HFU, FLOPS_PER_STEP}:
+            raise SpecError([loaded.locate(f"objectives: not all FLOPs are counted that the layers of {model.name} compute")])
+        return config, shape
     except ShapeError as error:
         raise SpecError([loaded.locate(f"model.name: {model.name}: {error}")]) from error
     except ModelError as error:
@@ -107,8 +111,7 @@ def connected_tracker(loaded: LoadedSpec) -> Tracker:
     Raises:
         SpecError: it does not.
     """
-    spec = loaded.spec
-    tracker = Tracker(tracking_uri(spec), spec.tracking.experiment, artifact_root=artifact_root(spec))
+    tracker = Tracker(tracking_uri(loaded.spec), loaded.spec.tracking.experiment, artifact_root=artifact_root(loaded.spec))
     try:
         tracker.connect(timeout_seconds=10)
     except TrackingError as error:

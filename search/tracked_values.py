@@ -56,11 +56,12 @@ def loss_curve(record: TrialRecord, report: Mapping[str, Any], time_ms: int) -> 
         time_ms: when that came.
     """
     metrics, details = report["metrics"], report["details"]
-    told = max((r["step"] for r in record.reports if r["step"] < report["step"]), default=0)
+    earlier = (r for r in record.reports if r["step"] < report["step"] and "train_losses" in r["details"])
+    told = max((r["step"] for r in earlier), default=0)
     # `train_seconds` is of the whole training, also before its end.
     share = report["step"] / report["num_steps"]
     took_ms = 1000 * metrics.get(TOTAL_SECONDS, share * metrics.get(TRAIN_SECONDS, 0.0))
     for number, loss in enumerate(details.get("train_losses", ()), start=1):
-        step = min(number * details["steps_per_loss"], report["step"])
+        step = min(number * details.get("steps_per_loss", 1), report["step"])
         if step > told:
             yield step, loss, int(time_ms - took_ms * (1 - step / report["step"]))

@@ -30,10 +30,11 @@ logger = logging.getLogger(__name__)
 
 # MLflow refuses more in one request, and cuts off what is longer.
 MAX_PARAMS_PER_REQUEST, MAX_PARAM_LENGTH = 100, 6000
-MAX_DATASET_NAME, MAX_DIGEST = 500, 36
+MAX_METRICS_PER_REQUEST, MAX_DATASET_NAME, MAX_DIGEST = 1000, 500, 36
 _ENDED = frozenset({"FINISHED", "FAILED", "KILLED"})
 _OUR_TAGS = {"mlflow.source.name": "paretune", "mlflow.source.type": "LOCAL"}
 # Answers that stay the same however often one asks; anything else may be a server that is slow, locked or away.
+_UNKNOWN_CALLS = frozenset({"ENDPOINT_NOT_FOUND", "NOT_FOUND", "NOT_IMPLEMENTED"})
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"})
 _ENVIRONMENT = {
     # The spool tries again by itself, and a check must fail in seconds.
@@ -276,16 +277,24 @@ class _MlflowRuns:
     def log_curve(self, run_id: str, name: str, points: Sequence[tuple[int, float, int]]) -> None:
         from mlflow.entities import Metric
 
-        self._client.log_batch(run_id, metrics=[Metric(name, value, time_ms, step) for step, value, time_ms in points])
+        metrics = [Metric(name, value, time_ms, step) for step, value, time_ms in points]
+        for start in range(0, len(metrics), MAX_METRICS_PER_REQUEST):
+            self._client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS_PER_REQUEST])
 
     def log_dataset(self, run_id: str, name: str, digest: str, summary: Mapping[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         source = json.dumps({"uri": name})
-        dataset = Dataset(
-            name=name[:MAX_DATASET_NAME], digest=digest[:MAX_DIGEST], source_type="local", source=source, profile=json.dumps(summary)
-        )
-        self._client.log_inputs(run_id, [DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", "training")])])
+        kind = "hugging_face" if name.startswith("hf:") else "local"
+        profile = json.dumps(summary)
+        dataset = Dataset(name=name[:MAX_DATASET_NAME], digest=digest[:MAX_DIGEST], source_type=kind, source=source, profile=profile)
+        try:
+            self._client.log_inputs(run_id, [DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", "training")])])
+        except _errors() as error:
+            # Nothing else of a trial may be lost with it, such as to a server that knows no datasets.
+            if getattr(error, "error_code", "") not in _REFUSALS | _UNKNOWN_CALLS:
+                raise
+            logger.warning("MLflow did not take the dataset: %s", error)
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param

@@ -11,8 +11,9 @@ DECODERS = (
     *("llama", "smollm3", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"),
     *("mixtral", "qwen3_moe", "gpt2"),
 )
-# What transformers calls layers with keys and values.
+# What transformers calls layers with keys and values, of all that a token sees; and those that have no attention and no state.
 ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+OTHERS_COUNTED = {"mlp", "moe", "dense", "sparse"}
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 
 
@@ -39,8 +40,8 @@ class ModelShape:
     """Of a decoder, how many tokens a token sees at most, itself among them, in layers that see no more."""
     windowed_share: float = 0.0
     """Share of the layers that see no more."""
-    keeps_state: bool = False
-    """Whether there are layers that do not attend but keep a state, as Mamba's."""
+    is_counted: bool = True
+    """Whether all is counted that its layers compute: not where some keep a state, as Mamba's, or choose what they attend to."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -67,7 +68,7 @@ class ModelShape:
             causal=_is_causal(str(sizes.get("model_type")), config),
             window=window_of(sizes),
             windowed_share=_windowed_share(sizes),
-            keeps_state=bool(stateful_layers(sizes)),
+            is_counted=not unusual_layers(sizes),
         )
 
     def squared(self, lengths: Any) -> Any:
@@ -88,12 +89,13 @@ def window_of(sizes: Mapping[str, Any]) -> int | None:
     return window if isinstance(window, int) and window > 0 else None
 
 
-def stateful_layers(sizes: Mapping[str, Any]) -> str:
-    """Return the kinds of layers that keep a state, in words; nothing where all attend."""
-    kinds = {*(sizes.get("layer_types") or ()), *(sizes.get("layers_block_type") or ())}
-    if others := sorted(kinds - ATTENTIONS):
-        return ", ".join(others)
-    return "of Mamba" if any(key.startswith(("mamba_", "ssm_")) or key == "state_size" for key in sizes) else ""
+def unusual_layers(sizes: Mapping[str, Any]) -> str:
+    """Return the kinds of layers that keep a state or choose what they attend to, in words; nothing where all attend to all."""
+    kinds = {kind for name in ("layer_types", "layers_block_type", "block_types") for kind in sizes.get(name) or ()}
+    if kinds:
+        return ", ".join(sorted(kinds - ATTENTIONS - OTHERS_COUNTED))
+    is_recurrent = any(key.startswith(("mamba_", "ssm_")) or key == "state_size" for key in sizes)
+    return "of Mamba" if is_recurrent else str(sizes["model_type"]) if sizes.get("model_type") in ("xlstm", "rwkv") else ""
 
 
 def _windowed_share(sizes: Mapping[str, Any]) -> float:

@@ -45,7 +45,7 @@ class StepFlops:
     recomputed: TrainingFlops
     """What the backward pass computes a second time; HFU counts it too."""
     is_whole: bool = True
-    """Whether all of it is known; what layers with a state compute beside their matrix products is not."""
+    """Whether all of it is known: `ModelShape.is_counted`."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StepFlops:

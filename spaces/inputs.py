@@ -17,7 +17,8 @@ EMBEDDED = "embedded:"
 EMBEDDED_MODELS = ("embedded:all-MiniLM-L6-v2",)
 EMBEDDED_DATA = ("embedded:stdlib-docstrings",)
 DATA_ROLES = ("train", "evaluation", "test")
-COLUMN_ROLES = ("text", "label", "prompt", "completion", "messages")
+# The columns that a format has.
+FORMAT_COLUMNS = (("text", "label"), ("prompt", "completion"), ("messages",))
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -103,7 +104,7 @@ class DomainSpec(Section):
     """How many of the trained rows are of this domain, relative to the other domains' weights. Without weights every row is trained
     as often as any other."""
     text: Text | None = None
-    """As `data.text`, for this domain."""
+    """As `data.text`, for this domain. A domain that names a column has those of `data` for the others of the same format alone."""
     label: Text | None = None
     """As `data.label`, for this domain."""
     prompt: Text | None = None
@@ -193,13 +194,17 @@ class DataSpec(Section):
     @property
     def sources(self) -> Mapping[str, DomainSpec]:
         """Where the rows are and how their columns are named, by the domain's name; without domains under the empty name."""
-        columns = {name: given for name in COLUMN_ROLES if (given := getattr(self, name)) is not None}
         if self.domains is not None:
-            # A domain that names a column of its own has nothing of the names for all.
-            own = {name: any(getattr(domain, column) for column in COLUMN_ROLES) for name, domain in self.domains.items()}
-            return {n: domain if own[n] else domain.model_copy(update=columns) for n, domain in self.domains.items()}
+            return {name: domain.model_copy(update=self._shared_columns(domain)) for name, domain in self.domains.items()}
         assert self.train is not None  # validated
-        return {"": DomainSpec(train=self.train, evaluation=self.evaluation, test=self.test, **columns)}
+        own = DomainSpec(train=self.train, evaluation=self.evaluation, test=self.test)
+        return {"": own.model_copy(update=self._shared_columns(own))}
+
+    def _shared_columns(self, domain: DomainSpec) -> dict[str, str | None]:
+        """Return the columns that a domain does not name itself: of the formats that it names any column of, else of all."""
+        named = [columns for columns in FORMAT_COLUMNS if any(getattr(domain, column) for column in columns)]
+        wanted = [column for columns in named or FORMAT_COLUMNS for column in columns]
+        return {column: getattr(self, column) for column in wanted if getattr(domain, column) is None}
 
     @property
     def files(self) -> dict[str, str]:

@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from trainables.formats import DataError
 
 # ShareGPT's names for the speakers, which chat templates do not know.
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+
+# A text that no template has of its own.
+ANSWER = "forty-two"
 
 
 def render_chat(tokenizer: Any, messages: Any, where: str) -> tuple[list[int], list[bool], bool]:
@@ -39,13 +40,13 @@ def render_chat(tokenizer: Any, messages: Any, where: str) -> tuple[list[int], l
         except _Rewritten:
             last = answers[-1]
             return (*_rendered(tokenizer, turns[: last + 1], [last]), True)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"{where}: the model's chat template refuses it: {error}") from error
     except _Rewritten as error:
         raise DataError(
             f"{where}: the chat template changes earlier turns when an answer is added, so it cannot be told which tokens are "
             "the assistant's; give prompt and completion columns instead"
         ) from error
+    except Exception as error:  # whatever a template does
+        raise DataError(f"{where}: the model's chat template refuses it: {error}") from error
 
 
 class _Rewritten(Exception):
@@ -118,9 +119,8 @@ def _content(given: Any) -> str | None:
 
 
 def answer_ends(tokenizer: Any) -> list[int]:
-    """Return the last special token of an answer in the tokenizer's template, if it has any."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    before = _tokens(tokenizer, _render(tokenizer, turns[:1], add_generation_prompt=True))
-    answer = _tokens(tokenizer, _render(tokenizer, turns, add_generation_prompt=False))[len(before) :]
+    """Return the first special token behind an answer in the tokenizer's template, if there is one."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
+    behind = _render(tokenizer, turns, add_generation_prompt=False).rpartition(ANSWER)[2]
     special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    return [i for i in answer if i in special][-1:]
+    return [i for i in _tokens(tokenizer, behind) if i in special][:1]

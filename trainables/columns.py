@@ -27,7 +27,7 @@ NAMED_INPUT_COLUMNS = {"instruction": ("input",)}
 
 
 class ColumnNames(Protocol):
-    """The columns that the user named; `spaces.spec.DataSpec` is one."""
+    """The columns that the user named; `spaces.inputs.DomainSpec` is one."""
 
     text: str | None
     label: str | None

@@ -174,7 +174,7 @@ class Trainer:
         self.num_steps = self._plan.num_steps
         self.rungs = {*rung_steps(rungs, self.num_steps), self.num_steps}
         self.step = 0
-        self._ahead: dict[int, list[Batch]] = {}  # of the next step, by its number
+        self._ahead: tuple[int, list[Batch]] = (-1, [])  # a step, and its micro batches
         self._losses = torch.zeros(self.num_steps, device=world.device)
         self._global_losses: list[float] = []
         self.flops: StepFlops | None = None
@@ -187,13 +187,13 @@ class Trainer:
         """Train one global batch: this rank's micro batches, one exchange of gradients, one update."""
         recipe = self.config.recipe
         followed = self.memory.follow() if self._is_to_be_followed() else nullcontext(False)
+        rate = learning_rate(recipe, self.step, self.num_steps)
         with garbage_kept(), followed as is_disturbed, self._timer.step(is_disturbed=is_disturbed) as mark:
-            rate = learning_rate(recipe, self.step, self.num_steps)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
             # DDP and FSDP2 average gradients over the ranks; the loss is a mean over the whole global batch.
             scale = self._rows_world.world_size / self._plan.num_targets(self.step)
-            micro_batches = self._ahead.pop(self.step, None) or self._micro_batches(self.step)
+            micro_batches = self._ahead[1] if self._ahead[0] == self.step else self._micro_batches(self.step)
             mark("data")
             for i, batch in enumerate(micro_batches, start=1):
                 runs_as_written = as_written(self._runs_as_written(batch, is_disturbed))
@@ -210,7 +210,8 @@ class Trainer:
                 rows.scale *= 1 - rate * recipe.weight_decay
             mark("optimizer")
             # While a GPU computes this step, and before anything waits for that: the next finds its batches on the device.
-            self._ahead = {n: self._micro_batches(n) for n in (self.step + 1,) if n < self.num_steps}
+            if self.step + 1 < self.num_steps:
+                self._ahead = self.step + 1, self._micro_batches(self.step + 1)
             mark("data")
         self.step += 1
         if self.step % CHECK_STEPS == 0 or self.step in self.rungs:
@@ -343,11 +344,10 @@ class Trainer:
         assert self.flops is not None  # a step was trained, here or before the checkpoint
         cost = speed(self.step_parts(), self.sizes, self.world, self.flops, self.config)
         recent = self._global_losses[earlier : self.step]
-        tokens = self.sizes.tokens
         return TrialReport(
             step=self.step,
             num_steps=self.num_steps,
-            fidelity=float(tokens[: self.step].sum() / tokens.sum()),
+            fidelity=float(self.sizes.tokens[: self.step].sum() / self.sizes.tokens.sum()),
             metrics={
                 **scores,
                 **cost,

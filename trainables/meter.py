@@ -36,7 +36,7 @@ STEP_PARTS = tuple(metrics.PART_SECONDS)
 MEDIAN_STEPS = 5
 DRIFT_STEPS = 4 * MEDIAN_STEPS
 # Why there is no MFU whatever the device.
-UNCOUNTED = "not all FLOPs of layers that keep a state are counted"
+UNCOUNTED = "not all FLOPs of layers that keep a state, or choose what they attend to, are counted"
 
 
 class StepTimer:
@@ -368,7 +368,7 @@ class FlopWatch:
         return StepFlops(
             model=training_flops(forward.linears, self._attention(sum(layer.width for layer in layers))),
             recomputed=recomputed_flops(again.linears, self._attention(width_again)),
-            is_whole=not self._shape.keeps_state,
+            is_whole=self._shape.is_counted,
         )
 
     def _attention(self, width: int) -> AttentionUse:

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicLayer
 
-from spaces.architecture import stateful_layers
+from spaces.architecture import unusual_layers
 from trainables.parallelize import blocks_of
 from trainables.report import TrialError
 
@@ -87,8 +87,8 @@ def add_prefix(module: Any, num_tokens: int) -> PrefixedModel:
 
 def _why_not(sizes: Mapping[str, Any]) -> str:
     """Return in words why not all layers of a model have keys and values of one width; nothing where they have."""
-    if others := stateful_layers(sizes):
-        return f"this model's keep a state ({others})"
+    if others := unusual_layers(sizes):
+        return f"this model's keep a state or choose what they attend to ({others})"
     if sizes.get("kv_lora_rank"):
         return "this model's compress them"
     if any({"head_dim", "num_key_value_heads"} & own.keys() for own in (sizes.get("per_layer_config") or {}).values()):

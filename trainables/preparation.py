@@ -142,6 +142,8 @@ def prepare(model: ModelSpec, data: DataSpec, objectives: Collection[str] = ()) 
     raw = _Raw(model=model, data=data, tokenizer=tokenizer_for(model, data, kinds), domains=domains)
     parts = _classified(raw) if model.task == "sequence-classification" else _completed(raw)
     joined = {role: _Part.join(list(of_role.values())) for role, of_role in parts.items()}
+    if EXACT_MATCH in objectives and len(kinds) > 1:
+        raise DataError("objectives: exact_match: some domains have no prompts with completions; allowed: domains that all have")
     if EXACT_MATCH in objectives and not _has_answers(data, joined["evaluation"]):
         raise DataError(f"objectives: exact_match has nothing to compare: {NO_ANSWERS}")
     return _assemble(raw, joined)

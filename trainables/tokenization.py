@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from spaces.inputs import DataSpec, ModelSpec
 from trainables.chats import answer_ends, render_chat
 from trainables.columns import Columns, field
@@ -63,7 +61,7 @@ def tokenizer_for(model: ModelSpec, data: DataSpec, kinds: Collection[str]) -> A
     tokenizer.chat_template = _read_template(data.chat_template)
     try:
         ends = answer_ends(tokenizer)
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a template does
         raise DataError(f"data.chat_template: {data.chat_template} refuses a question with its answer: {error}") from error
     if not ends:
         raise DataError(
@@ -77,7 +75,10 @@ def _read_template(source: str) -> str:
     """Return the template in a Jinja file, or that of a model's tokenizer."""
     path = Path(source)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"data.chat_template: {source} cannot be read: {error}") from error
     if path.suffix in TEMPLATE_SUFFIXES:
         raise DataError(f"data.chat_template: no such file: {source}")
     try:

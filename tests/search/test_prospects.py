@@ -73,9 +73,14 @@ def test_an_estimated_time_is_told_by_how_far_those_before_were_off_and_a_measur
     search = Search()
     estimate, profile = ({"train_seconds": 30.0, "time_source": source, "memory": {}} for source in ("estimate", "profile"))
     assert search.prospects.corrected(estimate) == estimate, "nothing is known yet"
-    for took in (5.0, 4.0, 20.0):  # of ten that were estimated
-        search.prospects.ended(record(params(), took=took, held=took))
-    assert search.prospects.corrected(estimate) == {"train_seconds": 15.0, "time_source": "corrected estimate", "memory": {}}
+    # What is said roughly of these is ten seconds, whatever was planned batch by batch.
+    for took, planned in ((5.0, 20.0), (4.0, 8.0), (20.0, 10.0)):
+        told = {"train_seconds": planned, "time_source": "estimate"}
+        search.prospects.ended(replace(record(params(), took=took, held=took), predicted=told))
+    corrected = search.prospects.corrected(estimate)
+    assert corrected == {"train_seconds": 15.0, "time_source": "corrected estimate", "memory": {}, "estimated_seconds": 30.0}
+    search.prospects.ended(replace(record(params(), took=60.0, held=60.0), predicted=corrected))  # twice what was estimated
+    assert search.prospects.corrected(estimate)["train_seconds"] == 30.0 * (0.5 + 2.0) / 2, "not of what was corrected"
     assert search.prospects.corrected(profile) == profile
     assert search.prospects.corrected({"memory": {}}) == {"memory": {}}, "a family without formulas"
 

@@ -36,7 +36,7 @@ def build_of(base: BaseModel, **how: Any) -> Any:
             {"num_experts": 2, "num_experts_per_tok": 1, "layer_types": ["linear_attention", "full_attention"]},
             "keep a state",
         ),
-        ("mamba2", {"num_heads": 4, "head_dim": 32, "state_size": 8, "n_groups": 1}, r"keep a state \(of Mamba\)"),
+        ("mamba2", {"num_heads": 4, "head_dim": 32, "state_size": 8, "n_groups": 1}, r"keep a state or .* \(of Mamba\)"),
         ("gemma4_text", {"head_dim": 16, "global_head_dim": 32, "num_key_value_heads": 2}, "are of several widths"),
         ("deepseek_v3", {"n_routed_experts": 8, "first_k_dense_replace": 2}, "compress them"),
     ],
