@@ -12,8 +12,10 @@ from search.record import TrialRecord, TrialState
 MIB = 2**20
 
 
-def trial(number: int, base: str, accuracy: float, seconds: float, weights: int, pace: float, **layout: Any) -> TrialRecord:
-    config = Case(family="bert", adapter="all-linear", quantization=base).config(1)
+def trial(
+    number: int, base: str, accuracy: float, seconds: float, weights: int, pace: float, *, method: str = "lora", **layout: Any
+) -> TrialRecord:
+    config = Case(family="bert", adapter="all-linear", quantization=base, method=method).config(1)
     config = replace(config, layout=replace(config.layout, **layout))
     values = {"accuracy": accuracy, "train_seconds": seconds, "tokens_per_second": pace * config.layout.world_size}
     details = {"memory_by_rank": [{"weights_bytes": weights * MIB}]}
@@ -45,14 +47,17 @@ def test_a_bases_pace_is_held_against_the_same_adapter_and_layout() -> None:
         trial(3, "nf4", 0.7, 12.0, 20, 600, world_size=2),
         trial(4, "int8", 0.7, 12.0, 30, 2000, recomputation="full"),
         trial(5, "int8", 0.7, 12.0, 40, 2000, strategy="fsdp"),  # of one rank, which holds all
+        trial(6, "int8", 0.7, 12.0, 40, 2000, method="bottleneck"),
+        trial(7, "nf4", 0.7, 12.0, 1, 500, micro_batch_size=3),  # as many rows at once change nothing
+        trial(8, "none", 0.7, 12.0, 1, 1000, world_size=2, strategy="tp"),  # of half of the weights
     ]
     table = bases_table(records, OBJECTIVES)
     assert table is not None
     # Twice as long on one rank, half as long on two.
     assert [row[:4] for row in table[1]] == [
-        ["none", "2", "90 MiB", "1.00"],
-        ["int8", "2", "35 MiB", "-"],
-        ["nf4", "2", "20 MiB", "1.00"],
+        ["none", "3", "90 MiB", "1.00"],
+        ["int8", "3", "40 MiB", "-"],
+        ["nf4", "3", "20 MiB", "1.00"],
     ]
 
 

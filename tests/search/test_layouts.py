@@ -46,6 +46,9 @@ def test_a_recipe_that_was_trained_is_only_timed_under_another_layout_and_that_i
     assert record.values["train_seconds"] == (0.7 if second.config.layout.world_size == 2 else 1.0)
     assert record.details["time_source"] == "profile"
     assert record.details["peak_source"] == "measured_gemm", "its MFU follows from that of the trained trial"
+    trained = engine.state.records[first.number].details
+    assert trained["train_losses"]
+    assert (record.details["train_losses"], record.details["steps_per_loss"]) == (trained["train_losses"], trained["steps_per_loss"])
     assert engine.num_left == 1
     assert {trial.state.name for trial in engine._study._study.trials} == {"COMPLETE"}, "a proposal that the sampler learns from"
     # Nothing else is in this space: whatever is proposed is known, is told to the sampler alone, and ends the search.

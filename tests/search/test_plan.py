@@ -533,5 +533,7 @@ def test_what_is_to_be_here_and_is_not_is_told_by_a_plan(
     with pytest.raises(SpecError, match=words):
         make_plan(load_spec(make_spec(tmp_path), changes))
     assert make_plan(load_spec(make_spec(tmp_path)))["num_feasible_layouts"] >= 1
+    own = ["data.train=null", "data.test=null", "data.domains={a: {train: rows.csv, label: what}}"]
+    assert make_plan(load_spec(make_spec(tmp_path), own)), "a domain names its columns"
     monkeypatch.setattr("search.plan.LARGEST_LOOKED_AT", 5)
     assert make_plan(load_spec(make_spec(tmp_path), ["data.train=rows.csv"])), "a large file is not read for a plan"

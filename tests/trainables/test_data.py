@@ -349,6 +349,12 @@ def test_a_template_of_the_user_renders_chats_as_the_tokenizers_own_does(stories
     [
         (None, r"no such file: .*t\.jinja"),
         (TEMPLATE.replace("</s>", "<end>"), r"t\.jinja ends answers with no special token of this model.*here </s>"),
+        (
+            "{% for m in messages %}{{ bos_token }}{{ m.role }} {{ m.content }}\n{% endfor %}",
+            r"t\.jinja ends answers with no special",
+        ),
+        ("{% for m in messages %}{{ eos_token }}{{ m.content }}{% endfor %}", r"t\.jinja ends answers with no special"),
+        ("{{ 1 / 0 }}", r"t\.jinja refuses a question with its answer: division by zero"),
         ("{% for %}", r"t\.jinja refuses a question with its answer: "),
         ("{{ raise_exception('not so') }}", r"t\.jinja refuses a question with its answer: not so"),
     ],

@@ -19,6 +19,7 @@ from spaces.space import SpaceSpec
 from trainables.batching import BatchPlan
 from trainables.data import TaskData, TokenTable
 from trainables.evaluation import evaluate
+from trainables.formats import DataError
 from trainables.mesh import World
 from trainables.model import BaseModel, build
 from trainables.preparation import prepare
@@ -184,15 +185,43 @@ def test_domains_of_a_language_model_may_differ_in_format_and_columns(tmp_path: 
                 assert targets.tolist() == own_targets.tolist(), name
     assert data.summary["format"] == "news: text (text); help: prompt and completion (q, a); talk: messages (turns)"
     assert data.answer_pattern is None, "not all of them are answers"
+    assert data.end_token_ids == alone["talk"].end_token_ids
+    both = {name: domains[name] for name in ("news", "help")}
+    with pytest.raises(DataError, match="exact_match: some domains have no prompts with completions"):
+        prepare(model, DataSpec.model_validate({"domains": both}), {"exact_match"})
+    with pytest.raises(DataError, match="scores labels, or completions of prompts; these rows have neither"):
+        prepare(model, DataSpec.model_validate({"domains": both, "metric": "operator:eq"}))
 
 
 def test_a_column_named_for_all_domains_is_that_of_those_that_name_none(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("body,kind\n" + "".join(f"the {w},x\na {w},y\n" for w in WORDS))
     (tmp_path / "b.csv").write_text("words,kind,body\n" + "".join(f"very {w},x,-\nmore {w},y,-\n" for w in WORDS))
-    domains = {"a": {"train": str(tmp_path / "a.csv")}, "b": {"train": str(tmp_path / "b.csv"), "text": "words", "label": "kind"}}
+    (tmp_path / "b_test.csv").write_text("kind,words,body\nx,very more,-\n")
+    own = {"train": str(tmp_path / "b.csv"), "test": str(tmp_path / "b_test.csv"), "text": "words"}
+    domains = {"a": {"train": str(tmp_path / "a.csv")}, "b": own}
     spec = DataSpec.model_validate({"domains": domains, "text": "body", "label": "kind"})
     model = ModelSpec(name=str(make_model(tmp_path / "model")), task="sequence-classification", max_length=32)
-    assert prepare(model, spec).summary["format"] == "a: classification (body, kind); b: classification (words, kind)"
+    data = prepare(model, spec)
+    assert data.summary["format"] == "a: classification (body, kind); b: classification (words, kind)"
+    assert data.test is not None
+    assert len(data.test.row(0)[0]) == 4, "two words, and what is around them"
+
+
+def test_a_domain_of_another_format_has_no_columns_of_those_for_all() -> None:
+    spec = DataSpec.model_validate(
+        {
+            "prompt": "q",
+            "completion": "a",
+            "text": "body",
+            "domains": {"own": {"train": "1", "prompt": "ask"}, "chats": {"train": "2", "messages": "turns"}, "rest": {"train": "3"}},
+        }
+    )
+    names = {name: (d.prompt, d.completion, d.text, d.messages) for name, d in spec.sources.items()}
+    assert names == {
+        "own": ("ask", "a", None, None),
+        "chats": (None, None, None, "turns"),
+        "rest": ("q", "a", "body", None),
+    }
 
 
 def test_test_rows_may_be_those_of_some_domains_alone(model: ModelSpec, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from trainables.batching import StepSizes
 from trainables.device import _cpu_peak, device_peak, gemm_flops_per_second
 from trainables.memory_meter import MemoryMeter
 from trainables.mesh import World
-from trainables.meter import StepTimer, mean_parts, rank_spread, speed, time_drift, train_seconds
+from trainables.meter import UNCOUNTED, StepTimer, details, mean_parts, rank_spread, speed, time_drift, train_seconds
 
 TRIAL = TrialConfig.from_params(SpaceSpec().first())
 
@@ -85,6 +85,18 @@ def test_the_metrics_of_speed_are_sums_over_all_steps_by_the_time_of_all_steps(m
     assert shared["mfu"] == pytest.approx(found["mfu"] / 2)
     monkeypatch.setattr("trainables.meter.device_peak", lambda *_: (None, "unknown device X"))
     assert not {"mfu", "hfu"} & speed(parts, shapes, World.alone(), flops, TRIAL).keys()
+
+
+def test_where_not_all_is_counted_there_are_no_flops_and_it_is_said_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainables.meter.device_peak", lambda *_: (100.0, "made up"))
+    once = TrainingFlops(per_token=1.0, per_target=0.0, per_squared_length=0.0)
+    for is_whole in (True, False):
+        flops = StepFlops.from_dict(asdict(StepFlops(model=once, recomputed=once, is_whole=is_whole)))
+        found = speed([[0.0, 1.0, 0.0, 0.0, 0.0]] * 4, sizes([8] * 4), World.alone(), flops, TRIAL)
+        assert len({"flops_per_step", "mfu", "hfu"} & found.keys()) == (3 if is_whole else 0)
+        memory = MemoryMeter(torch.device("cpu"), torch.nn.Linear(1, 1), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
+        source = details(World.alone(), TRIAL, memory, flops)["peak_source"]
+        assert source == ("made up" if is_whole else UNCOUNTED)
 
 
 def test_what_is_compiled_takes_its_time_once_beside_the_steady_pace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,7 @@ def measured(
         """Be a step's one micro batch."""
         clock[0] += (1 + 0.01 * batch.input_ids.numel()) * (slow_down if len(steps) >= slow_from else 1)
         steps.append(self.step)
+        assert batch.input_ids.numel() == self.sizes.padded_tokens[self.step], "not of the step that comes behind another one"
         return backward(self, batch, *how)
 
     @contextmanager
