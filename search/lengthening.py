@@ -7,6 +7,7 @@ from typing import Any
 
 from search.budget import amount_text, limits_of, used, used_up
 from search.errors import NoResult, UserError
+from search.formatting import number_text
 from search.growth import Growth
 from search.ledger import Ledger, objectives_of
 from search.provenance import own_command
@@ -94,4 +95,13 @@ def give_budget(store: Store, amounts: Sequence[str]) -> None:
         spec = spec.model_copy(update={"budget": spec.budget.model_copy(update={"patience": None})})
         unlimited = ", and the patience that ended it is none any more"
     with store.lock():
-        lengthen(store, spec, f"its budget is now {words} in all{unlimited}")
+        moved = _moved_references(store.load_spec().spec, spec)
+        lengthen(store, spec, f"its budget is now {words} in all{unlimited}{moved}")
+
+
+def _moved_references(known: SearchSpec, spec: SearchSpec) -> str:
+    """Return in words from where the hypervolume is measured otherwise: without a reference a time has the budget's minutes."""
+    before = {o.metric: o.reference for o in known.resolved_objectives()}
+    moved = [o for o in spec.resolved_objectives() if o.reference != before[o.metric]]
+    texts = [f"{o.metric} {number_text(o.metric, o.reference)}, not {number_text(o.metric, before[o.metric])}" for o in moved]
+    return f"; the hypervolume is measured from {', '.join(texts)}: not to be held against the one before" if texts else ""

@@ -207,8 +207,13 @@ def _prompting(results: Results) -> list[str]:
         "prompt and completion": 'prompts that end with one line break more, and completions behind it: give it `prompt + "\\n"`.',
         "messages": "chats in the tokenizer's template: give it `tokenizer.apply_chat_template(messages, ...)`.",
     }
-    # Of several domains each has its own.
-    return [f"It was trained on {line}" for kind, line in lines.items() if re.search(rf"(^|: ){kind} \(", form)]
+    told = []
+    for kind, line in lines.items():
+        if domains := re.findall(rf"(?:^|; )([\w.-]+): {kind} \(", form):
+            told.append(f"Of {', '.join(domains)} it was trained on {line}")
+        elif form.startswith(f"{kind} ("):
+            told.append(f"It was trained on {line}")
+    return told
 
 
 def _provenance(results: Results, record: TrialRecord) -> str:

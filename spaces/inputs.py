@@ -17,6 +17,8 @@ EMBEDDED = "embedded:"
 EMBEDDED_MODELS = ("embedded:all-MiniLM-L6-v2",)
 EMBEDDED_DATA = ("embedded:stdlib-docstrings",)
 DATA_ROLES = ("train", "evaluation", "test")
+# How chat templates are named that are files.
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 # The columns that a format has.
 FORMAT_COLUMNS = (("text", "label"), ("prompt", "completion"), ("messages",))
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from spaces import yaml_text
 from spaces.budget import budget_overrides
 from spaces.explain import dotted, explain
+from spaces.inputs import TEMPLATE_SUFFIXES
 from spaces.spec import SearchSpec
 
 MAX_BYTES = 1_000_000
@@ -99,6 +100,9 @@ def check_local_data(loaded: LoadedSpec) -> None:
         close = difflib.get_close_matches(Path(name).name, beside, n=1)
         hint = f"; did you mean '{folder / close[0]}'?" if close else ""
         lines.append(loaded.locate(f"{key}: no such file '{name}'; paths are relative to the working directory{hint}"))
+    template = loaded.spec.data.chat_template
+    if template is not None and Path(template).suffix in TEMPLATE_SUFFIXES and not Path(template).is_file():
+        lines.append(loaded.locate(f"data.chat_template: no such file '{template}'; paths are relative to the working directory"))
     if lines:
         raise SpecError(lines)
 

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spaces.inputs import DataSpec, ModelSpec
+from spaces.inputs import TEMPLATE_SUFFIXES, DataSpec, ModelSpec
 from trainables.chats import answer_ends, render_chat
 from trainables.columns import Columns, field
 from trainables.formats import DataError, Row
 from trainables.hub import ModelError, resolve_model
 
 IGNORE = -100
-# How templates are named that are files.
-TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -61,6 +61,7 @@ CASES = {
     "unknown model": (["model.name=nobody/nothing"], "model.name", "no model 'nobody/nothing'"),
     "no such directory": (["model.name=./nowhere"], "model.name", "no such directory: ./nowhere"),
     "no such file": (["data.train=trian.csv"], "data.train", "no such file 'trian.csv'"),
+    "no such template": (["data.chat_template=chat.jinja"], "data.chat_template", "no such file 'chat.jinja'"),
     "longer than the model": (["model.max_length=100000"], "model.max_length", "allowed: 1 to"),
     "an encoder that generates": (["model.task=causal-lm"], "model.task", "allowed: sequence-classification"),
     "no server": ([f"tracking.uri=http://127.0.0.1:{closed_port()}"], "tracking.uri", "127.0.0.1"),

@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -27,14 +28,16 @@ def shows_mlflow(url: str) -> bool:
         return False
 
 
-def ray_processes() -> set[int]:
-    """Every process of any Ray on this machine."""
-    names = ("raylet", "gcs_server", "ray::", "dashboard")
-    found = set()
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if any(name in line for name in names) and "pytest" not in line:
-            found.add(process.info["pid"])
+# What every process of this module's search has in its environment, and none of another one's.
+MARK = "PARETUNE_TESTED_AS"
+
+
+def marked_processes(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == mark:
+                found.append(process)
     return found
 
 
@@ -42,12 +45,13 @@ def ray_processes() -> set[int]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A search of four trials over both world sizes and both strategies, run to its end."""
     directory = tmp_path_factory.mktemp("search")
-    before = ray_processes()
-    done = paretune("search", str(make_spec(directory)), "--json", cwd=directory)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(MARK, str(directory))
+        done = paretune("search", str(make_spec(directory)), "--json", cwd=directory)
     (directory / "front.json").write_text(done.stdout)
     (directory / "stderr.txt").write_text(done.stderr)
     # Ray's agents end some seconds after the process that they served.
-    _, left = psutil.wait_procs([psutil.Process(pid) for pid in ray_processes() - before if psutil.pid_exists(pid)], timeout=30)
+    _, left = psutil.wait_procs(marked_processes(str(directory)), timeout=30)
     assert not left, f"processes left behind: {left}"
     return directory
 

@@ -185,4 +185,5 @@ def test_the_card_says_how_a_prompt_is_given(tmp_path: Path, columns: Columns, t
     results = results_of(replay(events), load_spec(make_spec(tmp_path)).spec)
     card = model_card(results, results.state.records[number], is_merged=False, scores={})
     assert told in card
-    assert ("It was trained on" in card) == bool(told)
+    assert ("Of own it was trained on" in card) == bool(told)
+    assert "Of news" not in card

@@ -33,7 +33,9 @@ def test_limits_take_the_place_of_those_that_there_were_and_the_search_is_not_at
     budget = store.load_spec().spec.budget
     assert (budget.trials, budget.minutes) == (40, 120)
     events = list(Ledger(store.ledger_path).events())
-    assert events[-1]["why"] == "its budget is now 40 trials or 120 minutes in all"
+    assert events[-1]["why"].startswith(
+        "its budget is now 40 trials or 120 minutes in all; the hypervolume is measured from train_seconds"
+    )
     assert not replay(events).finished
 
 
@@ -43,7 +45,22 @@ def test_patience_that_ended_a_search_does_not_end_it_again(tmp_path: Path) -> N
     give_budget(store, ["2h"])
     assert (store.load_spec().spec.budget.patience, store.load_spec().spec.budget.minutes) == (None, 120)
     why = list(Ledger(store.ledger_path).events())[-1]["why"]
-    assert why == "its budget is now 120 minutes in all, and the patience that ended it is none any more"
+    assert why.startswith("its budget is now 120 minutes in all, and the patience that ended it is none any more; the hypervolume")
+
+
+def test_a_budget_from_which_the_hypervolume_is_measured_otherwise_says_so(tmp_path: Path) -> None:
+    for amounts, moved in (
+        (["40trials"], "train_seconds 3,600 s, not 1,200 s"),
+        (["1h", "40trials"], "train_seconds 3,600 s, not 1,200 s"),
+        (["20m", "40trials"], ""),
+    ):
+        store = Store.create(load_spec(make_spec(tmp_path / amounts[0], objectives=None, budget={"trials": 5, "minutes": 20})))
+        Ledger(store.ledger_path).append("search_started", name=store.name, command="paretune search spec.yaml")
+        Ledger(store.ledger_path).append("search_finished", reason="5 trials used up")
+        give_budget(store, amounts)
+        why = list(Ledger(store.ledger_path).events())[-1]["why"]
+        assert moved in why
+        assert ("the hypervolume is measured from" in why) == bool(moved)
 
 
 def test_what_is_used_already_is_no_budget(tmp_path: Path) -> None:
