@@ -329,7 +329,7 @@ def record_tag(record: TrialRecord) -> str:
     # Every confirmation has a run, and a tag, of its own.
     data = {**record.to_dict(), "confirmations": []}
     error = None if record.error is None else {**record.error, "message": record.error["message"][:500]}
-    brief, *reports = map(_without_losses, (record.details, *(report.get("details", {}) for report in record.reports)))
+    brief, *reports = map(_without_losses, (record.details, *(report["details"] for report in record.reports)))
     lean = [{**report, "details": details} for report, details in zip(record.reports, reports, strict=True)]
     scalars = {name: value for name, value in brief.items() if isinstance(value, str | int | float)}
     shorter_details: tuple[dict[str, Any], ...] = ({}, {"details": brief, "reports": lean}, {"details": scalars})

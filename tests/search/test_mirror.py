@@ -280,7 +280,7 @@ def test_the_front_is_tagged_painted_and_in_a_view_of_this_search(tmp_path: Path
 
 
 def test_a_record_that_is_too_long_for_a_tag_loses_its_bulk_first() -> None:
-    report = {"step": 1, "metrics": {"accuracy": 0.5}}
+    report: dict[str, Any] = {"step": 1, "metrics": {"accuracy": 0.5}, "details": {}}
     known: dict[str, Any] = {"state": TrialState.FAIL, "params": {"learning_rate": 1e-3}, "values": {"accuracy": 0.5}}
     details = {"train_losses": [0.1] * 3000, "threads": 1}
     on_many_ranks = {**details, "process_map": [{"rank": rank, "node": "n" * 40} for rank in range(256)]}
@@ -292,6 +292,8 @@ def test_a_record_that_is_too_long_for_a_tag_loses_its_bulk_first() -> None:
 
     assert kept(reports=(report,)) == TrialRecord(number=1, **known, reports=(report,))
     assert kept(reports=(report,), details=details) == TrialRecord(number=1, **known, reports=(report,), details={"threads": 1})
+    told = {**report, "details": {"train_losses": [0.1] * 3000, "steps_per_loss": 1}}
+    assert kept(reports=(told,), details=details) == TrialRecord(number=1, **known, reports=(report,), details={"threads": 1})
     assert kept(reports=(report,), details=on_many_ranks).details == {"threads": 1}, "what is short is kept"
     assert kept(reports=(report,) * 500, details=details) == TrialRecord(number=1, **known, details={"threads": 1})
     long_error = {"kind": "error", "message": "m" * 9000}
