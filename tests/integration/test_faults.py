@@ -78,7 +78,8 @@ def test_a_search_that_is_interrupted_and_then_killed_loses_and_repeats_no_trial
     assert killed[: len(interrupted)] == interrupted
     again = [e for e in killed[len(interrupted) :] if e["event"] == "trial_reported" and e["number"] in saved]
     assert again
-    assert all(e["report"]["step"] > saved[e["number"]] for e in again), "a trial began again"
+    # What was saved at a rung is reported there once more: the report may not have come through.
+    assert all(e["report"]["step"] >= saved[e["number"]] for e in again), "a trial began again"
 
     resumed = start("resume", "tiny", "--directory", "runs", cwd=tmp_path)
     assert resumed.wait(400) == 0, (tmp_path / "driver.log").read_text()[-3000:]
