@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,3 +145,24 @@ def test_an_encoder_is_taken_without_windows() -> None:
 )
 def test_of_a_family_that_is_not_known_the_head_tells_whether_it_is_a_decoder(config: dict, is_causal: bool) -> None:
     assert ModelShape.from_config(config).causal == is_causal
+
+
+@pytest.mark.parametrize(
+    ("layers", "is_counted"),
+    [
+        ({}, True),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, True),
+        ({"layer_types": ["full_attention", "linear_attention"]}, False),
+        ({"layer_types": ["indexed_attention"]}, False),
+        ({"layers_block_type": ["attention", "moe"]}, True),
+        ({"layers_block_type": ["attention", "mamba"]}, False),
+        ({"block_types": ["recurrent", "attention"]}, False),
+        # Granite 4 without Mamba has its sizes all the same.
+        ({"layer_types": ["attention"], "mamba_d_state": 64}, True),
+        ({"mamba_d_state": 64}, False),
+        ({"model_type": "xlstm"}, False),
+    ],
+)
+def test_layers_that_keep_a_state_or_choose_what_they_attend_to_are_not_counted(layers: dict[str, Any], is_counted: bool) -> None:
+    sizes = {"model_type": "some", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9}
+    assert ModelShape.from_config({**sizes, **layers}).is_counted is is_counted
