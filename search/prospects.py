@@ -99,7 +99,7 @@ class Prospects:
 
     def point(self, params: Mapping[str, Any]) -> Prospect:
         """Return what is known of a point of the space, under the layout that would be trained."""
-        return self._prospect_of(params)[0]
+        return self._look(params)[1]
 
     def trial(self, number: int | None, params: Mapping[str, Any]) -> Prospect:
         """Return what is known of a trial, by its number; of one of an earlier search, which has none, by its params."""
@@ -112,7 +112,8 @@ class Prospects:
 
         A knob that it leaves open has its first value.
         """
-        prospect, is_compared = self._prospect_of(self._spec.space.first(**params))
+        config, prospect = self._look(self._spec.space.first(**params))
+        is_compared = self._factor(self._outlook.rough_seconds(config)[1]) is not None
         return prospect.is_open and is_compared and math.exp(prospect.timed["seconds"]) <= seconds
 
     def corrected(self, predicted: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,11 +144,11 @@ class Prospects:
         factors = self._factors.get(source)
         return statistics.median(factors) if factors else None
 
-    def _prospect_of(self, params: Mapping[str, Any]) -> tuple[Prospect, bool]:
-        """Return what is known of a point under the layout that would be trained, and whether such seconds were ever compared."""
+    def _look(self, params: Mapping[str, Any]) -> tuple[TrialConfig, Prospect]:
+        """Return a point under the layout that would be trained, and what is known of it."""
         chosen = layout_to_train(self.candidates(params), self._outlook)
-        prospect = self._prospect(chosen.config, is_open=chosen.is_feasible and not self._is_known(chosen.config))
-        return prospect, self._factor(self._outlook.rough_seconds(chosen.config)[1]) is not None
+        is_open = chosen.is_feasible and not self._is_known(chosen.config)
+        return chosen.config, self._prospect(chosen.config, is_open=is_open)
 
     def _prospect(self, config: TrialConfig, *, is_open: bool) -> Prospect:
         rough, source = self._outlook.rough_seconds(config)

@@ -33,8 +33,9 @@ MAX_PARAMS_PER_REQUEST, MAX_PARAM_LENGTH = 100, 6000
 MAX_METRICS_PER_REQUEST, MAX_DATASET_NAME, MAX_DIGEST = 1000, 500, 36
 _ENDED = frozenset({"FINISHED", "FAILED", "KILLED"})
 _OUR_TAGS = {"mlflow.source.name": "paretune", "mlflow.source.type": "LOCAL"}
-# Answers that stay the same however often one asks; anything else may be a server that is slow, locked or away.
+# What a server says of a call that it does not know.
 _UNKNOWN_CALLS = frozenset({"ENDPOINT_NOT_FOUND", "NOT_FOUND", "NOT_IMPLEMENTED"})
+# Answers that stay the same however often one asks; anything else may be a server that is slow, locked or away.
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"})
 _ENVIRONMENT = {
     # The spool tries again by itself, and a check must fail in seconds.

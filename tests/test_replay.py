@@ -7,7 +7,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from replay import Curve, Look, mean_regret, replay, time_to, volume_at
 
@@ -49,7 +49,6 @@ def by_the_second(order: list[Curve], patience: dict[int, float], num_workers: i
 TRIALS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9), st.sampled_from([0.1, 0.3, 2.0])), min_size=1, max_size=12)
 
 
-@settings(deadline=None)
 @given(TRIALS, st.integers(1, 4))
 def test_a_replay_is_what_a_clock_by_the_second_shows(trials: list[tuple[int, int, float]], num_workers: int) -> None:
     order = [curve(i, 9 * ninths, quality) for i, (ninths, quality, _) in enumerate(trials)]

@@ -74,11 +74,8 @@ class _Raw:
     data: DataSpec
     tokenizer: Any
     domains: Mapping[str, _Domain]
-
-    @property
-    def kinds(self) -> set[str]:
-        """What rows hold."""
-        return {domain.train.columns.kind for domain in self.domains.values()}
+    kinds: Collection[str]
+    """What rows hold."""
 
     def describe(self) -> str:
         """Return the format in words, by domain where they differ."""
@@ -139,7 +136,7 @@ def prepare(model: ModelSpec, data: DataSpec, objectives: Collection[str] = ()) 
     """
     domains = {name: _read(source, model.task) for name, source in data.sources.items()}
     kinds = {domain.train.columns.kind for domain in domains.values()}
-    raw = _Raw(model=model, data=data, tokenizer=tokenizer_for(model, data, kinds), domains=domains)
+    raw = _Raw(model=model, data=data, tokenizer=tokenizer_for(model, data, kinds), domains=domains, kinds=kinds)
     parts = _classified(raw) if model.task == "sequence-classification" else _completed(raw)
     joined = {role: _Part.join(list(of_role.values())) for role, of_role in parts.items()}
     if EXACT_MATCH in objectives and len(kinds) > 1:

@@ -28,7 +28,7 @@ def by_inclusion_and_exclusion(points: list[tuple[float, ...]], reference: tuple
     return total
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), num_objectives=st.sampled_from([2, 3]))
 def test_equals_inclusion_and_exclusion_and_optuna(data: st.DataObject, num_objectives: int) -> None:
     points = data.draw(points_of(num_objectives))

@@ -208,7 +208,7 @@ def seconds_until_room(world_size: int, capacity: int, groups: list[Group]) -> f
     return next((moment for moment in (0.0, *ends) if free_at(moment) >= world_size), 0.0)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(clusters() | drains())
 def test_every_decision_is_allowed_fair_and_leaves_nothing_lying_about(cluster: tuple[int, list[Group], list[Waiting]]) -> None:
     capacity, groups, waiting = cluster
@@ -254,7 +254,7 @@ LENGTHS = st.sampled_from([1.0, 20.0, 120.0, 2000.0])
     ("predicted", "delayed_by"),
     [([None], OVERTAKEN_PER_WORKER), ([None, 1.0], OVERTAKEN_PER_WORKER), ([None, 0.01, 1.0, 100.0], FILLING_PER_WORKER)],
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data(), st.integers(1, 16), st.integers(1, 40))
 def test_every_job_is_served_in_bounded_time_on_any_cluster(
     predicted: list[float | None], delayed_by: int, data: st.DataObject, capacity: int, window: int

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from dominance import dominates
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from search.pareto import front_indices
@@ -79,19 +79,16 @@ def verdict_on(rows: Sequence[Sequence[float]], factor: float = 3, me: int = -1)
     return decide(known, newcomer, factor)
 
 
-@settings(deadline=None)
 @given(ROWS)
 def test_the_fronts_are_those_that_peeling_finds(rows: list[Row]) -> None:
     assert front_indices(np.array(rows, dtype=float)).tolist() == peeled(rows)
 
 
-@settings(deadline=None)
 @given(ROWS)
 def test_the_net_is_the_greedy_one(rows: list[Row]) -> None:
     assert net_order(np.array(rows, dtype=float)) == greedy(rows)
 
 
-@settings(deadline=None)
 @given(ROWS, st.sampled_from([2, 2.5, 3, 4]), st.data())
 def test_a_verdict_is_what_brute_force_says(rows: list[Row], factor: float, data: st.DataObject) -> None:
     me = data.draw(st.integers(0, len(rows) - 1))
@@ -105,7 +102,6 @@ def test_a_verdict_is_what_brute_force_says(rows: list[Row], factor: float, data
     assert found.goes_on is (is_early or is_best or (Fraction(place, len(rows)) <= Fraction(1) / Fraction(factor) and not is_last))
 
 
-@settings(deadline=None)
 @given(ROWS, st.randoms(use_true_random=False), st.lists(st.tuples(st.integers(1, 9), st.integers(-9, 9)), min_size=3, max_size=3))
 def test_neither_the_order_of_arrival_nor_the_units_matter(rows: list[Row], shuffle: random.Random, units: list[Row]) -> None:
     known = entries(rows)

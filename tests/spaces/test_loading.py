@@ -461,7 +461,7 @@ KNOBS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     space=KNOBS,
     name=st.none() | st.sampled_from(["no", "1e-4", "010", "true", "null", "2024-01-01", "x.y"]),
